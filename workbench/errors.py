@@ -1,0 +1,49 @@
+"""Every error the workbench raises on purpose: one base class, so that a caller can catch all or one kind."""
+
+
+class WorkbenchError(Exception):
+    """Base of all errors below; its message is one line that a user can act on."""
+
+
+class RecipeError(WorkbenchError, ValueError):
+    """A recipe or one of its options is out of range, unknown, or in an order that cannot work."""
+
+
+class ModelError(WorkbenchError):
+    """A model is unknown, missing, damaged, unsafe to load, or not of a kind that the workbench can run."""
+
+
+class DataError(WorkbenchError):
+    """Data are missing, do not fit the task, are too few, or overlap where they must not."""
+
+
+class CompressionError(WorkbenchError):
+    """A step could not be applied to this model: no layer can take it, or its numbers are not finite."""
+
+
+class BrokenPromiseError(WorkbenchError):
+    """A tensor no longer has the property that a step promised (mask, rank, grid): a defect of the workbench."""
+
+
+class LedgerError(WorkbenchError):
+    """The ledger cannot be opened, read or written."""
+
+
+class ExportError(WorkbenchError):
+    """An export cannot be written or read back."""
+
+
+class DeviceError(WorkbenchError):
+    """The device asked for is not here."""
+
+
+class Cancelled(WorkbenchError):  # noqa: N818  not a failure: the user asked for it
+    """The user cancelled; nothing measured before is lost."""
+
+
+class GateFailed(WorkbenchError):  # noqa: N818  reads as the verdict it is
+    """A report's gate did not hold."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Show one line instead of a traceback in a notebook (an IPython convention)."""
+        return [f"GateFailed: {self}"]

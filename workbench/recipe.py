@@ -1,0 +1,257 @@
+"""What to do to a model: frozen steps in an order, to and from JSON, and from flat options.
+
+A method is one frozen dataclass (a `Step`) and one function registered for it in `workbench.compress`. Ranges, choices
+and help texts stand on the dataclass fields as pydantic annotations: the command line, the notebook parameters and the
+documentation read them from there, so none of them can drift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from workbench.errors import RecipeError
+from workbench.words import nearest
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+Targets = tuple[str, ...]
+
+
+def explain(owner: str, error: ValidationError) -> str:
+    """Return a ValidationError as one line that repeats what the user gave and says what would work."""
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+            parts.append(f"{owner} has no option {name!r}")
+        elif not name:
+            parts.append(f"{owner} is refused: {message}")
+        else:
+            parts.append(f"{owner}({name}={item['input']!r}) is refused: {message[0].lower()}{message[1:]}")
+    return "; ".join(parts)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def configuration(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass whose fields are validated; bad values raise `RecipeError`."""
+    made = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    construct = made.__init__
+
+    def initialise(self: Any, *args: Any, **fields: Any) -> None:
+        if args:
+            raise RecipeError(f"{cls.__name__} takes its options by name, such as {cls.__name__}(seed=0); got {args!r}")
+        try:
+            construct(self, **fields)
+        except ValidationError as error:
+            raise RecipeError(explain(cls.__name__, error)) from None
+
+    made.__init__ = initialise  # type: ignore[method-assign]
+    return made
+
+
+@configuration
+class Step:
+    """Base of every method's configuration. Running a step adds no state to it.
+
+    `slider` names the field that a user drags; giving it a value is what turns the step on. `position` orders steps that
+    are built from flat options (small first).
+    """
+
+    slider: ClassVar[str] = ""
+    position: ClassVar[int] = 100
+
+    targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'", min_length=1)] = ("*",)
+    seed: Annotated[int, Field(description="seed of every random choice", ge=0)] = 0
+
+    @classmethod
+    def kind(cls) -> str:
+        """Return the name that JSON and messages use: the class name in lower case."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def options(cls) -> dict[str, FieldInfo]:
+        """Return the method's own fields with their annotations: what sliders, command line and notebooks offer."""
+        fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+        return {name: info for name, info in fields.items() if name not in {"targets", "seed"}}
+
+    def check_order(self, earlier: tuple[Step, ...]) -> None:
+        """Raise `RecipeError`, with the reason, if this step cannot follow the `earlier` ones."""
+
+    def matches(self, name: str) -> bool:
+        """Return whether a layer's dotted name is among the targets."""
+        return any(re.search(t[3:], name) is not None if t.startswith("re:") else fnmatchcase(name, t) for t in self.targets)
+
+    def __repr__(self) -> str:
+        """Show only what differs from the defaults, and always the slider: a line that can be pasted."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name == self.slider or getattr(self, f.name) != f.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def label(self) -> str:
+        """Return a few words for a legend, such as `W4 g64` or `2:4`."""
+        return f"{self.slider} {getattr(self, self.slider)}"
+
+
+class Methods:
+    """The methods that exist: step classes by kind, with the function that carries each out."""
+
+    def __init__(self) -> None:
+        """Start with none; `workbench.compress` registers the built-in ones."""
+        self.functions: dict[type[Step], Callable[..., None]] = {}
+
+    def register(self, step: type[Step]) -> Callable[[T], T]:
+        """Return a decorator that makes `function(step, work)` the way to carry out `step`.
+
+        Raises:
+            RecipeError: the kind or one of the option names is taken, or the slider names no field.
+
+        """
+        if step.slider not in step.options():
+            raise RecipeError(f"{step.__name__}.slider is {step.slider!r}, which is none of its options: {', '.join(step.options())}")
+        for other in self.functions:
+            shared = set(step.options()) & set(other.options())
+            if other.kind() == step.kind() or shared:
+                raise RecipeError(f"{step.__name__} cannot be registered: {other.__name__} already has {', '.join(sorted(shared)) or 'this name'}")
+
+        def keep(function: T) -> T:
+            self.functions[step] = function  # type: ignore[assignment]
+            return function
+
+        return keep
+
+    def unregister(self, step: type[Step]) -> None:
+        """Forget a method (for tests and for reloading a plugin)."""
+        self.functions.pop(step, None)
+
+    def steps(self) -> list[type[Step]]:
+        """Return every step class, in the order in which flat options are applied."""
+        import workbench.compress  # noqa: F401  registers the built-in methods on first use
+
+        return sorted(self.functions, key=lambda step: step.position)
+
+    def step(self, kind: str) -> type[Step]:
+        """Return the step class of this kind, or raise `RecipeError` with the nearest names."""
+        known = {step.kind(): step for step in self.steps()}
+        if kind not in known:
+            raise RecipeError(f"unknown step {kind!r}; {nearest(kind, known)}")
+        return known[kind]
+
+    def options(self) -> dict[str, type[Step]]:
+        """Return every flat option name, such as `sparsity` or `prune_targets`, with the step that it belongs to."""
+        found: dict[str, type[Step]] = {}
+        for step in self.steps():
+            found.update(dict.fromkeys([*step.options(), f"{step.kind()}_targets"], step))
+        return found
+
+    def recipe(self, options: Mapping[str, Any], seed: int = 0) -> Recipe:
+        """Return the recipe of flat options; None means not given, and a step is on when its slider is given.
+
+        Raises:
+            RecipeError: an unknown option, a bad value, or a choice given without its slider.
+
+        """
+        known = self.options()
+        for name in options:
+            if name not in known:
+                raise RecipeError(f"unknown option {name!r}; {nearest(name, known)}")
+        steps = []
+        for step in self.steps():
+            given = {name: options[name] for name in step.options() if options.get(name) is not None}
+            targets = options.get(f"{step.kind()}_targets")
+            if targets:
+                given["targets"] = tuple(targets.split(",")) if isinstance(targets, str) else tuple(targets)
+            if step.slider in given:
+                steps.append(step(seed=seed, **given))
+            elif given:
+                raise RecipeError(f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave them out")
+        return Recipe(*steps)
+
+
+METHODS = Methods()
+
+
+class Recipe:
+    """An immutable sequence of steps, checked when it is built: each step's values, and that the order can work."""
+
+    __slots__ = ("steps",)
+    steps: tuple[Step, ...]
+
+    def __init__(self, *steps: Step) -> None:
+        """Build from steps in the order in which they are applied; no steps means the dense model.
+
+        Raises:
+            RecipeError: an argument is not a step, or an order that cannot work, with the reason.
+
+        """
+        for index, step in enumerate(steps):
+            if not isinstance(step, Step):
+                raise RecipeError(f"a Recipe takes steps such as Prune(sparsity=0.5); got {step!r}")
+            step.check_order(steps[:index])
+        object.__setattr__(self, "steps", tuple(steps))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse: a recipe does not change."""
+        raise AttributeError(f"a Recipe is immutable; build a new one instead of setting {name}={value!r}")
+
+    def __iter__(self) -> Iterator[Step]:
+        """Iterate over the steps in order."""
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.steps)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by steps."""
+        return isinstance(other, Recipe) and self.steps == other.steps
+
+    def __hash__(self) -> int:
+        """Hash by steps (within one process; `key` is the stable one)."""
+        return hash(self.steps)
+
+    def __repr__(self) -> str:
+        """Return one line of Python that makes this recipe."""
+        return f"Recipe({', '.join(map(repr, self.steps))})"
+
+    def label(self) -> str:
+        """Return a few words for a legend, such as `50% + W4`."""
+        return " + ".join(step.label() for step in self.steps) or "dense"
+
+    def get(self, kind: str) -> Step | None:
+        """Return the first step of this kind, or None."""
+        return next((step for step in self.steps if step.kind() == kind), None)
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON with sorted keys, every field written out."""
+        return json.dumps([{"step": step.kind(), **dataclasses.asdict(step)} for step in self.steps], sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Return the recipe that `to_json` wrote.
+
+        Raises:
+            RecipeError: not JSON, not a list of steps, an unknown step, or a value out of range.
+
+        """
+        try:
+            items = json.loads(text)
+            kinds = [item.pop("step") for item in items]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise RecipeError(f"not a recipe in JSON: {text[:80]!r}; expected a list such as {cls().to_json()!r} or [{{'step': 'prune', 'sparsity': 0.5}}]") from None
+        return cls(*(METHODS.step(kind)(**item) for kind, item in zip(kinds, items, strict=True)))
+
+    @property
+    def key(self) -> str:
+        """Return a hash that is the same in every process and version of Python: 16 hexadecimal digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

@@ -1,0 +1,142 @@
+"""What a task is: a model, data to calibrate, train and evaluate on, and how to score each item.
+
+One file a kind of task: `image_classification`, `text_classification`, `language_modelling`. Everything after this page
+sees only `Task`, `Items` and `Scores`, so that nothing in the engine is special to one model or data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import DataError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Items:
+    """A materialised set of examples: model inputs by keyword, first dimension = item, and `labels` ([N] or [N, L]).
+
+    `inputs` are what `model(**inputs)` takes (`pixel_values` [N, C, H, W]; `input_ids`, `attention_mask` [N, L]).
+    Labels of -100 are not scored (the convention of torch's cross entropy).
+    """
+
+    inputs: Batch
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse tensors of different lengths."""
+        lengths = {name: len(tensor) for name, tensor in {**self.inputs, "labels": self.labels}.items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"inputs and labels differ in length: {lengths}")
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.labels)
+
+    def __getitem__(self, index: slice | Tensor) -> Items:
+        """Return the items of a slice or of an index tensor."""
+        return Items({name: tensor[index] for name, tensor in self.inputs.items()}, self.labels[index])
+
+    def to(self, device: torch.device | str) -> Items:
+        """Return the same items on `device`."""
+        return Items({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.labels.to(device))
+
+    def batches(self, size: int) -> Iterator[Items]:
+        """Iterate over consecutive batches of at most `size` items."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Return one hash per item, of its inputs alone: two items with the same hash are the same example."""
+        columns = [self.inputs[name].cpu().contiguous() for name in sorted(self.inputs)]
+        return tuple(hashlib.sha256(b"".join(column[i].numpy().tobytes() for column in columns)).hexdigest()[:16] for i in range(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a hash of all items and labels, in order: 16 hexadecimal digits."""
+        digest = hashlib.sha256("".join(self.fingerprints).encode())
+        digest.update(self.labels.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model did on some items; tensors on the CPU, first dimension = item.
+
+    `loss` [N] float64: mean negative log-likelihood of the item's labels, in nats. `correct` [N] float64: fraction of the
+    item's labels that were the most likely answer. `weight` [N] float64: number of labels (1, or tokens of a window).
+    `answers` [N] or [N, L] int64: the most likely class or token, so that flips can be counted.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    weight: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.loss)
+
+    @staticmethod
+    def join(parts: list[Scores]) -> Scores:
+        """Return consecutive parts as one."""
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("loss", "correct", "weight", "answers")))
+
+
+class Kind(Protocol):
+    """A kind of task; each file of this package has one instance of it."""
+
+    name: str  # as shown to users, such as "image classification"
+    auto_class: str  # the transformers class that loads the model, such as "AutoModelForImageClassification"
+    primary: str  # the metric that quality means: "accuracy" or "perplexity"
+
+    def logits(self, model: nn.Module, items: Items) -> Tensor:
+        """Return logits aligned with `items.labels`: [N, classes] or [N, L, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its data, ready to be measured. Build it with `workbench.zoo.load_task`.
+
+    `evaluation` is in random order, so that any prefix is a fair sample. Calibration and training data share no item with
+    evaluation data: the constructor checks it and raises `DataError`.
+    """
+
+    kind: Kind
+    model: nn.Module
+    model_name: str
+    model_fingerprint: str
+    data_name: str
+    evaluation: Items
+    calibration: Items
+    training: Items
+    labels: tuple[str, ...] = ()  # class names, if the task has classes
+    batch_size: int = 64
+    files: dict[str, bytes] = field(default_factory=dict)  # tokenizer and preprocessor files that an export takes along
+    notes: tuple[str, ...] = ()  # what a user must know about model or data, shown with every measurement
+    processor: Any = None  # tokenizer or image processor, where there is one
+
+    def __post_init__(self) -> None:
+        """Refuse empty data and data that overlap."""
+        for role in ("evaluation", "calibration", "training"):
+            if not len(getattr(self, role)):
+                raise DataError(f"no {role} items in {self.data_name!r}: give at least one")
+        held_out = set(self.evaluation.fingerprints)
+        for role in ("calibration", "training"):
+            shared = [i for i, name in enumerate(getattr(self, role).fingerprints) if name in held_out]
+            if shared:
+                raise DataError(f"{role} and evaluation data of {self.data_name!r} overlap: {len(shared)} items, the first is {role} item {shared[0]}")
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Return one hash of evaluation, calibration and training data."""
+        return hashlib.sha256((self.evaluation.fingerprint + self.calibration.fingerprint + self.training.fingerprint).encode()).hexdigest()[:16]

@@ -1,0 +1,24 @@
+"""How numbers, sizes and names read in messages and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """Return `nearest: a, b` for a mistyped name, or `known: ...` when nothing is close."""
+    names = list(known)
+    close = get_close_matches(given, names, n=3, cutoff=0.5)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(names)}"
+
+
+def size(count: float | None) -> str:
+    """Return bytes as `4.02 MB` (powers of 1000, as disks and hubs count)."""
+    if count is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} GB"
