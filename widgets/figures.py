@@ -1,0 +1,153 @@
+"""Records to plotly figures; pure. Colours and fonts read on a light and on a dark page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+
+from workbench.measure.measurement import Measurement
+from workbench.tradeoff import Tradeoff, TradeoffPoint
+
+BLUE, ORANGE, GREY, GREEN = "#3b82f6", "#f97316", "#8b95a5", "#10b981"
+STANDINGS = {"front": (BLUE, 13, "on the front"), "within noise": (BLUE, 8, "within noise of the front"), "dominated": (GREY, 7, "dominated")}
+
+
+def layout(figure: go.Figure, title: str, x: str, y: str, height: int = 430) -> go.Figure:
+    """Apply the common look: transparent, one grid, horizontal legend, large enough to read from afar."""
+    axis = {"gridcolor": "rgba(139,149,165,0.25)", "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY, "automargin": True}
+    figure.update_layout(
+        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 18}, "yref": "container", "y": 0.97},
+        xaxis={"title": x, **axis}, yaxis={"title": y, **axis}, height=height, margin={"l": 70, "r": 20, "t": 80, "b": 55},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"family": "system-ui, sans-serif", "size": 14, "color": GREY},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hoverlabel={"align": "left"},
+    )  # fmt: skip
+    return figure
+
+
+def scale_of(record: Tradeoff) -> float:
+    """Return the factor from the metric to what the axis shows: percent for accuracy."""
+    return 100.0 if record.metric == "accuracy" else 1.0
+
+
+def shown_cost(record: Tradeoff, cost: float) -> float:
+    """Return a cost in the axis' unit: MB, or times the dense model's time."""
+    return cost / 1e6 if record.cost_name == "file_bytes" else cost
+
+
+def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure:
+    """Return quality against cost: every point with its interval, the front as a line, the dense model as a star.
+
+    `highlight` is the key of the point that the report is about; it gets a ring.
+    """
+    figure = go.Figure()
+    scale = scale_of(record)
+    front = [point for point in record.points if point.standing == "front"]
+    figure.add_scatter(
+        x=[shown_cost(record, p.cost.value) for p in front], y=[scale * p.quality.value for p in front], mode="lines", line={"color": BLUE, "width": 1, "dash": "dot"},
+        hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+    for name, (color, size, words) in STANDINGS.items():
+        chosen = [point for point in record.points if point.standing == name]
+        if chosen:
+            figure.add_trace(markers(record, chosen, color, size, words))
+    figure.add_scatter(
+        x=[shown_cost(record, record.dense_cost)], y=[scale * record.dense_quality], mode="markers", name="dense model",
+        marker={"symbol": "star", "size": 17, "color": ORANGE}, hovertemplate="dense model<br>%{y:.4g}<extra></extra>",
+    )  # fmt: skip
+    ringed = [point for point in record.points if point.key == highlight]
+    if ringed:
+        figure.add_scatter(
+            x=[shown_cost(record, p.cost.value) for p in ringed], y=[scale * p.quality.value for p in ringed], mode="markers", name="this recipe",
+            marker={"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}}, hoverinfo="skip",
+        )  # fmt: skip
+    cost = "file size (MB)" if record.cost_name == "file_bytes" else "time relative to dense (lower is faster)"
+    layout(figure, f"{escape(record.model)}: {record.metric} against {'size' if record.cost_name == 'file_bytes' else 'latency'}", cost, metric_title(record.metric))
+    if record.metric == "perplexity":
+        figure.update_yaxes(type="log", autorange="reversed")
+    if record.cost_name == "file_bytes":
+        figure.update_xaxes(type="log", dtick="D2")
+    return figure
+
+
+def metric_title(metric: str) -> str:
+    """Return the axis title of a metric."""
+    return {"accuracy": "accuracy (%)", "perplexity": "perplexity (log, better upwards)"}.get(metric, metric)
+
+
+def markers(record: Tradeoff, points: Sequence[TradeoffPoint], color: str, size: int, name: str) -> go.Scatter:
+    """Return one trace of points with their intervals and the verdict as hover text."""
+    scale = scale_of(record)
+    finite = [p for p in points if math.isfinite(p.quality.value)]
+    exact = record.cost_name == "file_bytes"
+    return go.Scatter(
+        x=[shown_cost(record, p.cost.value) for p in finite], y=[scale * p.quality.value for p in finite], mode="markers", name=name,
+        marker={"color": color, "size": size, "opacity": 0.9},
+        error_y={"array": [scale * (p.quality.high - p.quality.value) for p in finite], "arrayminus": [scale * (p.quality.value - p.quality.low) for p in finite],
+                 "thickness": 1.2, "width": 3, "color": color},
+        error_x=None if exact else {"array": [p.cost.high - p.cost.value for p in finite], "arrayminus": [p.cost.value - p.cost.low for p in finite],
+                                    "thickness": 1.2, "width": 3, "color": color},
+        hovertext=[wrap(escape(p.verdict)) for p in finite], hovertemplate="%{hovertext}<extra></extra>",
+    )  # fmt: skip
+
+
+def wrap(text: str, width: int = 70) -> str:
+    """Return text with line breaks for a hover label."""
+    import textwrap
+
+    return "<br>".join(textwrap.wrap(text, width))
+
+
+def slider_figure(slider: str, points: Sequence[Measurement], centre: Measurement) -> go.Figure:
+    """Return the paired change of quality as one slider moves and everything else stays; the report's recipe is ringed."""
+    step = next(kind for kind in {type(s) for p in points for s in p.recipe} if kind.slider == slider)
+    found = sorted(((getattr(p.recipe.get(step.kind()), slider), p) for p in points), key=lambda pair: pair[0])
+    found = [(value, p) for value, p in found if math.isfinite(p.primary.change.value)]
+    metric = centre.primary.metric
+    change = [100 * p.primary.change.value for _, p in found]
+    figure = go.Figure(
+        go.Scatter(
+            x=[value for value, _ in found], y=change, mode="lines+markers", name="change against dense", line={"color": BLUE}, marker={"size": 10},
+            error_y={"array": [100 * p.primary.change.high - c for (_, p), c in zip(found, change, strict=True)],
+                     "arrayminus": [c - 100 * p.primary.change.low for (_, p), c in zip(found, change, strict=True)], "thickness": 1.2, "width": 3},
+            hovertext=[f"{escape(p.recipe.label())}<br>{p.sizes.file_bytes / 1e6:.3g} MB, {p.shrink:.1f}x smaller" for _, p in found],
+            hovertemplate="%{hovertext}<br>%{y:+.2f}<extra></extra>",
+        )  # fmt: skip
+    )
+    figure.add_hline(y=0, line={"color": ORANGE, "dash": "dot", "width": 1})
+    mine = [(value, p) for value, p in found if p.key == centre.key]
+    if mine:
+        figure.add_scatter(x=[mine[0][0]], y=[100 * mine[0][1].primary.change.value], mode="markers", name="this recipe",
+                           marker={"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}}, hoverinfo="skip")  # fmt: skip
+    unit = "accuracy change (points)" if metric == "accuracy" else f"{metric} change (%)"
+    return layout(figure, f"moving {slider} alone", slider, unit, height=360)
+
+
+def layers_figure(point: Measurement) -> go.Figure:
+    """Return what the recipe did to each layer: relative error of the weights, and sparsity, rank and bits on hover."""
+    rows = [row for row in point.layers if row.relative_error is not None]
+    texts = []
+    for row in rows:
+        given = {"sparsity": row.sparsity and f"{row.sparsity:.0%}", "rank": row.rank, "bits": row.bits}
+        texts.append(f"{escape(row.name)} {row.shape}<br>{', '.join(f'{k} {v}' for k, v in given.items() if v)}<br>{wrap(escape(row.outcome))}")
+    figure = go.Figure(
+        go.Bar(y=[row.name for row in rows], x=[row.relative_error for row in rows], orientation="h", marker={"color": BLUE}, hovertext=texts,
+               hovertemplate="%{hovertext}<br>relative error %{x:.3f}<extra></extra>")  # fmt: skip
+    )
+    layout(figure, "relative error of each layer's weights", "||W' - W|| / ||W||", "", height=150 + 17 * len(rows))
+    return figure.update_yaxes(autorange="reversed", tickfont={"size": 11})
+
+
+def curve_figure(point: Measurement) -> go.Figure:
+    """Return the training loss of the distillation step."""
+    steps, losses = zip(*point.curve, strict=True)
+    return layout(go.Figure(go.Scatter(x=steps, y=losses, mode="lines", line={"color": BLUE})), "distillation", "step", "loss", height=300)
+
+
+def use_offline_renderer() -> None:
+    """Make figures show in JupyterLab, and in HTML with no network: plotly.js goes into the page once (5 MB)."""
+    import plotly.io as pio
+
+    pio.renderers.default = "plotly_mimetype+notebook"

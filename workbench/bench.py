@@ -1,0 +1,275 @@
+"""Bench: one task, what is computed once for it, and the ledger of what was measured on it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from workbench.compress import Compressed, compress
+from workbench.compress.layers import Progress, no_progress
+from workbench.device import describe, pick
+from workbench.errors import Cancelled, LedgerError
+from workbench.ledger import Ledger, default_path
+from workbench.measure.latency import measure_latency
+from workbench.measure.measurement import Context, Measurement, Provenance
+from workbench.measure.memory import peak_memory_bytes
+from workbench.measure.quality import flips, quality
+from workbench.measure.size import Sizes, sizes
+from workbench.progress import Bar
+from workbench.recipe import Recipe
+from workbench.runtime.realise import Realised, realise
+from workbench.statistics import Statistics
+from workbench.tasks import score
+from workbench.tasks.base import Scores, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
+
+
+class Bench:
+    """A model on its data, ready to be compressed and measured.
+
+    `measure` blocks and returns one point; `stream` yields it as it grows. What does not depend on the recipe (the dense
+    model's scores and sizes, calibration statistics, factorisations) is computed once and kept.
+    """
+
+    def __init__(  # noqa: PLR0913  every argument is one thing that a user may want to set
+        self,
+        model: str | Task,
+        data: str | None = None,
+        *,
+        device: str | None = None,
+        ledger: Ledger | str | Path | None = None,
+        evaluation_items: int | None = None,
+        calibration_items: int | None = None,
+        training_items: int | None = None,
+        context_length: int | None = None,
+        latency_batch: int = 16,
+        confidence: float = 0.95,
+        offline: bool = False,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Load the model and its data.
+
+        Args:
+            model: a catalogue name, a local directory, a hub id, or a ready `Task`.
+            data: a data set name, hub id or local file; None takes the catalogue's.
+            device: "cpu", "cuda", or None for the GPU where there is one.
+            ledger: where points are kept (a path, an Optuna URL); None takes the user's own file for this model.
+            evaluation_items, calibration_items, training_items: at most so many of each; None takes the task's default.
+            context_length: tokens in a window of a language model; None takes the task's default.
+            latency_batch: items in the batch that is timed.
+            confidence: of every quality interval.
+            offline: never reach for the network.
+            seed: of the order of data.
+            progress: whether to show a progress bar.
+
+        Raises:
+            ModelError, DataError, DeviceError, LedgerError: see `workbench.errors`.
+
+        """
+        from workbench.zoo import load_task
+
+        self.device = pick(device)
+        self.show_progress = progress
+        self.task = (
+            model
+            if isinstance(model, Task)
+            else load_task(
+                model, data, device=str(self.device), offline=offline, evaluation_items=evaluation_items, calibration_items=calibration_items,
+                training_items=training_items, context=context_length, seed=seed, progress=progress,
+            )
+        )  # fmt: skip
+        self.evaluation = self.task.evaluation.to(self.device)
+        self.confidence = confidence
+        self.latency_items = self.evaluation[:latency_batch]
+        self.context = Context(
+            self.task.model_name, self.task.model_fingerprint, self.task.data_name, self.task.data_fingerprint, self.device.type,
+            describe(self.device), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"),
+        )  # fmt: skip
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
+        self.statistics = Statistics(self.task)
+
+    def measure(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None) -> Measurement:
+        """Return the complete measurement of a recipe; one that the ledger has already is returned at once.
+
+        Args:
+            recipe: what to do; `Recipe()` is the dense model itself.
+            again: measure even if the ledger has this point.
+            cancelled: asked between layers, batches and training steps; True stops with `Cancelled`.
+
+        Raises:
+            RecipeError, CompressionError: the recipe does not fit the model.
+            Cancelled: `cancelled` returned True.
+
+        """
+        *_, last = self.looks(recipe, (), again=again, cancelled=cancelled)
+        return last
+
+    def stream(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None) -> Iterator[Measurement]:
+        """Yield the measurement after 16, 64, 256 and all evaluation items; the last one is complete and in the ledger.
+
+        Intervals are joint over the looks (Bonferroni): they hold however early one stops. Arguments as `measure`.
+        """
+        return self.looks(recipe, tuple(n for n in LOOKS if n < len(self.evaluation)), again=again, cancelled=cancelled)
+
+    def looks(self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None) -> Iterator[Measurement]:
+        """Yield a measurement after each of the `early` numbers of items, then the complete one."""
+        known = None if again else self.ledger.find(self.context.key(recipe))
+        if known is not None:
+            yield known
+            return
+        with Bar(recipe.label(), shown=self.show_progress) as bar:
+            progress = stoppable(bar, cancelled)
+            start = time.perf_counter()
+            compressed = compress(self.task, recipe, self.statistics_with(progress), progress)
+            partial = Partial(self, compressed, len(early) + 1, progress, time.perf_counter() - start)
+            for count in early:
+                yield partial.look(count)
+            point = partial.finish()
+        self.keep(point)
+        yield point
+
+    def keep(self, point: Measurement) -> None:
+        """Add a point to the ledger; a ledger that cannot be written costs a warning, never the point."""
+        import warnings
+
+        try:
+            self.ledger.add(point)
+        except LedgerError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+
+    def statistics_with(self, progress: Progress) -> Statistics:
+        """Return the statistics, reporting to `progress` if they have to be computed now."""
+        self.statistics.progress = progress
+        return self.statistics
+
+    def compress(self, recipe: Recipe) -> Compressed:
+        """Return the compressed model of a recipe, not measured."""
+        with Bar(recipe.label(), shown=self.show_progress) as bar:
+            return compress(self.task, recipe, self.statistics_with(bar), bar)
+
+    def export(self, recipe: Recipe, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Measure the recipe, write the compressed model, manifest and card to `directory`, and return it.
+
+        Raises:
+            ExportError: the directory holds something that is no export, or cannot be written.
+
+        """
+        from workbench.export import check_target, export
+
+        check_target(Path(directory), overwrite=overwrite)
+        point = self.measure(recipe)
+        return export(self.task, self.compress(recipe), point, Path(directory), overwrite=overwrite)
+
+    def dense_scores(self, count: int, progress: Progress = no_progress) -> Scores:
+        """Return the dense model's scores on the first `count` evaluation items, computed once."""
+        return self.scores_up_to(self.task.model, self.statistics.once("dense scores", list), count, progress)
+
+    def dense_sizes(self) -> Sizes:
+        """Return the dense model's sizes, computed once."""
+        return self.statistics.once("dense sizes", lambda: sizes(self.task.model))
+
+    def scores_up_to(self, model: nn.Module, parts: list[Scores], count: int, progress: Progress) -> Scores:
+        """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`."""
+        done = sum(map(len, parts))
+        total = len(self.evaluation)
+        while done < count:
+            progress("evaluate", done, total)
+            upto = min(count, done + self.task.batch_size)
+            parts.append(score(self.task.kind, model, self.evaluation[done:upto]))
+            done = upto
+        joined = Scores.join(parts)
+        parts[:] = [joined]
+        return Scores(joined.loss[:count], joined.correct[:count], joined.weight[:count], joined.answers[:count])
+
+
+class Partial:
+    """A measurement in progress: one compressed model, scored look by look."""
+
+    def __init__(self, bench: Bench, compressed: Compressed, looks: int, progress: Progress, compress_seconds: float) -> None:
+        """Compute what needs no evaluation: sizes and which kernels there are."""
+        self.bench, self.compressed, self.looks, self.progress = bench, compressed, looks, progress
+        self.compress_seconds = compress_seconds
+        self.start = time.perf_counter()
+        self.scores: list[Scores] = []
+        self.realised: Realised = realise(compressed, bench.device.type)
+        self.sizes = sizes(compressed.model, compressed.layers)
+
+    def look(self, count: int) -> Measurement:
+        """Return the measurement after the first `count` evaluation items, without latency."""
+        bench = self.bench
+        dense = bench.dense_scores(count, self.progress)
+        mine = bench.scores_up_to(self.realised.model, self.scores, count, self.progress)
+        task = bench.task
+        return Measurement(
+            key=bench.context.key(self.compressed.recipe),
+            recipe=self.compressed.recipe,
+            context=bench.context,
+            quality=quality(task.kind.primary, dense, mine, bench.confidence, self.looks),
+            flips=flips(dense, mine, bench.confidence, self.looks),
+            items=count,
+            items_total=len(bench.evaluation),
+            sizes=self.sizes,
+            dense_sizes=bench.dense_sizes(),
+            layers=self.compressed.report,
+            provenance=Provenance(versions(), git_revision(), now(), self.compress_seconds, time.perf_counter() - self.start, len(task.calibration), len(task.training)),
+            no_kernel=self.realised.no_kernel,
+            warnings=(*task.notes, *self.compressed.warnings),
+            curve=self.compressed.curve,
+        )
+
+    def finish(self) -> Measurement:
+        """Return the complete measurement: all items, latency, memory."""
+        import dataclasses
+
+        bench, kind = self.bench, self.bench.task.kind
+        point = self.look(len(bench.evaluation))
+        latency = measure_latency(kind, bench.task.model, self.realised.model, bench.latency_items, progress=self.progress)
+        dense_peak = bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, bench.task.model, bench.latency_items))
+        peak = peak_memory_bytes(kind, self.realised.model, bench.latency_items)
+        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak)
+
+
+def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progress:
+    """Return `progress` that raises `Cancelled` when `cancelled()` says so."""
+    if cancelled is None:
+        return progress
+
+    def report(what: str, done: int, total: int) -> None:
+        if cancelled():
+            raise Cancelled(f"cancelled during {what}, {done} of {total}")
+        progress(what, done, total)
+
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import platform
+
+    return {name: importlib.metadata.version(name) for name in ("compression-workbench", "torch", "transformers")} | {"python": platform.python_version()}
+
+
+def git_revision() -> str | None:
+    """Return the revision of the git work tree that the process runs in, with a + if it has changes; None outside one."""
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=5, check=True)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip() or None
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,62 @@
+"""Words for people: the verdict sentence and the model card of an export."""
+
+from __future__ import annotations
+
+from workbench.measure.measurement import Measurement
+from workbench.measure.quality import Quality
+from workbench.words import size
+
+
+def quality_words(quality: Quality) -> str:
+    """Return such as `accuracy 93.1% -> 92.3% (-0.8 points, -1.3 to -0.3)`."""
+    before, after, change = quality.dense.value, quality.compressed.value, quality.change
+    if quality.metric == "accuracy":
+        return f"accuracy {before:.1%} to {after:.1%} ({100 * change.value:+.1f} points, {100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    if quality.metric == "perplexity":
+        return f"perplexity {before:.4g} to {after:.4g} ({change.value:+.1%}, {change.low:+.1%} to {change.high:+.1%})"
+    return f"{quality.metric} {before:.4g} to {after:.4g} ({change.value:+.3g}, {change.low:+.3g} to {change.high:+.3g})"
+
+
+def speed_words(point: Measurement) -> str:
+    """Return the measured speed against dense, and why no kernel helps where none does."""
+    if point.latency is None:
+        return point.missing.get("latency", "latency not measured yet")
+    speed = point.latency.speedup
+    words = f"{speed.value:.2f}x as fast ({speed.low:.2f} to {speed.high:.2f})"
+    return f"{words}: {'; '.join(point.no_kernel)}" if point.no_kernel else words
+
+
+def verdict(point: Measurement) -> str:
+    """Return one sentence that says what the recipe costs and saves, every number measured."""
+    smaller = f"{point.shrink:.2f}x smaller on disk ({size(point.dense_sizes.file_bytes)} to {size(point.sizes.file_bytes)})"
+    return f"{point.recipe.label()}: {quality_words(point.primary)}; {smaller}; {speed_words(point)}."
+
+
+def card(point: Measurement) -> str:
+    """Return the model card of an export as Markdown."""
+    context, provenance = point.context, point.provenance
+    rows = [
+        ("recipe", f"`{point.recipe!r}`"),
+        *((q.metric, quality_words(q)) for q in point.quality),
+        ("changed answers", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        ("theoretical, packed, file bytes", f"{point.sizes.theoretical_bytes:,}, {point.sizes.packed_bytes:,}, {point.sizes.file_bytes:,}"),
+        ("dense file bytes", f"{point.dense_sizes.file_bytes:,}"),
+        ("speed", speed_words(point)),
+        ("evaluated on", f"{point.items:,} items of {context.data_name}; {point.primary.confidence:.0%} intervals, paired with the dense model"),
+        ("calibrated on", f"{provenance.calibration_items:,} other items"),
+        ("measured on", f"{context.device_name}, {provenance.time}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    notes = "".join(f"\n- {note}" for note in point.warnings)
+    return f"""# {context.model_name}, compressed
+
+{verdict(point)}
+
+| | |
+|---|---|
+{table}
+
+Load it with `import workbench as wb; model = wb.load("this directory")`: an ordinary transformers model with the outputs
+that were measured. The weights in `model.safetensors` are packed; `compression.json` says how.{f"{chr(10)}{chr(10)}## Notes{chr(10)}{notes}" if notes else ""}
+"""

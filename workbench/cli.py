@@ -1,0 +1,167 @@
+"""The `workbench` command. Every recipe option comes from the registered methods, with its help text and its checks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from workbench.errors import WorkbenchError
+from workbench.gates import Gates
+from workbench.recipe import METHODS
+from workbench.report import load_plugins
+
+COMMON = (
+    ("data", str, "data set: a catalogue name, a hub id, or a local file or image folder"),
+    ("device", str, "cpu or cuda; left out: the GPU where there is one"),
+    ("ledger", str, "where points are kept: a file, or an Optuna storage URL"),
+    ("evaluation_items", int, "evaluate at most so many items"),
+    ("seed", int, "seed of every random choice"),
+)
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parameters() -> list[click.Parameter]:
+    """Return the options that describe a job: model, data, device and every registered method's own."""
+    found: list[click.Parameter] = [click.Argument(["model"])]
+    found += [click.Option([flag(name)], type=kind, help=words) for name, kind, words in COMMON]
+    found.append(click.Option(["--offline"], is_flag=True, help="never reach for the network"))
+    for name, step in METHODS.options().items():
+        field = step.options().get(name)
+        words = field.description if field is not None else f"layers that {step.kind()} works on: globs or re:expressions, comma-separated"
+        default = "" if field is None or name == step.slider else f" [default: {field.default}]"
+        found.append(click.Option([flag(name)], metavar="VALUE", help=f"{step.__name__}: {words}{default}"))
+    return found
+
+
+class JobCommand(click.Command):
+    """A command about one model and recipe; its options are read from the registry when it is used."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the job's parameters, then the command's own."""
+        own = super().get_params(ctx)
+        return [*parameters(), *own]
+
+
+def plugins_option(ctx: click.Context, _: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Import plugins before any option is parsed, so that theirs exist."""
+    load_plugins(names)
+    ctx.obj = names
+    return names
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--plugin", multiple=True, is_eager=True, expose_value=False, callback=plugins_option, help="a module that registers methods; may be repeated")
+@click.version_option(package_name="compression-workbench")
+def workbench() -> None:
+    """How small and fast can this model get, and what does it cost?"""
+
+
+@workbench.command()
+def models() -> None:
+    """List the models that can be picked by name."""
+    from rich.table import Table
+
+    from workbench.zoo import models as catalogue
+
+    table = Table("name", "task", "parameters", "licence", "source", "here", title="Models by name; a local directory or a hub id works too")
+    for entry in catalogue():
+        table.add_row(entry.name, entry.task, f"{entry.parameters:,}", entry.licence, entry.source, "yes" if entry.here else "no")
+    show(table)
+
+
+@workbench.command(cls=JobCommand)
+@click.option("--again", is_flag=True, help="measure even if the ledger has this point")
+@click.option("--export", "directory", type=click.Path(path_type=Path), help="also write the compressed model to this directory")
+@click.option("--overwrite", is_flag=True, help="replace an earlier export there")
+@click.pass_context
+def measure(ctx: click.Context, /, again: bool, directory: Path | None, overwrite: bool, **given: Any) -> None:
+    """Compress MODEL by one recipe, measure it against the dense model, and print one table."""
+    from workbench.bench import Bench
+    from workbench.export import check_target
+    from workbench.report import job_from
+
+    job = job_from({**given, "plugins": list(ctx.obj)})
+    if directory is not None:
+        check_target(directory, overwrite=overwrite)
+    bench = Bench(job.model, progress=sys.stderr.isatty(), **job.settings)
+    point = bench.measure(job.recipe, again=again)
+    show_point(point)
+    if directory is not None:
+        click.echo(f"written to {bench.export(job.recipe, directory, overwrite=overwrite)}; load it with workbench.load({str(directory)!r})")
+
+
+@workbench.command(cls=JobCommand)
+@click.option("--output", type=click.Path(path_type=Path), default="reports", show_default=True, help="directory of the executed notebook and the page")
+@click.option("--name", help="of both files; left out: the model's name")
+@click.pass_context
+def report(ctx: click.Context, /, output: Path, name: str | None, **given: Any) -> None:
+    """Run the report notebook on MODEL. Exit code 0: every gate held; 1: one did not, or the work failed; 2: bad usage."""
+    from workbench.report import report as run
+
+    chosen = {key: value for key, value in given.items() if value not in {None, False}}
+    page = run({**chosen, "plugins": list(ctx.obj)}, output, name=name, progress=sys.stderr.isatty())
+    click.echo(f"{page}\n{page.with_suffix('.ipynb')}")
+
+
+for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defined]
+    report.params.append(click.Option([flag(gate)], metavar="VALUE", help=f"gate: {about.description}"))
+
+
+def show(table: Any) -> None:
+    """Print a rich table, wide where the output is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def show_point(point: Any) -> None:
+    """Print a point: verdict, everything measured, every layer."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from workbench.card import verdict
+    from workbench.summary import layer_rows, summary
+
+    click.echo(verdict(point))
+    table = Table("", "dense", "compressed")
+    for row in summary(point):
+        table.add_row(*map(escape, row))
+    show(table)
+    layers = Table(*layer_rows(point)[0])
+    for cells in layer_rows(point):
+        layers.add_row(*map(escape, cells.values()))
+    show(layers)
+    for warning in point.warnings:
+        click.echo(f"note: {warning}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error of the workbench is one line on stderr and exit code 1."""
+    exit_with(lambda: workbench.main(arguments, standalone_mode=False))
+
+
+def exit_with(run: Callable[[], Any]) -> None:
+    """Run, turning errors into one line and an exit code: 1 for the workbench's, 2 for usage, 130 for Ctrl-C."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        code = run()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; every point measured before is in the ledger", err=True)
+        sys.exit(130)
+    except WorkbenchError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,61 @@
+"""Compression: real changes to real tensors, step by step, each promise checked on the tensors afterwards.
+
+Importing this package registers the built-in methods; each lives in one file.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from workbench.compress.distill import Distill
+from workbench.compress.layers import Layer, Progress, no_progress
+from workbench.compress.lowrank import LowRank
+from workbench.compress.prune import Prune
+from workbench.compress.quantize import Quantize
+from workbench.compress.report import LayerReport, layer_reports
+from workbench.compress.work import Work
+from workbench.errors import CompressionError
+from workbench.recipe import METHODS, Recipe
+from workbench.statistics import Statistics
+from workbench.tasks.base import Task
+
+__all__ = ["Compressed", "Distill", "LayerReport", "LowRank", "Prune", "Quantize", "Work", "compress"]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model: an ordinary module that runs anywhere, and what is known about each of its weights."""
+
+    model: nn.Module
+    recipe: Recipe
+    layers: tuple[Layer, ...]
+    report: tuple[LayerReport, ...]
+    curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of a Distill step
+    warnings: tuple[str, ...] = ()
+
+
+def compress(task: Task, recipe: Recipe, statistics: Statistics | None = None, progress: Progress = no_progress) -> Compressed:
+    """Apply every step of `recipe` to a copy of the task's model; the task's model is not changed.
+
+    The same recipe, seed and device give the same bits. `progress(what, done, total)` is called between layers and training
+    steps; an exception from it (`Cancelled`) stops the work.
+
+    Raises:
+        RecipeError: a target names no layer, or two steps of one kind take the same layer.
+        CompressionError: a step finds no layer that it can take, or numbers stop being finite.
+        BrokenPromiseError: a later step broke what an earlier one promised (a defect).
+
+    """
+    work = Work(copy.deepcopy(task.model).eval(), task, statistics or Statistics(task, progress), progress)
+    for step in recipe:
+        METHODS.functions[type(step)](step, work)
+        if not any(step.kind() in kinds for kinds in work.taken.values()):
+            reasons = [f"{name}: {words[-1]}" for name, words in work.outcomes.items() if words]
+            raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
+        for layer in work.layers.values():
+            layer.check()
+    work.model.requires_grad_(False)
+    return Compressed(work.model, recipe, tuple(work.layers.values()), layer_reports(work), tuple(work.curve), tuple(work.warnings))

@@ -1,0 +1,71 @@
+"""The only reader of hardware facts: pick a device, wait for it, time on it, say what it is."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from workbench.errors import DeviceError
+
+
+def pick(wanted: str | None = None) -> torch.device:
+    """Return the device asked for, or the first GPU, or the CPU.
+
+    Raises:
+        DeviceError: the name is unknown, or the device is not here.
+
+    """
+    if wanted is None or wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {wanted!r}: use 'cpu', 'cuda' or 'cuda:0'") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise DeviceError(f"device {wanted!r} is not supported: use 'cpu' or 'cuda'")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise DeviceError(f"device {wanted!r} is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """Return the device's name as a reader of a report would want it, such as `NVIDIA H100 80GB HBM3`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Clock:
+    """Times work on one device: wall clock on a CPU, events on a GPU, where work is asynchronous."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Remember the device."""
+        self.device = device
+
+    def time_ms(self, work: Callable[[], object]) -> float:
+        """Return the milliseconds that one call of `work` takes, waiting for the device before and after."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return (time.perf_counter() - start) * 1000
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(begin.elapsed_time(end))

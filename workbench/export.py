@@ -1,0 +1,170 @@
+"""Write a compressed model to files, and load it back with the same outputs, bit for bit.
+
+A directory holds `model.safetensors` (packed), `config.json` (transformers), `compression.json` (how to unpack it, the
+recipe, the measurement, versions), a card, and the tokenizer or preprocessor files. It is written to one side, read back,
+compared, and only then renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from workbench.card import card
+from workbench.compress.lowrank import pair_like
+from workbench.compress.layers import replace_module
+from workbench.errors import ExportError
+from workbench.measure.size import file_content
+from workbench.runtime.packed import pack_model, unpack_state
+
+if TYPE_CHECKING:
+    from workbench.compress import Compressed
+    from workbench.measure.measurement import Measurement
+    from workbench.tasks.base import Task
+
+FORMAT = 1
+MANIFEST, WEIGHTS = "compression.json", "model.safetensors"
+
+
+def check_target(directory: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that an export must not replace, before any work is done.
+
+    Raises:
+        ExportError: it exists and is no export, or is one and `overwrite` is False, or its parent cannot be written.
+
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ExportError(f"{str(directory)!r} is a file: give a directory that does not exist yet")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not (directory / MANIFEST).is_file():
+            raise ExportError(f"{str(directory)!r} holds files that are no export of the workbench: give a directory that does not exist yet")
+        if not overwrite:
+            raise ExportError(f"{str(directory)!r} holds an earlier export: pass overwrite=True (--overwrite) to replace it")
+    parent = directory.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ExportError(f"cannot write to {str(parent)!r}: choose a directory that you may write to")
+
+
+def export(task: Task, compressed: Compressed, point: Measurement, directory: Path, *, overwrite: bool = False) -> Path:
+    """Write the compressed model to `directory` and return it.
+
+    Raises:
+        ExportError: the target is taken or cannot be written; nothing is left half written.
+
+    """
+    check_target(directory, overwrite=overwrite)
+    directory = directory.absolute()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        side = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write to {str(directory.parent)!r}: {error.strerror}") from None
+    try:
+        write_files(task, compressed, point, side)
+        verify(side, compressed.model)
+        side.chmod(0o755)
+        put_in_place(side, directory)
+    except OSError as error:
+        raise ExportError(f"cannot write the export {str(directory)!r}: {error.strerror}; nothing was left behind") from None
+    finally:
+        shutil.rmtree(side, ignore_errors=True)
+    return directory
+
+
+def write_files(task: Task, compressed: Compressed, point: Measurement, side: Path) -> None:
+    """Write every file of an export into the directory `side`, each flushed to disk."""
+    packed = pack_model(compressed.model, compressed.layers)
+    content = file_content(packed)
+    pairs = {layer.origin: layer.rank for layer in compressed.layers if layer.rank is not None}
+    manifest = {
+        "format": FORMAT,
+        "task": task.kind.name,
+        "auto_class": task.kind.auto_class,
+        "weights_sha256": hashlib.sha256(content).hexdigest(),
+        "low_rank": pairs,
+        "encodings": packed.manifest(),
+        "recipe": json.loads(compressed.recipe.to_json()),
+        "measurement": json.loads(point.to_json()),
+    }
+    config: Any = compressed.model.config
+    files = {WEIGHTS: content, MANIFEST: json.dumps(manifest, indent=1).encode(), "config.json": config.to_json_string().encode(), "README.md": card(point).encode()}
+    for name, data in {**task.files, **files}.items():
+        with (side / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def put_in_place(side: Path, directory: Path) -> None:
+    """Rename `side` to `directory`, moving an earlier export out of the way first and deleting it last."""
+    old = None
+    if directory.exists():
+        old = side.with_name(f"{side.name}-old")
+        directory.rename(old)
+    side.rename(directory)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def verify(directory: Path, model: nn.Module) -> None:
+    """Read an export back and compare every tensor with the model in memory, bit for bit.
+
+    Raises:
+        ExportError: a tensor differs.
+
+    """
+    expected, loaded = model.state_dict(), load(directory).state_dict()
+    different = [name for name in expected if name not in loaded or not torch.equal(expected[name].cpu(), loaded[name])]
+    if different or len(loaded) != len(expected):
+        raise ExportError(f"the export does not load back as the same model: {', '.join(different[:3]) or 'extra tensors'}; nothing was written")
+
+
+def load(directory: str | Path, device: str = "cpu") -> nn.Module:
+    """Return the model of an export, unpacked, in eval mode on `device`: an ordinary transformers model.
+
+    Raises:
+        ExportError: the directory is no export, its format is newer than this version, or a file is damaged.
+
+    """
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        content = (directory / WEIGHTS).read_bytes()
+    except FileNotFoundError as error:
+        raise ExportError(f"{str(directory)!r} is no export of the workbench: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{str(directory)!r} cannot be read: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise ExportError(f"{str(directory)!r} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    if hashlib.sha256(content).hexdigest() != manifest["weights_sha256"]:
+        raise ExportError(f"{str(directory / WEIGHTS)!r} is damaged: its sha256 is not the one in {MANIFEST}")
+    state = unpack_state(safetensors.torch.load(content), manifest["encodings"])
+    model = skeleton(directory, manifest)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    return model.requires_grad_(False).eval().to(device)
+
+
+def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
+    """Return the untrained model of an export with its low-rank layers in place."""
+    import transformers
+
+    classes = {"AutoModelForImageClassification", "AutoModelForSequenceClassification", "AutoModelForCausalLM"}
+    if manifest["auto_class"] not in classes:
+        raise ExportError(f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known: {', '.join(sorted(classes))}")
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(config, trust_remote_code=False)
+    for name, rank in manifest["low_rank"].items():
+        replace_module(model, name, pair_like(model.get_submodule(name), rank))
+    return model

@@ -1,0 +1,1 @@
+"""Honest measurements: paired quality with intervals, three sizes, interleaved latency, peak memory."""

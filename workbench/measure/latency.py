@@ -1,0 +1,62 @@
+"""Latency of the realised model, interleaved with the dense one in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+
+from workbench.compress.layers import Progress, no_progress
+from workbench.device import Clock
+from workbench.measure.quality import Estimate
+from workbench.tasks.base import Items, Kind
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass. `speedup` is the median of dense / compressed over adjacent pairs, 95% interval.
+
+    `batch` items of shape `input_shape` each (a sequence of tokens, or channels, rows and columns), `rounds` timed pairs.
+    """
+
+    dense_median_ms: float
+    dense_p95_ms: float
+    median_ms: float
+    p95_ms: float
+    speedup: Estimate
+    batch: int
+    input_shape: tuple[int, ...]
+    rounds: int
+
+
+def measure_latency(
+    kind: Kind, dense: nn.Module, realised: nn.Module, items: Items, *, rounds: int = 20, warmup: int = 3, progress: Progress = no_progress
+) -> Latency:
+    """Time both models on the same batch in turn, the order swapped every round so that neither always runs first."""
+    clock = Clock(items.labels.device)
+
+    def once(model: nn.Module) -> Callable[[], object]:
+        return lambda: kind.logits(model, items)
+
+    times: dict[str, list[float]] = {"dense": [], "realised": []}
+    runs = [("dense", once(dense)), ("realised", once(realised))]
+    with torch.inference_mode():
+        for index in range(-warmup, rounds):
+            progress("latency", max(index, 0), rounds)
+            for name, run in runs if index % 2 else reversed(runs):
+                elapsed = clock.time_ms(run)
+                if index >= 0:
+                    times[name].append(elapsed)
+    progress("latency", rounds, rounds)
+    before, after = np.array(times["dense"]), np.array(times["realised"])
+    ratios = before / after
+    interval = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    speedup = Estimate(float(np.median(ratios)), float(interval.low), float(interval.high))
+    shape = tuple(next(iter(items.inputs.values())).shape[1:])
+    return Latency(
+        float(np.median(before)), float(np.quantile(before, 0.95)), float(np.median(after)), float(np.quantile(after, 0.95)), speedup, len(items), shape, rounds
+    )

@@ -1,0 +1,108 @@
+"""One measured point: everything that is known about one recipe on one model, data set and device."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from workbench.compress.report import LayerReport
+from workbench.measure.latency import Latency
+from workbench.measure.quality import Estimate, Quality
+from workbench.measure.size import Sizes
+from workbench.recipe import Recipe
+
+RecipeField = Annotated[InstanceOf[Recipe], BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v), PlainSerializer(lambda r: r.to_json())]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a measurement depends on besides the recipe; the same context and recipe are measured once."""
+
+    model_name: str
+    model_fingerprint: str
+    data_name: str
+    data_fingerprint: str
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    latency_batch: int
+    confidence: float
+    workbench_version: str
+
+    def key(self, recipe: Recipe) -> str:
+        """Return the ledger key of a recipe in this context: 16 hexadecimal digits."""
+        parts = [recipe.key, self.model_fingerprint, self.data_fingerprint, self.device, self.device_name, str(self.latency_batch), str(self.confidence)]
+        return hashlib.sha256("|".join([*parts, self.workbench_version]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where and when a point was measured."""
+
+    versions: dict[str, str]
+    git_revision: str | None
+    time: str  # ISO 8601, UTC
+    compress_seconds: float
+    evaluate_seconds: float
+    calibration_items: int
+    training_items: int
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="constants"))
+class Measurement:
+    """One recipe measured. A figure that could not be measured is None, and `missing` says why.
+
+    `complete` is False for the looks of a stream that have not read all items; those carry no latency or memory.
+    """
+
+    key: str
+    recipe: RecipeField
+    context: Context
+    quality: tuple[Quality, ...]
+    flips: Estimate
+    items: int
+    items_total: int
+    sizes: Sizes
+    dense_sizes: Sizes
+    layers: tuple[LayerReport, ...]
+    provenance: Provenance
+    latency: Latency | None = None
+    peak_memory_bytes: int | None = None
+    dense_peak_memory_bytes: int | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    no_kernel: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Return whether every item was read and the latency was tried."""
+        return self.items == self.items_total and (self.latency is not None or "latency" in self.missing)
+
+    @property
+    def primary(self) -> Quality:
+        """Return the task's main metric."""
+        return self.quality[0]
+
+    @property
+    def shrink(self) -> float:
+        """Return how many times smaller the file is than the dense one."""
+        return self.dense_sizes.file_bytes / self.sizes.file_bytes
+
+    def to_json(self) -> str:
+        """Return the measurement as one line of JSON."""
+        return ADAPTER().dump_json(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> Measurement:
+        """Return the measurement that `to_json` wrote; raises `pydantic.ValidationError` if it is none."""
+        made: Measurement = ADAPTER().validate_json(text)
+        return made
+
+
+def ADAPTER() -> TypeAdapter[Any]:  # noqa: N802
+    """Return the serializer (built on use, so that importing stays free)."""
+    return TypeAdapter(Measurement)

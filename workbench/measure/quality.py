@@ -1,0 +1,121 @@
+"""Quality against the dense model on the same items, with intervals.
+
+Accuracy of single answers: Wilson's interval (1927); its paired change: Bonett and Price's adjusted Wald interval (2012),
+which stays honest with few items and few flips. Averages over tokens: Student's t on per-item differences, weighted by
+tokens (a ratio estimator). Several looks at growing samples share the error by Bonferroni, so that all hold together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from workbench.errors import DataError
+from workbench.tasks.base import Scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def mapped(self, function: object) -> Estimate:
+        """Return the estimate under an increasing function."""
+        assert callable(function)  # noqa: S101  for the type checker
+        return Estimate(function(self.value), function(self.low), function(self.high))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One metric of the compressed model next to the dense one, on the same items.
+
+    `change` is paired: for `accuracy` compressed - dense, as a fraction; for `loss` the same in nats; for `perplexity` the
+    ratio minus 1. `confidence` is that of every interval here, joint over `looks` looks. `drop` is how much worse it got.
+    """
+
+    metric: str
+    dense: Estimate
+    compressed: Estimate
+    change: Estimate
+    items: int
+    confidence: float
+    looks: int
+
+    @property
+    def drop(self) -> Estimate:
+        """Return the change with the sign turned so that positive is worse."""
+        if self.metric != "accuracy":
+            return self.change
+        return Estimate(-self.change.value, -self.change.high, -self.change.low)
+
+
+def quality(primary: str, dense: Scores, compressed: Scores, confidence: float = 0.95, looks: int = 1) -> tuple[Quality, ...]:
+    """Return every metric of the task, `primary` first, and the fraction of changed answers as `flips`.
+
+    Raises:
+        DataError: fewer than two items, or different items.
+
+    """
+    if len(dense) != len(compressed):
+        raise DataError(f"dense and compressed scores are of different items: {len(dense)} and {len(compressed)}")
+    if len(dense) < 2:
+        raise DataError(f"{len(dense)} evaluation item: an interval needs at least 2")
+    level = 1 - (1 - confidence) / looks
+    common = {"items": len(dense), "confidence": confidence, "looks": looks}
+    single = bool((dense.weight == 1).all() and ((dense.correct == 0) | (dense.correct == 1)).all())
+    loss = [mean(s.loss, s.weight, level) for s in (dense, compressed)]
+    loss_change = mean(compressed.loss - dense.loss, dense.weight, level)
+    right = [proportion(s.correct, level) if single else mean(s.correct, s.weight, level) for s in (dense, compressed)]
+    gained = paired_proportions(dense.correct, compressed.correct, level) if single else mean(compressed.correct - dense.correct, dense.weight, level)
+    accuracy = Quality("accuracy", right[0], right[1], gained, **common)  # type: ignore[arg-type]
+    if primary == "accuracy":
+        return accuracy, Quality("loss", loss[0], loss[1], loss_change, **common)  # type: ignore[arg-type]
+    perplexity = Quality("perplexity", loss[0].mapped(exp), loss[1].mapped(exp), loss_change.mapped(lambda x: exp(x) - 1), **common)  # type: ignore[arg-type]
+    return perplexity, accuracy
+
+
+def flips(dense: Scores, compressed: Scores, confidence: float = 0.95, looks: int = 1) -> Estimate:
+    """Return the fraction of answers that changed (equal accuracy can hide them), with its interval."""
+    changed = (dense.answers != compressed.answers).double()
+    level = 1 - (1 - confidence) / looks
+    return proportion(changed, level) if changed.ndim == 1 else mean(changed.mean(1), dense.weight, level)
+
+
+def exp(x: float) -> float:
+    """Return e^x, infinite where it overflows: a destroyed model has no perplexity to speak of."""
+    return math.exp(x) if x < 700 else math.inf
+
+
+def proportion(successes: Tensor, level: float) -> Estimate:
+    """Return the mean of 0/1 values with Wilson's interval."""
+    count, total = int(successes.sum()), len(successes)
+    interval = stats.binomtest(count, total).proportion_ci(level, method="wilson")
+    return Estimate(count / total, float(interval.low), float(interval.high))
+
+
+def paired_proportions(before: Tensor, after: Tensor, level: float) -> Estimate:
+    """Return mean(after - before) of paired 0/1 values with the interval of Bonett and Price (2012), clipped to [-1, 1]."""
+    total = len(before)
+    gained, lost = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
+    up, down = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((up + down - (up - down) ** 2) / (total + 2))
+    return Estimate((gained - lost) / total, max(-1.0, up - down - half), min(1.0, up - down + half))
+
+
+def mean(values: Tensor, weight: Tensor, level: float) -> Estimate:
+    """Return the weighted mean over items with Student's t interval on the weighted residuals."""
+    total = weight.sum()
+    average = float((values * weight).sum() / total)
+    if not math.isfinite(average):
+        return Estimate(math.inf, math.inf, math.inf)
+    residual = weight * (values - average) * len(values) / total
+    error = float(torch.sqrt(residual.square().sum() / (len(values) - 1) / len(values)))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return Estimate(average, average - half, average + half)

@@ -1,0 +1,40 @@
+"""A progress bar for long work, in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+
+class Bar:
+    """Shows what is being done and how far it is; call it as `bar(what, done, total)`. Opens nothing until then."""
+
+    def __init__(self, label: str, *, shown: bool = True) -> None:
+        """Remember the label, such as the recipe's."""
+        self.label, self.shown = label, shown
+        self.bar: Any = None
+        self.what = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show `done` of `total` of `what`."""
+        if not self.shown:
+            return
+        if self.bar is None:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(leave=False, delay=0.5, dynamic_ncols=True)
+        if what != self.what:
+            self.what = what
+            self.bar.reset(total)
+            self.bar.set_description(f"{self.label}: {what}", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

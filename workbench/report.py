@@ -1,0 +1,162 @@
+"""Run a notebook with parameters, keep it executed, and make one HTML page that opens with no network."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from workbench.errors import GateFailed, LedgerError, RecipeError, WorkbenchError
+from workbench.gates import Gates
+from workbench.recipe import METHODS, Recipe
+from workbench.words import nearest
+
+if TYPE_CHECKING:
+    from workbench.bench import Bench
+
+PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "plugins")  # parameters besides recipe options and gates
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one report is about: validated notebook parameters."""
+
+    model: str
+    recipe: Recipe
+    gates: Gates
+    settings: dict[str, Any]
+
+    def bench(self) -> Bench:
+        """Return the bench of this job: the model and its data, loaded."""
+        from workbench.bench import Bench
+
+        return Bench(self.model, progress=False, **self.settings)
+
+
+def load_plugins(names: str | tuple[str, ...] | list[str]) -> None:
+    """Import modules that register methods, by name.
+
+    Raises:
+        RecipeError: a module cannot be imported.
+
+    """
+    for name in [part.strip() for part in names.split(",") if part.strip()] if isinstance(names, str) else names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise RecipeError(f"plugin {name!r} cannot be imported: {error}") from None
+
+
+def job_from(namespace: Mapping[str, Any]) -> Job:
+    """Return the job that a notebook's variables describe; call it as `job_from(globals())` right after the parameters.
+
+    Values may come as strings, as papermill's command line gives them. Everything is checked before any work.
+
+    Raises:
+        RecipeError: an unknown parameter (with the nearest names), or a bad value (with the valid ones).
+
+    """
+    load_plugins(namespace.get("plugins") or ())
+    gates = tuple(Gates.__pydantic_fields__)  # type: ignore[attr-defined]
+    known = {*PLAIN, *METHODS.options(), *gates}
+    simple = (str, int, float, list, tuple, type(None))
+    for name, value in namespace.items():
+        if not name.startswith("_") and isinstance(value, simple) and name not in known and name not in {"In", "Out"}:
+            raise RecipeError(f"unknown parameter {name!r}; {nearest(name, sorted(known))}")
+    given = {name: empty_to_none(namespace.get(name)) for name in known}
+    seed = whole("seed", given["seed"], 0)
+    options = {name: given[name] for name in METHODS.options()}
+    settings = {name: given[name] for name in ("data", "device", "ledger") if given[name] is not None}
+    settings |= {"seed": seed, "offline": str(given["offline"]).lower() in {"true", "1", "yes"}}
+    if given["evaluation_items"] is not None:
+        settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
+    if not given["model"]:
+        raise RecipeError("parameter 'model' is missing: give a catalogue name such as 'fashion-vit', a directory or a hub id")
+    return Job(str(given["model"]), METHODS.recipe(options, seed), Gates(**{name: given[name] for name in gates}), settings)
+
+
+def empty_to_none(value: Any) -> Any:
+    """Return None for what papermill's command line can only give as a string: '', 'None', 'null'."""
+    return None if isinstance(value, str) and value.strip().lower() in {"", "none", "null"} else value
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Return a parameter as a whole number of at least `least`."""
+    try:
+        number = int(str(value)) if value is not None else least
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise RecipeError(f"{name}={value!r} is refused: give a whole number of at least {least}")
+    return number
+
+
+def notebook_path(name: str = "report.ipynb") -> Path:
+    """Return a notebook of the project: beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).parent
+    for folder in (here / "notebooks", here.parent / "notebooks"):
+        if (folder / name).is_file():
+            return folder / name
+    raise WorkbenchError(f"notebook {name!r} is not part of this installation")
+
+
+def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, name: str | None = None, progress: bool = True) -> Path:
+    """Run the report notebook and write `<name>.ipynb` and `<name>.html` into `output`; return the page's path.
+
+    Both are written also when a gate fails or a cell raises, with what had been measured by then.
+
+    Args:
+        parameters: notebook parameters by name: `model`, sliders and their choices, gates (see `job_from`).
+        output: a directory, made if it is missing.
+        name: of both files; None takes the model's name.
+        progress: whether papermill shows its progress bar.
+
+    Raises:
+        RecipeError: a bad parameter, before any work.
+        GateFailed: a gate did not hold.
+        WorkbenchError: the notebook raised; the message is the cell's.
+
+    """
+    import papermill
+
+    job = job_from(parameters)
+    folder = Path(output)
+    stem = name or "".join(c if c.isalnum() or c in "-_." else "-" for c in job.model).strip("-.")
+    notebook, page = folder / f"{stem}.ipynb", folder / f"{stem}.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with notebook.open("ab"), page.open("ab"):  # fail before the work, not after it
+            pass
+    except OSError as error:
+        raise WorkbenchError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None
+    failure: WorkbenchError | None = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of papermill and its helpers; the notebook has its own process
+        try:
+            papermill.execute_notebook(notebook_path(), notebook, parameters=dict(parameters), kernel_name="python3", progress_bar=progress)
+        except papermill.PapermillExecutionError as error:
+            kinds: dict[str, type[WorkbenchError]] = {"GateFailed": GateFailed, "LedgerError": LedgerError, "RecipeError": RecipeError}
+            failure = kinds.get(error.ename, WorkbenchError)(error.evalue if error.ename in kinds else f"{error.ename}: {error.evalue}")
+        page.write_text(to_html(notebook), encoding="utf-8")
+    if failure is not None:
+        raise failure
+    return page
+
+
+def to_html(notebook: Path) -> str:
+    """Return an executed notebook as one HTML page without code that fetches nothing."""
+    import nbformat
+    from jinja2 import Environment
+    from nbconvert import HTMLExporter
+
+    document = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
+    document.cells = [cell for cell in document.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    body, _ = exporter.from_notebook_node(document)
+    here = Path(__file__).parent
+    template = Environment(autoescape=True).from_string((here / "report_page.html").read_text(encoding="utf-8"))
+    title = cast("str", document.metadata.get("papermill", {}).get("parameters", {}).get("model", notebook.stem))
+    return template.render(title=title, body=body)

@@ -1,0 +1,54 @@
+"""Weights on an affine grid: small integer codes, a scale per group and, if asymmetric, a zero point per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """weight[o, i] = (codes[o, i] - zero[o, g]) * scale[o, g], with g = i // group_size.
+
+    `codes` uint8 [outputs, inputs] below 2^bits; `scale` [outputs, groups], float16 where its range allows, else float32;
+    `zero_point` uint8 [outputs, groups], or None for the symmetric grid, whose zero is 2^(bits - 1). Zero is always on the
+    grid, so that pruned weights stay exactly zero.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Return the number of consecutive inputs that share a scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def zeros(self) -> Tensor:
+        """Return the zero points as float32 [outputs, groups], or a scalar for a symmetric grid."""
+        if self.zero_point is None:
+            return torch.tensor(float(1 << (self.bits - 1)), device=self.scale.device)
+        return self.zero_point.float()
+
+    def dequantize(self) -> Tensor:
+        """Return the weights as float32 [outputs, inputs]: the same multiplication everywhere, so the same bits."""
+        rows, columns = self.codes.shape
+        grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
+        zeros = self.zeros if self.zero_point is None else self.zeros.unsqueeze(2)
+        return ((grouped - zeros) * self.scale.float().unsqueeze(2)).reshape(rows, columns)
+
+    def snap(self, matrix: Tensor) -> Grid:
+        """Return the same grid with the codes nearest to `matrix` (float32 [outputs, inputs]); scales do not move."""
+        return Grid(nearest_codes(matrix, self.scale, self.zero_point, self.bits), self.scale, self.zero_point, self.bits)
+
+
+def nearest_codes(matrix: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """Return the nearest codes, uint8 [outputs, inputs], of a float32 matrix for scales [outputs, groups]."""
+    rows, columns = matrix.shape
+    zeros = 1 << (bits - 1) if zero_point is None else zero_point.float().unsqueeze(2)
+    codes = torch.round(matrix.view(rows, scale.shape[1], -1) / scale.float().unsqueeze(2)) + zeros
+    return codes.clamp_(0, (1 << bits) - 1).to(torch.uint8).view(rows, columns)

@@ -1,0 +1,152 @@
+"""The packed form of a compressed model: the tensors that are stored, and back.
+
+Per weight the smallest of what its promises allow: `dense` values; `bitmask` (one bit a weight says where the non-zero
+values are, then the values); `grid` (packed codes and scales); `grid+bitmask` (codes of the non-zero weights only).
+Weights that share storage are stored once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.compress.layers import Layer
+from workbench.errors import ExportError
+from workbench.runtime.bits import pack, unpack
+from workbench.runtime.grid import Grid
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How one weight is stored. `shape` is the module's; codes and masks run over the [outputs, inputs] matrix."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int = 0
+    groups: int = 0
+    transposed: bool = False
+    same_as: str = ""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return (outputs, inputs)."""
+        if self.transposed:
+            return self.shape[1], self.shape[0]
+        return self.shape[0], int(torch.Size(self.shape[1:]).numel())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tensors to store, by name, and for every entry of the state dict how it is encoded in them."""
+
+    tensors: dict[str, Tensor]
+    encodings: dict[str, Encoding]
+    theoretical_bytes: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Return the bytes of all stored tensors, in memory: codes, scales, zero points, masks, values."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the encodings as plain JSON data."""
+        return {name: asdict(encoding) for name, encoding in self.encodings.items()}
+
+
+def pack_model(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Packed:
+    """Return the packed form of a model; `layers` carry the masks and grids of a compressed one."""
+    by_key = {f"{layer.name}.weight": layer for layer in layers}
+    tensors: dict[str, Tensor] = {}
+    encodings: dict[str, Encoding] = {}
+    owners: dict[tuple[int, tuple[int, ...]], str] = {}
+    theoretical_bits = 0
+    for key, value in model.state_dict().items():
+        owner = owners.setdefault((value.data_ptr(), tuple(value.shape)), key) if value.numel() else key
+        if owner != key:
+            encodings[key] = Encoding("shared", tuple(value.shape), dtype_name(value), same_as=owner)
+            continue
+        layer = by_key.get(key)
+        stored, encodings[key] = encode(value, layer)
+        tensors.update({f"{key}{suffix}": tensor.cpu().contiguous() for suffix, tensor in stored.items()})
+        width = layer.grid.bits if layer is not None and layer.grid is not None else 8 * value.element_size()
+        theoretical_bits += width * (value.numel() if layer is None or layer.mask is None else int(torch.count_nonzero(value)))
+    return Packed(tensors, encodings, -(-theoretical_bits // 8))
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return such as `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def encode(value: Tensor, layer: Layer | None) -> tuple[dict[str, Tensor], Encoding]:
+    """Return the smallest encoding of one entry of the state dict: tensors by name suffix, and its description."""
+    shape, dtype = tuple(value.shape), dtype_name(value)
+    dense = ({"": value}, Encoding("dense", shape, dtype))
+    if layer is None or (layer.mask is None and layer.grid is None):
+        return dense
+    matrix = layer.as_matrix(value)
+    nonzero = matrix != 0
+    if layer.grid is None:
+        options = [dense, ({".values": matrix[nonzero], ".mask": pack(nonzero, 1)}, Encoding("bitmask", shape, dtype, transposed=layer.transposed))]
+    else:
+        grid = layer.grid
+        common = {".scale": grid.scale} | ({} if grid.zero_point is None else {".zero_point": pack(grid.zero_point, grid.bits)})
+        about: dict[str, Any] = {"shape": shape, "dtype": dtype, "bits": grid.bits, "groups": grid.scale.shape[1], "transposed": layer.transposed}
+        options = [
+            ({".codes": pack(grid.codes, grid.bits), **common}, Encoding("grid", **about)),
+            ({".codes": pack(grid.codes[nonzero], grid.bits), ".mask": pack(nonzero, 1), **common}, Encoding("grid+bitmask", **about)),
+        ]
+    return min(options, key=lambda option: sum(tensor.nbytes for tensor in option[0].values()))
+
+
+def unpack_state(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict that `pack_model` stored.
+
+    Raises:
+        ExportError: a tensor is missing or of the wrong length, or an encoding is unknown.
+
+    """
+    encodings = {key: Encoding(**{**about, "shape": tuple(about["shape"])}) for key, about in manifest.items()}
+    state: dict[str, Tensor] = {}
+    for key, encoding in encodings.items():
+        if encoding.kind != "shared":
+            try:
+                state[key] = decode(key, tensors, encoding)
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise ExportError(f"weight {key!r} ({encoding.kind}, {list(encoding.shape)}) cannot be unpacked: {error}") from None
+    return state | {key: state[encoding.same_as] for key, encoding in encodings.items() if encoding.kind == "shared"}
+
+
+def decode(key: str, tensors: dict[str, Tensor], encoding: Encoding) -> Tensor:
+    """Return one weight in the module's shape and dtype."""
+    dtype: torch.dtype = getattr(torch, encoding.dtype)
+    if encoding.kind == "dense":
+        return tensors[key]
+    rows, columns = encoding.matrix_shape
+    if encoding.kind == "bitmask":
+        matrix = torch.zeros(rows, columns, dtype=dtype)
+        matrix[unpack(tensors[f"{key}.mask"], 1, rows * columns).view(rows, columns).bool()] = tensors[f"{key}.values"]
+    elif encoding.kind in {"grid", "grid+bitmask"}:
+        matrix = decode_grid(key, tensors, encoding).dequantize().to(dtype)
+    else:
+        raise ValueError(f"unknown encoding {encoding.kind!r}")
+    return matrix.t().contiguous() if encoding.transposed else matrix.view(encoding.shape)
+
+
+def decode_grid(key: str, tensors: dict[str, Tensor], encoding: Encoding) -> Grid:
+    """Return the grid of one weight."""
+    rows, columns = encoding.matrix_shape
+    scale, bits = tensors[f"{key}.scale"], encoding.bits
+    packed_zero = tensors.get(f"{key}.zero_point")
+    zero_point = None if packed_zero is None else unpack(packed_zero, bits, rows * encoding.groups).view(rows, encoding.groups)
+    if encoding.kind == "grid":
+        return Grid(unpack(tensors[f"{key}.codes"], bits, rows * columns).view(rows, columns), scale, zero_point, bits)
+    kept = unpack(tensors[f"{key}.mask"], 1, rows * columns).view(rows, columns).bool()
+    group = columns // encoding.groups
+    codes = torch.full((rows, columns), 1 << (bits - 1), dtype=torch.uint8) if zero_point is None else zero_point.repeat_interleave(group, 1)
+    codes[kept] = unpack(tensors[f"{key}.codes"], bits, int(kept.sum()))
+    return Grid(codes, scale, zero_point, bits)

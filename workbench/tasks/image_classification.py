@@ -1,0 +1,91 @@
+"""Image classification: pictures in, one class out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import DataError
+from workbench.tasks.base import Items
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Processor = Callable[..., Any]  # processor(images=[...], return_tensors="pt")["pixel_values"] is [N, C, H, W]
+
+
+@dataclass(frozen=True)
+class ImageClassification:
+    """One label per image; quality is accuracy."""
+
+    name: str = "image classification"
+    auto_class: str = "AutoModelForImageClassification"
+    primary: str = "accuracy"
+
+    def logits(self, model: nn.Module, items: Items) -> Tensor:
+        """Return [N, classes] for `pixel_values` [N, C, H, W]."""
+        logits: Tensor = model(**items.inputs).logits
+        return logits
+
+
+IMAGE_CLASSIFICATION = ImageClassification()
+
+
+@dataclass(frozen=True)
+class PlainProcessor:
+    """What to do with pictures when a model has no preprocessor_config.json: resize, scale to [0, 1], nothing else.
+
+    `height` and `width` in pixels. Called like a transformers image processor.
+    """
+
+    height: int
+    width: int
+
+    def __call__(self, images: Sequence[Image], return_tensors: str = "pt") -> dict[str, Tensor]:  # noqa: ARG002  as transformers calls it
+        """Return {"pixel_values": [N, C, H, W]} in float32."""
+        pixels = [np.atleast_3d(np.asarray(image.resize((self.width, self.height), resample=2), np.float32)) / 255 for image in images]
+        return {"pixel_values": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()}
+
+
+def grey_items(images: np.ndarray, labels: np.ndarray, mean: float, std: float) -> Items:
+    """Return items of grey images: [N, H, W] uint8 -> `pixel_values` [N, 1, H, W] float32, (grey level - mean) / std."""
+    pixels = (torch.from_numpy(images) / 255 - mean) / std
+    return Items({"pixel_values": pixels.unsqueeze(1)}, torch.from_numpy(labels).long())
+
+
+def image_items(images: Iterable[Any], labels: Sequence[int], processor: Processor, channels: int) -> Items:
+    """Return items of PIL pictures (or of dicts with their bytes or path, as `datasets` gives them when undecoded).
+
+    Raises:
+        DataError: a picture that cannot be read, by its place in the data.
+
+    """
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    pixels = []
+    for index, image in enumerate(images):
+        try:
+            one = opened(image).convert(modes.get(channels, "RGB"))
+        except (OSError, ValueError, TypeError, SyntaxError) as error:
+            raise DataError(f"image item {index} cannot be read as a picture: {error}") from None
+        pixels.append(torch.as_tensor(processor(images=[one], return_tensors="pt")["pixel_values"]))
+    return Items({"pixel_values": torch.cat(pixels).float()}, torch.tensor(labels, dtype=torch.long))
+
+
+def opened(image: Any) -> Image:
+    """Return a PIL picture from a picture, an array [H, W] or [H, W, C] of uint8, a path, or a dict with bytes or path."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, dict):
+        return Image.open(BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+    if isinstance(image, str):
+        return Image.open(image)
+    return Image.fromarray(np.asarray(image, np.uint8))
