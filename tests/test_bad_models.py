@@ -99,6 +99,11 @@ def test_quantised_already(model, text):
     refused(model, text, r"is quantised already \(by gptq\); give the original weights")
 
 
+def test_an_adapter(model, text):
+    (model / "adapter_config.json").write_text("{}")
+    refused(model, text, r"holds an adapter \(adapter_config.json\); merge it into its base model")
+
+
 def test_a_task_that_the_workbench_does_not_run(model, text):
     change(model, architectures=["LlamaForTokenClassification"])
     refused(model, text, "LlamaForTokenClassification is for a task that the workbench does not run")
@@ -130,7 +135,7 @@ def test_truncated_weights(model, text, kept):
 def test_a_missing_part(tmp_path, text):
     model = tiny_models.llama(tmp_path / "parts", max_shard_size="10KB")
     assert load_task(model, text, context=16, progress=False).model_name == str(model)
-    part = sorted(model.glob("model-*.safetensors"))[0]
+    part = min(model.glob("model-*.safetensors"))
     part.unlink()
     refused(model, text, f"is incomplete: {part.name} is missing")
     (model / "model.safetensors.index.json").write_text("[]")

@@ -44,6 +44,17 @@ def bert(folder: Path) -> Path:
     return folder
 
 
+def distilbert(folder: Path) -> Path:
+    """Save a tiny text classifier whose forward takes no token types."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=40)
+    DistilBertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer_files(folder)
+    return folder
+
+
 def vit(folder: Path, size: int = 8) -> Path:
     """Save a tiny image classifier of two classes, without a preprocessor file."""
     from transformers import ViTConfig, ViTForImageClassification

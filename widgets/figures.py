@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from workbench.measure.measurement import Measurement
 from workbench.tradeoff import Tradeoff, TradeoffPoint
+from workbench.words import size
 
 BLUE, ORANGE, GREY, GREEN = "#3b82f6", "#f97316", "#8b95a5", "#10b981"
+GRID = "rgba(139,149,165,0.25)"
 STANDINGS = {"front": (BLUE, 13, "on the front"), "within noise": (BLUE, 8, "within noise of the front"), "dominated": (GREY, 7, "dominated")}
 
 
 def layout(figure: go.Figure, title: str, x: str, y: str, height: int = 430) -> go.Figure:
     """Apply the common look: transparent, one grid, horizontal legend, large enough to read from afar."""
-    axis = {"gridcolor": "rgba(139,149,165,0.25)", "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY, "automargin": True}
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY, "automargin": True}
     figure.update_layout(
         title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 18}, "yref": "container", "y": 0.97},
         xaxis={"title": x, **axis}, yaxis={"title": y, **axis}, height=height, margin={"l": 70, "r": 20, "t": 80, "b": 55},
@@ -49,10 +52,10 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
         x=[shown_cost(record, p.cost.value) for p in front], y=[scale * p.quality.value for p in front], mode="lines", line={"color": BLUE, "width": 1, "dash": "dot"},
         hoverinfo="skip", showlegend=False,
     )  # fmt: skip
-    for name, (color, size, words) in STANDINGS.items():
+    for name, (color, width, words) in STANDINGS.items():
         chosen = [point for point in record.points if point.standing == name]
         if chosen:
-            figure.add_trace(markers(record, chosen, color, size, words))
+            figure.add_trace(markers(record, chosen, color, width, words))
     figure.add_scatter(
         x=[shown_cost(record, record.dense_cost)], y=[scale * record.dense_quality], mode="markers", name="dense model",
         marker={"symbol": "star", "size": 17, "color": ORANGE}, hovertemplate="dense model<br>%{y:.4g}<extra></extra>",
@@ -68,7 +71,8 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
     if record.metric == "perplexity":
         figure.update_yaxes(type="log", autorange="reversed")
     if record.cost_name == "file_bytes":
-        figure.update_xaxes(type="log", dtick="D2")
+        ticks = [base * 10**power for power in range(-3, 6) for base in (1, 2, 5)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
 
 
@@ -77,14 +81,14 @@ def metric_title(metric: str) -> str:
     return {"accuracy": "accuracy (%)", "perplexity": "perplexity (log, better upwards)"}.get(metric, metric)
 
 
-def markers(record: Tradeoff, points: Sequence[TradeoffPoint], color: str, size: int, name: str) -> go.Scatter:
+def markers(record: Tradeoff, points: Sequence[TradeoffPoint], color: str, width: int, name: str) -> go.Scatter:
     """Return one trace of points with their intervals and the verdict as hover text."""
     scale = scale_of(record)
     finite = [p for p in points if math.isfinite(p.quality.value)]
     exact = record.cost_name == "file_bytes"
     return go.Scatter(
         x=[shown_cost(record, p.cost.value) for p in finite], y=[scale * p.quality.value for p in finite], mode="markers", name=name,
-        marker={"color": color, "size": size, "opacity": 0.9},
+        marker={"color": color, "size": width, "opacity": 0.9},
         error_y={"array": [scale * (p.quality.high - p.quality.value) for p in finite], "arrayminus": [scale * (p.quality.value - p.quality.low) for p in finite],
                  "thickness": 1.2, "width": 3, "color": color},
         error_x=None if exact else {"array": [p.cost.high - p.cost.value for p in finite], "arrayminus": [p.cost.value - p.cost.low for p in finite],
@@ -100,29 +104,42 @@ def wrap(text: str, width: int = 70) -> str:
     return "<br>".join(textwrap.wrap(text, width))
 
 
-def slider_figure(slider: str, points: Sequence[Measurement], centre: Measurement) -> go.Figure:
-    """Return the paired change of quality as one slider moves and everything else stays; the report's recipe is ringed."""
-    step = next(kind for kind in {type(s) for p in points for s in p.recipe} if kind.slider == slider)
-    found = sorted(((getattr(p.recipe.get(step.kind()), slider), p) for p in points), key=lambda pair: pair[0])
-    found = [(value, p) for value, p in found if math.isfinite(p.primary.change.value)]
-    metric = centre.primary.metric
+def sliders_figure(sweeps: Mapping[str, Sequence[Measurement]], centre: Measurement) -> go.Figure:
+    """Return one panel a slider: the paired change of quality as it moves and everything else stays; the report's recipe is ringed."""
+    shown = {slider: points for slider, points in sweeps.items() if points}
+    rows = max(1, -(-len(shown) // 2))
+    figure = make_subplots(rows=rows, cols=2, horizontal_spacing=0.11, vertical_spacing=0.24 / rows, subplot_titles=list(shown))
+    unit = "accuracy change (points)" if centre.primary.metric == "accuracy" else f"{centre.primary.metric} change (%)"
+    for index, (slider, points) in enumerate(shown.items()):
+        for trace in slider_traces(slider, points, centre):
+            figure.add_trace(trace, row=index // 2 + 1, col=index % 2 + 1)
+        figure.add_hline(y=0, line={"color": ORANGE, "dash": "dot", "width": 1}, row=index // 2 + 1, col=index % 2 + 1)
+    layout(figure, "", "", "", height=330 * rows)
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=GREY)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, linecolor=GREY, title={"text": unit, "font": {"size": 12}})
+    figure.update_layout(showlegend=False, margin={"t": 40})
+    return figure
+
+
+def slider_traces(slider: str, points: Sequence[Measurement], centre: Measurement) -> list[go.Scatter]:
+    """Return the traces of one panel of `sliders_figure`."""
+    found = sorted(((value_of(p, slider), p) for p in points if math.isfinite(p.primary.change.value)), key=lambda pair: pair[0])
     change = [100 * p.primary.change.value for _, p in found]
-    figure = go.Figure(
-        go.Scatter(
-            x=[value for value, _ in found], y=change, mode="lines+markers", name="change against dense", line={"color": BLUE}, marker={"size": 10},
-            error_y={"array": [100 * p.primary.change.high - c for (_, p), c in zip(found, change, strict=True)],
-                     "arrayminus": [c - 100 * p.primary.change.low for (_, p), c in zip(found, change, strict=True)], "thickness": 1.2, "width": 3},
-            hovertext=[f"{escape(p.recipe.label())}<br>{p.sizes.file_bytes / 1e6:.3g} MB, {p.shrink:.1f}x smaller" for _, p in found],
-            hovertemplate="%{hovertext}<br>%{y:+.2f}<extra></extra>",
-        )  # fmt: skip
-    )
-    figure.add_hline(y=0, line={"color": ORANGE, "dash": "dot", "width": 1})
-    mine = [(value, p) for value, p in found if p.key == centre.key]
-    if mine:
-        figure.add_scatter(x=[mine[0][0]], y=[100 * mine[0][1].primary.change.value], mode="markers", name="this recipe",
-                           marker={"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}}, hoverinfo="skip")  # fmt: skip
-    unit = "accuracy change (points)" if metric == "accuracy" else f"{metric} change (%)"
-    return layout(figure, f"moving {slider} alone", slider, unit, height=360)
+    line = go.Scatter(
+        x=[value for value, _ in found], y=change, mode="lines+markers", line={"color": BLUE}, marker={"size": 10},
+        error_y={"array": [100 * p.primary.change.high - c for (_, p), c in zip(found, change, strict=True)],
+                 "arrayminus": [c - 100 * p.primary.change.low for (_, p), c in zip(found, change, strict=True)], "thickness": 1.2, "width": 3},
+        hovertext=[f"{escape(p.recipe.label())}<br>{size(p.sizes.file_bytes)}, {p.shrink:.1f}x smaller" for _, p in found],
+        hovertemplate="%{hovertext}<br>%{y:+.2f}<extra></extra>",
+    )  # fmt: skip
+    mine = [(value, 100 * p.primary.change.value) for value, p in found if p.key == centre.key]
+    ring = {"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}}
+    return [line, *(go.Scatter(x=[x], y=[y], mode="markers", marker=ring, hoverinfo="skip") for x, y in mine)]
+
+
+def value_of(point: Measurement, slider: str) -> float:
+    """Return where a slider stands in a point's recipe."""
+    return float(next(getattr(step, slider) for step in point.recipe if step.slider == slider))
 
 
 def layers_figure(point: Measurement) -> go.Figure:
@@ -134,7 +151,7 @@ def layers_figure(point: Measurement) -> go.Figure:
         texts.append(f"{escape(row.name)} {row.shape}<br>{', '.join(f'{k} {v}' for k, v in given.items() if v)}<br>{wrap(escape(row.outcome))}")
     figure = go.Figure(
         go.Bar(y=[row.name for row in rows], x=[row.relative_error for row in rows], orientation="h", marker={"color": BLUE}, hovertext=texts,
-               hovertemplate="%{hovertext}<br>relative error %{x:.3f}<extra></extra>")  # fmt: skip
+               hovertemplate="%{hovertext}<br>relative error %{x:.3f}<extra></extra>")
     )
     layout(figure, "relative error of each layer's weights", "||W' - W|| / ||W||", "", height=150 + 17 * len(rows))
     return figure.update_yaxes(autorange="reversed", tickfont={"size": 11})

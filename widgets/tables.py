@@ -8,15 +8,22 @@ from typing import Any
 
 import pandas as pd
 
-from workbench.card import verdict
+from workbench.card import quality_words, verdict
 from workbench.gates import Verdict
 from workbench.measure.measurement import Measurement
+from workbench.report import Job
 from workbench.summary import layer_rows, provenance_rows, summary
+from workbench.words import size
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
     """Return rows as an HTML table without an index."""
     return str(pd.DataFrame(rows).to_html(index=False, header=header, border=0, escape=True))
+
+
+def job_box(job: Job) -> str:
+    """Return what the report is about."""
+    return f"<p><b>{escape(job.model)}</b> &middot; <code>{escape(repr(job.recipe))}</code></p>"
 
 
 def verdict_box(point: Measurement) -> str:
@@ -40,8 +47,19 @@ def provenance_table(point: Measurement) -> str:
 
 
 def points_table(points: Sequence[Measurement]) -> str:
-    """Return the verdict of each point, smallest file first."""
-    return table([{"recipe": p.recipe.label(), "what it costs and saves": verdict(p).split(": ", 1)[1]} for p in sorted(points, key=lambda p: p.sizes.file_bytes)])
+    """Return one row a point, smallest file first, every number with its interval."""
+    return table(
+        [
+            {
+                "recipe": p.recipe.label(),
+                p.primary.metric: quality_words(p.primary).split(" ", 1)[1],
+                "file": size(p.sizes.file_bytes),
+                "smaller": f"{p.shrink:.2f}x",
+                "speed against dense": "" if p.latency is None else f"{p.latency.speedup.value:.2f}x ({p.latency.speedup.low:.2f} to {p.latency.speedup.high:.2f})",
+            }
+            for p in sorted(points, key=lambda p: p.sizes.file_bytes)
+        ]
+    )
 
 
 def gates_box(verdicts: Sequence[Verdict]) -> str:

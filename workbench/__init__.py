@@ -1,4 +1,4 @@
-"""Compression Workbench: how small and fast can this model get, and what does it cost?
+"""Compression Workbench: see how small and fast a model can get, and what it costs.
 
     import workbench as wb
     bench = wb.Bench("fashion-vit")
@@ -9,6 +9,9 @@ Importing loads nothing: each name is fetched on first use.
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from workbench.measure.measurement import Measurement
     from workbench.recipe import METHODS, Recipe, Step, configuration
     from workbench.report import report
+    from workbench.sweep import sweep
     from workbench.tradeoff import pareto, tradeoff
     from workbench.zoo import models
 
@@ -42,23 +46,33 @@ PLACES = {
     "models": "workbench.zoo",
     "pareto": "workbench.tradeoff",
     "report": "workbench.report",
+    "sweep": "workbench.sweep",
     "tradeoff": "workbench.tradeoff",
     "verdict": "workbench.card",
 }
 
-__all__ = list(PLACES)  # noqa: PLE0605  the same names as above, once
+__all__ = list(PLACES)
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Fetch a public name on first use (PEP 562)."""
-    import importlib
+class Package(ModuleType):
+    """The package itself. Importing the submodule `workbench.sweep` must not hide the public function `workbench.sweep`."""
 
-    if name not in PLACES:
-        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
-    module = importlib.import_module(PLACES[name])
-    return module if PLACES[name] == f"workbench.{name}" and name == "errors" else getattr(module, name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Put the public object of a submodule in the place of the submodule of the same name."""
+        if isinstance(value, ModuleType) and name != "errors" and PLACES.get(name) == f"workbench.{name}":
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Fetch a public name on first use."""
+        if name not in PLACES:
+            raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+        module = importlib.import_module(PLACES[name])
+        return module if name == "errors" else getattr(module, name)
+
+    def __dir__(self) -> list[str]:
+        """List the public names."""
+        return sorted(PLACES)
 
 
-def __dir__() -> list[str]:
-    """List the public names."""
-    return sorted(PLACES)
+sys.modules[__name__].__class__ = Package

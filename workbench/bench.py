@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from workbench.compress import Compressed, compress
 from workbench.compress.layers import Progress, no_progress
@@ -42,7 +40,7 @@ class Bench:
     model's scores and sizes, calibration statistics, factorisations) is computed once and kept.
     """
 
-    def __init__(  # noqa: PLR0913  every argument is one thing that a user may want to set
+    def __init__(
         self,
         model: str | Task,
         data: str | None = None,
@@ -66,7 +64,9 @@ class Bench:
             data: a data set name, hub id or local file; None takes the catalogue's.
             device: "cpu", "cuda", or None for the GPU where there is one.
             ledger: where points are kept (a path, an Optuna URL); None takes the user's own file for this model.
-            evaluation_items, calibration_items, training_items: at most so many of each; None takes the task's default.
+            evaluation_items: at most so many; None takes the task's default.
+            calibration_items: at most so many; None takes the task's default.
+            training_items: at most so many; None takes the task's default.
             context_length: tokens in a window of a language model; None takes the task's default.
             latency_batch: items in the batch that is timed.
             confidence: of every quality interval.
@@ -272,4 +272,4 @@ def git_revision() -> str | None:
 
 def now() -> str:
     """Return the time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

@@ -61,7 +61,7 @@ def plugins_option(ctx: click.Context, _: click.Parameter, names: tuple[str, ...
 @click.option("--plugin", multiple=True, is_eager=True, expose_value=False, callback=plugins_option, help="a module that registers methods; may be repeated")
 @click.version_option(package_name="compression-workbench")
 def workbench() -> None:
-    """How small and fast can this model get, and what does it cost?"""
+    """See how small and fast a model can get, and what it costs."""
 
 
 @workbench.command()

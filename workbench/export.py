@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from workbench.card import card
-from workbench.compress.lowrank import pair_like
 from workbench.compress.layers import replace_module
+from workbench.compress.lowrank import pair_like
 from workbench.errors import ExportError
 from workbench.measure.size import file_content
 from workbench.runtime.packed import pack_model, unpack_state

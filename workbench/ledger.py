@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import optuna
     from optuna.storages.journal._file import BaseJournalFileLock
 
-DIRECTIONS = ("maximize", "minimize", "minimize")  # minus the quality drop, file bytes, latency relative to dense
+    from workbench.tradeoff import Cost, TradeoffPoint
+
+DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize")  # minus the quality drop, file bytes, latency relative to dense
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
 
 
@@ -72,6 +74,12 @@ class Ledger:
     def rows(self) -> list[Measurement]:
         """Return every point, in the order in which they were first measured."""
         return list(self.points.values())
+
+    def pareto(self, cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:
+        """Return the points that no other beats in both quality and cost, cheapest first (see `workbench.tradeoff`)."""
+        from workbench.tradeoff import pareto
+
+        return pareto(self.rows(), cost) if self.points else ()
 
     def find(self, key: str) -> Measurement | None:
         """Return the point with this key, or None."""

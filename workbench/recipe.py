@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -46,7 +46,7 @@ def explain(owner: str, error: ValidationError) -> str:
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configuration(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass whose fields are validated; bad values raise `RecipeError`."""
-    made = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(cls)
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(cls)
     construct = made.__init__
 
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
@@ -57,8 +57,8 @@ def configuration(cls: type[T]) -> type[T]:
         except ValidationError as error:
             raise RecipeError(explain(cls.__name__, error)) from None
 
-    made.__init__ = initialise  # type: ignore[method-assign]
-    return made
+    made.__init__ = initialise
+    return cast("type[T]", made)
 
 
 @configuration

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import sysconfig
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,9 +98,8 @@ def whole(name: str, value: Any, least: int) -> int:
 
 
 def notebook_path(name: str = "report.ipynb") -> Path:
-    """Return a notebook of the project: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).parent
-    for folder in (here / "notebooks", here.parent / "notebooks"):
+    """Return a notebook of the project: beside the package in a checkout, in the environment's share folder when installed."""
+    for folder in (Path(__file__).parent.parent / "notebooks", Path(sysconfig.get_path("data")) / "share/compression-workbench/notebooks"):
         if (folder / name).is_file():
             return folder / name
     raise WorkbenchError(f"notebook {name!r} is not part of this installation")
@@ -136,7 +138,7 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of papermill and its helpers; the notebook has its own process
         try:
-            papermill.execute_notebook(notebook_path(), notebook, parameters=dict(parameters), kernel_name="python3", progress_bar=progress)
+            papermill.execute_notebook(notebook_path(), notebook, parameters=dict(parameters), kernel_name="python3", progress_bar=progress, config=kernel_config())
         except papermill.PapermillExecutionError as error:
             kinds: dict[str, type[WorkbenchError]] = {"GateFailed": GateFailed, "LedgerError": LedgerError, "RecipeError": RecipeError}
             failure = kinds.get(error.ename, WorkbenchError)(error.evalue if error.ename in kinds else f"{error.ename}: {error.evalue}")
@@ -146,16 +148,24 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
     return page
 
 
+def kernel_config() -> Any:
+    """Return settings that let the kernel talk through local sockets, not TCP ports, where the system has them."""
+    from traitlets.config import Config
+
+    return Config({"KernelManager": {"transport": "ipc"}}) if os.name == "posix" else Config()
+
+
 def to_html(notebook: Path) -> str:
     """Return an executed notebook as one HTML page without code that fetches nothing."""
     import nbformat
     from jinja2 import Environment
     from nbconvert import HTMLExporter
 
-    document = nbformat.read(notebook, as_version=4)  # type: ignore[no-untyped-call]
+    document = nbformat.read(notebook, as_version=4)
     document.cells = [cell for cell in document.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(document)
+    body = re.sub(r"<script[^>]*\ssrc=[^>]*></script>", "", body)  # plotly asks a CDN for MathJax, which no figure here uses
     here = Path(__file__).parent
     template = Environment(autoescape=True).from_string((here / "report_page.html").read_text(encoding="utf-8"))
     title = cast("str", document.metadata.get("papermill", {}).get("parameters", {}).get("model", notebook.stem))

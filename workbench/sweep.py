@@ -1,12 +1,17 @@
-"""Search over recipes. This version: one slider at a time, around a recipe."""
+"""Search over recipes on one device: one slider at a time around a recipe, or all sliders at once by a sampler."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from workbench.errors import RecipeError
+from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import METHODS, Recipe, Step
+
+if TYPE_CHECKING:
+    from workbench.bench import Bench
+    from workbench.measure.measurement import Measurement
 
 
 def around(recipe: Recipe, slider: str) -> tuple[Recipe, ...]:
@@ -39,3 +44,45 @@ def move(recipe: Recipe, kind: type[Step], value: Any) -> Recipe | None:
         except RecipeError:
             continue
     return None
+
+
+def sweep(bench: Bench, trials: int = 50, *, sliders: tuple[str, ...] | None = None, seed: int = 0, cancelled: Callable[[], bool] | None = None) -> list[Measurement]:
+    """Measure recipes that Optuna's multi-objective TPE sampler proposes (small quality drop, small file, little time).
+
+    Each trial turns every slider on or off and moves it to one of its stops; everything goes to the bench's ledger, so a
+    sweep that is stopped and started again does not repeat what it has. Recipes that the model refuses count as trials.
+
+    Args:
+        bench: what to measure on.
+        trials: how many recipes to propose.
+        sliders: which to move; None moves all but distillation, whose training takes longest.
+        seed: of the sampler.
+        cancelled: asked between batches; True stops with `Cancelled`, what was measured stays in the ledger.
+
+    Raises:
+        RecipeError: an unknown slider, or trials below 1.
+        Cancelled: `cancelled` returned True.
+
+    """
+    import optuna
+
+    steps = {step.slider: step for step in METHODS.steps() if step.stops}
+    chosen = sliders or tuple(name for name in steps if name != "temperature")
+    unknown = [name for name in chosen if name not in steps]
+    if unknown or trials < 1:
+        raise RecipeError(f"sweep(sliders={chosen!r}, trials={trials}) is refused: sliders are {', '.join(steps)}; trials is at least 1")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(directions=["minimize"] * 3, sampler=optuna.samplers.TPESampler(seed=seed))
+    found: dict[str, Measurement] = {}
+    for _ in range(trials):
+        trial = study.ask()
+        stops: dict[str, Any] = {name: trial.suggest_categorical(name, [None, *steps[name].stops]) for name in chosen}
+        try:
+            point = bench.measure(Recipe(*(steps[name](**{name: stop}) for name, stop in stops.items() if stop is not None)), cancelled=cancelled)
+        except (RecipeError, CompressionError):
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
+        speed = point.latency.speedup.value if point.latency else 1.0
+        study.tell(trial, [min(point.primary.drop.value, 1e9), float(point.sizes.file_bytes), 1 / speed])
+        found[point.key] = point
+    return list(found.values())

@@ -6,7 +6,7 @@ import math
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the field's usual name
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 

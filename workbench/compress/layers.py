@@ -109,10 +109,10 @@ def output_head(model: nn.Module) -> str | None:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     classes = getattr(getattr(model, "config", None), "num_labels", None)
-    last = None
+    last: str | None = None
     for name, module in model.named_modules():
         if head is not None and module is head:
-            return name
+            return str(name)
         if isinstance(module, nn.Linear) and module.out_features == classes:
             last = name
     return last if head is None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -65,13 +65,15 @@ def lowrank(step: LowRank, work: Work) -> None:
 
 def factors(layer: Layer, step: LowRank, work: Work) -> tuple[Tensor, Tensor]:
     """Return (left [outputs, k], right [k, inputs]) whose first r columns and rows are the rank-r solution, for every r."""
-    decompose = whitened if step.factorization == "whitened" else plain
+    def decompose() -> tuple[Tensor, Tensor]:
+        return whitened(layer, work) if step.factorization == "whitened" else plain(layer)
+
     if layer.pristine:  # the same for every value of the slider
-        return work.statistics.once((step.factorization, layer.origin), lambda: decompose(layer, work))
-    return decompose(layer, work)
+        return work.statistics.once((step.factorization, layer.origin), decompose)
+    return decompose()
 
 
-def plain(layer: Layer, work: Work) -> tuple[Tensor, Tensor]:
+def plain(layer: Layer) -> tuple[Tensor, Tensor]:
     """Return the factors of the plain SVD, singular values shared evenly between them."""
     try:
         left, values, right = torch.linalg.svd(layer.matrix(), full_matrices=False)
@@ -108,21 +110,20 @@ class Pair(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """Return the product of the two weights, shaped as the dense layer's (Linear [o, i], Conv2d [o, i, h, w])."""
-        first, second = self[0].weight, self[1].weight
+        first, second = cast("Tensor", self[0].weight), cast("Tensor", self[1].weight)
         return (second.flatten(1) @ first.flatten(1)).view(len(second), *first.shape[1:])
 
     @property
     def bias(self) -> Tensor | None:
         """Return the second layer's bias."""
-        bias: Tensor | None = self[1].bias
-        return bias
+        return cast("Tensor | None", self[1].bias)
 
 
 def pair_like(module: nn.Module, rank: int) -> Pair:
     """Return two modules of the given rank that together take the place of `module`, its bias in the second."""
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
-    like = {"device": weight.device, "dtype": weight.dtype}
+    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     first: nn.Module
     second: nn.Module
     if isinstance(module, nn.Conv2d):
@@ -133,7 +134,7 @@ def pair_like(module: nn.Module, rank: int) -> Pair:
         outputs, inputs = reversed(weight.shape) if type(module).__name__ == "Conv1D" else weight.shape
         first = nn.Linear(inputs, rank, bias=False, **like)
         second = nn.Linear(rank, outputs, bias=bias is not None, **like)
-    if isinstance(bias, Tensor):
+    if isinstance(bias, Tensor) and isinstance(second.bias, Tensor):
         with torch.no_grad():
             second.bias.copy_(bias)
     return Pair(first, second).train(module.training)

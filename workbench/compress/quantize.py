@@ -47,7 +47,7 @@ def quantize(step: Quantize, work: Work) -> None:
     """Round weights and leave the grid as a promise to later steps."""
     for layer in work.select(step):
         matrix = layer.matrix()
-        rows, columns = matrix.shape
+        columns = matrix.shape[1]
         group = step.group_size or columns
         if columns % group:
             work.say(layer, f"quantize skipped: group_size {group} does not divide its {columns} inputs")

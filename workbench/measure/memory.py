@@ -22,13 +22,14 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
 def quiet_stderr() -> Iterator[None]:
     """Hide what the profiler's C++ side prints at every start and stop (torch 2.13)."""
     saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+        os.close(nowhere)
 
 
 def peak_memory_bytes(kind: Kind, model: nn.Module, items: Items) -> int:

@@ -15,9 +15,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits={bits}: from 1 to 8 can be packed")
-    flat = codes.flatten().to(torch.uint8)
-    if flat.numel() and int(flat.max()) >= 1 << bits:
-        raise ValueError(f"code {int(flat.max())} does not fit in {bits} bits")
+    flat = codes.flatten()
+    for extreme in (int(flat.min()), int(flat.max())) if flat.numel() else ():  # before the conversion below, which wraps around
+        if not 0 <= extreme < 1 << bits:
+            raise ValueError(f"code {extreme} does not fit in {bits} bits")
+    flat = flat.to(torch.uint8)
     if bits == 8:
         return flat.clone()
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))  # eight codes fill exactly `bits` bytes

@@ -115,7 +115,7 @@ def _token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     flat, target = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     rows = max(1, CHUNK // flat.shape[-1])
     parts = [(cross_entropy(some.float(), wanted, ignore_index=-100, reduction="none"), some.argmax(-1))
-             for some, wanted in zip(flat.split(rows), target.split(rows), strict=True)]  # fmt: skip
+             for some, wanted in zip(torch.split(flat, rows), torch.split(target, rows), strict=True)]  # fmt: skip
     loss = torch.cat([part[0] for part in parts]).reshape(labels.shape)
     answers = torch.cat([part[1] for part in parts]).reshape(labels.shape)
     return torch.where(torch.isfinite(loss), loss, torch.inf), answers

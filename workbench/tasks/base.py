@@ -95,9 +95,17 @@ class Scores:
 class Kind(Protocol):
     """A kind of task; each file of this package has one instance of it."""
 
-    name: str  # as shown to users, such as "image classification"
-    auto_class: str  # the transformers class that loads the model, such as "AutoModelForImageClassification"
-    primary: str  # the metric that quality means: "accuracy" or "perplexity"
+    @property
+    def name(self) -> str:
+        """Return the kind as shown to users, such as "image classification"."""
+
+    @property
+    def auto_class(self) -> str:
+        """Return the transformers class that loads the model, such as "AutoModelForImageClassification"."""
+
+    @property
+    def primary(self) -> str:
+        """Return the metric that quality means: "accuracy" or "perplexity"."""
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return logits aligned with `items.labels`: [N, classes] or [N, L, vocabulary]."""

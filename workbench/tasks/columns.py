@@ -54,11 +54,11 @@ def text_column(name: str, rows: Any) -> str:
         DataError: none, or several that could be it.
 
     """
-    strings = [c for c, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    strings: list[str] = [c for c, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
     for wanted in TEXT_NAMES:
         if wanted in strings:
             return wanted
-    others = [c for c in strings if c not in LABEL_NAMES]
+    others: list[str] = [c for c in strings if c not in LABEL_NAMES]
     if len(others) != 1:
         raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}; expected texts in a column 'text' or 'sentence'")
     return others[0]
@@ -81,7 +81,7 @@ def image_columns(name: str, rows: Any) -> tuple[str, str]:
         DataError: a column is missing; the message lists those that are there.
 
     """
-    typed = [c for c, feature in rows.features.items() if type(feature).__name__ == "Image"]
+    typed: list[str] = [c for c, feature in rows.features.items() if type(feature).__name__ == "Image"]
     if not typed:
         raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}, none of them images; "
                         "image classification expects a column 'image' and a column 'label', or a folder of images")  # fmt: skip
@@ -103,7 +103,7 @@ def _label_column(name: str, rows: Any, items: str) -> str:
     for wanted in LABEL_NAMES:
         if wanted in rows.column_names:
             return wanted
-    typed = [c for c, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
+    typed: list[str] = [c for c, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
     if len(typed) != 1:
         raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}; expected {items} and labels in a column 'label' "
                         "(a folder of images: one sub-folder a class)")  # fmt: skip
@@ -122,7 +122,8 @@ def label_numbers(rows: Any, column: str, config: Mapping[str, Any], name: str) 
     """
     known = classes(config)
     by_name = {label.casefold(): number for number, label in enumerate(known)}
-    values, notes = list(rows[column]), ()
+    values = list(rows[column])
+    notes: tuple[str, ...] = ()
     names = getattr(rows.features[column], "names", None)
     if names:
         matched = [label for label in names if label.casefold() in by_name]

@@ -28,8 +28,9 @@ class ImageClassification:
     primary: str = "accuracy"
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return [N, classes] for `pixel_values` [N, C, H, W]."""
-        logits: Tensor = model(**items.inputs).logits
+        """Return [N, classes] for `pixel_values` [N, C, H, W], which are cast to the type that the model computes in."""
+        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+        logits: Tensor = model(pixel_values=items.inputs["pixel_values"].to(dtype)).logits
         return logits
 
 

@@ -37,5 +37,7 @@ def text_items(texts: Sequence[str], labels: Sequence[int], tokenizer: Any, max_
     Every set is padded to the same length, so that an item's inputs do not depend on which others it stands with.
     """
     encoded = tokenizer(list(texts), truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt")
-    inputs = {name: tensor for name, tensor in encoded.items() if name in {"input_ids", "attention_mask", "token_type_ids"}}
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    if "token_type_ids" in encoded and encoded["token_type_ids"].any():  # zeros are the default, and not every model takes them
+        inputs["token_type_ids"] = encoded["token_type_ids"]
     return Items(inputs, torch.tensor(labels, dtype=torch.long))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError, ModelError
-from workbench.tasks import kind_of
 from workbench.tasks import data as task_data
+from workbench.tasks import kind_of
 from workbench.tasks.base import Kind, Task
 from workbench.tasks.image_classification import ImageClassification
 from workbench.tasks.language_modelling import LanguageModelling

@@ -1,7 +1,8 @@
 """Fetch from a model hub into its own cache: only safe files, verified, and in one clear line when it cannot be reached.
 
-`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME` and `HF_HUB_CACHE` are read when a function is called. Downloads resume where
-they stopped (the hub library keeps `.incomplete` files).
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HOME` and `HF_HUB_CACHE` are read when a function is called. A download whose
+connection breaks goes on where it stopped; after a killed process, finished files are kept and the one under way starts over
+(the hub library decides both).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from workbench.errors import ModelError
@@ -67,14 +69,14 @@ def snapshot(repository: str, *, patterns: Sequence[str] = PATTERNS, offline: bo
     """
     from huggingface_hub import snapshot_download
 
-    options = {"allow_patterns": list(patterns), "ignore_patterns": list(IGNORED), "endpoint": endpoint(), "cache_dir": str(cache())}
+    fetch = partial(snapshot_download, repository, allow_patterns=list(patterns), ignore_patterns=list(IGNORED), endpoint=endpoint(), cache_dir=cache())
     what = f"model {repository!r}"
     try:
         with session(offline=offline, progress=progress, what=what):
-            folder = Path(snapshot_download(repository, **options))
+            folder = Path(fetch())
     except Unreachable as error:
         try:
-            folder = Path(snapshot_download(repository, local_files_only=True, **options))
+            folder = Path(fetch(local_files_only=True))
         except Exception:  # noqa: BLE001  libraries raise what they like; the user sees one line
             raise error from None
     except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
@@ -124,7 +126,7 @@ def session(*, offline: bool, progress: bool, what: str) -> Iterator[None]:
         Unreachable: offline is asked for, or nothing answers within `PROBE_SECONDS`.
 
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if offline or forced_offline():
         raise Unreachable(what, "offline was asked for, and it is not in the cache", "run once without --offline, or give a local directory")
@@ -155,7 +157,7 @@ def cache_only() -> Iterator[None]:
 
 def _probe(what: str) -> None:
     """Raise `Unreachable` unless the hub answers anything at all, soon."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     address = endpoint()
     try:

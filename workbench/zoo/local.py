@@ -44,12 +44,14 @@ def read_config(directory: Path) -> dict[str, Any]:
         model_type = config.get("model_type")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{path} is not a JSON object: {error}") from None
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
             raise ModelError(f"{directory} needs remote code (auto_map in config.json, model type {model_type!r}); the workbench never runs it")
         raise ModelError(f"{path}: model type {model_type!r} is unknown to the installed transformers")
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(f"{directory} holds an adapter (adapter_config.json); merge it into its base model and give that")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise ModelError(f"{directory} is quantised already (by {method}); give the original weights")
@@ -174,7 +176,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         if place not in seen or tensor.numel() == 0:
             seen.add(place)
-            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
 
@@ -190,7 +192,7 @@ def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> An
     if images:
         if not (directory / "preprocessor_config.json").is_file():
             return _plain_processor(config)
-        from transformers import AutoImageProcessor
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may ask for torchvision
 
         loader: Any = AutoImageProcessor
         options["backend"] = "pil"  # the same pixels with and without torchvision
@@ -243,14 +245,14 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    logging.set_verbosity(50)  # critical
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _one_line(error: BaseException) -> str:

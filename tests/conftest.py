@@ -1,0 +1,62 @@
+"""What every test may use: tiny tasks, a device, a ledger of its own, and the reason for whatever is left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny_tasks
+import torch
+
+from workbench.ledger import Ledger
+from workbench.tasks.base import Task
+
+NO_GPU = "needs a CUDA GPU, and torch.cuda.is_available() is False here"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what this machine cannot run; `-ra` prints how many and why."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_state(tmp_path_factory: pytest.TempPathFactory):
+    """Keep the user's own ledgers out of it: the default ledger lies in a temporary directory, for child processes too."""
+    home = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(home))
+        patch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", "1"))
+        yield home
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=tiny_tasks.SORTS)
+def sort(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def task(sort: str, device: str) -> Task:
+    return tiny_tasks.tiny_task(sort, device)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "points.journal")
+
+
+@pytest.fixture(scope="session")
+def fashion_cnn() -> Task:
+    """The embedded CNN with all its 2,000 evaluation images; do not change it."""
+    from workbench.zoo import load_task
+
+    return load_task("fashion-cnn", offline=True, progress=False)
