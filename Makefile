@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 .PHONY: report test lint lab clean
 
 report: $(VENV)/installed
-	$(BIN)/workbench report fashion-vit --sparsity 0.5 --criterion wanda --weight-bits 4 --temperature 2 --output reports
+	$(BIN)/workbench report fashion-vit --sparsity 0.5 --criterion wanda --weight-bits 4 --output reports
 
 test: $(VENV)/installed-dev
 	$(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest
+	XDG_STATE_HOME=$$(mktemp -d) $(BIN)/python -m pytest --nbval-lax notebooks
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -84,7 +84,7 @@ def test_the_search_finds_the_best_of_its_candidates(bits, kind):
 @given(bits=st.sampled_from(WIDTHS), kind=st.sampled_from(GRIDS), group=st.sampled_from([1, 3, 12]), data=st.data())
 @settings(max_examples=150)
 def test_any_matrix_keeps_the_rules(bits, kind, group, data):
-    number = st.floats(-1e4, 1e4, width=32) | st.just(0.0) | st.floats(-1e-6, 1e-6, width=32)
+    number = st.floats(-1e4, 1e4, width=32) | st.just(0.0) | st.floats(-(2.0**-20), 2.0**-20, width=32)
     matrix = torch.tensor(data.draw(st.lists(number, min_size=24, max_size=24))).view(2, 12)
     grid, full = fit(matrix, bits, group, kind), fit(matrix, bits, group, kind, search=False)
     values = grid.dequantize()
@@ -122,11 +122,12 @@ def test_error_on_gaussian_weights_is_what_the_field_reports(bits, known):
     assert error["symmetric"] < known * 1.15
 
 
-@pytest.mark.parametrize(("bits", "decibels"), [(2, 8.4), (3, 14.3), (4, 20.3), (6, 31.8), (8, 43.5)])
-def test_signal_to_noise_rises_by_six_decibels_a_bit(bits, decibels):
+@pytest.mark.parametrize(("bits", "decibels"), [(2, 8.3), (3, 14.2), (4, 20.2), (5, 26.0), (6, 32.0), (7, 38.2), (8, 44.2)])
+def test_signal_to_noise_stays_above_its_floor(bits, decibels):
     matrix = gaussian(512, 512)
     noise = (fit(matrix, bits, 128).dequantize() - matrix).double().square().mean()
-    assert 10 * math.log10(float(matrix.double().square().mean() / noise)) == pytest.approx(decibels, abs=0.7)
+    found = 10 * math.log10(float(matrix.double().square().mean() / noise))
+    assert decibels <= found < 20 * math.log10(2) * bits  # 6.02 dB a bit is the rate-distortion bound
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -69,16 +69,6 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-class Cast:
-    """Hands pictures to a model in its own dtype: transformers' ViT does so itself, its ResNet does not."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module, args, kwargs):
-        return args, {name: value.to(self.dtype) for name, value in kwargs.items()}
-
-
 def items(sort: str, count: int, seed: int) -> Items:
     generator = torch.Generator().manual_seed(seed)
     if sort in {"vit", "resnet"}:
@@ -96,8 +86,6 @@ def tiny_task(sort: str = "vit", device: str = "cpu", dtype: torch.dtype = torch
     torch.manual_seed(0)
     made = spread(MODELS[sort]()) if model is None else model
     made = made.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    if sort == "resnet" and dtype != torch.float32:
-        made.register_forward_pre_hook(Cast(dtype), with_kwargs=True)
     return Task(
         kind=KINDS.get(sort, LANGUAGE_MODELLING),
         model=made,

@@ -51,7 +51,7 @@ class Bench:
         calibration_items: int | None = None,
         training_items: int | None = None,
         context_length: int | None = None,
-        latency_batch: int = 16,
+        latency_batch: int | None = None,
         confidence: float = 0.95,
         offline: bool = False,
         seed: int = 0,
@@ -68,7 +68,7 @@ class Bench:
             calibration_items: at most so many; None takes the task's default.
             training_items: at most so many; None takes the task's default.
             context_length: tokens in a window of a language model; None takes the task's default.
-            latency_batch: items in the batch that is timed.
+            latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model.
             confidence: of every quality interval.
             offline: never reach for the network.
             seed: of the order of data.
@@ -92,7 +92,7 @@ class Bench:
         )  # fmt: skip
         self.evaluation = self.task.evaluation.to(self.device)
         self.confidence = confidence
-        self.latency_items = self.evaluation[:latency_batch]
+        self.latency_items = self.evaluation[: latency_batch or (1 if self.task.kind.primary == "perplexity" else 16)]
         self.context = Context(
             self.task.model_name, self.task.model_fingerprint, self.task.data_name, self.task.data_fingerprint, self.device.type,
             describe(self.device), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"),

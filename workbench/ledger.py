@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.tradeoff import Cost, TradeoffPoint
 
 DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize")  # minus the quality drop, file bytes, latency relative to dense
+MAGIC = b'{"op_code":'  # how a journal begins
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
 
 
@@ -53,7 +54,7 @@ class Ledger:
         try:
             self.study = open_study(self.where, study)
         except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
-            raise LedgerError(f"cannot open the ledger {self.where!r}: {error}") from None
+            raise LedgerError(f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}") from None
         self.points: dict[str, Measurement] = {}
         for trial in self.study.get_trials(deepcopy=False):
             self.take(trial.user_attrs.get("measurement"))
@@ -99,7 +100,7 @@ class Ledger:
                 self.study.add_trial(as_trial(self.unsaved[0]))
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 repair(Path(self.where))
-                raise LedgerError(f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}: {error}") from None
+                raise LedgerError(f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}: {' '.join(str(error).split())}") from None
             self.unsaved.pop(0)
 
 
@@ -126,9 +127,10 @@ def open_study(where: str, study: str) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in where:
-        return optuna.create_study(storage=where, study_name=study, directions=list(DIRECTIONS), load_if_exists=True)
+        return load_or_create(optuna.storages.get_storage(where), study)
     path = Path(where)
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_journal(path)
     lock = kernel_lock(path)
     lock.acquire()
     try:
@@ -136,7 +138,31 @@ def open_study(where: str, study: str) -> optuna.Study:
     finally:
         lock.release()
     storage = optuna.storages.JournalStorage(JournalFileBackend(where, lock_obj=lock))
-    return optuna.create_study(storage=storage, study_name=study, directions=list(DIRECTIONS), load_if_exists=True)
+    return load_or_create(storage, study)
+
+
+def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:
+    """Load a study, or create it; loading writes nothing, so that a full disk can still be read."""
+    import optuna
+
+    try:
+        return optuna.load_study(storage=storage, study_name=study)
+    except KeyError:
+        return optuna.create_study(storage=storage, study_name=study, directions=list(DIRECTIONS), load_if_exists=True)
+
+
+def check_journal(path: Path) -> None:
+    """Refuse a file that is no journal before anything in it is touched.
+
+    Raises:
+        LedgerError: its first bytes are not those of a journal.
+
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+        if not MAGIC.startswith(start):
+            raise LedgerError("the file is there already and is no ledger: give another path")
 
 
 def kernel_lock(path: Path) -> BaseJournalFileLock:

@@ -51,8 +51,9 @@ def compress(task: Task, recipe: Recipe, statistics: Statistics | None = None, p
     """
     work = Work(copy.deepcopy(task.model).eval(), task, statistics or Statistics(task, progress), progress)
     for step in recipe:
+        changes = work.changes
         METHODS.functions[type(step)](step, work)
-        if not any(step.kind() in kinds for kinds in work.taken.values()):
+        if work.changes == changes:
             reasons = [f"{name}: {words[-1]}" for name, words in work.outcomes.items() if words]
             raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
         for layer in work.layers.values():

@@ -49,9 +49,13 @@ class Distill(Step):
 
 
 @METHODS.register(Distill)
+@torch.enable_grad()  # also where the caller has switched gradients off
 def distill(step: Distill, work: Work) -> None:
     """Train the free weights of `work.model`; targets limit which layers' weights may move."""
+    work.check_targets(step)
     layers = [layer for layer in work.layers.values() if step.matches(layer.name) or step.matches(layer.origin)]
+    if not layers:
+        raise CompressionError(f"{step!r} finds no layer that it can train: {', '.join(step.targets)}")
     trained, hidden = trainable(work.model, layers, everything=step.targets == ("*",))
     optimizer = torch.optim.Adam([*trained, *hidden.values()], lr=step.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / step.steps)))
@@ -78,6 +82,8 @@ def distill(step: Distill, work: Work) -> None:
     for layer in layers:
         layer.pristine = False
         work.took(step, layer, f"distilled {step.steps} steps at T={step.temperature:g}")
+    for name in work.left if step.targets == ("*",) else ():  # embeddings and shared weights learn too
+        work.say(name, f"distilled {step.steps} steps at T={step.temperature:g}")
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:

@@ -58,7 +58,7 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """Return the weight as float32 [outputs, inputs], detached; changing it does not change the module."""
-        return self.as_matrix(self.parameter.detach()).to(torch.float32, copy=True)
+        return self.as_matrix(self.parameter.detach()).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def write(self, matrix: Tensor) -> None:
         """Store an [outputs, inputs] matrix into the module, in the module's dtype.
@@ -99,7 +99,11 @@ def patches(module: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         if isinstance(module.padding, str):
             raise CompressionError(f"padding={module.padding!r} of a convolution is not supported: give it as numbers")
-        columns = nn.functional.unfold(inputs.float(), module.kernel_size, module.dilation, module.padding, module.stride)
+        inputs, padding = inputs.float(), module.padding
+        if module.padding_mode != "zeros":
+            top, left = (int(size) for size in module.padding)
+            inputs, padding = nn.functional.pad(inputs, (left, left, top, top), mode=module.padding_mode), (0, 0)
+        columns = nn.functional.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
     return inputs.float().reshape(-1, inputs.shape[-1])
 

@@ -51,6 +51,8 @@ def lowrank(step: LowRank, work: Work) -> None:
     """Factorise layers, replacing each module by two of the same kind."""
     for layer in work.select(step):
         rows, columns = layer.as_matrix(layer.parameter).shape
+        if not torch.isfinite(layer.parameter).all():
+            raise CompressionError(f"layer {layer.name!r} has infinite or NaN weights")
         rank = max(1, round(step.rank_ratio * min(rows, columns)))
         if layer.rank is not None:
             raise RecipeError(f"layer {layer.origin!r} is already of rank {layer.rank}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,11 +35,12 @@ class Work:
     outcomes: dict[str, list[str]] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)  # (training step, loss) of a Distill step
     warnings: list[str] = field(default_factory=list)
+    changes: int = 0  # layers changed so far, each step counted
 
     def __post_init__(self) -> None:
         """Find the layers of the model."""
         self.layers, self.left = find_layers(self.model)
-        self.outcomes = {name: [] for name, module in self.model.named_modules() if name in self.layers or name in self.left}
+        self.outcomes = {name: [] for name, _ in self.model.named_modules(remove_duplicate=False) if name in self.layers or name in self.left}
         self.head = output_head(self.model)
         self.taken: dict[str, list[str]] = {}
 
@@ -55,10 +57,7 @@ class Work:
             RecipeError: a target names no weight, or a layer already taken by an earlier step of the same kind.
 
         """
-        names = [*self.layers, *self.left, *(layer.origin for layer in self.layers.values())]
-        for target in step.targets:
-            if not any(step.__class__(targets=(target,)).matches(name) for name in names):
-                raise RecipeError(f"target {target!r} of {step.kind()} names no layer; {nearest(target, names)}")
+        self.check_targets(step)
         self.check_once(step)
         for name, reason in self.left.items():
             if step.matches(name):
@@ -77,6 +76,14 @@ class Work:
             yield layer
         self.progress(step.kind(), len(chosen), len(chosen))
 
+    def check_targets(self, step: Step) -> None:
+        """Refuse a target that names no weight."""
+        names = [*self.layers, *self.left, *(layer.origin for layer in self.layers.values())]
+        for target in step.targets:
+            alone = dataclasses.replace(step, targets=(target,))
+            if not any(alone.matches(name) for name in names):
+                raise RecipeError(f"target {target!r} of {step.kind()} names no layer; {nearest(target, names)}")
+
     def check_once(self, step: Step) -> None:
         """Refuse two steps of one kind on the same layer."""
         for layer in self.layers.values():
@@ -85,6 +92,7 @@ class Work:
 
     def took(self, step: Step, layer: Layer, words: str) -> None:
         """Record that `step` changed this layer."""
+        self.changes += 1
         self.taken.setdefault(layer.origin, [])
         if step.kind() not in self.taken[layer.origin]:
             self.taken[layer.origin].append(step.kind())

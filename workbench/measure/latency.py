@@ -34,9 +34,13 @@ class Latency:
 
 
 def measure_latency(
-    kind: Kind, dense: nn.Module, realised: nn.Module, items: Items, *, rounds: int = 20, warmup: int = 3, progress: Progress = no_progress
+    kind: Kind, dense: nn.Module, realised: nn.Module, items: Items, *, most: int = 20, least: int = 7, budget_s: float = 20.0, progress: Progress = no_progress
 ) -> Latency:
-    """Time both models on the same batch in turn, the order swapped every round so that neither always runs first."""
+    """Time both models on the same batch in turn, the order swapped every round so that neither always runs first.
+
+    Three untimed rounds, then `most` timed ones, or as many as fit into `budget_s` seconds but at least `least` (a median's
+    95% interval needs six).
+    """
     clock = Clock(items.labels.device)
 
     def once(model: nn.Module) -> Callable[[], object]:
@@ -44,8 +48,12 @@ def measure_latency(
 
     times: dict[str, list[float]] = {"dense": [], "realised": []}
     runs = [("dense", once(dense)), ("realised", once(realised))]
+    rounds, warmup = most, 3
     with torch.inference_mode():
-        for index in range(-warmup, rounds):
+        first = sum(clock.time_ms(run) for _, run in runs)
+        if first * (most + warmup) > 1000 * budget_s:  # a slow model: the first pass has warmed it up
+            rounds, warmup = max(least, int(1000 * budget_s / first)), 1
+        for index in range(1 - warmup, rounds):
             progress("latency", max(index, 0), rounds)
             for name, run in runs if index % 2 else reversed(runs):
                 elapsed = clock.time_ms(run)

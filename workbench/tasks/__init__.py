@@ -88,12 +88,12 @@ def _kinds_of_type(model_type: str) -> list[Kind]:
     """Return the kinds for which transformers has a class of this model type."""
     from transformers.models.auto import modeling_auto as auto
 
-    mappings = {
-        IMAGE_CLASSIFICATION: auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        TEXT_CLASSIFICATION: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        LANGUAGE_MODELLING: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    }
-    return [kind for kind, mapping in mappings.items() if model_type in mapping]
+    mappings: tuple[tuple[Kind, Any], ...] = (
+        (IMAGE_CLASSIFICATION, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        (TEXT_CLASSIFICATION, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (LANGUAGE_MODELLING, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    )
+    return [kind for kind, mapping in mappings if model_type in mapping]
 
 
 def _device(model: nn.Module, items: Items) -> torch.device:

@@ -1,0 +1,317 @@
+"""Measurements against formulas written here, and against simulated truth: does a 95% interval hold 95% of the time?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from scipy import stats
+from tiny_tasks import EVALUATION, tiny_task
+
+import workbench as wb
+from workbench.compress import compress
+from workbench.errors import DataError
+from workbench.measure.latency import measure_latency
+from workbench.measure.memory import peak_memory_bytes
+from workbench.measure.quality import Estimate, flips, mean, paired_proportions, proportion, quality
+from workbench.measure.size import file_content, sizes
+from workbench.recipe import Recipe
+from workbench.runtime.packed import pack_model
+from workbench.runtime.realise import realise
+from workbench.tasks import score
+from workbench.tasks.base import Scores
+
+
+def answers(correct: list[int], loss: list[float] | None = None) -> Scores:
+    right = torch.tensor(correct, dtype=torch.float64)
+    return Scores(torch.tensor(loss or [0.5] * len(correct), dtype=torch.float64), right, torch.ones(len(correct), dtype=torch.float64), right.long())
+
+
+def pairs(gained: int, lost: int, both: int, neither: int) -> tuple[Scores, Scores]:
+    """Return dense and compressed scores with these counts."""
+    before = [0] * gained + [1] * lost + [1] * both + [0] * neither
+    after = [1] * gained + [0] * lost + [1] * both + [0] * neither
+    return answers(before), answers(after)
+
+
+# --- intervals of single answers
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 16), (1, 16), (8, 16), (16, 16), (1857, 2000), (3, 7)])
+@pytest.mark.parametrize("level", [0.9, 0.95, 0.9875])
+def test_wilsons_interval_solves_wilsons_equation(successes, total, level):
+    found = proportion(torch.tensor([1.0] * successes + [0.0] * (total - successes)), level)
+    z = stats.norm.ppf((1 + level) / 2)
+    # the two p with |p_hat - p| = z sqrt(p (1 - p) / n): roots of (1 + z^2/n) p^2 - (2 p_hat + z^2/n) p + p_hat^2
+    roots = np.sort(np.roots([1 + z**2 / total, -(2 * successes / total + z**2 / total), (successes / total) ** 2]))
+    assert found.value == successes / total
+    assert (found.low, found.high) == pytest.approx(tuple(roots), abs=1e-9)
+
+
+# Worked by hand for Bonett and Price (2012): n = 16, gained 1, lost 4, z = 1.959964. p+ = 2/18, p- = 5/18, d = -3/18,
+# d +- z sqrt((7/18 - (3/18)^2) / 18) = -.1667 +- 1.959964 * .141634.
+def test_the_paired_interval_equals_numbers_worked_by_hand():
+    dense, compressed = pairs(gained=1, lost=4, both=8, neither=3)
+    found = paired_proportions(dense.correct, compressed.correct, 0.95)
+    assert found.value == -3 / 16
+    assert found.low == pytest.approx(-0.44426, abs=1e-4)
+    assert found.high == pytest.approx(0.11093, abs=1e-4)
+
+
+@pytest.mark.parametrize(("gained", "lost", "rest"), [(0, 0, 16), (5, 2, 57), (0, 9, 247), (30, 90, 1880)])
+def test_the_paired_interval_is_waldss_after_one_more_of_each_kind(gained, lost, rest):
+    """The same interval another way: Wald's, from the sample variance of -1, 0, 1 after adding one gain and one loss."""
+    dense, compressed = pairs(gained, lost, rest // 2, rest - rest // 2)
+    found = paired_proportions(dense.correct, compressed.correct, 0.95)
+    adjusted = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * rest)
+    half = stats.norm.ppf(0.975) * adjusted.std() / math.sqrt(len(adjusted))
+    assert (found.low, found.high) == pytest.approx((adjusted.mean() - half, adjusted.mean() + half), abs=1e-12)
+    assert found.value == (gained - lost) / (gained + lost + rest)
+
+
+def test_no_flips_in_few_items_prove_little():
+    dense, compressed = pairs(0, 0, 12, 4)
+    found = paired_proportions(dense.correct, compressed.correct, 0.95)
+    assert found.value == 0
+    assert found.low < -0.1
+    assert found.high > 0.1
+    everything = paired_proportions(torch.zeros(3), torch.ones(3), 0.999)
+    assert -1 <= everything.low <= everything.value <= everything.high == 1
+
+
+@pytest.mark.parametrize("items", [16, 64, 256])
+@pytest.mark.parametrize(("up", "down"), [(0.02, 0.05), (0.005, 0.01), (0.1, 0.2), (0.01, 0.4)])
+def test_the_paired_interval_covers_the_truth_as_often_as_it_says(items, up, down):
+    generator = np.random.default_rng(7)
+    draws = generator.multinomial(items, [up, down, 1 - up - down], size=4000)
+    hits = 0
+    kinds, counts = np.unique(draws, axis=0, return_counts=True)
+    for (gained, lost, rest), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        dense, compressed = pairs(gained, lost, rest, 0)
+        found = paired_proportions(dense.correct, compressed.correct, 0.95)
+        hits += count * (found.low <= up - down <= found.high)
+    assert hits / 4000 >= 0.94
+
+
+@pytest.mark.parametrize("items", [16, 64, 256])
+def test_wilsons_interval_covers_the_truth_on_average(items):
+    """On average over accuracies: at single ones it swings around 95% (Brown, Cai and DasGupta 2001)."""
+    truths = np.linspace(0.5, 0.99, 99)
+    found = [proportion(torch.tensor([1.0] * k + [0.0] * (items - k)), 0.95) for k in range(items + 1)]
+    coverage = [sum(stats.binom.pmf(k, items, p) for k, e in enumerate(found) if e.low <= p <= e.high) for p in truths]
+    assert np.mean(coverage) >= 0.94
+
+
+# --- averages over tokens
+
+
+def test_with_equal_weights_the_mean_has_students_interval():
+    values = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs = stats.ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
+    for weight in (1.0, 511.0):
+        found = mean(values, torch.full((40,), weight, dtype=torch.float64), 0.95)
+        assert found.value == pytest.approx(float(values.mean()))
+        assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_with_unequal_weights_it_is_the_ratio_estimator():
+    values, weight = np.array([1.0, 2.0, 4.0, 3.0]), np.array([10.0, 30.0, 20.0, 5.0])
+    found = mean(torch.tensor(values), torch.tensor(weight), 0.95)
+    ratio = (values * weight).sum() / weight.sum()
+    residual = weight * (values - ratio)
+    error = math.sqrt((residual**2).sum() / 3 / 4) / weight.mean()  # Cochran (1977), section 6.4
+    assert found.value == pytest.approx(ratio)
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 3) * error)
+
+
+@pytest.mark.parametrize("items", [16, 64, 256])
+def test_the_weighted_interval_covers_the_truth(items):
+    generator = np.random.default_rng(11)
+    hits = 0
+    for _ in range(1500):
+        weight = generator.integers(100, 512, items)
+        values = 0.3 + generator.normal(size=items) * 20 / weight**0.5
+        found = mean(torch.tensor(values), torch.tensor(weight, dtype=torch.float64), 0.95)
+        hits += found.low <= 0.3 <= found.high
+    assert hits / 1500 >= (0.925 if items == 16 else 0.94)  # a ratio of few unequal windows is a little short
+
+
+def test_infinite_losses_stay_infinite():
+    found = mean(torch.tensor([1.0, math.inf]), torch.ones(2), 0.95)
+    assert found == Estimate(math.inf, math.inf, math.inf)
+
+
+# --- the whole quality
+
+
+def test_perplexity_is_the_exponential_of_all_nats_over_all_tokens():
+    task = tiny_task("gpt2")
+    scores = score(task.kind, task.model, task.evaluation)
+    logits = task.kind.logits(task.model, task.evaluation).double().log_softmax(-1)
+    nats = -logits.gather(-1, task.evaluation.labels.unsqueeze(-1)).sum()
+    made = compress(task, Recipe(wb.Quantize(weight_bits=2)))
+    found = quality("perplexity", scores, score(task.kind, made.model, task.evaluation))
+    assert [q.metric for q in found] == ["perplexity", "accuracy"]
+    assert found[0].dense.value == pytest.approx(math.exp(float(nats) / task.evaluation.labels.numel()), rel=1e-5)
+    assert found[0].change.value == pytest.approx(found[0].compressed.value / found[0].dense.value - 1, rel=1e-9)
+    assert found[0].dense.low < found[0].dense.value < found[0].dense.high
+    assert found[1].dense.value == pytest.approx(float((logits.argmax(-1) == task.evaluation.labels).double().mean()))
+
+
+def test_quality_of_classes_says_everything_on_the_same_items():
+    dense, compressed = pairs(gained=2, lost=5, both=40, neither=3)
+    accuracy, loss = quality("accuracy", dense, compressed, confidence=0.9)
+    assert (accuracy.metric, loss.metric) == ("accuracy", "loss")
+    assert (accuracy.dense.value, accuracy.compressed.value) == (0.9, 0.84)
+    assert accuracy.change.value == pytest.approx(-0.06)
+    assert accuracy.drop == Estimate(-accuracy.change.value, -accuracy.change.high, -accuracy.change.low)
+    assert accuracy.drop.low < accuracy.drop.value < accuracy.drop.high
+    assert loss.drop == loss.change
+    assert (accuracy.items, accuracy.confidence, accuracy.looks) == (50, 0.9, 1)
+
+
+@pytest.mark.parametrize("looks", [1, 3, 4])
+def test_several_looks_share_the_error_by_bonferroni(looks):
+    dense, compressed = pairs(2, 5, 40, 3)
+    level = 1 - 0.05 / looks
+    accuracy, loss = quality("accuracy", dense, compressed, looks=looks)
+    assert accuracy.change == paired_proportions(dense.correct, compressed.correct, level)
+    assert accuracy.compressed == proportion(compressed.correct, level)
+    assert loss.change == mean(compressed.loss - dense.loss, dense.weight, level)
+    assert flips(dense, compressed, looks=looks) == proportion((dense.answers != compressed.answers).double(), level)
+    assert (accuracy.confidence, accuracy.looks) == (0.95, looks)  # the joint confidence
+
+
+def test_flips_count_changed_answers_that_equal_accuracy_hides():
+    dense, compressed = pairs(gained=5, lost=5, both=80, neither=10)
+    assert quality("accuracy", dense, compressed)[0].change.value == 0
+    assert flips(dense, compressed).value == 0.1
+    tokens = [Scores(torch.zeros(2), torch.zeros(2), torch.full((2,), 4.0), torch.tensor(rows)) for rows in ([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 0], [0, 0, 0, 8]])]
+    assert flips(*tokens).value == 0.5
+
+
+def test_one_item_and_different_items_are_refused():
+    with pytest.raises(DataError, match="1 evaluation item: an interval needs at least 2"):
+        quality("accuracy", answers([1]), answers([1]))
+    with pytest.raises(DataError, match="scores are of different items: 3 and 2"):
+        quality("accuracy", answers([1, 1, 0]), answers([1, 1]))
+
+
+# --- sizes
+
+
+def entropy_free_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all tensors of a model, shared ones once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values())
+
+
+def test_the_dense_file_is_what_safetensors_writes(sort, tmp_path):
+    model = tiny_task(sort).model
+    unique = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    safetensors.torch.save_file(unique, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = sizes(model)
+    assert found.file_bytes == (tmp_path / "model.safetensors").stat().st_size
+    assert found.packed_bytes == found.theoretical_bytes == entropy_free_bytes(model)
+    assert found.file_bytes > found.packed_bytes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_low_bit_weights_take_their_bits_and_their_scales(bits):
+    task = tiny_task("vit")
+    made = compress(task, Recipe(wb.Quantize(weight_bits=bits, group_size=16)))
+    packed = pack_model(made.model, made.layers)
+    expected = theoretical = entropy_free_bytes(task.model)
+    for row in made.report:
+        if row.bits:
+            count, groups = row.shape[0] * row.shape[1], row.shape[0] * row.shape[1] // 16
+            expected += count * bits // 8 + 2 * groups + -(-groups * bits // 8) - 4 * count
+            theoretical += count * bits // 8 - 4 * count
+    assert packed.packed_bytes == expected
+    assert packed.theoretical_bytes == theoretical
+    assert len(file_content(packed)) - packed.packed_bytes < 160 * len(packed.tensors) + 64  # a header and nothing else
+
+
+def test_zeros_save_bytes_only_where_they_can():
+    task = tiny_task("vit")
+    dense = sizes(task.model)
+    for sparsity, smaller in ((0.0, False), (0.01, False), (0.25, True), (0.5, True), (0.95, True)):
+        made = compress(task, Recipe(wb.Prune(sparsity=sparsity)))
+        found = sizes(made.model, made.layers)
+        assert (found.packed_bytes < dense.packed_bytes) == smaller
+        zeros = sum(row.shape[0] * row.shape[1] - round((1 - row.sparsity) * row.shape[0] * row.shape[1]) for row in made.report if row.sparsity)
+        assert found.theoretical_bytes == dense.theoretical_bytes - 4 * zeros
+        if smaller:  # four bytes a kept weight and one bit a weight
+            positions = sum(-(-row.shape[0] * row.shape[1] // 8) for row in made.report if row.sparsity)
+            assert found.packed_bytes == found.theoretical_bytes + positions
+
+
+def test_four_bits_and_half_zeros_are_stored_in_whichever_way_is_smaller():
+    task = tiny_task("vit")
+    bits = {}
+    for width in (2, 8):
+        made = compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=width)))
+        bits[width] = {encoding.kind for encoding in pack_model(made.model, made.layers).encodings.values() if encoding.bits}
+    assert bits == {2: {"grid"}, 8: {"grid+bitmask"}}  # 2 bits against 1 + 1 and a mask; 8 against 4 + 1
+
+
+# --- latency and memory
+
+
+def test_latency_is_timed_in_turn_and_recorded_with_its_conditions(device):
+    task = tiny_task("vit", device)
+    order: list[str] = []
+    realised = tiny_task("vit", device).model
+    for name, model in (("dense", task.model), ("other", realised)):
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    found = measure_latency(task.kind, task.model, realised, task.evaluation[:8].to(device), rounds=10, warmup=2)
+    assert len(order) == 2 * 12
+    assert all(set(order[i : i + 2]) == {"dense", "other"} for i in range(0, 24, 2))  # neither is ever ahead by more than one
+    assert len({tuple(order[i : i + 2]) for i in range(0, 24, 2)}) == 2  # and neither always runs first
+    assert (found.batch, found.input_shape, found.rounds) == (8, (1, 8, 8), 10)
+    assert 0 < found.median_ms <= found.p95_ms
+    assert 0 < found.dense_median_ms <= found.dense_p95_ms
+    assert found.speedup.low <= found.speedup.value <= found.speedup.high
+
+
+def test_a_model_that_works_twice_as_hard_is_seen_to():
+    task = tiny_task("vit")
+
+    class Slow(torch.nn.Module):
+        def forward(self, **inputs):
+            for _ in range(4):
+                task.model(**inputs)
+            return task.model(**inputs)
+
+    found = measure_latency(task.kind, task.model, Slow(), task.evaluation[:8], rounds=15)
+    assert 0.1 < found.speedup.value < 0.4
+    assert found.speedup.high < 1
+
+
+def test_peak_memory_holds_the_weights_and_something_more(sort, device):
+    task = tiny_task(sort, device)
+    few, many = (peak_memory_bytes(task.kind, task.model, task.evaluation[:count].to(device)) for count in (2, EVALUATION))
+    held = sum({p.data_ptr(): p.nbytes for p in [*task.model.parameters(), *task.model.buffers()]}.values())
+    assert held < few < many
+
+
+def test_a_low_rank_model_needs_less_memory(device):
+    task = tiny_task("vit", device)
+    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.1)))
+    dense, low = (peak_memory_bytes(task.kind, model, task.evaluation[:1].to(device)) for model in (task.model, made.model))
+    assert low < dense
+
+
+def test_what_no_kernel_makes_faster_says_so():
+    task = tiny_task("vit")
+    reasons = {label: realise(compress(task, Recipe(*steps)), "cpu").no_kernel for label, steps in {
+        "dense": (), "low": (wb.LowRank(rank_ratio=0.3),), "pruned": (wb.Prune(sparsity=0.5),), "2:4": (wb.Prune(pattern="2:4"),),
+        "both": (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))}.items()}  # fmt: skip
+    assert reasons["dense"] == reasons["low"] == ()
+    assert len(reasons["pruned"]) == 1
+    assert "unstructured zeros on this CPU" in reasons["pruned"][0]
+    assert "2:4 zeros on this CPU" in reasons["2:4"][0]
+    assert len(reasons["both"]) == 2
+    assert "3-bit" in reasons["both"][1]
