@@ -85,7 +85,9 @@ def tiny_task(sort: str = "vit", device: str = "cpu", dtype: torch.dtype = torch
     """Return a task as `load_task` would: the model on its device, the data on the CPU."""
     torch.manual_seed(0)
     made = spread(MODELS[sort]()) if model is None else model
-    made = made.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    made = made.to(device).eval().requires_grad_(False)
+    for tensor in made.state_dict(keep_vars=True).values():  # as from_pretrained does: rotary frequencies, which no file holds, stay float32
+        tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype)
     return Task(
         kind=KINDS.get(sort, LANGUAGE_MODELLING),
         model=made,

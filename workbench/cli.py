@@ -91,7 +91,7 @@ def measure(ctx: click.Context, /, again: bool, directory: Path | None, overwrit
     job = job_from({**given, "plugins": list(ctx.obj)})
     if directory is not None:
         check_target(directory, overwrite=overwrite)
-    bench = Bench(job.model, progress=sys.stderr.isatty(), **job.settings)
+    bench = Bench(job.model, **{**job.settings, "progress": sys.stderr.isatty()})
     point = bench.measure(job.recipe, again=again)
     show_point(point)
     if directory is not None:

@@ -52,7 +52,7 @@ def check_target(directory: Path, *, overwrite: bool) -> None:
     parent = directory.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ExportError(f"cannot write to {str(parent)!r}: choose a directory that you may write to")
 
 
@@ -112,7 +112,12 @@ def put_in_place(side: Path, directory: Path) -> None:
     if directory.exists():
         old = side.with_name(f"{side.name}-old")
         directory.rename(old)
-    side.rename(directory)
+    try:
+        side.rename(directory)
+    except BaseException:
+        if old is not None:
+            old.rename(directory)
+        raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -145,13 +150,20 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
         raise ExportError(f"{str(directory)!r} is no export of the workbench: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError) as error:
         raise ExportError(f"{str(directory)!r} cannot be read: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise ExportError(f"{str(directory)!r} has format {manifest.get('format')!r}; this version reads format {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ExportError(f"{str(directory)!r} has format {found!r}; this version reads format {FORMAT}")
+    missing = [key for key in ("weights_sha256", "auto_class", "low_rank", "encodings") if key not in manifest]
+    if missing:
+        raise ExportError(f"{str(directory)!r} is damaged: {MANIFEST} lacks {', '.join(missing)}")
     if hashlib.sha256(content).hexdigest() != manifest["weights_sha256"]:
         raise ExportError(f"{str(directory / WEIGHTS)!r} is damaged: its sha256 is not the one in {MANIFEST}")
     state = unpack_state(safetensors.torch.load(content), manifest["encodings"])
-    model = skeleton(directory, manifest)
-    model.load_state_dict(state, strict=True, assign=True)
+    try:
+        model = skeleton(directory, manifest)
+        model.load_state_dict(state, strict=True, assign=True)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ExportError(f"{str(directory)!r} is damaged: {MANIFEST}, config.json and {WEIGHTS} do not fit together: {' '.join(str(error).split())}") from None
     model.tie_weights()  # type: ignore[operator]
     return model.requires_grad_(False).eval().to(device)
 

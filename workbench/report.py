@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from workbench.words import nearest
 if TYPE_CHECKING:
     from workbench.bench import Bench
 
-PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "plugins")  # parameters besides recipe options and gates
+PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "progress", "plugins")  # parameters besides recipe options and gates
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
         """Return the bench of this job: the model and its data, loaded."""
         from workbench.bench import Bench
 
-        return Bench(self.model, progress=False, **self.settings)
+        return Bench(self.model, **self.settings)
 
 
 def load_plugins(names: str | tuple[str, ...] | list[str]) -> None:
@@ -73,7 +74,7 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
     seed = whole("seed", given["seed"], 0)
     options = {name: given[name] for name in METHODS.options()}
     settings = {name: given[name] for name in ("data", "device", "ledger") if given[name] is not None}
-    settings |= {"seed": seed, "offline": str(given["offline"]).lower() in {"true", "1", "yes"}}
+    settings |= {"seed": seed, **{name: str(given[name]).lower() in {"true", "1", "yes"} for name in ("offline", "progress")}}
     if given["evaluation_items"] is not None:
         settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
     if not given["model"]:
@@ -130,8 +131,7 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
     notebook, page = folder / f"{stem}.ipynb", folder / f"{stem}.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with notebook.open("ab"), page.open("ab"):  # fail before the work, not after it
-            pass
+        tempfile.TemporaryFile(dir=folder).close()  # fail before the work, not after it
     except OSError as error:
         raise WorkbenchError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None
     failure: WorkbenchError | None = None
@@ -142,10 +142,23 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
         except papermill.PapermillExecutionError as error:
             kinds: dict[str, type[WorkbenchError]] = {"GateFailed": GateFailed, "LedgerError": LedgerError, "RecipeError": RecipeError}
             failure = kinds.get(error.ename, WorkbenchError)(error.evalue if error.ename in kinds else f"{error.ename}: {error.evalue}")
-        page.write_text(to_html(notebook), encoding="utf-8")
+        except OSError as error:
+            raise WorkbenchError(f"cannot write the report {str(notebook)!r}: {error.strerror}; what was measured is in the ledger") from None
+        write_page(notebook, page)
     if failure is not None:
         raise failure
     return page
+
+
+def write_page(notebook: Path, page: Path) -> None:
+    """Write the page of an executed notebook beside it, whole or not at all."""
+    side = page.with_name(f".{page.name}.part")
+    try:
+        side.write_text(to_html(notebook), encoding="utf-8")
+        side.replace(page)
+    except OSError as error:
+        side.unlink(missing_ok=True)
+        raise WorkbenchError(f"cannot write the page {str(page)!r}: {error.strerror}; the executed notebook is {str(notebook)!r}") from None
 
 
 def kernel_config() -> Any:

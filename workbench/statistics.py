@@ -73,12 +73,13 @@ def second_moments(task: Task, progress: Progress) -> dict[str, Tensor]:
         return hook
 
     layers, _ = find_layers(task.model)
+    device = next(task.model.parameters()).device
     with ExitStack() as hooks, torch.inference_mode():
         for name, layer in layers.items():
             hooks.callback(layer.module.register_forward_pre_hook(watch(name)).remove)
         for start in range(0, len(task.calibration), task.batch_size):
             progress("calibration", start, len(task.calibration))
             shared.clear()
-            task.kind.logits(task.model, task.calibration[start : start + task.batch_size])
+            task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
     progress("calibration", len(task.calibration), len(task.calibration))
     return {name: (total / counts[name]).clone() for name, total in sums.items()}

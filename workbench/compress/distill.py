@@ -60,10 +60,10 @@ def distill(step: Distill, work: Work) -> None:
     optimizer = torch.optim.Adam([*trained, *hidden.values()], lr=step.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / step.steps)))
     generator = torch.Generator().manual_seed(step.seed)
-    training, kind = work.task.training, work.task.kind
+    training, kind, device = work.task.training, work.task.kind, next(work.model.parameters()).device
     for index in range(step.steps):
         work.progress("distill", index, step.steps)
-        items = training[torch.randint(len(training), (min(step.distill_batch, len(training)),), generator=generator)]
+        items = training[torch.randint(len(training), (min(step.distill_batch, len(training)),), generator=generator)].to(device)
         with torch.no_grad():
             wanted = kind.logits(work.task.model, items)
         loss = distillation_loss(kind.logits(work.model, items), wanted, items.labels, step.temperature, step.alpha)

@@ -36,7 +36,7 @@ class Estimate:
 class Quality:
     """One metric of the compressed model next to the dense one, on the same items.
 
-    `change` is paired: for `accuracy` compressed - dense, as a fraction; for `loss` the same in nats; for `perplexity` the
+    `change` is paired: for `accuracy` and `next-token accuracy` compressed - dense, as a fraction; for `loss` the same in nats; for `perplexity` the
     ratio minus 1. `confidence` is that of every interval here, joint over `looks` looks. `drop` is how much worse it got.
     """
 
@@ -51,7 +51,7 @@ class Quality:
     @property
     def drop(self) -> Estimate:
         """Return the change with the sign turned so that positive is worse."""
-        if self.metric != "accuracy":
+        if not self.metric.endswith("accuracy"):
             return self.change
         return Estimate(-self.change.value, -self.change.high, -self.change.low)
 
@@ -74,7 +74,7 @@ def quality(primary: str, dense: Scores, compressed: Scores, confidence: float =
     loss_change = mean(compressed.loss - dense.loss, dense.weight, level)
     right = [proportion(s.correct, level) if single else mean(s.correct, s.weight, level) for s in (dense, compressed)]
     gained = paired_proportions(dense.correct, compressed.correct, level) if single else mean(compressed.correct - dense.correct, dense.weight, level)
-    accuracy = Quality("accuracy", right[0], right[1], gained, **common)  # type: ignore[arg-type]
+    accuracy = Quality("accuracy" if primary == "accuracy" else "next-token accuracy", right[0], right[1], gained, **common)  # type: ignore[arg-type]
     if primary == "accuracy":
         return accuracy, Quality("loss", loss[0], loss[1], loss_change, **common)  # type: ignore[arg-type]
     perplexity = Quality("perplexity", loss[0].mapped(exp), loss[1].mapped(exp), loss_change.mapped(lambda x: exp(x) - 1), **common)  # type: ignore[arg-type]

@@ -1,0 +1,338 @@
+"""Exports: read by a decoder written here from the documented format, loaded back bit for bit, and never half there."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from test_methods import VARIANTS, orders
+from test_methods import STEPS as NAMED
+from tiny_tasks import tiny_task
+
+import workbench as wb
+from workbench.bench import Bench
+from workbench.errors import ExportError
+from workbench.export import check_target
+from workbench.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {**VARIANTS, **{order: Recipe(*(NAMED[name] for name in order)) for order in orders()}, "dense": Recipe()}
+
+
+# --- a decoder from scratch: numpy and the words of the documentation, nothing of the workbench
+
+
+def bits_of(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return `count` integers of `bits` bits each, least significant bit first in each byte and in each integer."""
+    stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+    return (stream.astype(np.int64) << np.arange(bits)).sum(1)
+
+
+def decoded(tensors: dict[str, np.ndarray], key: str, about: dict) -> np.ndarray:
+    """Return one weight as float32 in the shape in which the module holds it."""
+    shape = about["shape"]
+    if about["kind"] == "dense":
+        return tensors[key]
+    rows = shape[1] if about["transposed"] else shape[0]
+    columns = int(np.prod(shape)) // rows
+    mask = bits_of(tensors[f"{key}.mask"], 1, rows * columns).astype(bool) if "bitmask" in about["kind"] else np.ones(rows * columns, bool)
+    matrix = np.zeros(rows * columns, np.float32)
+    if about["kind"] == "bitmask":
+        matrix[mask] = tensors[f"{key}.values"]
+    else:
+        bits, groups = about["bits"], about["groups"]
+        scale = tensors[f"{key}.scale"].astype(np.float32).reshape(rows, groups)
+        zero = np.full((rows, groups), 1 << (bits - 1)) if f"{key}.zero_point" not in tensors else bits_of(tensors[f"{key}.zero_point"], bits, rows * groups).reshape(rows, groups)
+        wide = [np.repeat(x, columns // groups, axis=1).ravel() for x in (scale, zero)]
+        codes = bits_of(tensors[f"{key}.codes"], bits, int(mask.sum()))
+        matrix[mask] = (codes - wide[1][mask]).astype(np.float32) * wide[0][mask]
+    matrix = matrix.reshape(rows, columns)
+    return np.ascontiguousarray(matrix.T) if about["transposed"] else matrix.reshape(shape)
+
+
+def rebuilt(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict of an export."""
+    encodings = json.loads((directory / "compression.json").read_text())["encodings"]
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    state = {key: decoded(tensors, key, about) for key, about in encodings.items() if about["kind"] != "shared"}
+    state |= {key: state[about["same_as"]] for key, about in encodings.items() if about["kind"] == "shared"}
+    return {key: torch.from_numpy(value) for key, value in state.items()}
+
+
+def merged(state: dict[str, torch.Tensor], low_rank: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Return a state dict for the plain architecture: the two layers of a low-rank one multiplied into one."""
+    for name, rank in low_rank.items():
+        first, second = state.pop(f"{name}.0.weight"), state.pop(f"{name}.1.weight")
+        assert len(first) == rank
+        state[f"{name}.weight"] = (second.flatten(1).double() @ first.flatten(1).double()).float().view(len(second), *first.shape[1:])
+        if f"{name}.1.bias" in state:
+            state[f"{name}.bias"] = state.pop(f"{name}.1.bias")
+    return state
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)),
+    Recipe(wb.LowRank(rank_ratio=0.45), wb.Prune(sparsity=0.3, criterion="wanda"), wb.Quantize(weight_bits=6, grid="symmetric")),
+], ids=lambda recipe: recipe.label())  # fmt: skip
+def test_an_independent_reader_finds_the_accuracy_and_the_bytes_that_were_measured(tmp_path, recipe, fashion_cnn):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    bench = Bench(fashion_cnn, device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    point = bench.measure(recipe)
+    out = bench.export(recipe, tmp_path / "out")
+    model = ResNetForImageClassification(ResNetConfig.from_dict(json.loads((out / "config.json").read_text()))).eval()
+    model.load_state_dict(merged(rebuilt(out), json.loads((out / "compression.json").read_text())["low_rank"]))
+    with np.load(ROOT / "workbench" / "zoo" / "embedded" / "fashion-mnist-slice.npz") as arrays:
+        images, labels = arrays["evaluation_images"], arrays["evaluation_labels"]
+    assert images.shape == (2000, 28, 28)
+    pixels = (torch.from_numpy(images).float() / 255 - 0.286) / 0.353  # as preprocessor_config.json says
+    with torch.no_grad():
+        answers = torch.cat([model(pixel_values=batch.unsqueeze(1)).logits.argmax(-1) for batch in pixels.split(200)])
+    right = int((answers == torch.from_numpy(labels)).sum())
+    assert right == pytest.approx(round(2000 * point.primary.compressed.value), abs=0 if not recipe.get("lowrank") else 2)  # a product rounds otherwise
+    assert point.primary.compressed.value == pytest.approx(right / 2000, abs=0.001)
+    assert (out / "model.safetensors").stat().st_size == point.sizes.file_bytes
+    assert sum(t.nbytes for t in safetensors.numpy.load_file(out / "model.safetensors").values()) == point.sizes.packed_bytes
+    assert point.dense_sizes.file_bytes == pytest.approx((ROOT / "workbench/zoo/embedded/fashion-cnn/model.safetensors").stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_what_is_loaded_back_is_the_same_bit_for_bit(sort, tmp_path, recipe, ledger):
+    from workbench.export import export
+
+    task = tiny_task(sort)
+    bench = Bench(task, device="cpu", ledger=ledger, progress=False)
+    made = bench.compress(recipe)
+    out = export(task, made, MEASURED(task, recipe), tmp_path / "out")
+    loaded = wb.load(out)
+    with torch.no_grad():
+        assert torch.equal(task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation))
+    expected = made.model.state_dict()
+    state = rebuilt(out)
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+class Measured:
+    """One measurement for exports that are only about tensors: the recipe is put in, the rest is of another point."""
+
+    def __init__(self) -> None:
+        self.point = None
+
+    def __call__(self, task, recipe: Recipe):
+        if self.point is None:
+            import tempfile
+
+            with tempfile.TemporaryDirectory() as folder:
+                self.point = Bench(tiny_task("vit"), device="cpu", ledger=Path(folder) / "x.journal", progress=False).measure(Recipe())
+        return dataclasses.replace(self.point, recipe=recipe)
+
+
+MEASURED = Measured()
+
+
+@pytest.mark.parametrize("sort", ["vit", "resnet", "llama", "gpt2", "bert", "untied"])
+def test_bfloat16_models_come_back_in_bfloat16(sort, tmp_path):
+    from workbench.compress import compress
+    from workbench.export import export
+
+    task = tiny_task(sort, dtype=torch.bfloat16)
+    recipe = Recipe(wb.LowRank(rank_ratio=0.3, targets=("*", "lm_head" if sort == "untied" else "*")), wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4, group_size=0))
+    made = compress(task, recipe)
+    loaded = wb.load(export(task, made, MEASURED(task, recipe), tmp_path / "out"))
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation))
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    bench = Bench(tiny_task("gpt2"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    return bench.export(Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)), tmp_path / "parent" / "out")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_tied_weights_are_stored_once_and_come_back_tied(exported):
+    loaded = wb.load(exported)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert "lm_head.weight" not in safetensors.numpy.load_file(exported / "model.safetensors")
+
+
+def test_an_export_says_how_it_was_made(exported):
+    manifest = json.loads((exported / "compression.json").read_text())
+    assert Recipe.from_json(json.dumps(manifest["recipe"])) == Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))
+    assert manifest["weights_sha256"] == hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
+    assert manifest["measurement"]["sizes"]["file_bytes"] == (exported / "model.safetensors").stat().st_size
+    assert manifest["measurement"]["provenance"]["versions"]["torch"] == torch.__version__
+    card = (exported / "README.md").read_text()
+    assert "50% sparse + W4" in card
+    assert f"{(exported / 'model.safetensors').stat().st_size:,}" in card
+    assert {path.name for path in exported.iterdir()} == {"README.md", "compression.json", "config.json", "model.safetensors"}
+    assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
+# --- damage
+
+
+def test_a_damaged_weights_file_is_refused(exported):
+    path = exported / "model.safetensors"
+    whole = path.read_bytes()
+    for spoiled in (whole[:-1], whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x"):
+        path.write_bytes(spoiled)
+        with pytest.raises(ExportError, match=r"model\.safetensors' is damaged: its sha256"):
+            wb.load(exported)
+
+
+@pytest.mark.parametrize("key", ["format", "weights_sha256", "auto_class", "encodings", "low_rank"])
+def test_a_manifest_with_a_part_missing_is_refused(exported, key):
+    manifest = json.loads((exported / "compression.json").read_text())
+    del manifest[key]
+    (exported / "compression.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=key if key != "format" else "has format None"):
+        wb.load(exported)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "\x00", '{"format": 1}'])
+def test_a_damaged_manifest_is_refused(exported, text):
+    (exported / "compression.json").write_text(text)
+    with pytest.raises(ExportError, match="out'"):
+        wb.load(exported)
+
+
+def test_a_newer_format_is_refused_with_what_this_version_reads(exported):
+    manifest = json.loads((exported / "compression.json").read_text())
+    (exported / "compression.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(ExportError, match="has format 2; this version reads format 1"):
+        wb.load(exported)
+
+
+def test_a_class_that_is_no_model_of_ours_is_never_built(exported):
+    manifest = json.loads((exported / "compression.json").read_text())
+    (exported / "compression.json").write_text(json.dumps({**manifest, "auto_class": "pipeline"}))
+    with pytest.raises(ExportError, match=r"asks for the class 'pipeline'; known: AutoModelForCausalLM"):
+        wb.load(exported)
+
+
+@pytest.mark.parametrize("spoil", ["encodings", "tensors", "config", "rank"])
+def test_parts_that_do_not_fit_together_are_refused(exported, spoil):
+    manifest = json.loads((exported / "compression.json").read_text())
+    name = next(name for name, about in manifest["encodings"].items() if about["bits"])
+    if spoil == "encodings":
+        manifest["encodings"][name]["kind"] = "magic"
+    elif spoil == "tensors":
+        manifest["encodings"][name]["bits"] = 5
+    elif spoil == "rank":
+        manifest["low_rank"] = {"transformer.nothing": 3}
+    else:
+        (exported / "config.json").unlink()
+    (exported / "compression.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match="out'|cannot be unpacked"):
+        wb.load(exported)
+
+
+def test_a_directory_that_is_no_export_is_refused(tmp_path, exported):
+    for place in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ExportError, match=r"is no export of the workbench: compression\.json is missing"):
+            wb.load(place)
+    (exported / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match=r"is no export of the workbench: model\.safetensors is missing"):
+        wb.load(exported)
+
+
+# --- where it is written
+
+
+def test_what_is_there_already_is_not_written_over(tmp_path, exported, monkeypatch):
+    bench = Bench(tiny_task("gpt2"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    recipe, before = Recipe(wb.Quantize(weight_bits=8)), contents(exported)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    monkeypatch.setattr("workbench.bench.compress", lambda *_: pytest.fail("refused only after the work"))
+    for target, overwrite, message in (
+        (exported, False, r"holds an earlier export: pass overwrite=True \(--overwrite\)"),
+        (tmp_path / "full", True, "holds files that are no export of the workbench"),
+        (tmp_path / "full" / "thesis.txt", True, "is a file"),
+        (tmp_path / "full" / "thesis.txt" / "out", True, "."),
+    ):
+        with pytest.raises(ExportError, match=message):
+            bench.export(recipe, target, overwrite=overwrite)
+    assert contents(exported) == before
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_empty_directory_and_an_earlier_export_may_be_replaced(tmp_path, exported):
+    bench = Bench(tiny_task("gpt2"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    (tmp_path / "empty").mkdir()
+    recipe = Recipe(wb.Quantize(weight_bits=8))
+    old = contents(exported)
+    for target in (tmp_path / "empty", exported):
+        assert bench.export(recipe, target, overwrite=target is exported) == target
+        assert json.loads((target / "compression.json").read_text())["recipe"][0]["weight_bits"] == 8
+    assert contents(exported) != old
+    assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
+def test_a_parent_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    bench = Bench(tiny_task("vit"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(ExportError, match="cannot write to .*: choose a directory that you may write to"):
+            check_target(tmp_path / "out", overwrite=False)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(ExportError, match="cannot write to .*Read-only file system"):
+        bench.export(Recipe(wb.Quantize(weight_bits=8)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "workbench.export.verify", "workbench.export.card", "pathlib.Path.rename", "second rename"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
+def test_a_failure_at_any_moment_leaves_no_half_export_and_keeps_the_old_one(tmp_path, exported, monkeypatch, call, failure):
+    bench = Bench(tiny_task("gpt2"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    bench.measure(Recipe(wb.Quantize(weight_bits=8)))  # the ledger's own writes are not the subject
+    before, count = contents(exported), itertools.count()
+    rename = Path.rename
+
+    def fail(*arguments, **_):
+        if call == "second rename" and next(count) != 1:
+            return rename(*arguments)
+        raise failure
+
+    expected = ExportError if isinstance(failure, OSError) else KeyboardInterrupt
+    for target in (exported, exported.with_name("new")):
+        if call == "second rename" and target is not exported:
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.rename" if call == "second rename" else call, fail)
+            with pytest.raises(expected):
+                bench.export(Recipe(wb.Quantize(weight_bits=8)), target, overwrite=True)
+        assert [path.name for path in exported.parent.iterdir()] == ["out"]
+        assert contents(exported) == before
+    wb.load(exported)
+
+
+def test_an_export_can_be_moved_and_copied(tmp_path, exported):
+    expected = wb.load(exported).state_dict()
+    shutil.copytree(exported, tmp_path / "elsewhere")
+    shutil.rmtree(exported)
+    found = wb.load(str(tmp_path / "elsewhere")).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
