@@ -35,8 +35,12 @@ def own_state(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def device(request: pytest.FixtureRequest):
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # comparisons with float64 need all of float32
+        yield request.param
 
 
 @pytest.fixture(params=tiny_tasks.SORTS)

@@ -117,7 +117,7 @@ def test_cancelling_leaves_nothing_behind_and_the_bench_usable(bench, monkeypatc
             return self
 
         def __exit__(self, *_) -> None: ...
-        def __call__(self, what: str, done: int, total: int) -> None:
+        def __call__(self, what: str, *_: int) -> None:
             now["what"] = what
 
     monkeypatch.setattr("workbench.bench.Bar", Watching)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from test_methods import VARIANTS, orders
 from test_methods import STEPS as NAMED
+from test_methods import VARIANTS, orders
 from tiny_tasks import tiny_task
 
 import workbench as wb
@@ -26,7 +26,7 @@ from workbench.export import check_target
 from workbench.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {**VARIANTS, **{order: Recipe(*(NAMED[name] for name in order)) for order in orders()}, "dense": Recipe()}
+RECIPES = {**VARIANTS, **{order: Recipe(*(NAMED[name] for name in order)) for order in orders() if len(order) > 2}, "dense": Recipe()}
 
 
 # --- a decoder from scratch: numpy and the words of the documentation, nothing of the workbench
@@ -113,7 +113,7 @@ def test_what_is_loaded_back_is_the_same_bit_for_bit(sort, tmp_path, recipe, led
     task = tiny_task(sort)
     bench = Bench(task, device="cpu", ledger=ledger, progress=False)
     made = bench.compress(recipe)
-    out = export(task, made, MEASURED(task, recipe), tmp_path / "out")
+    out = export(task, made, MEASURED(recipe), tmp_path / "out")
     loaded = wb.load(out)
     with torch.no_grad():
         assert torch.equal(task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation))
@@ -132,7 +132,7 @@ class Measured:
     def __init__(self) -> None:
         self.point = None
 
-    def __call__(self, task, recipe: Recipe):
+    def __call__(self, recipe: Recipe):
         if self.point is None:
             import tempfile
 
@@ -152,7 +152,7 @@ def test_bfloat16_models_come_back_in_bfloat16(sort, tmp_path):
     task = tiny_task(sort, dtype=torch.bfloat16)
     recipe = Recipe(wb.LowRank(rank_ratio=0.3, targets=("*", "lm_head" if sort == "untied" else "*")), wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4, group_size=0))
     made = compress(task, recipe)
-    loaded = wb.load(export(task, made, MEASURED(task, recipe), tmp_path / "out"))
+    loaded = wb.load(export(task, made, MEASURED(recipe), tmp_path / "out"))
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation))
@@ -218,7 +218,7 @@ def test_a_damaged_manifest_is_refused(exported, text):
 def test_a_newer_format_is_refused_with_what_this_version_reads(exported):
     manifest = json.loads((exported / "compression.json").read_text())
     (exported / "compression.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(ExportError, match="has format 2; this version reads format 1"):
+    with pytest.raises(ExportError, match=r"has format 2; this version reads format 1"):
         wb.load(exported)
 
 
@@ -242,7 +242,7 @@ def test_parts_that_do_not_fit_together_are_refused(exported, spoil):
     else:
         (exported / "config.json").unlink()
     (exported / "compression.json").write_text(json.dumps(manifest))
-    with pytest.raises(ExportError, match="out'|cannot be unpacked"):
+    with pytest.raises(ExportError, match=r"out'|cannot be unpacked"):
         wb.load(exported)
 
 
@@ -292,14 +292,14 @@ def test_a_parent_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     bench = Bench(tiny_task("vit"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
-        with pytest.raises(ExportError, match="cannot write to .*: choose a directory that you may write to"):
+        with pytest.raises(ExportError, match=r"cannot write to .*: choose a directory that you may write to"):
             check_target(tmp_path / "out", overwrite=False)
 
     def read_only(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("tempfile.mkdtemp", read_only)
-    with pytest.raises(ExportError, match="cannot write to .*Read-only file system"):
+    with pytest.raises(ExportError, match=r"cannot write to .*Read-only file system"):
         bench.export(Recipe(wb.Quantize(weight_bits=8)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

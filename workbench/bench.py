@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime as dt
 import importlib.metadata
 import subprocess
@@ -28,6 +30,7 @@ from workbench.tasks import score
 from workbench.tasks.base import Scores, Task
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
@@ -80,10 +83,11 @@ class Bench:
         """
         from workbench.zoo import load_task
 
-        self.device = pick(device)
+        given = next(model.model.parameters()).device if isinstance(model, Task) else None
+        self.device = given if device is None and given is not None else pick(device)
         self.show_progress = progress
         self.task = (
-            model
+            on_device(model, self.device)
             if isinstance(model, Task)
             else load_task(
                 model, data, device=str(self.device), offline=offline, evaluation_items=evaluation_items, calibration_items=calibration_items,
@@ -231,14 +235,19 @@ class Partial:
 
     def finish(self) -> Measurement:
         """Return the complete measurement: all items, latency, memory."""
-        import dataclasses
-
         bench, kind = self.bench, self.bench.task.kind
         point = self.look(len(bench.evaluation))
         latency = measure_latency(kind, bench.task.model, self.realised.model, bench.latency_items, progress=self.progress)
         dense_peak = bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, bench.task.model, bench.latency_items))
         peak = peak_memory_bytes(kind, self.realised.model, bench.latency_items)
         return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak)
+
+
+def on_device(task: Task, device: torch.device) -> Task:
+    """Return the task with its model on `device`; a model that has to move is copied, the given one stays where it is."""
+    if next(task.model.parameters()).device == device:
+        return task
+    return dataclasses.replace(task, model=copy.deepcopy(task.model).to(device))
 
 
 def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progress:

@@ -106,7 +106,7 @@ def report(ctx: click.Context, /, output: Path, name: str | None, **given: Any) 
     """Run the report notebook on MODEL. Exit code 0: every gate held; 1: one did not, or the work failed; 2: bad usage."""
     from workbench.report import report as run
 
-    chosen = {key: value for key, value in given.items() if value not in {None, False}}
+    chosen = {key: value for key, value in given.items() if value is not None and value is not False}
     page = run({**chosen, "plugins": list(ctx.obj)}, output, name=name, progress=sys.stderr.isatty())
     click.echo(f"{page}\n{page.with_suffix('.ipynb')}")
 

@@ -20,7 +20,7 @@ def pick(wanted: str | None = None) -> torch.device:
 
     """
     if wanted is None or wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(wanted)
     except RuntimeError:
@@ -29,7 +29,7 @@ def pick(wanted: str | None = None) -> torch.device:
         raise DeviceError(f"device {wanted!r} is not supported: use 'cpu' or 'cuda'")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise DeviceError(f"device {wanted!r} is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use 'cpu'")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def describe(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from workbench.errors import RecipeError
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Targets = tuple[str, ...]
+
+PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "progress", "plugins")  # parameters of a job besides recipe and gates
+RESERVED = {*PLAIN, "targets", "again", "export", "overwrite", "output", "name", "plugin", "help"}  # and every name that begins as a gate's
 
 
 def explain(owner: str, error: ValidationError) -> str:
@@ -76,6 +79,18 @@ class Step:
     targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'", min_length=1)] = ("*",)
     seed: Annotated[int, Field(description="seed of every random choice", ge=0)] = 0
 
+    @field_validator("targets")
+    @classmethod
+    def are_expressions(cls, targets: Targets) -> Targets:
+        """Refuse a target after 're:' that is no regular expression."""
+        for target in targets:
+            if target.startswith("re:"):
+                try:
+                    re.compile(target[3:])
+                except re.error as error:
+                    raise ValueError(f"{target!r} is no regular expression: {error}") from None
+        return targets
+
     @classmethod
     def kind(cls) -> str:
         """Return the name that JSON and messages use: the class name in lower case."""
@@ -120,6 +135,9 @@ class Methods:
         """
         if step.slider not in step.options():
             raise RecipeError(f"{step.__name__}.slider is {step.slider!r}, which is none of its options: {', '.join(step.options())}")
+        taken = sorted(name for name in step.options() if name in RESERVED or name.startswith(("max_", "min_")))
+        if taken:
+            raise RecipeError(f"{step.__name__} cannot be registered: the workbench itself uses {', '.join(taken)} (and max_, min_ for gates); rename it")
         for other in self.functions:
             shared = set(step.options()) & set(other.options())
             if other.kind() == step.kind() or shared:
@@ -205,6 +223,10 @@ class Recipe:
         """Refuse: a recipe does not change."""
         raise AttributeError(f"a Recipe is immutable; build a new one instead of setting {name}={value!r}")
 
+    def __reduce__(self) -> tuple[type[Recipe], tuple[Step, ...]]:
+        """Copy and pickle by building anew."""
+        return Recipe, self.steps
+
     def __iter__(self) -> Iterator[Step]:
         """Iterate over the steps in order."""
         return iter(self.steps)
@@ -247,7 +269,7 @@ class Recipe:
         """
         try:
             items = json.loads(text)
-            kinds = [item.pop("step") for item in items]
+            kinds = [str(item.pop("step")) for item in items]
         except (ValueError, KeyError, AttributeError, TypeError):
             raise RecipeError(f"not a recipe in JSON: {text[:80]!r}; expected a list such as {cls().to_json()!r} or [{{'step': 'prune', 'sparsity': 0.5}}]") from None
         return cls(*(METHODS.step(kind)(**item) for kind, item in zip(kinds, items, strict=True)))

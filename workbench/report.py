@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from workbench.errors import GateFailed, LedgerError, RecipeError, WorkbenchError
 from workbench.gates import Gates
-from workbench.recipe import METHODS, Recipe
+from workbench.recipe import METHODS, PLAIN, Recipe
 from workbench.words import nearest
 
 if TYPE_CHECKING:
     from workbench.bench import Bench
-
-PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "progress", "plugins")  # parameters besides recipe options and gates
 
 
 @dataclass(frozen=True)

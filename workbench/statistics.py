@@ -55,31 +55,33 @@ def second_moments(task: Task, progress: Progress) -> dict[str, Tensor]:
     """Return E[x x^T] of every layer's inputs over the calibration data, with the dense model in eval mode."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    shared: dict[int, tuple[Tensor, Tensor]] = {}  # q, k and v read the same tensor: multiply it once
+    shared: dict[tuple[int, int], tuple[Tensor, Tensor, int]] = {}  # q, k and v read the same tensor: multiply it once
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = shared.get(id(inputs[0])) if not isinstance(module, nn.Conv2d) else None
-            if seen is None or seen[0] is not inputs[0]:
-                rows = patches(module, inputs[0])
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            given = inputs[0] if inputs else next(iter(named.values()))
+            key = id(given), given._version  # noqa: SLF001  counts changes in place
+            if key not in shared or isinstance(module, nn.Conv2d):
+                rows = patches(module, given)
                 if not torch.isfinite(rows).all():
                     raise CompressionError(f"layer {name!r} receives infinite or NaN inputs during calibration")
-                seen = (inputs[0], rows.t() @ rows)
-                if not isinstance(module, nn.Conv2d):
-                    shared[id(inputs[0])] = seen
-            sums[name] = sums[name] + seen[1] if name in sums else seen[1].clone()
-            counts[name] = counts.get(name, 0) + inputs[0].numel() // inputs[0].shape[-1] if not isinstance(module, nn.Conv2d) else counts.get(name, 0) + len(rows)
+                shared[key] = given, rows.t() @ rows, len(rows)  # holding `given` keeps its id from being used again
+            _, product, count = shared[key]
+            sums[name] = sums[name] + product if name in sums else product
+            counts[name] = counts.get(name, 0) + count
+            if isinstance(module, nn.Conv2d):
+                del shared[key]
 
         return hook
 
     layers, _ = find_layers(task.model)
     device = next(task.model.parameters()).device
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks, torch.no_grad():
         for name, layer in layers.items():
-            hooks.callback(layer.module.register_forward_pre_hook(watch(name)).remove)
+            hooks.callback(layer.module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         for start in range(0, len(task.calibration), task.batch_size):
             progress("calibration", start, len(task.calibration))
             shared.clear()
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
     progress("calibration", len(task.calibration), len(task.calibration))
-    return {name: (total / counts[name]).clone() for name, total in sums.items()}
+    return {name: total / counts[name] for name, total in sums.items()}

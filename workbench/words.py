@@ -10,7 +10,8 @@ def nearest(given: str, known: Iterable[str]) -> str:
     """Return `nearest: a, b` for a mistyped name, or `known: ...` when nothing is close."""
     names = list(known)
     close = get_close_matches(given, names, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(names)}"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(names[:12])}{more}"
 
 
 def size(count: float | None) -> str:

@@ -30,16 +30,20 @@ def realise(compressed: Compressed, device: str) -> Realised:
 
 def reasons(compressed: Compressed, device: str) -> list[str]:
     """Return why masks and grids do not make this model faster on this device."""
+    step = compressed.recipe.get("prune")
+    masked = step is not None and any(layer.mask is not None for layer in compressed.layers)
+    widths = sorted({layer.grid.bits for layer in compressed.layers if layer.grid is not None})
+    return reasons_for(getattr(step, "pattern", "unstructured") if masked else None, widths, device)
+
+
+def reasons_for(pattern: str | None, widths: list[int], device: str) -> list[str]:
+    """Return why zeros of this pattern (None: no mask) and grids of these widths make nothing faster on this device."""
     where = "this GPU" if device.startswith("cuda") else "this CPU"
     found = []
-    step = compressed.recipe.get("prune")
-    if step is not None and any(layer.mask is not None for layer in compressed.layers):
-        pattern = getattr(step, "pattern", "unstructured")
-        if pattern == "2:4" and device.startswith("cuda"):
-            found.append(f"no 2:4 kernel is used on {where} in this version: zeros are multiplied like any other number")
-        else:
-            found.append(f"no kernel for {pattern} zeros on {where}: they are multiplied like any other number")
-    widths = sorted({layer.grid.bits for layer in compressed.layers if layer.grid is not None})
+    if pattern == "2:4" and device.startswith("cuda"):
+        found.append(f"no 2:4 kernel is used on {where} in this version: zeros are multiplied like any other number")
+    elif pattern is not None:
+        found.append(f"no kernel for {pattern} zeros on {where}: they are multiplied like any other number")
     if widths:
         found.append(f"no {'/'.join(map(str, widths))}-bit kernel is used on {where} in this version: weights are unpacked before the product")
     return found
