@@ -37,7 +37,7 @@ def card(point: Measurement) -> str:
     context, provenance = point.context, point.provenance
     rows = [
         ("recipe", f"`{point.recipe!r}`"),
-        *((q.metric, quality_words(q)) for q in point.quality),
+        *((q.metric, quality_words(q).removeprefix(f"{q.metric} ")) for q in point.quality),
         ("changed answers", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
         ("theoretical, packed, file bytes", f"{point.sizes.theoretical_bytes:,}, {point.sizes.packed_bytes:,}, {point.sizes.file_bytes:,}"),
         ("dense file bytes", f"{point.dense_sizes.file_bytes:,}"),
