@@ -17,6 +17,7 @@ from workbench.compress.layers import Progress, no_progress
 from workbench.device import describe, pick
 from workbench.errors import Cancelled, LedgerError
 from workbench.ledger import Ledger, default_path
+from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations
 from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Context, Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
@@ -162,6 +163,21 @@ class Bench:
         """Return the compressed model of a recipe, not measured."""
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             return compress(self.task, recipe, self.statistics_with(bar), bar)
+
+    def behaviour(self, recipe: Recipe, *, cancelled: Callable[[], bool] | None = None) -> Behaviour | tuple[Continuation, ...]:
+        """Return what a recipe changes: a classifier's answers, item by item, or what a language model writes.
+
+        Raises:
+            DataError: the task has neither classes nor a tokenizer.
+            Cancelled: `cancelled` returned True.
+
+        """
+        with Bar(recipe.label(), shown=self.show_progress) as bar:
+            progress = stoppable(bar, cancelled)
+            compressed = compress(self.task, recipe, self.statistics_with(progress), progress)
+            if self.task.labels:
+                return behaviour(self.task, compressed.model, self.confidence, progress)
+            return continuations(self.task, compressed.model)
 
     def export(self, recipe: Recipe, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Measure the recipe, write the compressed model, manifest and card to `directory`, and return it.
