@@ -18,7 +18,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 lab: $(VENV)/installed
-	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/report.ipynb
+	$(BIN)/workbench lab
 
 clean:
 	rm -rf $(VENV) reports

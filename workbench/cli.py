@@ -111,6 +111,19 @@ def report(ctx: click.Context, /, output: Path, name: str | None, **given: Any) 
     click.echo(f"{page}\n{page.with_suffix('.ipynb')}")
 
 
+@workbench.command()
+@click.argument("notebook", default="explore")
+@click.option("--no-browser", is_flag=True, help="print the address instead of opening it")
+@click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
+def lab(notebook: str, no_browser: bool, port: int | None) -> int:
+    """Open JupyterLab on NOTEBOOK of this project (explore, report) or on a notebook file."""
+    from workbench.report import notebook_path
+    from workbench.serve import lab as serve
+
+    path = Path(notebook) if notebook.endswith(".ipynb") and Path(notebook).is_file() else notebook_path(f"{Path(notebook).stem}.ipynb")
+    return serve(path, browser=not no_browser, port=port)
+
+
 for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defined]
     report.params.append(click.Option([flag(gate)], metavar="VALUE", help=f"gate: {about.description}"))
 

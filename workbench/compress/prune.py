@@ -31,7 +31,7 @@ class Prune(Step):
     stops: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.7, 0.85)
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights set to zero")] = 0.5
-    pattern: Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$", description="unstructured, or n:m such as 2:4 (n kept of every m)")] = "unstructured"
+    pattern: Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$", description="unstructured, or n:m such as 2:4 (n kept of every m)", examples=["unstructured", "2:4", "4:8", "1:4"])] = "unstructured"
     criterion: Annotated[Literal["magnitude", "wanda"], Field(description="what makes a weight unimportant")] = "magnitude"
 
     @model_validator(mode="after")

@@ -1,0 +1,240 @@
+"""The panel without a browser: headless runs, what each part says, errors in the panel, presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_tasks
+
+import workbench as wb
+from widgets.code_view import command, python
+from widgets.error_pane import ErrorPane, explain
+from widgets.explorer import Explorer
+from widgets.honesty import signed, strip
+from widgets.layer_view import layers_html
+from widgets.live import Live, fastest_within, smallest_within, thin
+from widgets.live_figure import DENSE, FRONT, MEASURED, PREDICTED, history_changes, live_changes, live_figure, y_range
+from workbench.errors import CompressionError
+from workbench.predict import Predictor
+from workbench.serve import lab_command, write_settings
+
+ZEROS = wb.Recipe(wb.Prune(sparsity=0.5))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    made = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path_factory.mktemp("points") / "points.journal", progress=False, device="cpu")
+    for sparsity in (0.2, 0.5, 0.8):
+        made.measure(wb.Recipe(wb.Prune(sparsity=sparsity)))
+    return made
+
+
+@pytest.fixture
+def panel(tmp_path):
+    made = Explorer("fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def point(bench):
+    return bench.measure(ZEROS)
+
+
+def test_a_headless_run_measures_blocks_and_shows(panel):
+    found = panel.run(ZEROS)
+    assert found.complete
+    assert panel.form.recipe == ZEROS
+    data = panel.plot.figure.data
+    assert data[MEASURED].x == (found.sizes.file_bytes / 1e6,)
+    assert data[PREDICTED].x == ()
+    assert data[DENSE].y == (100 * found.primary.dense.value,)
+    assert "wb-measured'>measured" in panel.strip.value
+    assert repr(ZEROS) in panel.line.value.replace("&#x27;", "'")
+    assert panel.run(ZEROS).key == found.key
+    panel.run(wb.Recipe(wb.Quantize(weight_bits=4)))
+    panel.go_to(found.key)
+    assert panel.form.recipe == ZEROS
+    panel.plot.cost = "latency"
+    assert panel.plot.figure.layout.xaxis.type == "linear"
+    assert panel.plot.figure._widget_data is not panel.plot.figure._data
+
+
+def test_what_a_run_raises_reaches_the_caller_and_what_a_drag_raises_the_panel(panel):
+    bad = wb.Recipe(wb.Quantize(weight_bits=4, group_size=65521))
+    with pytest.raises(CompressionError, match="fits no layer"):
+        panel.run(bad)
+    panel.form.set_recipe(wb.Recipe(wb.Quantize(weight_bits=4, group_size=65519)))
+    job = panel.session.measurer
+    for _ in range(500):
+        if not job.busy:
+            break
+        time.sleep(0.02)
+    assert "fits no layer" in panel.errors.value
+    assert panel.errors.layout.display is None
+    panel.run(ZEROS)
+    assert panel.session.live.state == "measured"
+
+
+def test_presets_take_measured_points_only(panel):
+    panel.run(wb.Recipe())
+    panel.guarded(lambda: panel.preset(smallest_within))
+    small = smallest_within(panel.session.rows(), 0.01)
+    assert panel.form.recipe == (small.recipe if small else wb.Recipe())
+    assert ("no measured point" in panel.errors.value) is (small is None)
+
+
+def test_unknown_models_are_refused_in_words_and_the_panel_lives(tmp_path):
+    panel = Explorer("fashion-cn", ledger=tmp_path / "points.journal", offline=True)
+    with pytest.raises(wb.errors.ModelError, match="fashion-cnn"):
+        panel.run(ZEROS)
+    panel.close()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_one_that_is_there(panel):
+    panel.run(ZEROS)
+    panel.model.options = [*panel.model.options, "no-such-model"]
+    panel.model.value = "no-such-model"
+    for _ in range(500):
+        if not panel.session.loader.busy:
+            break
+        time.sleep(0.02)
+    assert panel.model.value == "fashion-cnn"
+    assert "no-such-model" in panel.errors.value
+    assert panel.run(wb.Recipe(wb.Quantize(weight_bits=8))).complete
+
+
+def test_no_keyword_is_swallowed():
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        Explorer("fashion-cnn", sparsty=0.5)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_names_the_slider(error):
+    assert explain(error, "weight_bits").startswith("Out of memory after weight_bits was moved: go back (undo)")
+
+
+def test_other_errors_say_their_kind_and_text_is_escaped():
+    assert explain(ValueError("a\nb"), "") == "ValueError: a b"
+    assert explain(CompressionError("no layer"), "") == "no layer"
+    pane = ErrorPane()
+    pane.say("work", "<b>bold</b>")
+    pane.say("note", "kept", "note")
+    assert "&lt;b&gt;" in pane.value
+    pane.say("work", "")
+    assert "bold" not in pane.value
+    assert pane.layout.display is None
+    pane.say("note", "")
+    assert pane.layout.display == "none"
+
+
+def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
+    guess = Predictor(bench).predict(ZEROS)
+    before = strip(Live(ZEROS, guess, None, "measuring"))
+    assert "wb-measured'" not in before
+    assert before.count("predicted") >= 3
+    assert "no kernel for unstructured zeros" in before
+    look = dataclasses.replace(point, items=16, latency=None)
+    during = strip(Live(ZEROS, guess, look, "measuring"))
+    assert f"measured: 16 of {point.items_total} items" in during
+    assert "predicted, not measured yet" in during  # the speed
+    after = strip(Live(ZEROS, guess, point, "measured"))
+    for words in ("theoretical", "packed", "file", "time predicted", "time measured", "answers changed", f"{point.items} of {point.items_total}"):
+        assert words in after
+    assert signed(-0.04) == "\N{PLUS-MINUS SIGN}0.0"
+    assert signed(-1.26) == "\N{MINUS SIGN}1.3"
+
+
+def test_records_become_traces(bench, point):
+    rows = bench.ledger.rows()
+    record = wb.tradeoff(rows)
+    changes = history_changes(record)
+    keys = [key for index in (1, 2, 3) for key in changes[index]["customdata"]]
+    assert sorted(keys) == sorted(row.key for row in rows)
+    assert list(changes[FRONT]["customdata"]) == [p.key for p in record.points if p.standing == "front"]
+    assert len(live_figure().data) == 7
+    guess = Predictor(bench).predict(ZEROS)
+    shown = live_changes(Live(ZEROS, guess, None, "measuring"), rows[-1], "file_bytes")
+    assert shown[PREDICTED]["x"] == [guess.file_bytes / 1e6]
+    assert shown[MEASURED]["x"] == []
+    done = live_changes(Live(ZEROS, guess, point, "measured"), point, "file_bytes")
+    assert done[PREDICTED]["x"] == []
+    assert done[MEASURED]["y"][0] == pytest.approx(100 * point.primary.compressed.value)
+    look = dataclasses.replace(point, items=16, latency=None)
+    assert live_changes(Live(ZEROS, guess, look, "measuring"), point, "latency")[MEASURED]["x"] == []
+
+
+def test_axes_are_calm():
+    near = y_range(92.0, [91.0], "accuracy")
+    assert near == y_range(92.0, [90.2], "accuracy")
+    assert near[0] < 90
+    assert near[1] > 92
+    assert y_range(92.0, [10.0], "accuracy")[0] < 10
+
+
+def test_many_points_are_thinned_but_the_front_stays(bench, point):
+    rows = [dataclasses.replace(point, key=f"{index}") for index in range(1000)]
+    best = dataclasses.replace(point, key="best", sizes=dataclasses.replace(point.sizes, file_bytes=1))
+    shown = thin([best, *rows], "file_bytes", most=100)
+    assert len(shown) <= 101
+    assert shown[0] is best
+    assert shown[-1] is rows[-1]
+    assert fastest_within([], 0.01) is None
+
+
+def test_layers_are_all_listed_and_escaped(point):
+    text = layers_html(point)
+    for row in point.layers:
+        assert row.name in text
+        assert row.outcome.split(":")[0] in text
+
+
+def test_code_says_the_same_everywhere():
+    recipe = wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4", targets=("*fc*",)), wb.Quantize(weight_bits=3))
+    space = {}
+    exec(python("m", recipe).replace("point = Bench('m').measure", "found = "), space)  # noqa: S102
+    assert space["found"] == recipe
+    assert command("m", recipe) == "workbench measure m --sparsity 0.5 --pattern 2:4 --prune-targets '*fc*' --weight-bits 3"
+
+
+def test_importing_widgets_is_free_and_explorer_comes_by_name():
+    code = "import json, sys, widgets; before = 'ipywidgets' in sys.modules; from widgets import Explorer; print(json.dumps([before, Explorer.__name__]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [False, "Explorer"]
+    import widgets
+
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        widgets.Nothing  # noqa: B018
+    assert dir(widgets) == ["Explorer"]
+
+
+def test_lab_is_on_loopback_with_its_token_and_own_settings(tmp_path):
+    words = lab_command(tmp_path / "a.ipynb", tmp_path, browser=False, port=1234)
+    assert "--ip=127.0.0.1" in words
+    assert "--no-browser" in words
+    assert "--KernelManager.transport=ipc" in words
+    assert not any("token" in word for word in words)
+    write_settings(tmp_path)
+    assert json.loads((tmp_path / "overrides.json").read_text())["@jupyter-widgets/jupyterlab-manager:plugin"] == {"saveState": True}
+
+
+def test_the_websocket_sends_at_once():
+    from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
+
+    from workbench.serve import send_at_once
+
+    before = KernelWebsocketHandler.open
+    try:
+        send_at_once()
+        changed = KernelWebsocketHandler.open
+        assert changed is not before
+        send_at_once()
+        assert KernelWebsocketHandler.open is changed
+    finally:
+        KernelWebsocketHandler.open = before
+        del KernelWebsocketHandler.sends_at_once

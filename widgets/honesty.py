@@ -1,0 +1,145 @@
+"""The strip under the plot: what the recipe costs and saves, what is measured and what only predicted, and why nothing is faster."""
+
+from __future__ import annotations
+
+from html import escape
+
+import ipywidgets as ipw
+
+from widgets.live import Live
+from workbench.measure.measurement import Measurement
+from workbench.measure.quality import Estimate, Quality
+from workbench.predict import Prediction
+from workbench.words import size
+
+STATES = {"loading": "loading the model", "measuring": "predicted", "measured": "measured", "cancelled": "cancelled", "failed": "failed", "ready": ""}
+
+
+class HonestyStrip(ipw.HTML):
+    """Shows a `Live` record in words. Numbers that are predicted say so."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        super().__init__()
+        self.add_class("wb-strip")
+
+    def show(self, live: Live) -> None:
+        """Show the present state."""
+        self.value = strip(live)
+
+
+def strip(live: Live) -> str:
+    """Return the strip as HTML."""
+    point, guess = live.point, live.prediction
+    if point is None and guess is None:
+        return f"<div class='wb-verdict'>{badge(live)}</div>"
+    heads = [head_quality(point, guess), head_size(point, guess), head_speed(point, guess)]
+    head = "".join(f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in heads)
+    facts = "".join(f"<div><span>{escape(name)}</span>{escape(value)}</div>" for name, value in facts_of(point, guess))
+    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(point, guess))
+    return f"<div class='wb-verdict' role='status'>{badge(live)}{head}</div><div class='wb-facts'>{facts}</div><ul class='wb-notes'>{notes}</ul>"
+
+
+def badge(live: Live) -> str:
+    """Return what kind of numbers these are: predicted, measured on so many items, or measured."""
+    words = STATES[live.state]
+    kind = live.state
+    if live.point is not None and not live.point.complete:
+        words = f"{'stopped' if live.state == 'cancelled' else 'measured'}: {live.point.items:,} of {live.point.items_total:,} items"
+    return f"<div class='wb-badge wb-{kind}'>{escape(words)}</div>"
+
+
+def plus_minus(quality: Quality) -> tuple[str, str]:
+    """Return the paired change and its interval: `-0.8 points` and `-1.3 to -0.3 at 95%`."""
+    change = quality.change
+    scale, unit = (100, " points") if quality.metric.endswith("accuracy") or quality.metric == "perplexity" else (1, "")
+    unit = " %" if quality.metric == "perplexity" else unit
+    spread = f"{signed(scale * change.low)} to {signed(scale * change.high)}"
+    return f"{signed(scale * change.value)}{unit}", f"{quality.metric}, {spread} at {quality.confidence:.0%}"
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign and a real minus; no minus zero."""
+    text = f"{value:+.1f}" if abs(value) < 1000 else f"{value:+.2g}"
+    return "±0.0" if text in {"+0.0", "-0.0"} else text.replace("-", "\N{MINUS SIGN}")
+
+
+def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
+    """Return the quality in large and small words."""
+    if point is not None:
+        return plus_minus(point.primary)
+    if guess is None or guess.quality is None:
+        return "?", "quality unknown yet"
+    value = f"{guess.quality.value:.1%}" if guess.metric == "accuracy" else f"{guess.quality.value:.4g}"
+    return f"~{value}", f"{guess.metric}, predicted{': a guess' if guess.wide else f', {span(guess.quality, guess.metric)}'}"
+
+
+def span(estimate: Estimate, metric: str) -> str:
+    """Return an interval of a metric."""
+    if metric == "accuracy":
+        return f"{estimate.low:.1%} to {estimate.high:.1%}"
+    return f"{estimate.low:.4g} to {estimate.high:.4g}"
+
+
+def head_size(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
+    """Return the size in large and small words."""
+    if point is not None:
+        return f"{point.shrink:.2f}\N{MULTIPLICATION SIGN} smaller", f"on disk: {size(point.dense_sizes.file_bytes)} to {size(point.sizes.file_bytes)}"
+    if guess is None or guess.file_bytes is None:
+        return "?", "size unknown yet"
+    return size(guess.file_bytes), "on disk, exact" if guess.bytes_exact else "on disk at most"
+
+
+def head_speed(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
+    """Return the speed in large and small words."""
+    if point is not None and point.latency is not None:
+        speed = point.latency.speedup
+        return f"{speed.value:.2f}\N{MULTIPLICATION SIGN} as fast", f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%"
+    if guess is not None:
+        return f"~{guess.speedup.value:.2f}\N{MULTIPLICATION SIGN} as fast", "predicted, not measured yet"
+    return "?", "speed not measured yet"
+
+
+def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[str, str]]:
+    """Return the smaller facts: three sizes, two latencies, items."""
+    if point is None:
+        return [("theoretical", "…"), ("packed", "…"), ("file", size(guess.file_bytes) if guess else "…"), ("time predicted", predicted_ms(point, guess)), ("time measured", "…"), ("items", "…")]
+    latency = point.latency
+    return [
+        ("theoretical", size(point.sizes.theoretical_bytes)),
+        ("packed", size(point.sizes.packed_bytes)),
+        ("file", f"{size(point.sizes.file_bytes)} of {size(point.dense_sizes.file_bytes)}"),
+        ("time predicted", predicted_ms(point, guess)),
+        ("time measured", f"{latency.median_ms:.2f} ms, dense {latency.dense_median_ms:.2f} ms" if latency else "…"),
+        ("items", f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for calibration"),
+        ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+    ]
+
+
+def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:
+    """Return the predicted time: in milliseconds if the dense model's is known, else as a ratio."""
+    if guess is None:
+        return "…"
+    if point is None or point.latency is None:
+        return f"{1 / guess.speedup.value:.2f}\N{MULTIPLICATION SIGN} dense"
+    return f"{point.latency.dense_median_ms / guess.speedup.value:.2f} ms"
+
+
+def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
+    """Return reasons and warnings: why no kernel helps, what the numbers cannot say."""
+    reasons = point.no_kernel if point is not None else guess.no_kernel if guess is not None else ()
+    notes = [f"no faster here: {reason}" for reason in reasons]
+    if point is not None:
+        notes += doubts(point)
+        notes += point.warnings
+    elif guess is not None:
+        notes += guess.notes
+    return notes
+
+
+def doubts(point: Measurement) -> list[str]:
+    """Return what the measured numbers do not show, in words."""
+    drop = point.primary.drop
+    if len(point.recipe) and drop.low <= 0 <= drop.high:
+        return ["the change of quality is within the noise: its interval holds zero"]
+    return []
