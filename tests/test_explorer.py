@@ -238,3 +238,18 @@ def test_the_websocket_sends_at_once():
     finally:
         KernelWebsocketHandler.open = before
         del KernelWebsocketHandler.sends_at_once
+
+
+def test_behaviour_is_compared_when_asked_and_not_while_measuring(panel):
+    panel.run(wb.Recipe(wb.Prune(sparsity=0.7)))
+    panel.behaviour.button.click()
+    deadline = time.monotonic() + 30
+    while "answers changed" not in panel.behaviour.body.value and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert panel.tabs.titles == ("layers", "behaviour", "history (1)", "code")
+    assert "of 64 answers changed" in panel.behaviour.body.value
+    assert "<img " in panel.behaviour.body.value
+    panel.session.start(wb.Recipe(wb.Prune(sparsity=0.71), wb.Distill(temperature=2, steps=500)))
+    panel.behaviour.button.click()
+    assert "still running" in panel.errors.value
+    panel.session.cancel()

@@ -22,11 +22,15 @@ class BehaviourView(ipw.VBox):
 
     def __init__(self, on_ask: Callable[[], None]) -> None:
         """Start with the button; `on_ask` starts the work and later calls `show_classes` or `show_texts`."""
-        self.button = ipw.Button(description="show what changed", tooltip="compare the answers of the dense and the compressed model, item by item")
+        self.button = ipw.Button(description="show what changed", tooltip="compare the answers of the dense and the compressed model, item by item", layout=ipw.Layout(width="auto", align_self="flex-start"))
         self.button.on_click(lambda _: on_ask())
         self.body = ipw.HTML("<p class='wb-dim'>Equal accuracy can hide many changed answers: look at them here.</p>")
         self.body.add_class("wb-table")
         super().__init__([self.button, self.body])
+
+    def wait(self) -> None:
+        """Say that the answer is on its way."""
+        self.body.value = "<p class='wb-dim'>comparing item by item ...</p>"
 
     def show_classes(self, label: str, record: Behaviour, items: Items) -> None:
         """Show a classifier's changes; `items` are the evaluation items, for their pictures."""

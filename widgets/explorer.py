@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import ipywidgets as ipw
 
 from widgets import live as records
+from widgets.behaviour_view import BehaviourView
 from widgets.code_view import CodeView, line
 from widgets.error_pane import ErrorPane, explain
 from widgets.history_view import HistoryView
@@ -21,6 +22,7 @@ from widgets.recipe_form import RecipeForm
 from widgets.session import Session
 from widgets.tradeoff_view import TradeoffView
 from workbench.errors import RecipeError, WorkbenchError
+from workbench.measure.behaviour import Behaviour, Continuation
 from workbench.measure.measurement import Measurement
 from workbench.recipe import Recipe
 from workbench.words import size
@@ -67,6 +69,7 @@ class Explorer(ipw.VBox):
         self.form = RecipeForm(recipe)
         self.plot = TradeoffView(self.go_to)
         self.strip, self.layers, self.code, self.history = HonestyStrip(), LayerView(), CodeView(), HistoryView(self.go_to)
+        self.behaviour = BehaviourView(lambda: self.guarded(self.ask_behaviour))
         self.line, self.dense = ipw.HTML(), ipw.HTML("loading ...")
         names = list(dict.fromkeys([model, *(entry.name for entry in models())]))
         self.model = ipw.Dropdown(options=names, value=model, description="model", tooltip="the model to compress; another one loads while this one stays usable")
@@ -92,7 +95,7 @@ class Explorer(ipw.VBox):
         left = ipw.VBox([self.form, self.buttons(), self.line])
         right = ipw.VBox([self.plot])
         main = ipw.HBox([left, right])
-        tabs = self.tabs = ipw.Tab([self.layers, self.history, self.code], titles=["layers", "history", "code"])
+        tabs = self.tabs = ipw.Tab([self.layers, self.behaviour, self.history, self.code], titles=["layers", "behaviour", "history", "code"])
         named = {"wb-head": head, "wb-left": left, "wb-right": right, "wb-main": main, "wb-tabs": tabs, "wb-model": self.model, "wb-dense": self.dense, "wb-line": self.line}
         for name, widget in named.items():
             widget.add_class(name)
@@ -169,6 +172,20 @@ class Explorer(ipw.VBox):
         self.model.value = self.model_name
         self.pacer.post("live", self.draw_live)
 
+    def ask_behaviour(self) -> None:
+        """Compare the answers of both models, item by item, behind the panel."""
+        self.session.compare(lambda recipe, found: self.pacer.post("behaviour", lambda: self.draw_behaviour(recipe, found)))
+        self.behaviour.wait()
+
+    def draw_behaviour(self, recipe: Recipe, found: Behaviour | Sequence[Continuation]) -> None:
+        """Draw what changed."""
+        if self.session.bench is None:
+            return
+        if isinstance(found, Behaviour):
+            self.behaviour.show_classes(recipe.label(), found, self.session.bench.task.evaluation)
+        else:
+            self.behaviour.show_texts(recipe.label(), found)
+
     def draw_live(self) -> None:
         """Draw the present state."""
         state = self.session.live
@@ -186,7 +203,7 @@ class Explorer(ipw.VBox):
         rows = self.session.rows()
         self.plot.show_history(rows)
         self.history.show(rows)
-        self.tabs.set_title(1, f"history ({len(rows):,})")
+        self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(rows):,})")
 
     def run(self, recipe: Recipe) -> Measurement:
         """Put the sliders on a recipe, measure it, wait, and return the complete point: for notebooks without a browser.

@@ -13,7 +13,7 @@ from typing import Any
 from widgets.live import Live
 from widgets.worker import Stale, Worker
 from workbench.bench import Bench
-from workbench.errors import Cancelled, ModelError
+from workbench.errors import Cancelled, ModelError, RecipeError
 from workbench.measure.measurement import Measurement
 from workbench.predict import Predictor, comparable
 from workbench.recipe import Recipe
@@ -51,7 +51,7 @@ class Session:
         self.live = Live(Recipe(), state="loading")
         self.bench: Bench | None = None
         self.predictor: Predictor | None = None
-        self.measurer: Worker[Measurement] = Worker(self.failed)
+        self.measurer: Worker[Any] = Worker(self.failed)
         self.loader: Worker[tuple[Bench, Predictor]] = Worker(on_not_loaded)
 
     def load(self, model: str) -> None:
@@ -114,6 +114,28 @@ class Session:
             yield from bench.stream(recipe, cancelled=stale)
 
         return make
+
+    def compare(self, on_found: Callable[[Recipe, Any], None]) -> None:
+        """Compare the answers of the dense model and of the recipe on the sliders, behind the panel.
+
+        Args:
+            on_found: called with the recipe and a `Behaviour`, or the continuations of a language model.
+
+        Raises:
+            ModelError: no model is loaded.
+            RecipeError: a measurement is running, which this would cancel.
+
+        """
+        bench, recipe = self.bench, self.live.recipe
+        if bench is None:
+            raise ModelError("no model is loaded yet")
+        if self.measurer.busy:
+            raise RecipeError("the measurement is still running: ask again when it has ended")
+
+        def make(stale: Stale) -> Iterator[Any]:
+            yield bench.behaviour(recipe, cancelled=stale)
+
+        self.measurer.submit(make, lambda found: on_found(recipe, found))
 
     def predicted(self, recipe: Recipe) -> Any:
         """Return the prediction of a recipe, None without a model."""

@@ -243,7 +243,7 @@ class Partial:
             sizes=self.sizes,
             dense_sizes=bench.dense_sizes(),
             layers=self.compressed.report,
-            provenance=Provenance(versions(), git_revision(), now(), self.compress_seconds, time.perf_counter() - self.start, len(task.calibration), len(task.training)),
+            provenance=Provenance(bench.statistics.once("versions", versions), bench.statistics.once("git revision", git_revision), now(), self.compress_seconds, time.perf_counter() - self.start, len(task.calibration), len(task.training)),
             no_kernel=self.realised.no_kernel,
             warnings=(*task.notes, *self.compressed.warnings),
             curve=self.compressed.curve,

@@ -89,9 +89,13 @@ def prune(step: Prune, work: Work) -> None:
 
 def keep_largest(importance: Tensor, count: int) -> Tensor:
     """Return a mask (bool, same shape) with exactly `count` True along the last dimension; ties go to the first."""
-    order = torch.argsort(importance, dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(importance, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :count], True)
+    total = importance.shape[-1]
+    if count in {0, total}:
+        return torch.full_like(importance, count == total, dtype=torch.bool)
+    threshold = importance.kthvalue(total - count + 1, dim=-1, keepdim=True).values  # a selection: several times faster than sorting
+    above, ties = importance > threshold, importance == threshold
+    room = count - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
 
 
 def input_norms(layer: Layer, work: Work) -> Tensor:

@@ -152,4 +152,4 @@ def _batch_size(kind: Kind, loaded: task_data.Data, device: torch.device | str) 
         return 4 if on_cpu else 16
     if isinstance(kind, ImageClassification) and loaded.evaluation.inputs["pixel_values"][0].numel() > 3 * 128 * 128:
         return 16 if on_cpu else 64
-    return 64 if on_cpu else 512
+    return 128 if on_cpu else 512
