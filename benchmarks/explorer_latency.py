@@ -1,6 +1,6 @@
 """Slider to screen, in a real browser: from the mouse event to the predicted and to the first measured point in the DOM.
 
-    .venv/bin/python benchmarks/explorer_latency.py [moves] [shots directory]
+    python benchmarks/explorer_latency.py [moves]
 
 Each move sets the sparsity slider to a value that has not been measured. `idle`: after the last point has been measured
 completely; `busy`: while the last one is still being evaluated. Writes benchmarks/results/explorer-latency.json.
@@ -8,10 +8,10 @@ completely; `busy`: while the last one is still being evaluated. Writes benchmar
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -19,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from playwright.sync_api import sync_playwright
+
+from workbench.bench import versions
+from workbench.device import describe, pick
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -72,30 +75,18 @@ def summarise(seen: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def shoot(panel: lab.Lab, folder: Path) -> None:
-    """Take screenshots of every tab, light and dark."""
-    page = panel.page
-    folder.mkdir(parents=True, exist_ok=True)
-    for theme in ("light", "dark"):
-        if theme == "dark":
-            page.click(".lm-MenuBar-itemLabel:text-is('Settings')")
-            page.click(".lm-Menu-itemLabel:text-is('Theme')")
-            page.click(".lm-Menu-itemLabel:text-is('JupyterLab Dark')")
-            time.sleep(1)
-        page.mouse.move(640, 20)
-        for tab in ("layers", "history.*", "code"):
-            page.locator(".wb-tabs .lm-TabBar-tabLabel", has_text=re.compile(f"^{tab}$")).click()
-            page.evaluate("document.querySelector('.wb-panel').scrollIntoView({block: 'start'})")
-            time.sleep(0.3)
-            page.screenshot(path=folder / f"{theme}-{tab[:6]}.png")
-
-
 def main() -> None:
     """Run and write the results."""
     moves = int(sys.argv[1]) if len(sys.argv) > 1 else 50
-    shots = Path(sys.argv[2]) if len(sys.argv) > 2 else None
     folder = Path(tempfile.mkdtemp(prefix="explorer-"))
-    results: dict[str, object] = {"load_average_at_start": os.getloadavg()[0], "cpus": os.cpu_count()}
+    results: dict[str, object] = {
+        "what": "milliseconds in headless Chromium, from the slider's mouse event to the point in the DOM; fashion-vit, 2,000 images",
+        "command": "python " + " ".join(sys.argv),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "device": describe(pick("cpu")),
+        "versions": versions(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
     environment = {"XDG_STATE_HOME": str(folder / "state"), "OMP_WAIT_POLICY": "passive"}
     with lab.server(ROOT / "notebooks" / "explore.ipynb", folder, environment) as url, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser.find(), args=list(browser.FLAGS))
@@ -116,12 +107,6 @@ def main() -> None:
         results["idle"] = summarise([move(panel, value, wait=True) for value in idle])
         results["busy"] = summarise([move(panel, value, wait=False) for value in busy])
         results["load_average_at_end"] = os.getloadavg()[0]
-        lab.wait_for(lambda: panel.state() == "measured", 30)
-        if shots:
-            panel.drag("bits", 0.4 - 0.2)
-            time.sleep(5)
-            print(page.evaluate("[...document.querySelectorAll('.wb-panel, .wb-panel div')].map(e => [e.className, e.scrollWidth - e.clientWidth]).filter(x => x[1] > 0)"))
-            shoot(panel, shots)
         chromium.close()
     text = json.dumps(results, indent=1)
     print(text)
