@@ -16,6 +16,7 @@ from workbench.ledger import Ledger
 from workbench.measure.quality import flips, quality
 from workbench.measure.size import sizes
 from workbench.recipe import Recipe
+from workbench.summary import summary
 from workbench.tasks import score
 
 RECIPE = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
@@ -218,3 +219,25 @@ def test_random_state_is_the_users(bench):
     state = torch.get_rng_state()
     bench.measure(RECIPE)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("function", "what"), [("measure_latency", "latency"), ("peak_memory_bytes", "peak memory")])
+def test_a_timer_that_fails_costs_its_own_figure_and_nothing_else(function: str, what: str, tmp_path, monkeypatch) -> None:
+    def broken(*_args, **_options):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    bench = Bench(tiny_task("vit", "cpu"), ledger=tmp_path / "points.journal", progress=False)
+    whole = bench.measure(wb.Recipe(wb.Quantize(weight_bits=4)))
+    assert whole.missing == {}
+    monkeypatch.setattr(f"workbench.bench.{function}", broken)
+    point = bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))
+    assert point.complete
+    assert point.missing == {what: "OutOfMemoryError: tried to allocate 2 GiB"}
+    assert (point.latency is None) == (what == "latency")
+    assert (point.peak_memory_bytes is None) == (what == "peak memory")
+    assert point.primary.items == len(bench.evaluation)
+    assert wb.Ledger(tmp_path / "points.journal").find(point.key) == point
+    assert (f"not measured: {what}", "", point.missing[what]) in summary(point)
+    timed = {whole.key} if what == "latency" else {whole.key, point.key}
+    assert {shown.key for shown in wb.tradeoff([whole, point], "latency").points} == timed
+    assert "OutOfMemoryError" in wb.verdict(point) or what != "latency"

@@ -110,7 +110,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
         ("packed", size(point.sizes.packed_bytes)),
         ("file", f"{size(point.sizes.file_bytes)} of {size(point.dense_sizes.file_bytes)}"),
         ("time predicted", predicted_ms(point, guess)),
-        ("time measured", f"{latency.median_ms:.2f} ms, dense {latency.dense_median_ms:.2f} ms" if latency else "…"),
+        ("time measured", f"{latency.median_ms:.2f} ms, dense {latency.dense_median_ms:.2f} ms" if latency else point.missing.get("latency", "…")),
         ("items", f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for calibration"),
         ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
     ]

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from workbench.compress import Compressed, compress
 from workbench.compress.layers import Progress, no_progress
@@ -33,6 +33,8 @@ from workbench.tasks.base import Scores, Task
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+T = TypeVar("T")
 
 LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
 
@@ -250,13 +252,23 @@ class Partial:
         )
 
     def finish(self) -> Measurement:
-        """Return the complete measurement: all items, latency, memory."""
-        bench, kind = self.bench, self.bench.task.kind
+        """Return the complete measurement: all items, latency, memory. Quality that has been read survives a failing timer."""
+        bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
         point = self.look(len(bench.evaluation))
-        latency = measure_latency(kind, bench.task.model, self.realised.model, bench.latency_items, progress=self.progress)
-        dense_peak = bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, bench.task.model, bench.latency_items))
-        peak = peak_memory_bytes(kind, self.realised.model, bench.latency_items)
-        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak)
+        dense, mine, items = bench.task.model, self.realised.model, bench.latency_items
+        latency = attempt("latency", missing, lambda: measure_latency(kind, dense, mine, items, progress=self.progress))
+        dense_peak = attempt("peak memory", missing, lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)))
+        peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, mine, items))
+        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, missing=missing)
+
+
+def attempt(what: str, missing: dict[str, str], measure: Callable[[], T]) -> T | None:
+    """Return `measure()`, or None with the reason noted in `missing` where this device or version cannot (out of memory, no profiler)."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError, AttributeError) as error:  # torch's own errors are RuntimeErrors; `Cancelled` goes on
+        missing[what] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return None
 
 
 def on_device(task: Task, device: torch.device) -> Task:

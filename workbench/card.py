@@ -20,7 +20,7 @@ def quality_words(quality: Quality) -> str:
 def speed_words(point: Measurement) -> str:
     """Return the measured speed against dense, and why no kernel helps where none does."""
     if point.latency is None:
-        return point.missing.get("latency", "latency not measured yet")
+        return f"latency not measured: {point.missing['latency']}" if "latency" in point.missing else "latency not measured yet"
     speed = point.latency.speedup
     words = f"{speed.value:.2f}x as fast ({speed.low:.2f} to {speed.high:.2f})"
     return f"{words}: {'; '.join(point.no_kernel)}" if point.no_kernel else words
