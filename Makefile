@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: report test lint lab clean
+.PHONY: report test lint lab app clean
 
 report: $(VENV)/installed
 	$(BIN)/workbench report fashion-vit --sparsity 0.5 --criterion wanda --weight-bits 4 --output reports
@@ -19,6 +19,9 @@ lint: $(VENV)/installed-dev
 
 lab: $(VENV)/installed
 	$(BIN)/workbench lab
+
+app: $(VENV)/installed
+	$(BIN)/workbench app
 
 clean:
 	rm -rf $(VENV) reports

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.serve import lab_command, write_settings
+from workbench.serve import common_options, lab_command, write_settings
+from workbench.serve_app import app_address, app_command, app_environment
 
 TOKEN = "workbench-test"  # noqa: S105  of a server that lives for one test
 
@@ -30,24 +32,53 @@ def free_port() -> int:
 @contextlib.contextmanager
 def server(notebook: Path, folder: Path, environment: dict[str, str] | None = None, changes: dict[str, str] | None = None) -> Iterator[str]:
     """Start `workbench lab` on a copy of a notebook in `folder`, its text changed; yield the address of the notebook."""
-    copy, settings = folder / notebook.name, folder / "settings"
+    copy, settings, port = changed_copy(notebook, folder, changes or {}), folder / "settings", free_port()
+    settings.mkdir(exist_ok=True)
+    write_settings(settings)
+    with running(lab_command(copy, settings, browser=False, port=port), port, folder, environment or {}):
+        yield f"http://127.0.0.1:{port}/doc/tree/{copy.name}?reset&token={TOKEN}"
+
+
+@contextlib.contextmanager
+def app(notebook: Path, folder: Path, environment: dict[str, str] | None = None, changes: dict[str, str] | None = None) -> Iterator[str]:
+    """Start `workbench app` on a copy of a notebook in `folder`; yield the address of the page, without the token."""
+    copy, port = changed_copy(notebook, folder, changes or {}), free_port()
+    with running(app_command(copy, browser=False, port=port), port, folder, {"JUPYTER_PATH": app_environment()["JUPYTER_PATH"], **(environment or {})}):
+        yield f"http://127.0.0.1:{port}{app_address(copy)}"
+
+
+@contextlib.contextmanager
+def notebook7(notebook: Path, folder: Path, environment: dict[str, str] | None = None, changes: dict[str, str] | None = None) -> Iterator[str]:
+    """Start Notebook 7 as it comes, without our settings, on a copy of a notebook in `folder`; yield its address."""
+    copy, port = changed_copy(notebook, folder, changes or {}), free_port()
+    command = [sys.executable, "-m", "notebook", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--no-browser", *common_options(port)]
+    with running(command, port, folder, environment or {}):
+        yield f"http://127.0.0.1:{port}/notebooks/{copy.name}?token={TOKEN}"
+
+
+def changed_copy(notebook: Path, folder: Path, changes: dict[str, str]) -> Path:
     text = notebook.read_text()
-    for old, new in (changes or {}).items():
+    for old, new in changes.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
+    copy = folder / notebook.name
     copy.write_text(text)
-    settings.mkdir()
-    write_settings(settings)
-    port = free_port()
-    own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    return copy
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, folder: Path, environment: dict[str, str]) -> Iterator[None]:
+    """Run a server with settings of its own while the block runs; its log is lab.log."""
+    own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     runtime = tempfile.mkdtemp(prefix="wb-", dir="/tmp")  # sockets have short paths
     own["JUPYTER_RUNTIME_DIR"] = runtime
-    command = [*lab_command(copy, settings, browser=False, port=port), f"--IdentityProvider.token={TOKEN}", "--allow-root", "--ServerApp.log_level=WARN"]
     with (folder / "lab.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **own, **(environment or {})})
+        process = subprocess.Popen(
+            [*command, f"--IdentityProvider.token={TOKEN}", "--ServerApp.log_level=WARN"], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **own, **environment}
+        )
         try:
             wait_for(lambda: answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"), 60, (folder / "lab.log").read_text)
-            yield f"http://127.0.0.1:{port}/doc/tree/{copy.name}?reset&token={TOKEN}"
+            yield
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -86,6 +117,12 @@ class Lab:
         self.page.goto(url)
         self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell", timeout=60_000)
         self.idle()
+
+    def open_in_notebook7(self, url: str) -> None:
+        """Open the notebook in Notebook 7 and wait until its kernel is idle."""
+        self.page.goto(url)
+        self.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell", timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
 
     def idle(self) -> None:
         self.page.wait_for_selector(r"#jp-main-statusbar >> text=/\| Idle/", timeout=60_000)
@@ -131,6 +168,10 @@ class Lab:
         """Return x, y and error bars of every trace in the page."""
         return self.page.evaluate(TRACES)
 
+    def picture(self) -> Any:
+        """Return what the plot shows: every trace, and title, kind and range of both axes."""
+        return [self.traces(), self.page.evaluate(AXES)]
+
     def state(self) -> str:
         """Return what the badge says."""
         return self.page.locator(".wb-badge").inner_text()
@@ -168,6 +209,9 @@ TRACES = """() => document.querySelector('.wb-panel .js-plotly-plot').data.map(t
   const list = v => v === undefined || v === null ? [] : (v._inputArray ? Array.from(v._inputArray) : Array.from(v.length === undefined ? [] : v));
   return {name: t.name, x: list(t.x), y: list(t.y), up: list(t.error_y && t.error_y.array), down: list(t.error_y && t.error_y.arrayminus)};
 })"""
+
+AXES = """() => { const layout = document.querySelector('.wb-panel .js-plotly-plot')._fullLayout;
+  return [layout.xaxis, layout.yaxis].map(axis => [axis.title.text, axis.type, axis.range.map(end => Number(end.toFixed(6)))]); }"""
 
 
 WATCH = """() => {

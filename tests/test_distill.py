@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
-from tiny_tasks import TRAINING, tiny_task, weights
+from tiny_tasks import TRAINING, same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.distill import distillation_loss
-from workbench.errors import CompressionError
+from workbench.errors import CompressionError, RecipeError
+from workbench.progress import Training
 from workbench.recipe import Recipe
 
 PRUNE = wb.Prune(sparsity=0.5)
@@ -186,3 +187,30 @@ def test_layers_that_cannot_learn_are_refused():
     task = tiny_task("gpt2")
     with pytest.raises(CompressionError, match=r"Distill\(.*\) finds no layer that it can train: lm_head"):
         compress(task, Recipe(PRUNE, wb.Distill(temperature=2, targets=("lm_head",))))
+
+
+# --- watched, and ended early
+
+
+def test_training_that_is_ended_early_says_where_and_gives_the_same_bits_again():
+    task = tiny_task("vit")
+    seen: list[tuple[int, int]] = []
+    training = Training(lambda curve, steps: seen.append((len(curve), steps)), lambda: len(seen) == 4)
+    recipe = wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4), wb.Distill(temperature=2, steps=9, distill_batch=8))
+    stopped = compress(task, recipe, training=training)
+    assert seen == [(1, 9), (2, 9), (3, 9), (4, 9)]
+    assert stopped.recipe == wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4), wb.Distill(temperature=2, steps=9, distill_batch=8, stop_at=4))
+    assert "distilled 4 steps at T=2" in stopped.report[0].outcome
+    again = compress(task, stopped.recipe)
+    assert same(weights(again.model), weights(stopped.model))
+    assert again.curve == stopped.curve == compress(task, recipe).curve[:4]
+
+
+def test_training_that_nobody_ends_is_the_recipe_itself():
+    recipe = wb.Recipe(wb.Prune(sparsity=0.5), wb.Distill(temperature=2, steps=3, distill_batch=8))
+    assert compress(tiny_task("vit"), recipe, training=Training()).recipe == recipe
+
+
+def test_a_stop_beyond_the_last_step_is_refused():
+    with pytest.raises(RecipeError, match=r"stop_at=7 lies beyond steps=5"):
+        wb.Distill(temperature=2, steps=5, stop_at=7)

@@ -16,12 +16,15 @@ from widgets.code_view import command, python
 from widgets.error_pane import ErrorPane, explain
 from widgets.explorer import Explorer
 from widgets.honesty import signed, strip
-from widgets.layer_view import layers_html
-from widgets.live import Live, fastest_within, smallest_within, thin
-from widgets.live_figure import DENSE, FRONT, MEASURED, PREDICTED, history_changes, live_changes, live_figure, y_range
+from widgets.layer_rows import rows_of
+from widgets.live import Live, thin
+from widgets.live_axes import y_range
+from widgets.live_figure import DENSE, FRONT, MEASURED, PREDICTED, history_changes, live_changes, live_figure
+from widgets.plot_choice import PlotChoice
 from workbench.errors import CompressionError
 from workbench.predict import Predictor
 from workbench.serve import lab_command, write_settings
+from workbench.tradeoff import fastest_within, smallest_within
 
 ZEROS = wb.Recipe(wb.Prune(sparsity=0.5))
 
@@ -60,7 +63,7 @@ def test_a_headless_run_measures_blocks_and_shows(panel):
     panel.run(wb.Recipe(wb.Quantize(weight_bits=4)))
     panel.go_to(found.key)
     assert panel.form.recipe == ZEROS
-    panel.plot.cost = "latency"
+    panel.plot.bar.choice = PlotChoice(cost="latency", log_cost=False)
     assert panel.plot.figure.layout.xaxis.type == "linear"
     assert panel.plot.figure._widget_data is not panel.plot.figure._data
 
@@ -83,10 +86,15 @@ def test_what_a_run_raises_reaches_the_caller_and_what_a_drag_raises_the_panel(p
 
 def test_presets_take_measured_points_only(panel):
     panel.run(wb.Recipe())
-    panel.guarded(lambda: panel.preset(smallest_within))
-    small = smallest_within(panel.session.rows(), 0.01)
+    panel.guarded(lambda: panel.presets.preset(smallest_within))
+    assert "none of 1 measured points is smaller and shown to be within 1 %" in panel.errors.value
+    gentle = panel.run(wb.Recipe(wb.Quantize(weight_bits=8)))
+    panel.run(wb.Recipe())
+    panel.presets.within.value = 0.05
+    panel.guarded(lambda: panel.presets.preset(smallest_within))
+    small = smallest_within(panel.session.rows(), 0.05)
     assert panel.form.recipe == (small.recipe if small else wb.Recipe())
-    assert ("no measured point" in panel.errors.value) is (small is None)
+    assert small is None or small.key == gentle.key or not len(small.recipe)
 
 
 def test_unknown_models_are_refused_in_words_and_the_panel_lives(tmp_path):
@@ -98,13 +106,13 @@ def test_unknown_models_are_refused_in_words_and_the_panel_lives(tmp_path):
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_that_is_there(panel):
     panel.run(ZEROS)
-    panel.model.options = [*panel.model.options, "no-such-model"]
-    panel.model.value = "no-such-model"
+    panel.picker.other.value = "no-such-model"
     for _ in range(500):
         if not panel.session.loader.busy:
             break
         time.sleep(0.02)
-    assert panel.model.value == "fashion-cnn"
+    assert panel.picker.choice == panel.session.choice
+    assert panel.picker.model.value == panel.model_name == "fashion-cnn"
     assert "no-such-model" in panel.errors.value
     assert panel.run(wb.Recipe(wb.Quantize(weight_bits=8))).complete
 
@@ -157,16 +165,16 @@ def test_records_become_traces(bench, point):
     keys = [key for index in (1, 2, 3) for key in changes[index]["customdata"]]
     assert sorted(keys) == sorted(row.key for row in rows)
     assert list(changes[FRONT]["customdata"]) == [p.key for p in record.points if p.standing == "front"]
-    assert len(live_figure().data) == 7
+    assert len(live_figure().data) == 8
     guess = Predictor(bench).predict(ZEROS)
-    shown = live_changes(Live(ZEROS, guess, None, "measuring"), rows[-1], "file_bytes")
+    shown = live_changes(Live(ZEROS, guess, None, "measuring"), rows[-1], PlotChoice())
     assert shown[PREDICTED]["x"] == [guess.file_bytes / 1e6]
     assert shown[MEASURED]["x"] == []
-    done = live_changes(Live(ZEROS, guess, point, "measured"), point, "file_bytes")
+    done = live_changes(Live(ZEROS, guess, point, "measured"), point, PlotChoice())
     assert done[PREDICTED]["x"] == []
     assert done[MEASURED]["y"][0] == pytest.approx(100 * point.primary.compressed.value)
     look = dataclasses.replace(point, items=16, latency=None)
-    assert live_changes(Live(ZEROS, guess, look, "measuring"), point, "latency")[MEASURED]["x"] == []
+    assert live_changes(Live(ZEROS, guess, look, "measuring"), point, PlotChoice(cost="latency"))[MEASURED]["x"] == []
 
 
 def test_axes_are_calm():
@@ -187,11 +195,9 @@ def test_many_points_are_thinned_but_the_front_stays(bench, point):
     assert fastest_within([], 0.01) is None
 
 
-def test_layers_are_all_listed_and_escaped(point):
-    text = layers_html(point)
-    for row in point.layers:
-        assert row.name in text
-        assert row.outcome.split(":")[0] in text
+def test_layers_are_all_listed(point):
+    rows = rows_of(point.layers, {})
+    assert [(row.name, row.words) for row in rows] == [(row.name, row.outcome) for row in point.layers]
 
 
 def test_code_says_the_same_everywhere():
@@ -220,7 +226,7 @@ def test_lab_is_on_loopback_with_its_token_and_own_settings(tmp_path):
     assert "--KernelManager.transport=ipc" in words
     assert not any("token" in word for word in words)
     write_settings(tmp_path)
-    assert json.loads((tmp_path / "overrides.json").read_text())["@jupyter-widgets/jupyterlab-manager:plugin"] == {"saveState": True}
+    assert json.loads((tmp_path / "overrides.json").read_text())["@jupyter-widgets/jupyterlab-manager:plugin"] == {"saveState": False}
 
 
 def test_the_websocket_sends_at_once():
@@ -246,7 +252,7 @@ def test_behaviour_is_compared_when_asked_and_not_while_measuring(panel):
     deadline = time.monotonic() + 30
     while "answers changed" not in panel.behaviour.body.value and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert panel.tabs.titles == ("layers", "behaviour", "history (1)", "code")
+    assert panel.tabs.titles == ("layers", "behaviour", "compare", "history (1)", "code")
     assert "of 64 answers changed" in panel.behaviour.body.value
     assert "<img " in panel.behaviour.body.value
     panel.session.start(wb.Recipe(wb.Prune(sparsity=0.71), wb.Distill(temperature=2, steps=500)))

@@ -161,6 +161,32 @@ def test_what_is_refused_is_shown_in_the_panel_which_stays_alive(panel):
     panel.settled()
 
 
+def test_the_bar_changes_axes_and_colours_and_a_box_marks_points(panel):
+    page, menu = panel.page, panel.page.locator(".wb-plotmenu")
+    menu.get_by_label("colour", exact=True).select_option(label="sparsity")
+    lab.wait_for(lambda: page.locator(".wb-scale").count(), 5)
+    lab.wait_for(lambda: len(page.evaluate(FILLS)) > 2, 5, lambda: page.evaluate(FILLS))
+    menu.get_by_label("x", exact=True).select_option(label="time")
+    lab.wait_for(lambda: panel.traces()[4]["x"] == [1], 5, panel.traces)
+    menu.get_by_label("x", exact=True).select_option(label="file size")
+    menu.get_by_label("colour", exact=True).select_option(label="standing")
+    lab.wait_for(lambda: panel.traces()[4]["x"] != [1] and not page.locator(".wb-scale").count(), 5)
+    page.click(".wb-plotmenu button:text-is('select')")
+    lab.wait_for(lambda: page.evaluate("document.querySelector('.wb-panel .js-plotly-plot').layout.dragmode") == "select", 5)
+    box = page.locator(".wb-panel .js-plotly-plot .nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5, steps=5)
+    page.mouse.up()
+    lab.wait_for(lambda: page.evaluate(BOXES), 5)
+    page.click(".wb-plotmenu button:text-is('select')")
+    lab.wait_for(lambda: not page.evaluate(BOXES), 5)
+
+
+FILLS = """() => [...new Set(Array.from(document.querySelectorAll('.wb-panel .js-plotly-plot .scatterlayer .points path')).map(p => p.style.fill))]"""
+BOXES = "document.querySelectorAll('.wb-panel .js-plotly-plot .selectionlayer path').length"
+
+
 def test_everything_fits_a_small_window(panel):
     boxes = panel.page.evaluate("[...document.querySelectorAll('.wb-panel, .wb-head, .wb-main, .wb-strip, .wb-tabs')].map(e => [e.scrollWidth - e.clientWidth, e.getBoundingClientRect().right])")
     assert all(over <= 4 for over, _ in boxes), boxes  # the margins of ipywidgets' own boxes
@@ -175,3 +201,46 @@ def test_a_restarted_kernel_finds_every_point_again(panel):
     panel.panel()
     lab.wait_for(lambda: sum(len(trace["x"]) for trace in panel.traces()[1:4]) == before - 1, 30, panel.traces)  # all but the dense model itself
     panel.settled()
+
+
+def test_every_control_has_a_name_and_says_its_exact_value(panel):
+    panel.drag("sparsity", 0.43)
+    panel.settled_on(r"Prune\(sparsity=0\.4[234]")
+    handles = panel.page.locator(".wb-panel .noUi-handle").all()
+    said = {handle.get_attribute("aria-label"): handle.get_attribute("aria-valuetext") for handle in handles}
+    assert set(said) >= {"rank", "sparsity", "bits", "temperature"}
+    assert len(said) == len(handles)
+    assert float(said["sparsity"]) == panel.readout("sparsity")
+    assert panel.page.get_by_role("slider", name="sparsity").get_attribute("aria-valuenow") == said["sparsity"]
+    nameless = re.findall(r"^ *- (?:slider|button|combobox|spinbutton|checkbox|textbox|tab)(?: \[.*\])?:?$", panel.page.locator(".wb-panel").aria_snapshot(), re.MULTILINE)
+    assert nameless == []
+
+
+def test_the_picture_for_a_notebook_without_a_kernel_is_there_and_hidden(panel):
+    panel.settled()
+    picture = panel.page.locator(".wb-still")
+    assert not picture.is_visible()
+    lab.wait_for(lambda: recipe_line(panel.page) in picture.locator("code").text_content(), 5)
+    panel.page.evaluate("document.querySelectorAll('.wb-panel').forEach(e => e.classList.add('wb-gone') || e.classList.remove('wb-panel'))")
+    assert picture.is_visible()
+    assert picture.locator("svg circle").count() > 0
+    panel.page.evaluate("document.querySelectorAll('.wb-gone').forEach(e => e.classList.replace('wb-gone', 'wb-panel'))")
+    assert not picture.is_visible()
+
+
+def test_a_reloaded_page_shows_the_same_panel_which_still_answers(panel):
+    panel.drag("sparsity", 0.55)
+    panel.settled_on(r"Prune\(sparsity=0\.5[456]")
+    line, value, before = recipe_line(panel.page), panel.readout("sparsity"), panel.picture()
+    assert sum(len(trace["x"]) for trace in panel.traces()[1:4]) > 1
+    panel.menu("File", "docmanager:save")
+    lab.wait_for(lambda: "widget-view" in (panel.state_folder.parent / NOTEBOOK.name).read_text(), 10)
+    panel.page.goto(panel.page.url.replace("reset", ""))
+    panel.page.wait_for_selector(".jp-NotebookPanel:visible .jp-Cell", timeout=60_000)
+    panel.panel()
+    assert recipe_line(panel.page) == line
+    assert panel.readout("sparsity") == value
+    assert panel.state() == "measured"
+    assert panel.picture() == before
+    panel.drag("sparsity", 0.3)
+    panel.settled_on(r"Prune\(sparsity=0\.(29|3)")

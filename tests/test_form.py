@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated, ClassVar
 
 import pytest
@@ -55,7 +56,7 @@ def test_ranges_come_from_the_annotations(form):
     assert (bits.slider.min, bits.slider.max) == (2, 8)
     assert temperature.slider.min > 0
     assert temperature.slider.max == 8
-    assert sparsity.choices["criterion"].options == ("magnitude", "wanda")
+    assert sparsity.choices["criterion"].options == typing.get_args(wb.Prune.options()["criterion"].annotation)
     assert bits.choices["scale_search"].value is True
     assert temperature.choices["alpha"].max == 1
     with pytest.raises(Exception, match="Invalid selection"):
@@ -121,7 +122,7 @@ def test_set_recipe_moves_every_control(form):
     )  # fmt: skip
     form.set_recipe(recipe)
     assert form.recipe == recipe
-    assert wb.Recipe(*(step.kind(**step.values()) for step in form.forms)) == recipe
+    assert wb.Recipe(*(step.kind(**step.values()) for step in form.forms if step.on.value)) == recipe
     form.set_recipe(wb.Recipe())
     assert not any(step.on.value for step in form.forms)
 
@@ -138,9 +139,9 @@ def test_a_value_beyond_the_slider_widens_it(form):
 
 
 def test_recipes_that_sliders_cannot_show_are_refused(form):
-    twice = wb.Recipe(wb.Quantize(weight_bits=8, targets=("*fc1",)), wb.Quantize(weight_bits=4, targets=("*fc2",)))
-    with pytest.raises(RecipeError, match="cannot be put on the sliders: they hold one step of each kind"):
-        form.set_recipe(twice)
+    apart = wb.Recipe(wb.Prune(sparsity=0.2, targets=("a",)), wb.Distill(temperature=2), wb.Prune(sparsity=0.2, targets=("b",)))
+    with pytest.raises(RecipeError, match="cannot be put on the sliders: they hold steps in the order prune, distill"):
+        form.set_recipe(apart)
     assert form.recipe == wb.Recipe()
 
 
@@ -203,3 +204,16 @@ def test_bounds_and_scale():
     found = bounds(wb.Prune.options()["sparsity"])
     assert (found.low, found.high, found.low_open, found.high_open) == (0, 1, False, True)
     assert scale(wb.Quantize).whole
+
+
+def test_choices_that_are_used_less_lie_in_a_fold_which_opens_when_one_matters(form):
+    prune = part(form, "sparsity")
+    assert prune.fold.layout.display == "none"
+    assert prune.choices["pattern"] not in prune.fold.children
+    assert prune.choices["rounds"] in prune.fold.children
+    assert "rounds" in prune.more.tooltip
+    form.set_recipe(wb.Recipe(wb.Prune(sparsity=0.3)))
+    assert not prune.more.value
+    form.set_recipe(wb.Recipe(wb.Prune(sparsity=0.3, rounds=2, train_steps=5)))
+    assert prune.more.value
+    assert prune.fold.layout.display is None

@@ -11,7 +11,7 @@ import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.compress.quantize import SHRINKS, Grid, fit_grid
+from workbench.compress.quantize import SHRINKS, Grid, fit_grids
 
 reference = torch.ops.quantized_decomposed
 WIDTHS = range(2, 9)
@@ -23,7 +23,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def fit(matrix: torch.Tensor, bits: int, group: int, grid: str = "asymmetric", *, search: bool = True) -> Grid:
-    return fit_grid(matrix, bits, group, symmetric=grid == "symmetric", search=search)
+    return fit_grids(matrix.unsqueeze(0), bits, group, symmetric=grid == "symmetric", search=search)[0]
 
 
 def zero_points(grid: Grid) -> torch.Tensor:

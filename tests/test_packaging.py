@@ -51,6 +51,6 @@ def test_wheel_carries_models_page_and_notebooks(tmp_path: Path) -> None:
 
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for ending in ("fashion-vit/model.safetensors", "fashion-cnn/model.safetensors", "fashion-mnist-slice.npz", "report_page.html", "notebooks/report.ipynb", "LICENSE-fashion-mnist"):
+    for ending in ("fashion-vit/model.safetensors", "fashion-cnn/model.safetensors", "fashion-mnist-slice.npz", "report_page.html", "templates/workbench/index.html.j2", "static/workbench.css", "widgets/labels.js", "notebooks/report.ipynb", "LICENSE-fashion-mnist"):
         assert any(name.endswith(ending) for name in names), ending
     assert not [name for name in names if name.startswith("tests/")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from html import escape
@@ -10,23 +11,30 @@ from typing import Any
 
 import ipywidgets as ipw
 
-from widgets import live as records
 from widgets.behaviour_view import BehaviourView
+from widgets.choice import Choice
 from widgets.code_view import CodeView, line
 from widgets.error_pane import ErrorPane, explain
-from widgets.history_view import HistoryView
 from widgets.honesty import HonestyStrip
+from widgets.keeping import Keeping
+from widgets.labels import Labels
 from widgets.layer_view import LayerView
+from widgets.model_picker import ModelPicker
 from widgets.pacer import Pacer
+from widgets.preset_bar import PresetBar
 from widgets.recipe_form import RecipeForm
 from widgets.session import Session
+from widgets.still import Still
 from widgets.tradeoff_view import TradeoffView
-from workbench.errors import RecipeError, WorkbenchError
+from widgets.training_view import TrainingView
+from widgets.waiting import Waiting
+from workbench.errors import WorkbenchError
 from workbench.measure.behaviour import Behaviour, Continuation
 from workbench.measure.measurement import Measurement
 from workbench.recipe import Recipe
 from workbench.words import size
-from workbench.zoo import models
+
+BROWSER_SECONDS = 0.02  # what a browser takes to draw one point
 
 
 class Explorer(ipw.VBox):
@@ -64,61 +72,63 @@ class Explorer(ipw.VBox):
 
         """
         self.quiet = False
-        self.model_name = model
         self.errors = ErrorPane()
         self.form = RecipeForm(recipe)
         self.plot = TradeoffView(self.go_to)
-        self.strip, self.layers, self.code, self.history = HonestyStrip(), LayerView(), CodeView(), HistoryView(self.go_to)
+        self.strip, self.code = HonestyStrip(), CodeView()
         self.behaviour = BehaviourView(lambda: self.guarded(self.ask_behaviour))
+        self.still = Still()
         self.line, self.dense = ipw.HTML(), ipw.HTML("loading ...")
-        names = list(dict.fromkeys([model, *(entry.name for entry in models())]))
-        self.model = ipw.Dropdown(options=names, value=model, description="model", tooltip="the model to compress; another one loads while this one stays usable")
+        self.picker = ModelPicker(Choice(model, data, device, evaluation_items))
+        self.waiting = Waiting(self.picker.busy)
         self.pacer = Pacer(self.failed)
         self.session = Session(
             on_live=lambda: self.pacer.post("live", self.draw_live), on_history=lambda: self.pacer.post("history", self.draw_history),
-            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=lambda: self.pacer.flush(0.05), data=data, device=device, ledger=ledger, evaluation_items=evaluation_items,
-            offline=offline, progress=False,
+            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=self.breathe, ledger=ledger, offline=offline, progress=False,
         )  # fmt: skip
+        self.keeping = Keeping(
+            self.session, go_to=self.go_to, guarded=self.guarded, post=self.pacer.post, changed=lambda: self.pacer.post("history", self.draw_history)
+        )
+        self.history, self.compare, self.plot.on_select = self.keeping.history, self.keeping.compare, self.brushed
+        self.training = TrainingView(lambda: self.guarded(self.session.stop_training))
+        self.session.on_recipe = self.follow
+        self.layers = LayerView(self.session, self.form, guarded=self.guarded, post=self.pacer.post)
+        self.presets = PresetBar(self.form, self.session, self.guarded, lambda words: self.errors.say("search", words, "note"), self.pacer.post)
         super().__init__(self.arrange())
+        self.tabs.observe(lambda change: self.layers.set_visible(visible=change["new"] == self.tabs.children.index(self.layers)), "selected_index")
         self.add_class("wb-panel")
-        self.model.observe(self.model_picked, "value")
+        self.picker.observe(lambda _: self.load(), "choice")
+        self.picker.stop.on_click(lambda _: self.guarded(self.give_up))
         self.form.observe(self.moved, "recipe")
         self.form.observe(lambda _: self.errors.say("sliders", self.form.error), "error")
         self.form.observe(lambda _: self.errors.say("note", self.form.note, "note"), "note")
         self.session.start(self.form.recipe)
-        self.session.load(model)
+        self.load()
+
+    @property
+    def model_name(self) -> str:
+        """Return the name of the model on the bench, or of the one that loads."""
+        return (self.session.choice or self.picker.choice).name
 
     def arrange(self) -> list[ipw.Widget]:
         """Return the parts of the panel, top to bottom."""
         style = ipw.HTML(f"<style>{(Path(__file__).parent / 'style.css').read_text(encoding='utf-8')}</style>", layout=ipw.Layout(display="none"))
-        head = ipw.HBox([self.model, self.dense])
-        left = ipw.VBox([self.form, self.buttons(), self.line])
+        head = ipw.HBox([self.picker, self.picker.loading, self.dense])
+        left = ipw.VBox([self.form, self.presets, self.line])
         right = ipw.VBox([self.plot])
         main = ipw.HBox([left, right])
-        tabs = self.tabs = ipw.Tab([self.layers, self.behaviour, self.history, self.code], titles=["layers", "behaviour", "history", "code"])
-        named = {"wb-head": head, "wb-left": left, "wb-right": right, "wb-main": main, "wb-tabs": tabs, "wb-model": self.model, "wb-dense": self.dense, "wb-line": self.line}
+        tabs = self.tabs = ipw.Tab([self.layers, self.behaviour, self.compare, self.history, self.code], titles=["layers", "behaviour", "compare", "history", "code"])
+        named = {"wb-head": head, "wb-left": left, "wb-right": right, "wb-main": main, "wb-tabs": tabs, "wb-dense": self.dense, "wb-line": self.line}
         for name, widget in named.items():
             widget.add_class(name)
-        return [style, head, main, self.errors, self.strip, tabs]
+        return [style, Labels(), head, main, self.errors, self.training, self.strip, self.keeping.line, self.keeping.bar, tabs]
 
-    def buttons(self) -> ipw.HBox:
-        """Return presets, undo, redo and cancel."""
-        def button(words: str, about: str, act: Callable[[], None]) -> ipw.Button:
-            made = ipw.Button(description=words, tooltip=about)
-            made.on_click(lambda _: self.guarded(act))
-            return made
+    def _ipython_display_(self) -> None:
+        """Show the panel, and under it the picture that stays where no kernel runs."""
+        from IPython.display import display
 
-        row = ipw.HBox([
-            button("undo", "take back the last move", self.form.undo),
-            button("redo", "do it again", self.form.redo),
-            button("cancel", "stop measuring; what has been read stays", self.session.cancel),
-            button("reset", "turn every method off", self.form.reset),
-            ipw.HTML("<span class='wb-dim'>within 1%:</span>"),
-            button("smallest", "the smallest measured point whose whole interval is within 1% of the dense model", lambda: self.preset(records.smallest_within)),
-            button("fastest", "the fastest measured point within 1% that is faster beyond its interval", lambda: self.preset(records.fastest_within)),
-        ])  # fmt: skip
-        row.add_class("wb-buttons")
-        return row
+        display({**self._repr_mimebundle_(), "text/html": ""}, raw=True)
+        self.still.display()
 
     def guarded(self, act: Callable[[], None]) -> None:
         """Act on a click; what goes wrong is shown in the panel."""
@@ -128,36 +138,59 @@ class Explorer(ipw.VBox):
         except Exception as error:  # noqa: BLE001  an exception in a callback appears nowhere else
             self.errors.say("action", explain(error, self.form.last))
 
-    def preset(self, choose: Callable[[list[Measurement], float], Measurement | None]) -> None:
-        """Put the sliders on the point of the ledger that `choose` finds within 1%."""
-        found = choose(self.session.rows(), 0.01)
-        if found is None:
-            raise RecipeError("no measured point is shown to be within 1% and better: try a few sliders first")
-        self.form.set_recipe(found.recipe)
-
     def go_to(self, key: str) -> None:
         """Put the sliders back to a point of the ledger."""
         found = next((row for row in self.session.rows() if row.key == key), None)
         if found is not None:
             self.guarded(lambda: self.form.set_recipe(found.recipe))
 
+    def brushed(self, keys: Sequence[str]) -> None:
+        """Put the points of a box side by side, and show them."""
+        self.keeping.select(keys)
+        if keys:
+            self.tabs.selected_index = self.tabs.children.index(self.compare)
+
     def moved(self, _change: dict[str, Any]) -> None:
         """Start on what the sliders say."""
         if not self.quiet:
             self.errors.say("work", "")
+            self.errors.say("search", "")
             self.guarded(lambda: self.session.start(self.form.recipe))
 
-    def model_picked(self, change: dict[str, Any]) -> None:
-        """Load another model."""
-        self.errors.say("load", "")
-        if change["new"] != self.model_name:
-            self.dense.value = f"loading {escape(change['new'])} ..."
-            self.session.load(change["new"])
+    def follow(self, recipe: Recipe) -> None:
+        """Put the sliders on what is measured, without starting anew."""
+        self.quiet = True
+        try:
+            self.form.set_recipe(recipe)
+        finally:
+            self.quiet = False
+
+    def load(self) -> None:
+        """Load what is picked; what is on the bench stays usable."""
+        if self.picker.choice != self.session.choice:
+            self.errors.say("load", "")
+            self.waiting.start(self.picker.choice.name)
+            self.session.load(self.picker.choice)
+        elif self.session.loader.busy:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Stop waiting for what loads, and show what is on the bench."""
+        self.session.give_up()
+        self.waiting.stop()
+        if self.session.choice is not None:
+            self.picker.put(self.session.choice)
 
     def loaded(self) -> None:
         """Show a model that has been loaded."""
-        self.model_name = self.model.value
+        self.waiting.stop()
+        self.pacer.post("kernels", lambda: self.form.show_kernels(self.session.bench.device.type if self.session.bench else ""))
         self.pacer.post("history", self.draw_history)
+
+    def breathe(self) -> None:
+        """Let the prediction be drawn, here and in the browser, before the processor is busy with the measurement."""
+        if self.pacer.flush(0.05):
+            time.sleep(BROWSER_SECONDS)
 
     def failed(self, error: BaseException) -> None:
         """Show what a thread raised; where it is a defect of ours, the whole traceback goes to the log."""
@@ -167,9 +200,13 @@ class Explorer(ipw.VBox):
 
     def not_loaded(self, error: BaseException) -> None:
         """Go back to the model that is there, and say why the other one is not."""
+        wanted = self.picker.choice
+        self.waiting.stop()
         self.failed(error)
-        self.dense.value = "not loaded"
-        self.model.value = self.model_name
+        self.errors.say("load", f"{wanted.name} is not loaded: {explain(error, '')}")
+        self.errors.say("work", "")
+        if self.session.choice is not None:
+            self.picker.put(self.session.choice)
         self.pacer.post("live", self.draw_live)
 
     def ask_behaviour(self) -> None:
@@ -194,6 +231,10 @@ class Explorer(ipw.VBox):
         self.line.value = line(state.recipe)
         self.code.show(self.model_name, state.recipe)
         self.layers.show(state.point)
+        if state.state == "measured":
+            self.still.show(self.model_name, state, self.plot.figure)
+        self.keeping.draw_live(state)
+        self.training.show(state)
         anchor = self.plot.anchor()
         if anchor is not None:
             self.dense.value = dense_words(anchor)
@@ -201,8 +242,9 @@ class Explorer(ipw.VBox):
     def draw_history(self) -> None:
         """Draw the past."""
         rows = self.session.rows()
+        said = self.keeping.draw_history(rows)
+        self.plot.pinned = tuple(key for key, annotation in said.items() if annotation.pinned)
         self.plot.show_history(rows)
-        self.history.show(rows)
         self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(rows):,})")
 
     def run(self, recipe: Recipe) -> Measurement:
@@ -213,19 +255,15 @@ class Explorer(ipw.VBox):
 
         """
         if self.session.bench is None:
-            self.session.load_now(self.model.value)
-        self.quiet = True
-        try:
-            self.form.set_recipe(recipe)
-        finally:
-            self.quiet = False
+            self.session.load_now(self.picker.choice)
+        self.follow(recipe)
         point = self.session.run(recipe)
         self.pacer.flush()
         return point
 
     def close(self) -> None:
         """Stop the threads and close the widgets; ipywidgets calls this also for a panel that could not be made."""
-        for part in (vars(self).get("session"), vars(self).get("pacer")):
+        for part in (vars(self).get("waiting"), vars(self).get("keeping"), vars(self).get("session"), vars(self).get("pacer")):
             if part is not None:
                 part.close()
         super().close()

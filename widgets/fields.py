@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import ipywidgets as ipw
@@ -12,9 +14,10 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from workbench.recipe import Step
+    from workbench.runtime.schemes import KernelTick
 
-SHORT = {"group_size": "group", "scale_search": "search", "learning_rate": "rate", "distill_batch": "batch", "factorization": "by", "criterion": "by"}
-TITLES = {"rank_ratio": "rank", "weight_bits": "bits"}
+SHORT = {"group_size": "group", "scale_search": "search", "learning_rate": "rate", "distill_batch": "batch", "factorization": "by", "criterion": "by", "rank_allocation": "share", "conv": "kernels", "repair_rounds": "rounds"}
+TITLES = {"rank_ratio": "rank", "weight_bits": "bits", "repair_ratio": "repair"}
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,29 @@ def control(name: str, info: FieldInfo) -> ipw.ValueWidget:
             return ipw.BoundedIntText(min=int(low), max=int(high), **about)
         return ipw.BoundedFloatText(min=low, max=high, step=nice_step(high - low) if high - low <= 1 else 1.0, **about)
     return ipw.Combobox(options=[str(example) for example in info.examples or [info.default]], ensure_option=False, continuous_update=False, **about)
+
+
+def tick_marks(step: type[Step], made: Scale, kernels: Sequence[KernelTick] = ()) -> str:
+    """Return the stops as marks under a slider, with the schemes that kernels know: filled where one runs here, else hollow and grey."""
+    span = made.high - made.low
+    values = sorted({*map(float, step.stops), *(float(tick.value) for tick in kernels)})
+    marks = []
+    for value in values:
+        number = escape(f"{value:g}") if value in step.stops else ""
+        names = "".join(kernel_mark(tick, side(value, values)) for tick in kernels if tick.value == value)
+        marks.append(f'<span style="left:{100 * (value - made.low) / span:.1f}%">{number}{names}</span>')
+    return f'<div class="wb-ticks" aria-hidden="true">{"".join(marks)}</div>'
+
+
+def kernel_mark(tick: KernelTick, where: str) -> str:
+    """Return the mark of a scheme beside its tick."""
+    about = "a kernel runs this here" if tick.runs else f"no kernel here: {tick.reason}"
+    sign, kind = ("\N{BLACK DIAMOND}", "wb-runs") if tick.runs else ("\N{WHITE DIAMOND}", "wb-runs-not")
+    return f'<b class="{kind} wb-{where}" title="{escape(about)}">{sign}{escape(tick.label)}</b>'
+
+
+def side(value: float, values: Sequence[float]) -> str:
+    """Return the side of a tick that has more room."""
+    left = min((value - other for other in values if other < value), default=math.inf)
+    right = min((other - value for other in values if other > value), default=math.inf)
+    return "before" if left > right else "after"

@@ -37,7 +37,7 @@ def scale_of(record: Tradeoff) -> float:
 
 def shown_cost(record: Tradeoff, cost: float) -> float:
     """Return a cost in the axis' unit: MB, or times the dense model's time."""
-    return cost / 1e6 if record.cost_name == "file_bytes" else cost
+    return cost if record.cost_name == "latency" else cost / 1e6
 
 
 def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
+SIGNS = ("JPY_SESSION_NAME", "VOILA_BASE_URL")  # jupyter_server gives the kernels of its sessions their name; Voila gives its kernels its address
+
 
 def without_browser() -> bool:
-    """Return whether no Jupyter session started this process: jupyter_server gives the kernels of its sessions their name."""
-    return "JPY_SESSION_NAME" not in os.environ
+    """Return whether neither a Jupyter session nor Voila started this process."""
+    return not any(sign in os.environ for sign in SIGNS)

@@ -12,7 +12,7 @@ from workbench.measure.quality import Estimate, Quality
 from workbench.predict import Prediction
 from workbench.words import size
 
-STATES = {"loading": "loading the model", "measuring": "predicted", "measured": "measured", "cancelled": "cancelled", "failed": "failed", "ready": ""}
+STATES = {"loading": "loading the model", "training": "training", "measuring": "predicted", "measured": "measured", "cancelled": "cancelled", "failed": "failed", "ready": ""}
 
 
 class HonestyStrip(ipw.HTML):

@@ -1,67 +1,182 @@
-"""Layer by layer: what was done to each weight and what it cost, as a table with bars."""
+"""Layer by layer: what was done to each weight, what it cost, and what to do differently for one of them."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from html import escape
+from typing import Any
 
 import ipywidgets as ipw
+import plotly.graph_objects as go
 
+from widgets.layer_control import layer_controls
+from widgets.layer_figures import weights_changes, weights_figure
+from widgets.layer_grid import LayerGrid
+from widgets.layer_jobs import LayerJobs
+from widgets.layer_rows import TIMES, full_rank, table_of
+from widgets.recipe_form import RecipeForm
+from widgets.session import Session
 from workbench.compress.report import LayerReport
 from workbench.measure.measurement import Measurement
+from workbench.measure.weights import WeightChange
 
-TIMES = "\N{MULTIPLICATION SIGN}"
+ABOUT = (
+    "Each layer alone, all others dense, on the same items, paired with the dense model. It does not say what layers cost together: "
+    "errors pass on from layer to layer and can add up, cancel or grow. Distillation is left out, and each interval holds by itself."
+)
 
 
-class LayerView(ipw.HTML):
-    """The layers of the latest point."""
+class LayerView(ipw.VBox):
+    """A heat map of the layers of the latest point; for the one that is chosen its weights, and its own settings.
 
-    def __init__(self) -> None:
-        """Start with what to do."""
-        super().__init__("<p class='wb-dim'>Move a slider: every layer is listed here with what happened to it.</p>")
-        self.add_class("wb-table")
-        self.shown = ""
+    `show` and `draw` are called by the thread that draws; everything that changes controls happens where the user's moves
+    arrive.
+    """
+
+    def __init__(self, session: Session, form: RecipeForm, *, guarded: Callable[[Callable[[], None]], None], post: Callable[[str, Callable[[], None]], None]) -> None:
+        """Make the tab; the histogram is made when a layer is chosen for the first time.
+
+        Args:
+            session: whose points are shown, and whose worker reads weights.
+            form: whose recipe the settings of one layer change.
+            guarded: runs an action and shows what it raises in the panel.
+            post: takes a slot and a drawing, to be done by the thread that draws.
+
+        """
+        self.form, self.post = form, post
+        self.point: Measurement | None = None
+        self.drawn: tuple[Any, ...] = ()
+        self.figure: go.FigureWidget | None = None
+        self.jobs = LayerJobs(session, lambda: post("layers", self.draw))
+        self.pick = ipw.Dropdown(options=[("none", "")], description="layer", tooltip="the layer whose weights and settings are shown; a click on its row does the same")
+        self.ask = ipw.Button(description="sensitivity", tooltip="measure what the present recipe costs on each layer alone")
+        self.status = ipw.HTML("<span class='wb-dim'>Move a slider: every layer is listed here with what happened to it.</span>")
+        self.grid = LayerGrid()
+        self.title, self.words, self.log_scale = ipw.HTML(), ipw.HTML(), ipw.Checkbox(description="log scale", indent=False, value=False)
+        self.controls = layer_controls(form, guarded)
+        self.detail = ipw.VBox([self.title, *self.controls, self.words], layout=ipw.Layout(display="none"))
+        bar = ipw.HBox([self.pick, self.ask, self.status])
+        super().__init__([bar, ipw.HBox([self.grid, self.detail])])
+        for name, widget in {"wb-layers": self, "wb-layer-bar": bar, "wb-layer-main": self.children[1], "wb-layer-detail": self.detail, "wb-layer-words": self.words}.items():
+            widget.add_class(name)
+        self.pick.observe(lambda change: self.choose(change["new"]), "value")
+        self.grid.observe(lambda change: self.choose(change["new"]), "chosen")
+        self.ask.on_click(lambda _: guarded(self.ask_sensitivity))
+        self.log_scale.observe(lambda _: post("layers log", self.draw_log), "value")
+        form.observe(lambda _: self.show_controls(), "recipe")
+
+    def choose(self, layer: str) -> None:
+        """Look at a layer, none if empty."""
+        if layer == self.jobs.layer:
+            return
+        self.pick.value = layer if layer in dict(self.pick.options).values() else ""
+        self.grid.chosen = layer
+        (self.add_class if layer else self.remove_class)("wb-chosen")
+        self.detail.layout.display = None if layer else "none"
+        self.jobs.look_at(layer)
+        self.show_controls()
+        self.post("layers", self.draw)
+
+    def show_controls(self) -> None:
+        """Show how the chosen layer stands in the recipe on the sliders."""
+        head = self.jobs.layer == self.jobs.head()
+        for control in self.controls:
+            control.show(self.form.recipe, self.jobs.layer, head=head)
+
+    def set_visible(self, *, visible: bool) -> None:
+        """Read weights only while the tab is open."""
+        self.jobs.visible = visible
+        if visible:
+            self.jobs.inspect()
+            self.post("layers", self.draw)
+
+    def ask_sensitivity(self) -> None:
+        """Measure what each layer alone costs, behind the panel."""
+        self.jobs.sensitivity()
+        self.post("layers", self.draw)
 
     def show(self, point: Measurement | None) -> None:
-        """Show a point's layers; the many looks at one point change nothing here."""
-        if point is None or point.key == self.shown:
+        """Show a point's layers; before the first look at a new recipe the last ones stay."""
+        self.point = point or self.point
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw what is known now; what has not changed is not sent."""
+        point = self.point
+        if point is None or not self.jobs.visible:
             return
-        self.shown = point.key
-        self.value = layers_html(point)
+        costs, most = self.jobs.known_costs(point.recipe)
+        state = (point.key, len(costs), most)
+        if state != self.drawn:
+            self.drawn = state
+            self.show_names([row.name for row in point.layers])
+            self.grid.show(table_of(point.layers, costs))
+        self.status.value = status(point, len(costs), most, running=self.jobs.running())
+        row = next((row for row in point.layers if row.name == self.jobs.layer), None)
+        if row is not None:
+            self.draw_detail(row)
+
+    def show_names(self, names: list[str]) -> None:
+        """Offer the layers of the present model; a chosen one that it lacks is forgotten."""
+        options = [("none", ""), *((name, name) for name in names)]
+        if options != list(self.pick.options):
+            keep = self.jobs.layer if self.jobs.layer in names else ""
+            self.pick.options = options
+            self.pick.value = keep
+
+    def draw_detail(self, row: LayerReport) -> None:
+        """Draw the chosen layer: facts, and its weights once they are read."""
+        change = self.jobs.shown()
+        self.title.value = f"<b>{escape(row.name)}</b> <span class='wb-dim'>{TIMES.join(map(str, row.shape))} = {row.weights:,} weights stored</span>"
+        self.words.value = words(row, self.jobs.session.live.recipe.label(), change)
+        if change is not None:
+            self.draw_weights(change)
+        if self.figure is not None:
+            (self.figure.add_class if change is None else self.figure.remove_class)("wb-stale")
+
+    def draw_weights(self, change: WeightChange) -> None:
+        """Draw the histogram; its widget weighs 5 MB, so it is made when it is first needed."""
+        changes = weights_changes(change)
+        if self.figure is None:
+            figure = weights_figure()
+            for index, values in changes.items():
+                figure.data[index].update(values)
+            self.figure = go.FigureWidget(figure)
+            self.detail.children = (*self.detail.children, self.figure, self.log_scale)
+            return
+        with self.figure.batch_update():
+            for index, values in changes.items():
+                self.figure.data[index].update(values)
+        self.figure._widget_data = copy.deepcopy(self.figure._data)  # noqa: SLF001  plotly 7.1 syncs it only once: a reloaded page would be empty
+
+    def draw_log(self) -> None:
+        """Switch the counts between a linear and a logarithmic scale."""
+        if self.figure is not None:
+            self.figure.update_layout(yaxis_type="log" if self.log_scale.value else "linear")
 
 
-def layers_html(point: Measurement) -> str:
-    """Return one row a layer: a bar for its relative error, cells shaded by zeros, rank and bits."""
-    worst = max((row.relative_error or 0.0 for row in point.layers), default=0.0)
-    body = "".join(row_html(row, worst) for row in point.layers)
-    heads = "".join(f"<th scope='col'>{name}</th>" for name in ("layer", "shape", "zeros", "rank", "bits", "relative error of its weights", "what happened"))
-    return f"<p class='wb-dim'>{escape(point.recipe.label())}</p><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+def status(point: Measurement, known: int, most: int, *, running: bool) -> str:
+    """Return the line beside the button: which recipe, how far the sensitivity is, and what it does not say."""
+    head = f"<b>{escape(point.recipe.label())}</b>"
+    if running:
+        return f"{head} <span class='wb-dim'>measuring one layer at a time: {known} of {most or '...'}; cancel or a slider move stops it</span>"
+    about = "" if not known else f" <span class='wb-dim' title='{escape(ABOUT)}'>{known} of {most} layers measured alone; together they may cost more or less (hover)</span>"
+    return head + about
 
 
-def row_html(row: LayerReport, worst: float) -> str:
-    """Return one layer as a table row."""
-    zeros = row.sparsity if row.sparsity is not None and row.sparsity > 0.0005 else None
-    full = min(row.shape[0], max(1, row.shape[-1]))
-    cells = [
-        f"<td>{escape(row.name)}</td><td>{TIMES.join(map(str, row.shape))}</td>",
-        heat(zeros, f"{zeros:.0%}" if zeros is not None else ""),
-        heat(None if row.rank is None else 1 - row.rank / full, "" if row.rank is None else str(row.rank)),
-        heat(None if row.bits is None else 1 - row.bits / 16, "" if row.bits is None else str(row.bits)),
-        bar(row.relative_error, worst),
-        f"<td class='wb-words'>{escape(row.outcome)}</td>",
+def words(row: LayerReport, label: str, change: WeightChange | None) -> str:
+    """Return what happened to a layer, in words, and its zeros before and after; `label` is that of the recipe of `change`."""
+    facts = [
+        ("happened", row.outcome),
+        ("zeros", "" if row.sparsity is None else f"{row.sparsity:.1%}"),
+        ("rank", "" if row.rank is None else f"{row.rank} of {full_rank(row)}"),
+        ("bits", "" if row.bits is None else str(row.bits)),
+        ("relative error", "" if row.relative_error is None else f"{row.relative_error:.4f}"),
     ]
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def heat(strength: float | None, words: str) -> str:
-    """Return a cell shaded by how strongly the layer was compressed."""
-    if strength is None:
-        return "<td></td>"
-    return f"<td style='background:rgba(59,130,246,{0.5 * max(0.0, min(1.0, strength)):.2f})'>{escape(words)}</td>"
-
-
-def bar(error: float | None, worst: float) -> str:
-    """Return a cell with a bar as long as the error."""
-    if error is None:
-        return "<td></td>"
-    share = 100 * error / worst if worst else 0.0
-    return f"<td><div class='wb-bar'><i style='width:{share:.0f}%'></i><span>{error:.3f}</span></div></td>"
+    told = "".join(f"<div><span>{name}</span>{escape(value)}</div>" for name, value in facts if value)
+    if change is None:
+        return f"<div class='wb-facts'>{told}</div><p class='wb-dim'>reading the weights under {escape(label)} ...</p>"
+    product = " (of the product of its two factors)" if row.rank is not None else ""
+    zeros = f"exact zeros, not drawn: {change.zeros_before:,} before, {change.zeros_after:,} after{product}, of {change.weights:,}"
+    return f"<div class='wb-facts'>{told}</div><p class='wb-dim'>Weights under <b>{escape(label)}</b>; {zeros}.</p>"

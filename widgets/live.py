@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from workbench.measure.measurement import Measurement
 from workbench.predict import Prediction
 from workbench.recipe import Recipe
-from workbench.tradeoff import Cost, cost_of
+from workbench.tradeoff import Cost, cost_of, quality_of
 
 MOST = 400  # points drawn; a browser needs a third of a second for 5,000
 
@@ -21,29 +21,20 @@ class Live:
     recipe: Recipe
     prediction: Prediction | None = None
     point: Measurement | None = None
-    state: str = "ready"  # loading, measuring, measured, cancelled, failed
+    state: str = "ready"  # loading, training, measuring, measured, cancelled, failed
+    curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of the recipe, as far as it has come
+    curve_steps: int = 0  # training steps planned
 
 
-def thin(rows: Sequence[Measurement], cost: Cost, most: int = MOST) -> list[Measurement]:
-    """Return at most about `most` rows: all that nothing beats in both quality and cost, and the newest others."""
-    known = [(row, spent.value) for row in rows if (spent := cost_of(row, cost)) is not None]
+def thin(rows: Sequence[Measurement], cost: Cost, most: int = MOST, *, metric: str | None = None, keep: Collection[str] = ()) -> list[Measurement]:
+    """Return at most about `most` rows: all that nothing beats in both quality and cost, those in `keep`, and the newest others."""
+    known = [(row, spent.value, quality.drop.value) for row in rows if (spent := cost_of(row, cost)) and (quality := quality_of(row, metric))]
     if len(known) <= most:
-        return [row for row, _ in known]
-    best, front = math.inf, set()
-    for row, _ in sorted(known, key=lambda pair: (pair[1], pair[0].primary.drop.value)):
-        if row.primary.drop.value < best:
-            best = row.primary.drop.value
+        return [row for row, _, _ in known]
+    best, front = math.inf, set(keep)
+    for row, _, drop in sorted(known, key=lambda found: found[1:]):
+        if drop < best:
+            best = drop
             front.add(row.key)
-    newest = {row.key for row, _ in known[-max(0, most - len(front)) :]}
-    return [row for row, _ in known if row.key in front or row.key in newest]
-
-
-def smallest_within(rows: Sequence[Measurement], drop: float) -> Measurement | None:
-    """Return the smallest point whose whole interval of the quality drop is within `drop`, or None."""
-    return min((row for row in rows if row.primary.drop.high <= drop), key=lambda row: row.sizes.file_bytes, default=None)
-
-
-def fastest_within(rows: Sequence[Measurement], drop: float) -> Measurement | None:
-    """Return the fastest point within `drop` that is faster than dense beyond its interval, or None."""
-    fit = [row for row in rows if row.primary.drop.high <= drop and row.latency is not None and row.latency.speedup.low > 1]
-    return max(fit, key=lambda row: row.latency.speedup.value if row.latency else 0.0, default=None)
+    newest = {row.key for row, _, _ in known[-max(1, most - len(front)) :]}
+    return [row for row, _, _ in known if row.key in front or row.key in newest]

@@ -1,4 +1,8 @@
-"""The recipe as sliders: one group of controls for every registered method, with undo, redo and reset."""
+"""The recipe as sliders: one group of controls for every registered method, with undo, redo and reset.
+
+Layers may stand apart from the sliders: left out by targets that begin with `!`, or in a step of their own beside the one on
+the slider. Moving a slider keeps both.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from typing import Any
 import ipywidgets as ipw
 import traitlets
 
+from widgets.layer_steps import LayerSteps, Line
 from widgets.step_form import StepForm
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Recipe
+from workbench.recipe import METHODS, Recipe, Step
 
 MERGE_SECONDS = 1.0  # moves of one slider that follow each other faster are one step of undo
 
@@ -36,6 +41,7 @@ class RecipeForm(ipw.VBox):
         self.future: list[Recipe] = []
         self.moved_at = float("-inf")
         self.hold = False
+        self.own: dict[str, Line] = {}  # of each kind, the steps beside the one on the slider
         self.forms = [StepForm(kind) for kind in METHODS.steps()]
         for form in self.forms:
             form.observe(self.moved, ["step", "error"])
@@ -56,13 +62,17 @@ class RecipeForm(ipw.VBox):
             self.set_trait("error", form.error)
             return
         try:
-            made = Recipe(*(other.step for other in self.forms if other.step is not None))
+            made = Recipe(*(step for other in self.forms if other.step is not None for step in self.line(other).steps(other.step)))
         except RecipeError as error:
             self.set_trait("last", last)
             self.set_trait("error", str(error))
             return
         self.remember(last)
         self.settle(made, form.note, last)
+
+    def line(self, form: StepForm) -> Line:
+        """Return the steps beside the one on a slider."""
+        return self.own.get(form.kind.kind(), Line())
 
     def remember(self, last: str) -> None:
         """Keep the recipe before this move for undo; the many moves of one drag are one step."""
@@ -83,19 +93,68 @@ class RecipeForm(ipw.VBox):
         """Put a recipe into the controls without reacting.
 
         Raises:
-            RecipeError: two steps of one kind, or an order of steps that the sliders cannot show.
+            RecipeError: an order of steps that the sliders cannot show.
 
         """
-        kinds = [step.kind() for step in recipe]
+        kinds = list(dict.fromkeys(step.kind() for step in recipe))
         shown = [form.kind.kind() for form in self.forms if form.kind.kind() in kinds]
-        if kinds != shown:
-            raise RecipeError(f"{recipe!r} cannot be put on the sliders: they hold one step of each kind, in the order {', '.join(shown)}")
+        if kinds != shown or [step.kind() for step in recipe] != sorted((step.kind() for step in recipe), key=shown.index):
+            raise RecipeError(f"{recipe!r} cannot be put on the sliders: they hold steps in the order {', '.join(shown)}, those of one kind together")
         self.hold = True
         try:
             for form in self.forms:
-                form.set_step(recipe.get(form.kind.kind()))
+                kind = form.kind.kind()
+                main = recipe.main(kind)
+                self.own[kind] = Line.around(main, [step for step in recipe if step.kind() == kind])
+                form.set_step(main)
         finally:
             self.hold = False
+
+    def exclude(self, layer: str, kind: str) -> None:
+        """Leave a layer out of a method, as one step of undo; another layer's own step stays.
+
+        Raises:
+            RecipeError: the method is off, or works on this layer alone.
+
+        """
+        self.edit(kind, f"{kind} without {layer}", lambda steps: steps.exclude(layer))
+
+    def override(self, layer: str, step: Step) -> None:
+        """Give a layer a step of its own in place of what the slider says; the moves of one drag are one step of undo.
+
+        Raises:
+            RecipeError: the method is off, or works on this layer alone.
+
+        """
+        self.edit(step.kind(), f"{step.slider} of {layer}", lambda steps: steps.override(layer, step))
+
+    def follow(self, layer: str, kind: str, *, head: bool = False) -> None:
+        """Let a layer follow the slider again, as one step of undo.
+
+        Args:
+            layer: its name.
+            kind: of the method.
+            head: whether it is the output head, which follows only if it is named.
+
+        Raises:
+            RecipeError: the method is off, or a wider target leaves the layer out.
+
+        """
+        self.edit(kind, f"{kind} with {layer}", lambda steps: steps.follow(layer, head=head))
+
+    def edit(self, kind: str, last: str, change: Callable[[LayerSteps], LayerSteps]) -> None:
+        """Change the steps of one kind; nothing happens if the recipe stays the same."""
+        main = self.recipe.main(kind)
+        if main is None:
+            raise RecipeError(f"{kind} is off: turn it on before a layer gets its own setting")
+        mine = [step for step in self.recipe if step.kind() == kind]
+        steps = iter([change(LayerSteps(main, Line.around(main, mine))).steps()])
+        made = Recipe(*(new for step in self.recipe for new in (next(steps, ()) if step.kind() == kind else (step,))))
+        if made == self.recipe:
+            return
+        self.write(made)
+        self.remember(last)
+        self.settle(made, "", last)
 
     def set_recipe(self, recipe: Recipe) -> None:
         """Put a recipe on the sliders, as one step of undo.
@@ -110,8 +169,13 @@ class RecipeForm(ipw.VBox):
             self.future.clear()
         self.settle(recipe)
 
+    def show_kernels(self, device: str) -> None:
+        """Mark at every slider which schemes a kernel runs on this device ("cpu" or "cuda")."""
+        for form in self.forms:
+            form.show_kernels(device)
+
     def reset(self) -> None:
-        """Turn every method off."""
+        """Turn every method off; layers that stood apart no longer do."""
         self.set_recipe(Recipe())
 
     def undo(self) -> None:

@@ -6,17 +6,26 @@ expected to be quick (`widgets.pacer` draws later).
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from widgets.choice import Choice
 from widgets.live import Live
 from widgets.worker import Stale, Worker
 from workbench.bench import Bench
+from workbench.compress import Compressed
+from workbench.descend import Trial, descend
 from workbench.errors import Cancelled, ModelError, RecipeError
 from workbench.measure.measurement import Measurement
 from workbench.predict import Predictor, comparable
+from workbench.progress import Curve, Training
 from workbench.recipe import Recipe
+
+CURVE_SECONDS = 0.1  # between two pictures of a training curve
+Loaded = tuple[Choice, Bench, Predictor]
 
 
 class Session:
@@ -42,7 +51,7 @@ class Session:
             on_error: measuring raised.
             on_not_loaded: loading raised.
             breathe: called before a measurement starts, to let the prediction be drawn while the processor is free.
-            settings: those of `workbench.Bench`.
+            settings: those of `workbench.Bench` that no `Choice` holds.
 
         """
         self.breathe = breathe
@@ -51,38 +60,56 @@ class Session:
         self.live = Live(Recipe(), state="loading")
         self.bench: Bench | None = None
         self.predictor: Predictor | None = None
-        self.measurer: Worker[Any] = Worker(self.failed)
-        self.loader: Worker[tuple[Bench, Predictor]] = Worker(on_not_loaded)
+        self.follow_up: Callable[[Bench, Compressed], Iterator[Any]] = lambda _bench, _compressed: iter(())  # work on what was just measured
+        self.on_extra: Callable[[Any], None] = lambda _value: None  # takes what `follow_up` yields
+        self.on_recipe: Callable[[Recipe], None] = lambda _recipe: None  # what was measured is not quite what was asked for
+        self.compressed: Compressed | None = None  # the model that was measured last
+        self.enough = threading.Event()  # ends the training step that runs
+        self.curve_at = float("-inf")
+        self.on_idle: Callable[[], None] = lambda: None
+        self.measurer: Worker[Any] = Worker(self.failed, self.idle)
+        self.on_not_loaded = on_not_loaded
+        self.choice: Choice | None = None
+        self.loader: Worker[Loaded] = Worker(on_not_loaded)
 
-    def load(self, model: str) -> None:
-        """Start loading a model; the present one stays usable until it is there."""
-        self.loader.submit(self.loading(model), self.loaded)
+    def load(self, choice: Choice) -> None:
+        """Start loading a model with its data; the present one stays usable until it is there."""
+        self.give_up()
+        self.loader.submit(self.loading(choice), self.loaded)
 
-    def load_now(self, model: str) -> None:
-        """Load a model, wait, and raise what goes wrong."""
-        self.loader.run(self.loading(model), self.loaded)
+    def load_now(self, choice: Choice) -> None:
+        """Load a model with its data, wait, and raise what goes wrong."""
+        self.loader.run(self.loading(choice), self.loaded)
 
-    def loading(self, model: str) -> Callable[[Stale], Iterator[tuple[Bench, Predictor]]]:
-        """Return the job that loads a model."""
+    def give_up(self) -> None:
+        """Stop waiting for what loads. A library in the middle of a download cannot be stopped: its thread is left to end alone."""
+        if self.loader.busy:
+            self.loader.close(timeout=0)
+            self.loader = Worker(self.on_not_loaded)
 
-        def make(_stale: Stale) -> Iterator[tuple[Bench, Predictor]]:
-            bench = Bench(model, **self.settings)
+    def loading(self, choice: Choice) -> Callable[[Stale], Iterator[Loaded]]:
+        """Return the job that loads a model with its data."""
+
+        def make(_stale: Stale) -> Iterator[Loaded]:
+            bench = Bench(choice.model, choice.data, device=choice.device, evaluation_items=choice.evaluation_items, **self.settings)
             predictor = Predictor(bench)
             predictor.predict(Recipe())  # the first one is slow: libraries warm up
-            yield bench, predictor
+            yield choice, bench, predictor
 
         return make
 
-    def loaded(self, made: tuple[Bench, Predictor]) -> None:
+    def loaded(self, made: Loaded) -> None:
         """Take over a model that has been loaded, and measure what the sliders say on it."""
         with self.measurer.changed:
-            self.bench, self.predictor = made
+            self.choice, self.bench, self.predictor = made
+            self.compressed = None
             self.on_loaded()
             self.start(self.live.recipe)
 
     def start(self, recipe: Recipe) -> None:
         """Predict a recipe and start to measure it; whatever ran before is cancelled. Without a model, remember it only."""
         with self.measurer.changed:
+            self.measurer.cancel()  # first, so that the processor is free for the prediction
             self.live = Live(recipe, self.predicted(recipe), state="loading" if self.bench is None else "measuring")
             if self.bench is not None:
                 self.on_live()
@@ -106,14 +133,81 @@ class Session:
             raise Cancelled("the sliders were moved before the measurement had ended")
         return self.live.point
 
-    def measuring(self, bench: Bench, recipe: Recipe) -> Callable[[Stale], Iterator[Measurement]]:
+    def measuring(self, bench: Bench, recipe: Recipe) -> Callable[[Stale], Iterator[Any]]:
         """Return the job that measures a recipe."""
 
-        def make(stale: Stale) -> Iterator[Measurement]:
+        def make(stale: Stale) -> Iterator[Any]:
             self.breathe()
-            yield from bench.stream(recipe, cancelled=stale)
+            self.compressed = None  # never two compressed models at once
+            stop = self.enough = threading.Event()
+            training = Training(lambda curve, steps: self.trained(stale, curve, steps), stop.is_set)
+            yield from bench.stream(recipe, cancelled=stale, on_compressed=self.take, training=training)
+            if self.compressed is not None:
+                yield from self.follow_up(bench, self.compressed)
 
         return make
+
+    def take(self, compressed: Compressed) -> None:
+        """Keep the model that is being measured, for what is asked about it afterwards."""
+        self.compressed = compressed
+
+    def search(self, drop: float, trials: int, on_trial: Callable[[Trial], None], on_end: Callable[[Trial | None], None]) -> None:
+        """Search for the smallest file within a loss, behind the panel; every point goes to the ledger and shows as it comes.
+
+        Args:
+            drop: the loss, as for `workbench.descend`.
+            trials: at most so many recipes.
+            on_trial: called after each measured recipe.
+            on_end: called with the last one, None if there was nothing to try; not after a cancel or a newer job.
+
+        Raises:
+            ModelError: no model is loaded.
+
+        """
+        bench = self.bench
+        if bench is None:
+            raise ModelError("no model is loaded yet")
+
+        def make(stale: Stale) -> Iterator[tuple[Trial | None, bool]]:
+            last = None
+            for last in descend(bench, drop, trials=trials, cancelled=stale):
+                yield last, False
+            yield last, True
+
+        def draw(found: tuple[Trial | None, bool]) -> None:
+            trial, ended = found
+            if ended:
+                on_end(trial)
+            elif trial is not None:
+                self.live = Live(trial.point.recipe, point=trial.point, state="measured")
+                self.on_history()
+                self.on_live()
+                on_trial(trial)
+
+        with self.measurer.changed:
+            self.measurer.submit(make, draw)
+
+    def trained(self, stale: Stale, curve: Curve, steps: int) -> None:
+        """Take over the training curve, about ten times a second."""
+        now = time.monotonic()
+        if now - self.curve_at < CURVE_SECONDS and len(curve) < steps:
+            return
+        self.curve_at = now
+        with self.measurer.changed:
+            if not stale():
+                self.live = replace(self.live, state="training" if len(curve) < steps else "measuring", curve=tuple(curve), curve_steps=steps)
+                self.on_live()
+
+    def stop_training(self) -> None:
+        """End the training that runs and measure what it has reached.
+
+        Raises:
+            RecipeError: nothing is being trained.
+
+        """
+        if self.live.state != "training":
+            raise RecipeError("nothing is being trained now")
+        self.enough.set()
 
     def compare(self, on_found: Callable[[Recipe, Any], None]) -> None:
         """Compare the answers of the dense model and of the recipe on the sliders, behind the panel.
@@ -133,7 +227,7 @@ class Session:
             raise RecipeError("the measurement is still running: ask again when it has ended")
 
         def make(stale: Stale) -> Iterator[Any]:
-            yield bench.behaviour(recipe, cancelled=stale)
+            yield bench.behaviour(recipe, compressed=self.compressed, cancelled=stale)
 
         self.measurer.submit(make, lambda found: on_found(recipe, found))
 
@@ -141,23 +235,33 @@ class Session:
         """Return the prediction of a recipe, None without a model."""
         return None if self.predictor is None else self.predictor.predict(recipe)
 
-    def looked(self, point: Measurement) -> None:
-        """Take over a look at the current recipe (called by the worker, under its lock)."""
+    def looked(self, point: Any) -> None:
+        """Take over a look at the current recipe, or what `follow_up` found (called by the worker, under its lock)."""
+        if not isinstance(point, Measurement):
+            self.on_extra(point)
+            return
         if self.predictor is not None:
             self.predictor.learn(point)
-        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring")
+        if point.recipe != self.live.recipe:  # training was stopped: the recipe says where
+            self.live = replace(self.live, recipe=point.recipe)
+            self.on_recipe(point.recipe)
+        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring", curve=point.curve, curve_steps=sum(getattr(step, "steps", 0) for step in point.recipe))
         if self.live.prediction is not None and self.live.prediction.quality is None:
             self.live = replace(self.live, prediction=self.predicted(point.recipe))
         if point.complete:
             self.on_history()
         self.on_live()
 
+    def idle(self) -> None:
+        """Tell that the worker has nothing to do (called by it, under its lock)."""
+        self.on_idle()
+
     def cancel(self) -> None:
         """Stop measuring; what has been read so far stays on the plot."""
         with self.measurer.changed:
             if self.measurer.busy:
                 self.measurer.cancel()
-                self.live = replace(self.live, state="cancelled")
+                self.live = replace(self.live, state="measured" if self.live.point is not None and self.live.point.complete else "cancelled")
                 self.on_live()
 
     def failed(self, error: BaseException) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import escape
 from typing import Any, cast
 
 import ipywidgets as ipw
 import traitlets
 
-from widgets.fields import control, scale, slider, title
+from widgets.fields import control, scale, slider, tick_marks, title
 from workbench.errors import RecipeError
 from workbench.recipe import Step
+from workbench.runtime.schemes import kernels_for
+
+
+MAIN = 3  # choices that are always shown; the others are in a fold
 
 
 class StepForm(ipw.VBox):
@@ -42,19 +45,37 @@ class StepForm(ipw.VBox):
             widget.observe(self.moved, "value")
         self.on.add_class("wb-on")
         self.slider.add_class("wb-slider")
-        rows = ipw.HBox(list(self.choices.values()))
-        rows.add_class("wb-choices")
+        rows = self.rows()
         top = ipw.HBox([self.on, self.slider])
         top.add_class("wb-top")
-        super().__init__([top, ipw.HTML(self.ticks()), rows])
+        self.marks = ipw.HTML(self.ticks())
+        super().__init__([top, self.marks, *rows])
         self.add_class("wb-step")
         self.add_class("wb-off")
 
-    def ticks(self) -> str:
-        """Return the stops as marks under the slider."""
-        span = self.scale.high - self.scale.low
-        marks = [f'<span style="left:{100 * (stop - self.scale.low) / span:.1f}%">{escape(f"{stop:g}")}</span>' for stop in self.kind.stops]
-        return f'<div class="wb-ticks" aria-hidden="true">{"".join(marks)}</div>'
+    def rows(self) -> list[ipw.Widget]:
+        """Return the choices: the first ones in a row, the others in a fold."""
+        controls = list(self.choices.values())
+        rest = controls[MAIN:] if len(controls) > MAIN + 1 else []
+        self.fold = ipw.HBox(rest, layout=ipw.Layout(display="none"))
+        self.more = ipw.ToggleButton(description="more", tooltip=f"more choices: {', '.join(control.description for control in rest)}")
+        self.more.observe(lambda _: self.unfold(), "value")
+        first = ipw.HBox([*controls[: len(controls) - len(rest)], *([self.more] if rest else [])])
+        for row in (first, self.fold):
+            row.add_class("wb-choices")
+        return [first, self.fold]
+
+    def unfold(self) -> None:
+        """Show or hide the choices in the fold."""
+        self.fold.layout.display = None if self.more.value else "none"
+
+    def ticks(self, device: str = "") -> str:
+        """Return the stops as marks under the slider; with a device, also the schemes that kernels know."""
+        return tick_marks(self.kind, self.scale, kernels_for(self.kind, device) if device else ())
+
+    def show_kernels(self, device: str) -> None:
+        """Mark which schemes a kernel runs on this device, and which not."""
+        self.marks.value = self.ticks(device)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -140,11 +161,16 @@ class StepForm(ipw.VBox):
             self.slider.value = value
             for name, widget in self.choices.items():
                 widget.value = values[name]
+        options = self.kind.options()
+        if any(values[name] != options[name].default for name, widget in self.choices.items() if widget in self.fold.children):
+            self.more.value = True  # nothing that matters is hidden
 
     def set_step(self, step: Step | None) -> None:
-        """Put a step into the controls; None turns the method off and leaves its controls where they are."""
+        """Put a step into the controls; None turns the method off and leaves its controls where they are, on all layers."""
         with self.silent():
             self.on.value = step is not None
         if step is not None:
             self.write(step)
+        else:
+            self.common = {}
         self.settle(step, "", "")

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-import pandas as pd
-
 from workbench.card import quality_words, verdict
 from workbench.gates import Verdict
 from workbench.measure.measurement import Measurement
@@ -18,6 +16,8 @@ from workbench.words import size
 
 def table(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
     """Return rows as an HTML table without an index."""
+    import pandas as pd  # 0.3 s, which a panel need not wait for
+
     return str(pd.DataFrame(rows).to_html(index=False, header=header, border=0, escape=True))
 
 

@@ -1,58 +1,99 @@
-"""The trade-off plot as a widget: the past, the live point, and a click that names a point."""
+"""The trade-off plot as a widget: the past, the live point, and a click or a box that names points."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ipywidgets as ipw
-import plotly.graph_objects as go
-import traitlets
 
+from widgets.kept_figure import kept_figure
 from widgets.live import Live, thin
-from widgets.live_figure import DENSE, HISTORY, MEASURED, PREDICTED, Changes, axes, dense_changes, history_changes, legend, live_changes, live_figure, window
+from widgets.live_axes import axes
+from widgets.live_figure import DENSE, HISTORY, MEASURED, PREDICTED, Changes, dense_changes, history_changes, live_changes, live_figure, window
+from widgets.plot_bar import PlotBar
+from widgets.plot_choice import PlotChoice
 from workbench.measure.measurement import Measurement
-from workbench.tradeoff import Cost, tradeoff
+from workbench.tradeoff import Tradeoff, tradeoff
 
 
 class TradeoffView(ipw.VBox):
-    """Quality against size or time. `cost` is the axis; `show_history` and `show_live` write into separate traces."""
+    """Quality against cost, coloured by a third number. What is shown is `bar.choice`.
 
-    cost: Cost = traitlets.Enum(["file_bytes", "latency"], default_value="file_bytes")  # type: ignore[assignment]
+    `show_history`, `show_pinned` and `show_live` write into separate traces; during a drag only the two live ones are sent.
+    """
 
-    def __init__(self, on_pick: Callable[[str], None]) -> None:
-        """Make the plot; `on_pick` gets the ledger key of a point that was clicked."""
-        self.on_pick = on_pick
+    def __init__(self, on_pick: Callable[[str], None], on_select: Callable[[list[str]], None] = lambda _keys: None) -> None:
+        """Make the plot.
+
+        Args:
+            on_pick: gets the ledger key of a point that was clicked.
+            on_select: gets the ledger keys of the points in a box that was drawn.
+
+        """
+        self.on_pick, self.on_select = on_pick, on_select
         self.rows: Sequence[Measurement] = ()
+        self.pinned: Collection[str] = ()
         self.live: Live | None = None
         self.changes: Changes = {}
         self.framed: tuple[Any, ...] = ()
-        self.figure = go.FigureWidget(live_figure())
+        self.marked: dict[int, list[str]] = {}
+        self.boxed = False
+        self.figure = kept_figure(live_figure())
+        self.figure._config = {**self.figure._config, "responsive": True, "displaylogo": False}  # noqa: SLF001  there is no public way
         for index in HISTORY:
             self.figure.data[index].on_click(self.clicked)
-        self.axis = ipw.ToggleButtons(
-            options=[("size", "file_bytes"), ("time", "latency")], value=self.cost,
-            tooltips=["quality against file size", "quality against time relative to the dense model"],
-        )  # fmt: skip
-        self.axis.add_class("wb-axis")
-        self.link = traitlets.link((self.axis, "value"), (self, "cost"))
-        bar = ipw.HBox([self.axis, ipw.HTML(legend())])
-        bar.add_class("wb-plotbar")
-        super().__init__([bar, self.figure])
+            self.figure.data[index].on_selection(self.selected)
+        self.bar = PlotBar()
+        super().__init__([self.bar, self.figure])
         self.add_class("wb-plot")
-        self.observe(lambda _: self.redraw(), "cost")
+        self.bar.observe(lambda _: self.redraw(), "choice")
+        self.bar.observe(lambda _: self.drag(), "selecting")
+
+    @property
+    def choice(self) -> PlotChoice:
+        """Return what stands on the axes."""
+        chosen: PlotChoice = self.bar.choice
+        return chosen
 
     def clicked(self, trace: Any, points: Any, _state: Any) -> None:
         """Name the point that was clicked."""
         if points.point_inds:
             self.on_pick(str(trace.customdata[points.point_inds[0]]))
 
+    def selected(self, trace: Any, points: Any, _selector: Any) -> None:
+        """Name the points of a box; each trace reports its own, the last one ends the round."""
+        index, self.boxed = next(i for i in HISTORY if self.figure.data[i] is trace), True
+        self.marked[index] = [str(trace.customdata[i]) for i in points.point_inds]
+        if index == max(HISTORY):
+            self.on_select([key for place in HISTORY for key in self.marked.get(place, [])])
+            self.marked = {}
+
+    def drag(self) -> None:
+        """Let a drag mark points or zoom; boxes go when it zooms again."""
+        self.figure.update_layout(dragmode="select" if self.bar.selecting else "zoom")
+        if not self.bar.selecting:
+            self.unmark()
+
+    def unmark(self) -> None:
+        """Take a box off the plot. Python never hears of it, so that setting what Python believes to be there would send nothing."""
+        if self.boxed:
+            self.boxed = False
+            self.figure._send_restyle_msg({"selectedpoints": [None]}, trace_indexes=list(range(len(self.figure.data))))  # noqa: SLF001
+            self.figure._send_relayout_msg({"selections": []})  # noqa: SLF001
+
     def show_history(self, rows: Sequence[Measurement]) -> None:
         """Draw the past anew."""
         self.rows = rows
+        self.unmark()
+        anchor = self.anchor()
+        self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
         self.draw(self.history())
-        self.figure._widget_data = copy.deepcopy(self.figure._data)  # noqa: SLF001  plotly 7.1 syncs it only once: a reloaded page would be empty
+
+    def show_pinned(self, keys: Collection[str]) -> None:
+        """Draw rings around the points with these keys; they are drawn however many points there are."""
+        self.pinned = tuple(keys)
+        self.draw(self.history())
 
     def show_live(self, live: Live) -> None:
         """Draw the present: only the two live points (and the star) are sent."""
@@ -60,24 +101,40 @@ class TradeoffView(ipw.VBox):
         self.draw(self.present())
 
     def redraw(self) -> None:
-        """Draw everything, after the axis has changed."""
+        """Draw everything, after the axes have changed."""
         self.framed = ()
+        anchor = self.anchor()
+        self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
         self.draw({**self.history(), **self.present()})
 
+    def record(self) -> Tradeoff | None:
+        """Return the record of what is drawn of the past, None without a point that has this cost."""
+        choice, metric = self.choice, self.choice.metric or None
+        known = [row for row in self.rows if len(row.recipe)]
+        shown = thin(known, choice.cost, metric=metric, keep=self.pinned)
+        return tradeoff(shown, choice.cost, metric=metric, change=choice.change, shade=choice.shade) if shown else None
+
     def history(self) -> Changes:
-        """Return what the past looks like."""
-        shown = [row for row in thin(self.rows, self.cost) if len(row.recipe)]
-        return history_changes(tradeoff(shown, self.cost) if shown else None)
+        """Return what the past looks like, and say how much of it is shown."""
+        record = self.record()
+        self.bar.show(record, sum(1 for row in self.rows if len(row.recipe)))
+        return history_changes(record, self.pinned)
 
     def present(self) -> Changes:
         """Return what the live points and the star look like."""
         anchor = self.anchor()
-        return dense_changes(anchor, self.cost) | (live_changes(self.live, anchor, self.cost) if self.live else {})
+        return dense_changes(self.dense(), self.choice) | (live_changes(self.live, anchor, self.choice) if self.live else {})
 
     def anchor(self) -> Measurement | None:
         """Return the point that knows the dense model best: the one with the most items."""
         known = [*self.rows[-1:], *([self.live.point] if self.live and self.live.point else [])]
         return max(known, key=lambda point: point.items, default=None)
+
+    def dense(self) -> Measurement | None:
+        """Return the point that the star is drawn from; memory is known only where it could be measured."""
+        if self.choice.cost != "peak_memory_bytes":
+            return self.anchor()
+        return next((row for row in reversed(self.rows) if row.dense_peak_memory_bytes is not None), self.anchor())
 
     def draw(self, changes: Changes) -> None:
         """Send what has changed, in one message."""
@@ -96,16 +153,16 @@ class TradeoffView(ipw.VBox):
         """Return changes of the axes, empty if they stay as they are: a zoom by hand survives until the view must grow."""
         if not {DENSE, PREDICTED, MEASURED} <= set(self.changes):
             return {}
-        metric = self.metric()
-        wanted = window(self.changes, metric, self.cost)
-        state = (metric, self.cost, tuple(map(tuple, wanted.values())))
+        metric, choice = self.metric(), self.choice
+        wanted = window(self.changes, metric, choice)
+        state = (metric, choice, tuple(map(tuple, wanted.values())))
         if state == self.framed or not wanted:
             return {}
-        made = axes(metric, self.cost) if self.framed[:2] != state[:2] else {"xaxis": {}, "yaxis": {}}
+        made = axes(metric, choice) if self.framed[:2] != state[:2] else {"xaxis": {}, "yaxis": {}}
         self.framed = state
         return {axis: {**made[axis], "range": wanted[axis]} for axis in wanted}
 
     def metric(self) -> str:
         """Return the metric on the axis."""
         anchor = self.anchor()
-        return anchor.primary.metric if anchor else ""
+        return self.choice.metric or (anchor.primary.metric if anchor else "")

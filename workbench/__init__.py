@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench import errors
     from workbench.bench import Bench
     from workbench.card import verdict
-    from workbench.compress import Distill, LowRank, Prune, Quantize, compress
+    from workbench.compress import Distill, LowRank, Prune, Quantize, Repair, compress
     from workbench.export import load
     from workbench.ledger import Ledger
     from workbench.measure.measurement import Measurement
@@ -38,6 +38,7 @@ PLACES = {
     "Prune": "workbench.compress",
     "Quantize": "workbench.compress",
     "Recipe": "workbench.recipe",
+    "Repair": "workbench.compress",
     "Step": "workbench.recipe",
     "compress": "workbench.compress",
     "configuration": "workbench.recipe",

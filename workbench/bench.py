@@ -22,8 +22,9 @@ from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Context, Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.quality import flips, quality
-from workbench.measure.size import Sizes, sizes
-from workbench.progress import Bar
+from workbench.measure.size import Sizes, counted_sizes, sizes
+from workbench.measure.weights import WeightChange, weight_changes
+from workbench.progress import Bar, Training
 from workbench.recipe import Recipe
 from workbench.runtime.realise import Realised, realise
 from workbench.statistics import Statistics
@@ -33,6 +34,8 @@ from workbench.tasks.base import Scores, Task
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from workbench.sensitivity import LayerSensitivity
 
 T = TypeVar("T")
 
@@ -123,14 +126,22 @@ class Bench:
         *_, last = self.looks(recipe, (), again=again, cancelled=cancelled)
         return last
 
-    def stream(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None) -> Iterator[Measurement]:
+    def stream(
+        self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, on_compressed: Callable[[Compressed], None] | None = None,
+        training: Training | None = None,
+    ) -> Iterator[Measurement]:
         """Yield the measurement after 16, 64, 256 and all evaluation items; the last one is complete and in the ledger.
 
-        Intervals are joint over the looks (Bonferroni): they hold however early one stops. Arguments as `measure`.
+        Intervals are joint over the looks (Bonferroni): they hold however early one stops. Arguments as `measure`;
+        `on_compressed` gets the compressed model before the first look, unless the ledger has the point already. `training`
+        watches training steps; where it ends one early, the points' recipe says where.
         """
-        return self.looks(recipe, tuple(n for n in LOOKS if n < len(self.evaluation)), again=again, cancelled=cancelled)
+        return self.looks(recipe, tuple(n for n in LOOKS if n < len(self.evaluation)), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training)
 
-    def looks(self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None) -> Iterator[Measurement]:
+    def looks(
+        self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None, on_compressed: Callable[[Compressed], None] | None = None,
+        training: Training | None = None,
+    ) -> Iterator[Measurement]:
         """Yield a measurement after each of the `early` numbers of items, then the complete one."""
         known = None if again else self.ledger.find(self.context.key(recipe))
         if known is not None:
@@ -139,7 +150,9 @@ class Bench:
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(bar, cancelled)
             start = time.perf_counter()
-            compressed = compress(self.task, recipe, self.statistics_with(progress), progress)
+            compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True, training=training)
+            if on_compressed is not None:
+                on_compressed(compressed)
             partial = Partial(self, compressed, len(early) + 1, progress, time.perf_counter() - start)
             for count in early:
                 yield partial.look(count)
@@ -166,8 +179,12 @@ class Bench:
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             return compress(self.task, recipe, self.statistics_with(bar), bar)
 
-    def behaviour(self, recipe: Recipe, *, cancelled: Callable[[], bool] | None = None) -> Behaviour | tuple[Continuation, ...]:
+    def behaviour(
+        self, recipe: Recipe, *, compressed: Compressed | None = None, cancelled: Callable[[], bool] | None = None
+    ) -> Behaviour | tuple[Continuation, ...]:
         """Return what a recipe changes: a classifier's answers, item by item, or what a language model writes.
+
+        A model `compressed` by this recipe before need not be given; it saves compressing (and training) again.
 
         Raises:
             DataError: the task has neither classes nor a tokenizer.
@@ -176,10 +193,44 @@ class Bench:
         """
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(bar, cancelled)
-            compressed = compress(self.task, recipe, self.statistics_with(progress), progress)
+            if compressed is None or compressed.recipe != recipe:
+                compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True)
             if self.task.labels:
                 return behaviour(self.task, compressed.model, self.confidence, progress)
             return continuations(self.task, compressed.model)
+
+    def weights(self, recipe: Recipe, first: str = "", *, cancelled: Callable[[], bool] | None = None) -> Iterator[WeightChange]:
+        """Yield how the weights of each layer change under a recipe, as histograms; the layer named `first` comes first.
+
+        Raises:
+            RecipeError, CompressionError: the recipe does not fit the model.
+            Cancelled: `cancelled` returned True.
+
+        """
+        with Bar(recipe.label(), shown=self.show_progress) as bar:
+            progress = stoppable(bar, cancelled)
+            compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True)
+            for done, change in enumerate(weight_changes(self.task.model, compressed, first)):
+                progress("weights", done, len(compressed.report))
+                yield change
+
+    def sensitivity(self, recipe: Recipe, items: int | None = None, *, cancelled: Callable[[], bool] | None = None) -> Iterator[LayerSensitivity]:
+        """Yield what the recipe on each layer alone costs, all other layers dense (see `workbench.sensitivity`).
+
+        Args:
+            recipe: what to do; distillation is left out.
+            items: evaluation items read for each layer; None takes 256, or 16 windows of a language model.
+            cancelled: asked between layers and batches; True stops with `Cancelled`.
+
+        Raises:
+            RecipeError: the recipe compresses no layer, or `items` is below 2.
+            Cancelled: `cancelled` returned True.
+
+        """
+        from workbench.sensitivity import sensitivities
+
+        with Bar(recipe.label(), shown=self.show_progress) as bar:
+            yield from sensitivities(self, recipe, items, stoppable(bar, cancelled))
 
     def export(self, recipe: Recipe, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Measure the recipe, write the compressed model, manifest and card to `directory`, and return it.
@@ -226,7 +277,7 @@ class Partial:
         self.start = time.perf_counter()
         self.scores: list[Scores] = []
         self.realised: Realised = realise(compressed, bench.device.type)
-        self.sizes = sizes(compressed.model, compressed.layers)
+        self.sizes = counted_sizes(compressed.model, compressed.layers)
 
     def look(self, count: int) -> Measurement:
         """Return the measurement after the first `count` evaluation items, without latency."""
@@ -254,6 +305,7 @@ class Partial:
     def finish(self) -> Measurement:
         """Return the complete measurement: all items, latency, memory. Quality that has been read survives a failing timer."""
         bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
+        self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
         point = self.look(len(bench.evaluation))
         dense, mine, items = bench.task.model, self.realised.model, bench.latency_items
         latency = attempt("latency", missing, lambda: measure_latency(kind, dense, mine, items, progress=self.progress))

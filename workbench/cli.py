@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from workbench.cli_points import annotate, compare, points
 from workbench.errors import WorkbenchError
 from workbench.gates import Gates
 from workbench.recipe import METHODS
@@ -20,6 +21,7 @@ COMMON = (
     ("ledger", str, "where points are kept: a file, or an Optuna storage URL"),
     ("evaluation_items", int, "evaluate at most so many items"),
     ("seed", int, "seed of every random choice"),
+    ("recipe", str, "a whole recipe as JSON, as Recipe.to_json() writes it, in place of the options of single methods"),
 )
 
 
@@ -117,12 +119,31 @@ def report(ctx: click.Context, /, output: Path, name: str | None, **given: Any) 
 @click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
 def lab(notebook: str, no_browser: bool, port: int | None) -> int:
     """Open JupyterLab on NOTEBOOK of this project (explore, report) or on a notebook file."""
-    from workbench.report import notebook_path
     from workbench.serve import lab as serve
 
-    path = Path(notebook) if notebook.endswith(".ipynb") and Path(notebook).is_file() else notebook_path(f"{Path(notebook).stem}.ipynb")
-    return serve(path, browser=not no_browser, port=port)
+    return serve(chosen_notebook(notebook), browser=not no_browser, port=port)
 
+
+@workbench.command()
+@click.argument("notebook", default="explore")
+@click.option("--no-browser", is_flag=True, help="print the address instead of opening it")
+@click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
+def app(notebook: str, no_browser: bool, port: int | None) -> int:
+    """Serve NOTEBOOK of this project (explore), or a notebook file, as a page without code: on 127.0.0.1, behind a token."""
+    from workbench.serve_app import app as serve
+
+    return serve(chosen_notebook(notebook), browser=not no_browser, port=port)
+
+
+def chosen_notebook(notebook: str) -> Path:
+    """Return the file of a notebook given by name or by path."""
+    from workbench.report import notebook_path
+
+    return Path(notebook) if notebook.endswith(".ipynb") and Path(notebook).is_file() else notebook_path(f"{Path(notebook).stem}.ipynb")
+
+
+for command in (points, annotate, compare):
+    workbench.add_command(command)
 
 for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defined]
     report.params.append(click.Option([flag(gate)], metavar="VALUE", help=f"gate: {about.description}"))

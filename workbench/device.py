@@ -39,6 +39,12 @@ def describe(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
+def choices() -> list[tuple[str, str]]:
+    """Return what can be picked here as (words, name): `auto` first, then the CPU and every GPU that torch sees."""
+    gpus = [(f"cuda:{index} {torch.cuda.get_device_name(index)}", f"cuda:{index}") for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return [(f"auto ({pick('auto')})", "auto"), ("cpu", "cpu"), *gpus]
+
+
 def cpu_name() -> str:
     """Return the CPU's model name where the system tells it, else its architecture."""
     info = Path("/proc/cpuinfo")

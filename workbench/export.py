@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from workbench.card import card
+from workbench.compress.factors import Factors, Form, Repaired, factors_like, form_of, repaired_like
 from workbench.compress.layers import replace_module
-from workbench.compress.lowrank import pair_like
+from workbench.compress.structure_cut import apply_differences, differences
 from workbench.errors import ExportError
 from workbench.measure.size import file_content
 from workbench.runtime.packed import pack_model, unpack_state
@@ -86,13 +87,14 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
     """Write every file of an export into the directory `side`, each flushed to disk."""
     packed = pack_model(compressed.model, compressed.layers)
     content = file_content(packed)
-    pairs = {layer.origin: layer.rank for layer in compressed.layers if layer.rank is not None}
     manifest = {
         "format": FORMAT,
         "task": task.kind.name,
         "auto_class": task.kind.auto_class,
         "weights_sha256": hashlib.sha256(content).hexdigest(),
-        "low_rank": pairs,
+        "structure": structure(task, compressed),
+        "low_rank": {name: form_of(module).to_json() for name, module in compressed.model.named_modules() if isinstance(module, Factors)},
+        "repair": {name: len(module.first.weight) for name, module in compressed.model.named_modules() if isinstance(module, Repaired)},  # type: ignore[arg-type]
         "encodings": packed.manifest(),
         "recipe": json.loads(compressed.recipe.to_json()),
         "measurement": json.loads(point.to_json()),
@@ -104,6 +106,17 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
+    """Return what the model's configuration alone does not say of its sizes, where structure was removed."""
+    if not any(getattr(step, "structured", False) for step in compressed.recipe):
+        return {}
+    import transformers
+
+    with torch.device("meta"):
+        plain = getattr(transformers, task.kind.auto_class).from_config(compressed.model.config, trust_remote_code=False)
+    return differences(compressed.model, plain)
 
 
 def put_in_place(side: Path, directory: Path) -> None:
@@ -169,7 +182,7 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
 
 
 def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
-    """Return the untrained model of an export with its low-rank layers in place."""
+    """Return the untrained model of an export with its sizes and its low-rank layers in place."""
     import transformers
 
     classes = {"AutoModelForImageClassification", "AutoModelForSequenceClassification", "AutoModelForCausalLM"}
@@ -177,6 +190,9 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
         raise ExportError(f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known: {', '.join(sorted(classes))}")
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(config, trust_remote_code=False)
-    for name, rank in manifest["low_rank"].items():
-        replace_module(model, name, pair_like(model.get_submodule(name), rank))
+    apply_differences(model, manifest.get("structure", {}))
+    for name, form in manifest["low_rank"].items():
+        replace_module(model, name, factors_like(model.get_submodule(name), Form.from_json(form)))
+    for name, rank in manifest.get("repair", {}).items():
+        replace_module(model, name, repaired_like(model.get_submodule(name), rank))
     return model

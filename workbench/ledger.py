@@ -7,6 +7,8 @@ last line (power cut, full disk) is cut off when the file is next opened; nothin
 from __future__ import annotations
 
 import os
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,7 @@ from workbench.measure.measurement import Measurement
 
 if TYPE_CHECKING:
     import optuna
+    import pandas as pd
     from optuna.storages.journal._file import BaseJournalFileLock
 
     from workbench.tradeoff import Cost, TradeoffPoint
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
 DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize")  # minus the quality drop, file bytes, latency relative to dense
 MAGIC = b'{"op_code":'  # how a journal begins
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
+LONGEST_NOTE = 500  # characters
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a user said about a point."""
+
+    note: str = ""
+    pinned: bool = False
 
 
 def default_path(name: str) -> Path:
@@ -56,7 +68,14 @@ class Ledger:
         except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
             raise LedgerError(f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}") from None
         self.points: dict[str, Measurement] = {}
-        for trial in self.study.get_trials(deepcopy=False):
+        self.read = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what other processes have added since the last time."""
+        trials = self.study.get_trials(deepcopy=False)
+        new, self.read = trials[self.read :], len(trials)
+        for trial in new:
             self.take(trial.user_attrs.get("measurement"))
 
     def take(self, text: str | None) -> None:
@@ -86,6 +105,47 @@ class Ledger:
         """Return the point with this key, or None."""
         return self.points.get(key)
 
+    def annotate(self, key: str, *, note: str | None = None, pinned: bool | None = None) -> Annotation:
+        """Write a note on a point, or pin it, and return all that is now said about it; what is None stays as it is.
+
+        Notes and pins lie in the same study, as its attributes; the newest one holds, whichever process wrote it.
+
+        Args:
+            key: of a point of this ledger.
+            note: any text of at most 500 characters; "" removes it.
+            pinned: whether the point is to stand first in lists and be marked on plots.
+
+        Raises:
+            LedgerError: no such point, a note that is too long or no text, or the storage refused it.
+
+        """
+        if key not in self.points:
+            self.refresh()
+        if key not in self.points:
+            raise LedgerError(f"no point {key!r} in the ledger {self.where!r}; it has {len(self.points)} points, see `rows()`")
+        given = {f"note {key}": None if note is None else plain_text(note), f"pinned {key}": None if pinned is None else bool(pinned)}
+        for name, value in given.items():
+            if value is not None:
+                try:
+                    self.study.set_user_attr(name, value)
+                except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
+                    mend(self.where)
+                    raise LedgerError(f"cannot write the {name.split()[0]} on {key!r} to {self.where!r}: {' '.join(str(error).split())}") from None
+        return self.annotations().get(key, Annotation())
+
+    def annotations(self) -> dict[str, Annotation]:
+        """Return what is said about points, by key; a point that is neither pinned nor noted is left out."""
+        found = self.study.user_attrs
+        keys = dict.fromkeys(name.partition(" ")[2] for name in found if name.startswith(("note ", "pinned ")))
+        said = {key: Annotation(str(found.get(f"note {key}", "")), bool(found.get(f"pinned {key}", False))) for key in keys}
+        return {key: annotation for key, annotation in said.items() if annotation != Annotation()}
+
+    def frame(self) -> pd.DataFrame:
+        """Return every point as a row of a pandas table, with notes and pins (see `workbench.frame`)."""
+        from workbench.frame import points_frame
+
+        return points_frame(self.rows(), self.annotations())
+
     def add(self, point: Measurement) -> None:
         """Write a complete point. If the storage fails, the point stays in memory and goes with the next one that succeeds.
 
@@ -99,9 +159,25 @@ class Ledger:
             try:
                 self.study.add_trial(as_trial(self.unsaved[0]))
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
-                repair(Path(self.where))
+                mend(self.where)
                 raise LedgerError(f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}: {' '.join(str(error).split())}") from None
             self.unsaved.pop(0)
+
+
+def plain_text(note: str) -> str:
+    """Return a note as it is stored.
+
+    Raises:
+        LedgerError: too long, or characters that are no text.
+
+    """
+    text = note.replace("\r\n", "\n").strip()
+    odd = next((c for c in text if unicodedata.category(c) in {"Cc", "Cs"} and c not in "\n\t"), None)
+    if odd is not None:
+        raise LedgerError(f"the note {text[:40]!r} is refused: the character {odd!r} is no text")
+    if len(text) > LONGEST_NOTE:
+        raise LedgerError(f"the note {text[:40] + '...'!r} is refused: it has {len(text):,} characters, the most is {LONGEST_NOTE}")
+    return text
 
 
 def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
@@ -132,11 +208,7 @@ def open_study(where: str, study: str) -> optuna.Study:
     path.parent.mkdir(parents=True, exist_ok=True)
     check_journal(path)
     lock = kernel_lock(path)
-    lock.acquire()
-    try:
-        repair(path)
-    finally:
-        lock.release()
+    mend(where)
     storage = optuna.storages.JournalStorage(JournalFileBackend(where, lock_obj=lock))
     return load_or_create(storage, study)
 
@@ -166,7 +238,10 @@ def check_journal(path: Path) -> None:
 
 
 def kernel_lock(path: Path) -> BaseJournalFileLock:
-    """Return a lock that the system releases when its holder dies: Optuna's own stays behind after kill -9."""
+    """Return a lock that the system releases when its holder dies: Optuna's own stays behind after kill -9.
+
+    Whoever gets it finds the file whole: what a writer that was killed left of its line is cut off before anyone appends.
+    """
     from filelock import FileLock
     from optuna.storages.journal._file import BaseJournalFileLock
 
@@ -176,12 +251,25 @@ def kernel_lock(path: Path) -> BaseJournalFileLock:
 
         def acquire(self) -> bool:
             self.lock.acquire()
+            try:
+                repair(path)
+            except OSError:
+                self.lock.release()
+                raise
             return True
 
         def release(self) -> None:
             self.lock.release()
 
     return KernelLock()
+
+
+def mend(where: str) -> None:
+    """Cut off a torn last line of a journal file, while nobody else writes; anything but a journal is left alone."""
+    if "://" not in where:
+        lock = kernel_lock(Path(where))
+        lock.acquire()
+        lock.release()
 
 
 def repair(path: Path) -> None:

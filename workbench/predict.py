@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from workbench.measure.predicted_size import Outline
+from workbench.measure.predicted_structure import Anatomy
 from workbench.measure.quality import Estimate, Quality
 from workbench.recipe import METHODS, Recipe, Step
 from workbench.runtime.realise import reasons_for
@@ -35,6 +37,7 @@ COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as 
     "sparsity": lambda s: s,
     "rank_ratio": lambda r: 1 - r,
     "weight_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
+    "repair_ratio": lambda r: min(1.0, (4 * r) ** 0.5),
     "temperature": lambda t: 0.5 + 0.05 * math.log2(t),
 }
 
@@ -83,11 +86,12 @@ class Predictor:
     def __init__(self, bench: Bench) -> None:
         """Read the shapes of the model, and run one item through it once to see how often each weight is used."""
         self.bench = bench
-        self.outline = Outline.of(bench.task.model, positions(bench))
+        self.outline = Outline.of(bench.task.model, positions(bench), Anatomy.of(bench.task, bench.statistics))
         self.dense_quality: Quality | None = None
         self.size = -1
         self.rows: list[Measurement] = []
         self.known: dict[str, Known] = {}
+        self.spots: dict[str, tuple[list[float], list[int]]] = {}
 
     def learn(self, point: Measurement) -> None:
         """Take the dense model's quality from a look at a point, if more items back it than before."""
@@ -114,6 +118,8 @@ class Predictor:
         notes = [note] if note else []
         if wide:
             notes.append(f"quality is a guess: only {guess.near} measured points near these sliders")
+        if any(step.targets != ("*",) for step in recipe):
+            notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
         if outline is None:
             notes.append("file size unknown before it is measured: a method without a size rule")
         return Prediction(
@@ -158,11 +164,18 @@ class Predictor:
         """Return the local fit of a value at a recipe."""
         known = self.known.get(name)
         if known is None:
-            places = [coordinates(Recipe()), *(coordinates(row.recipe) for row in self.rows if len(row.recipe))]
-            marks = [choices(Recipe()), *(choices(row.recipe) for row in self.rows if len(row.recipe))]
+            spots = [self.spot(row) for row in self.rows if len(row.recipe)]
+            places = [coordinates(Recipe()), *(place for place, _ in spots)]
+            marks = [choices(Recipe()), *(mark for _, mark in spots)]
             values = [0.0, *(value(row) for row in self.rows if len(row.recipe))]  # the dense model loses nothing
             known = self.known[name] = Known(np.array(places), np.array(marks), np.array(values))
         return local_fit(known, np.array(coordinates(recipe)), np.array(choices(recipe)))
+
+    def spot(self, row: Measurement) -> tuple[list[float], list[int]]:
+        """Return where a measured point stands, worked out once: with thousands of points it is what takes long."""
+        if row.key not in self.spots:
+            self.spots[row.key] = coordinates(row.recipe), choices(row.recipe)
+        return self.spots[row.key]
 
 
 def clip(value: float) -> float:
@@ -172,7 +185,9 @@ def clip(value: float) -> float:
 
 def comparable(rows: list[Measurement], context: Context) -> list[Measurement]:
     """Return the complete rows of the same model, data and device, whatever version of the workbench measured them."""
-    return [row for row in rows if row.complete and replace(row.context, workbench_version=context.workbench_version) == context]
+    same = attrgetter(*(field.name for field in fields(context) if field.name != "workbench_version"))
+    wanted = same(context)
+    return [row for row in rows if row.complete and same(row.context) == wanted]
 
 
 def positions(bench: Bench) -> dict[str, int]:
@@ -200,7 +215,7 @@ def positions(bench: Bench) -> dict[str, int]:
 
 def coordinates(recipe: Recipe) -> list[float]:
     """Return one number a method: 0 where it is off, larger where its slider is stronger."""
-    return [0.0 if (step := recipe.get(kind.kind())) is None else coordinate(step) for kind in METHODS.steps()]
+    return [0.0 if (step := recipe.main(kind.kind())) is None else coordinate(step) for kind in METHODS.steps()]
 
 
 def coordinate(step: Step) -> float:
@@ -217,15 +232,16 @@ def choices(recipe: Recipe) -> list[int]:
     """Return a mark of each method's other choices, 0 where it is off."""
     marks = []
     for kind in METHODS.steps():
-        step = recipe.get(kind.kind())
-        other = None if step is None else [getattr(step, name) for name in ("targets", *step.options()) if name != step.slider]
+        main = recipe.main(kind.kind())
+        own = [step for step in recipe if step.kind() == kind.kind() and step is not main]
+        other = None if main is None else [[getattr(main, name) for name in ("targets", *main.options()) if name != main.slider], *own]
         marks.append(0 if other is None else hash(repr(other)) or 1)
     return marks
 
 
 def pattern(recipe: Recipe) -> str | None:
-    """Return the pattern of the zeros, or None without pruning."""
-    step = recipe.get("prune")
+    """Return the pattern of the zeros, or None without any: structure that is removed leaves none."""
+    step = next((step for step in recipe if step.kind() == "prune" and not getattr(step, "structured", False)), None)
     return None if step is None else str(getattr(step, "pattern", "unstructured"))
 
 

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+
+Curve = Sequence[tuple[int, float]]  # (training step, loss)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a caller sees of a training step, and how it ends one early.
+
+    `watch(curve, steps)` is called after each optimizer step with the curve so far and the number of steps planned.
+    `enough()` is asked after each; True ends the training there and keeps what it has reached.
+    """
+
+    watch: Callable[[Curve, int], None] = lambda _curve, _steps: None
+    enough: Callable[[], bool] = lambda: False
 
 
 class Bar:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Targets = tuple[str, ...]
 
-PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "progress", "plugins")  # parameters of a job besides recipe and gates
+PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "progress", "plugins", "recipe")  # parameters of a job besides recipe and gates
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 RESERVED = {*PLAIN, "targets", "again", "export", "overwrite", "output", "name", "plugin", "help"}  # and every name that begins as a gate's
 
 
@@ -44,6 +45,11 @@ def explain(owner: str, error: ValidationError) -> str:
         else:
             parts.append(f"{owner}({name}={item['input']!r}) is refused: {message[0].lower()}{message[1:]}")
     return "; ".join(parts)
+
+
+def picks(target: str, name: str) -> bool:
+    """Return whether a target without `!` names a layer."""
+    return re.search(target[3:], name) is not None if target.startswith("re:") else fnmatchcase(name, target)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -70,23 +76,29 @@ class Step:
 
     `slider` names the field that a user drags; giving it a value is what turns the step on. `position` orders steps that
     are built from flat options (small first). `stops` are the values of the slider that a report sweeps.
+
+    `targets` say which layers: a layer is taken if a target picks it and no target that begins with `!` does. With nothing but
+    `!` targets, `*` is meant as well. The output head is taken only if a target other than `*` picks it.
     """
 
     slider: ClassVar[str] = ""
     position: ClassVar[int] = 100
     stops: ClassVar[tuple[float, ...]] = ()
 
-    targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'", min_length=1)] = ("*",)
+    targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'; '!' before one leaves out what it picks", min_length=1)] = ("*",)
     seed: Annotated[int, Field(description="seed of every random choice", ge=0)] = 0
 
     @field_validator("targets")
     @classmethod
     def are_expressions(cls, targets: Targets) -> Targets:
-        """Refuse a target after 're:' that is no regular expression."""
+        """Refuse a target after 're:' that is no regular expression, and a '!' that leaves out nothing."""
         for target in targets:
-            if target.startswith("re:"):
+            name = target.removeprefix("!")
+            if target == "!":
+                raise ValueError("'!' names no layer to leave out: write such as '!classifier' or '!re:fc1$'")
+            if name.startswith("re:"):
                 try:
-                    re.compile(target[3:])
+                    re.compile(name[3:])
                 except re.error as error:
                     raise ValueError(f"{target!r} is no regular expression: {error}") from None
         return targets
@@ -105,9 +117,28 @@ class Step:
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Raise `RecipeError`, with the reason, if this step cannot follow the `earlier` ones."""
 
+    @property
+    def claim(self) -> str:
+        """Return what a layer can be taken for only once: two steps with the same claim may not share a layer."""
+        return self.kind()
+
+    @property
+    def everything(self) -> bool:
+        """Return whether the targets begin with all layers: `*`, or nothing but exclusions."""
+        return "*" in self.targets or all(target.startswith("!") for target in self.targets)
+
+    def takes(self, *names: str, head: bool = False) -> bool:
+        """Return whether the targets pick a layer that is known by one or more `names`; `*` alone does not pick the output head."""
+        wanted = [target for target in self.targets if not target.startswith("!")] + ["*"] * self.everything
+        return any(picks(target, name) for target in wanted for name in names if not (head and target == "*")) and self.excluded(*names) is None
+
+    def excluded(self, *names: str) -> str | None:
+        """Return the target that leaves out a layer known by `names`, or None."""
+        return next((target for target in self.targets if target.startswith("!") and any(picks(target[1:], name) for name in names)), None)
+
     def matches(self, name: str) -> bool:
-        """Return whether a layer's dotted name is among the targets."""
-        return any(re.search(t[3:], name) is not None if t.startswith("re:") else fnmatchcase(name, t) for t in self.targets)
+        """Return whether a layer's dotted name is among the targets, the output head like any other."""
+        return self.takes(name)
 
     def __repr__(self) -> str:
         """Show only what differs from the defaults, and always the slider: a line that can be pasted."""
@@ -124,7 +155,7 @@ class Methods:
 
     def __init__(self) -> None:
         """Start with none; `workbench.compress` registers the built-in ones."""
-        self.functions: dict[type[Step], Callable[..., None]] = {}
+        self.functions: dict[type[Step], Callable[..., Step | None]] = {}
 
     def register(self, step: type[Step]) -> Callable[[T], T]:
         """Return a decorator that makes `function(step, work)` the way to carry out `step`.
@@ -174,7 +205,13 @@ class Methods:
         return found
 
     def recipe(self, options: Mapping[str, Any], seed: int = 0) -> Recipe:
-        """Return the recipe of flat options; None means not given, and a step is on when its slider is given.
+        """Return the recipe of flat options, as `steps_from` reads them; raises `RecipeError` also for steps that do not combine."""
+        return Recipe(*self.steps_from(options, seed))
+
+    def steps_from(self, options: Mapping[str, Any], seed: int = 0) -> list[Step]:
+        """Return the steps of flat options; None means not given, and a step is on when its slider is given.
+
+        A target such as `classifier=8` gives that layer its own value of the slider, in a step of its own.
 
         Raises:
             RecipeError: an unknown option, a bad value, or a choice given without its slider.
@@ -184,17 +221,48 @@ class Methods:
         for name in options:
             if name not in known:
                 raise RecipeError(f"unknown option {name!r}; {nearest(name, known)}")
-        steps = []
+        steps: list[Step] = []
         for step in self.steps():
             given = {name: options[name] for name in step.options() if options.get(name) is not None}
             targets = options.get(f"{step.kind()}_targets")
+            own: dict[str, str] = {}
             if targets:
-                given["targets"] = tuple(targets.split(",")) if isinstance(targets, str) else tuple(targets)
+                given["targets"], own = own_values(targets.split(",") if isinstance(targets, str) else targets)
             if step.slider in given:
                 steps.append(step(seed=seed, **given))
+                steps += [step(seed=seed, **{**given, step.slider: value, "targets": (target,)}) for target, value in own.items()]
             elif given:
                 raise RecipeError(f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave them out")
-        return Recipe(*steps)
+        return steps
+
+
+def ending(name: str) -> str:
+    """Return the last parts of a dotted name that fit a legend: `vit.layers.0.mlp.fc1` is `...0.mlp.fc1`."""
+    kept = name
+    while len(kept) > 18 and "." in kept:
+        kept = kept.partition(".")[2]
+    return kept if kept == name else f"\N{HORIZONTAL ELLIPSIS}{kept}"
+
+
+def scope(targets: Targets) -> str:
+    """Return which layers, in a few words: nothing for all, ` not fc1`, ` on 3 targets`."""
+    out = [target[1:] for target in targets if target.startswith("!")]
+    on = [target for target in targets if not target.startswith("!") and target != "*"]
+    words = [f" {word} {ending(listed[0]) if len(listed) == 1 else f'{len(listed)} targets'}" for word, listed in (("on", on), ("not", out)) if listed]
+    return "".join(words)
+
+
+def own_values(targets: Iterable[str]) -> tuple[Targets, dict[str, str]]:
+    """Return the targets of the main step, and the slider's own value of each target written as `name=value`."""
+    main: list[str] = []
+    own: dict[str, str] = {}
+    for given in targets:
+        target = given
+        name, _, value = given.rpartition("=")
+        if name and NUMBER.fullmatch(value):
+            own[name], target = value, f"!{name}"
+        main.append(target)
+    return tuple(main), own
 
 
 METHODS = Methods()
@@ -248,12 +316,16 @@ class Recipe:
         return f"Recipe({', '.join(map(repr, self.steps))})"
 
     def label(self) -> str:
-        """Return a few words for a legend, such as `50% + W4`."""
-        return " + ".join(step.label() for step in self.steps) or "dense"
+        """Return a few words for a legend, such as `50% + W4`, with the layers where those are not all."""
+        return " + ".join(step.label() + scope(step.targets) for step in self.steps) or "dense"
 
     def get(self, kind: str) -> Step | None:
         """Return the first step of this kind, or None."""
         return next((step for step in self.steps if step.kind() == kind), None)
+
+    def main(self, kind: str) -> Step | None:
+        """Return the step of this kind that works on all layers but some, else the first one, or None."""
+        return next((step for step in self.steps if step.kind() == kind and step.everything), self.get(kind))
 
     def to_json(self) -> str:
         """Return the recipe as JSON with sorted keys, every field written out."""

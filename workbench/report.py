@@ -70,14 +70,36 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
             raise RecipeError(f"unknown parameter {name!r}; {nearest(name, sorted(known))}")
     given = {name: empty_to_none(namespace.get(name)) for name in known}
     seed = whole("seed", given["seed"], 0)
-    options = {name: given[name] for name in METHODS.options()}
+    recipe = chosen_recipe(given["recipe"], {name: given[name] for name in METHODS.options()}, seed)
     settings = {name: given[name] for name in ("data", "device", "ledger") if given[name] is not None}
     settings |= {"seed": seed, **{name: str(given[name]).lower() in {"true", "1", "yes"} for name in ("offline", "progress")}}
     if given["evaluation_items"] is not None:
         settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
     if not given["model"]:
         raise RecipeError("parameter 'model' is missing: give a catalogue name such as 'fashion-vit', a directory or a hub id")
-    return Job(str(given["model"]), METHODS.recipe(options, seed), Gates(**{name: given[name] for name in gates}), settings)
+    return Job(str(given["model"]), recipe, Gates(**{name: given[name] for name in gates}), settings)
+
+
+def chosen_recipe(whole_recipe: Any, options: Mapping[str, Any], seed: int) -> Recipe:
+    """Return the recipe given whole as JSON (what `Recipe.to_json` writes), or that of flat options.
+
+    Raises:
+        RecipeError: no recipe, or one given in both ways.
+
+    """
+    if whole_recipe is None:
+        return METHODS.recipe(options, seed)
+    both = [name for name, value in options.items() if value is not None]
+    if both:
+        raise RecipeError(f"recipe={str(whole_recipe)[:80]!r} is given together with {', '.join(both)}: give the whole recipe, or single options")
+    return whole_recipe if isinstance(whole_recipe, Recipe) else Recipe.from_json(str(whole_recipe))
+
+
+def notebook_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the report notebook is given: a recipe that is given in any way replaces the notebook's example whole."""
+    given = {name: value.to_json() if isinstance(value, Recipe) else value for name, value in parameters.items()}
+    chosen = any(given.get(name) is not None for name in ("recipe", *METHODS.options()))
+    return {**(dict.fromkeys(METHODS.options()) if chosen else {}), **given}
 
 
 def empty_to_none(value: Any) -> Any:
@@ -110,7 +132,7 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
     Both are written also when a gate fails or a cell raises, with what had been measured by then.
 
     Args:
-        parameters: notebook parameters by name: `model`, sliders and their choices, gates (see `job_from`).
+        parameters: notebook parameters by name: `model`, sliders and their choices or a whole `recipe`, gates (see `job_from`).
         output: a directory, made if it is missing.
         name: of both files; None takes the model's name.
         progress: whether papermill shows its progress bar.
@@ -136,7 +158,7 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of papermill and its helpers; the notebook has its own process
         try:
-            papermill.execute_notebook(notebook_path(), notebook, parameters=dict(parameters), kernel_name="python3", progress_bar=progress, config=kernel_config())
+            papermill.execute_notebook(notebook_path(), notebook, parameters=notebook_parameters(parameters), kernel_name="python3", progress_bar=progress, config=kernel_config())
         except papermill.PapermillExecutionError as error:
             kinds: dict[str, type[WorkbenchError]] = {"GateFailed": GateFailed, "LedgerError": LedgerError, "RecipeError": RecipeError}
             failure = kinds.get(error.ename, WorkbenchError)(error.evalue if error.ename in kinds else f"{error.ename}: {error.evalue}")

@@ -16,29 +16,39 @@ from typing import Any
 
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": False},
-    "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
+    "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": False},
 }
 
 
 def lab_command(notebook: Path, settings: Path, *, browser: bool = True, port: int | None = None) -> list[str]:
     """Return the command that opens JupyterLab on a notebook.
 
-    Kernels talk over local sockets where the system has them; `workbench.serve` is loaded as a server extension.
+    Kernels talk over local sockets where the system has them; `workbench.serve` is loaded as a server extension. As root
+    (in a container) `--allow-root` is added: the server listens on 127.0.0.1 only and asks for its token.
     """
     command = [
         sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--ServerApp.root_dir={notebook.parent}", f"--LabApp.default_url=/doc/tree/{notebook.name}",
         "--ServerApp.jpserver_extensions=workbench.serve=True", f"--LabApp.app_settings_dir={settings}",
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
     ]  # fmt: skip
-    if os.name == "posix":
-        command.append("--KernelManager.transport=ipc")
+    return [*command, *common_options(port), *([] if browser else ["--no-browser"])]
+
+
+def common_options(port: int | None) -> list[str]:
+    """Return what every server of ours is given: local sockets to kernels, the port, and root's leave to be root.
+
+    A container is often root, and jupyter_server refuses root only because it might listen to others: ours never does.
+    """
+    options = ["--KernelManager.transport=ipc"] if os.name == "posix" else []
     if port is not None:
-        command += [f"--port={port}", "--ServerApp.port_retries=0"]
-    return command if browser else [*command, "--no-browser"]
+        options += [f"--port={port}", "--ServerApp.port_retries=0"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--allow-root")
+    return options
 
 
 def write_settings(directory: Path) -> None:
-    """Write JupyterLab's defaults for this server: widget state is saved with the notebook, no news are fetched."""
+    """Write JupyterLab's defaults for this server: no news are fetched, and no widget state is saved (5 MB): a saved notebook shows the panel's picture."""
     (directory / "overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
 
 
@@ -46,10 +56,15 @@ def lab(notebook: Path, *, browser: bool = True, port: int | None = None) -> int
     """Run JupyterLab on a notebook until it is stopped; return its exit code."""
     with tempfile.TemporaryDirectory(prefix="workbench-lab-") as folder:
         write_settings(Path(folder))
-        try:
-            return subprocess.run(lab_command(notebook.resolve(), Path(folder), browser=browser, port=port), check=False).returncode  # noqa: S603  our own words
-        except KeyboardInterrupt:
-            return 0
+        return run(lab_command(notebook.resolve(), Path(folder), browser=browser, port=port))
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> int:
+    """Run a server until it is stopped; return its exit code, 0 after Ctrl-C."""
+    try:
+        return subprocess.run(command, check=False, env=environment).returncode  # noqa: S603  our own words
+    except KeyboardInterrupt:
+        return 0
 
 
 def send_at_once() -> None:

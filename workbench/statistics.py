@@ -1,25 +1,52 @@
-"""One pass over calibration data: what methods need to know about the dense model, computed once and kept."""
+"""What calibration data say about a model, computed once and kept: second moments of inputs, gradients of the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
-from workbench.compress.layers import Progress, find_layers, no_progress, patches
+from workbench.compress.copies import sharing_copy
+from workbench.compress.layers import Layer, Progress, find_layers, no_progress, patches
 from workbench.errors import CompressionError
 
 if TYPE_CHECKING:
-    from workbench.tasks.base import Task
+    from workbench.tasks.base import Items, Task
 
 T = TypeVar("T")
 
+GROUPS = 64  # groups of calibration items whose gradients are squared one by one
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the task's loss by one weight, over the calibration data: both float32 [outputs, inputs].
+
+    `mean` is E[g]. `square` is the mean over at most 64 groups of consecutive items of (items in the group) * g^2, with g the
+    gradient of the group's mean loss: with one item a group it is E[g^2] of single items, the diagonal of the empirical
+    Fisher information; with more, an estimate of it that adds (items - 1) * E[g]^2, small for a trained model.
+    """
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """E[x x^T] of each layer's inputs, float32 [inputs, inputs], and how many rows x it was averaged over."""
+
+    matrices: dict[str, Tensor]
+    rows: dict[str, int]
+
 
 class Statistics:
-    """Second moments of every layer's inputs over the calibration data, and whatever methods derive from them.
+    """What methods need to know about a model and derive from it: the dense one, or another one that the task is given.
 
     Nothing is computed before it is asked for. `once` keeps what does not depend on a slider (factorisations, sorted
     weights), so that moving the slider pays only for the rest.
@@ -39,23 +66,59 @@ class Statistics:
         return value
 
     def second_moment(self, name: str) -> Tensor:
-        """Return E[x x^T] of a dense layer's inputs, float32 [inputs, inputs], on the model's device.
+        """Return E[x x^T] of a layer's inputs, float32 [inputs, inputs], on the model's device.
 
         Raises:
             CompressionError: the layer sees no input during calibration, or one that is not finite.
 
         """
-        moments = self.once("second moments", lambda: second_moments(self.task, self.progress))
-        if name not in moments:
-            raise CompressionError(f"layer {name!r} receives no input during calibration: it cannot be compressed by its activations")
-        return moments[name]
+        return found(self.moments().matrices, name)
+
+    def rows(self, name: str) -> int:
+        """Return how many inputs the layer saw: with fewer than it has columns, its second moment is singular. Raises as `second_moment`."""
+        return found(self.moments().rows, name)
+
+    def moments(self) -> Moments:
+        """Return the second moments of all layers."""
+        return self.once("second moments", lambda: second_moments(self.task, self.progress))
+
+    def gradients(self, name: str) -> Gradients:
+        """Return the gradients of the task's loss (cross entropy with the labels of the calibration items) by a layer's weight.
+
+        Raises:
+            CompressionError: the layer takes no part in the loss, or a gradient is not finite.
+
+        """
+        usual = self.once("gradients", lambda: gradients(self.task, self.progress))
+        if name in usual:
+            return usual[name]
+        return found(self.once("gradients of tables", lambda: gradients(self.task, self.progress, tables=True)), name)
 
 
-def second_moments(task: Task, progress: Progress) -> dict[str, Tensor]:
-    """Return E[x x^T] of every layer's inputs over the calibration data, with the dense model in eval mode."""
+def found(table: dict[str, T], name: str) -> T:
+    """Return a layer's entry, or say that calibration never reached it."""
+    if name not in table:
+        raise CompressionError(f"layer {name!r} receives no input during calibration: it cannot be compressed by its activations")
+    return table[name]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TF32 off while products are formed that are inverted later; what the caller had set comes back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def second_moments(task: Task, progress: Progress) -> Moments:
+    """Return E[x x^T] of every layer's inputs over the calibration data, with the model in eval mode."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    shared: dict[tuple[int, int], tuple[Tensor, Tensor, int]] = {}  # q, k and v read the same tensor: multiply it once
+    finite: dict[str, Tensor] = {}
+    shared: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}  # q, k and v read the same tensor: multiply it once
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -63,12 +126,11 @@ def second_moments(task: Task, progress: Progress) -> dict[str, Tensor]:
             key = id(given), given._version  # noqa: SLF001  counts changes in place
             if key not in shared or isinstance(module, nn.Conv2d):
                 rows = patches(module, given)
-                if not torch.isfinite(rows).all():
-                    raise CompressionError(f"layer {name!r} receives infinite or NaN inputs during calibration")
-                shared[key] = given, rows.t() @ rows, len(rows)  # holding `given` keeps its id from being used again
-            _, product, count = shared[key]
+                shared[key] = given, rows.t() @ rows, len(rows), torch.isfinite(rows).all()  # holding `given` keeps its id from being used again
+            _, product, count, good = shared[key]
             sums[name] = sums[name] + product if name in sums else product
             counts[name] = counts.get(name, 0) + count
+            finite[name] = finite[name] & good if name in finite else good
             if isinstance(module, nn.Conv2d):
                 del shared[key]
 
@@ -76,12 +138,65 @@ def second_moments(task: Task, progress: Progress) -> dict[str, Tensor]:
 
     layers, _ = find_layers(task.model)
     device = next(task.model.parameters()).device
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), full_precision():
         for name, layer in layers.items():
+            if layer.table:
+                continue  # rows are looked up: there is nothing that it multiplies
             hooks.callback(layer.module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         for start in range(0, len(task.calibration), task.batch_size):
             progress("calibration", start, len(task.calibration))
             shared.clear()
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
+            refuse_infinite(finite)
     progress("calibration", len(task.calibration), len(task.calibration))
-    return {name: total / counts[name] for name, total in sums.items()}
+    return Moments({name: total / counts[name] for name, total in sums.items()}, counts)
+
+
+def refuse_infinite(finite: dict[str, Tensor], words: str = "receives infinite or NaN inputs") -> None:
+    """Name the first layer, in the order of calling, for which something is not finite; waits for the device once."""
+    if finite and not all(torch.stack(list(finite.values())).tolist()):
+        bad = next(name for name, good in finite.items() if not good)
+        raise CompressionError(f"layer {bad!r} {words} during calibration")
+
+
+def gradients(task: Task, progress: Progress, *, tables: bool = False) -> dict[str, Gradients]:
+    """Return the gradients of every layer's weight that takes part in the loss, from one backward pass a group of items.
+
+    Embeddings are left out, or with `tables` everything else is: they are large, and few recipes name them.
+    """
+    model = sharing_copy(task.model)
+    layers = {name: layer for name, layer in find_layers(model)[0].items() if layer.table == tables}
+    for layer in layers.values():
+        layer.put(nn.Parameter(layer.parameter.detach()))  # the same values, with a gradient of their own
+    size = max(1, -(-len(task.calibration) // GROUPS))
+    groups = list(task.calibration.batches(size))
+    means = {name: torch.zeros_like(layer.parameter, dtype=torch.float32, requires_grad=False) for name, layer in layers.items()}
+    squares = {name: torch.zeros_like(mean) for name, mean in means.items()}
+    used: set[str] = set()
+    for index, items in enumerate(groups):
+        progress("gradients", index, len(groups))
+        for name, gradient in group_gradients(task, model, layers, items).items():
+            used.add(name)
+            means[name] += gradient * (len(items) / len(task.calibration))
+            squares[name] += gradient.square() * (len(items) / len(groups))
+    progress("gradients", len(groups), len(groups))
+    refuse_infinite({name: torch.isfinite(squares[name]).all() for name in layers if name in used}, "has an infinite or NaN gradient")
+    return {name: Gradients(layer.as_matrix(means[name]).contiguous(), layer.as_matrix(squares[name]).contiguous()) for name, layer in layers.items() if name in used}
+
+
+def group_gradients(task: Task, model: nn.Module, layers: dict[str, Layer], items: Items) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss of some items by each layer's weight, float32, shaped as stored."""
+    items = items.to(next(task.model.parameters()).device)
+    weights = [layer.parameter for layer in layers.values()]
+    with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):  # the other kernels' backward passes do not give the same bits twice
+        loss = task_loss(task.kind.logits(model, items), items.labels)
+        if not weights or not loss.requires_grad:
+            return {}
+        taken = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {name: gradient.float() for name, gradient in zip(layers, taken, strict=True) if gradient is not None}
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy in float32. logits [..., classes]; labels [...], -100 is left out."""
+    scored = labels != -100
+    return cross_entropy(logits[scored].float(), labels[scored])

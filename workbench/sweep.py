@@ -33,7 +33,7 @@ def around(recipe: Recipe, slider: str) -> tuple[Recipe, ...]:
 
 def move(recipe: Recipe, kind: type[Step], value: Any) -> Recipe | None:
     """Return the recipe with the slider of `kind` at `value`, or None where the rules refuse it."""
-    mine = recipe.get(kind.kind())
+    mine = recipe.main(kind.kind())
     others = [step for step in recipe if step is not mine]
     common: dict[str, Any] = {} if mine is None else {"targets": mine.targets, "seed": mine.seed}
     attempts = ([lambda: dataclasses.replace(mine, **{kind.slider: value})] if mine else []) + [lambda: kind(**{kind.slider: value}, **common)]

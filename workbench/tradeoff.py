@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from workbench.measure.measurement import Measurement
-from workbench.measure.quality import Estimate
+from workbench.measure.quality import Estimate, Quality
 
-Cost = Literal["file_bytes", "latency"]
+Cost = Literal["file_bytes", "latency", "packed_bytes", "theoretical_bytes", "peak_memory_bytes"]
 Standing = Literal["front", "within noise", "dominated"]
+Shade = Literal["standing", "latency", "file_bytes", "change", "sparsity", "rank", "bits", "flips", "newest"]
+COSTS: tuple[Cost, ...] = get_args(Cost)
+SHADES: tuple[Shade, ...] = get_args(Shade)
+OFF = {"sparsity": 0.0, "rank": 1.0}  # where a slider stands while its method is off; bits have no such value
 
 
 @dataclass(frozen=True)
 class TradeoffPoint:
-    """One point of the plot. `cost` is file bytes, or time relative to the dense model (1 = as fast; lower is faster)."""
+    """One point of the plot. `cost` is bytes, or time relative to the dense model (1 = as fast; lower is faster).
+
+    `shade` is the number that its colour stands for, None where there is none (no latency, not quantized).
+    """
 
     key: str
     label: str
@@ -24,6 +33,7 @@ class TradeoffPoint:
     cost: Estimate
     standing: Standing
     verdict: str
+    shade: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Tradeoff:
 
     `front`: no point is both cheaper and better, taking numbers at face value. `within noise`: one is, but not by more than
     the intervals. `dominated`: one is cheaper and better beyond the intervals.
+
+    With `change`, quality is the paired change against the dense model, as `Quality.change`, and the dense model is at 0.
     """
 
     model: str
@@ -40,17 +52,53 @@ class Tradeoff:
     dense_quality: float
     dense_cost: float
     points: tuple[TradeoffPoint, ...]
+    change: bool = False
+    shade_name: Shade = "standing"
 
 
 def cost_of(point: Measurement, cost: Cost) -> Estimate | None:
-    """Return a point's cost with its interval (file bytes are exact), or None if it was not measured."""
-    if cost == "file_bytes":
-        exact = float(point.sizes.file_bytes)
-        return Estimate(exact, exact, exact)
+    """Return a point's cost with its interval (bytes are exact), or None if it was not measured."""
+    if cost != "latency":
+        count = point.peak_memory_bytes if cost == "peak_memory_bytes" else getattr(point.sizes, cost)
+        return None if count is None else Estimate(float(count), float(count), float(count))
     if point.latency is None:
         return None
     speed = point.latency.speedup
     return Estimate(1 / speed.value, 1 / speed.high, 1 / speed.low)
+
+
+def dense_cost_of(point: Measurement, cost: Cost) -> float | None:
+    """Return what the dense model costs: 1 for latency, None if it was not measured."""
+    if cost == "latency":
+        return 1.0
+    count = point.dense_peak_memory_bytes if cost == "peak_memory_bytes" else getattr(point.dense_sizes, cost)
+    return None if count is None else float(count)
+
+
+def quality_of(point: Measurement, metric: str | None = None) -> Quality | None:
+    """Return one metric of a point (None: the task's main one), or None if it does not carry it."""
+    return point.primary if metric is None else next((quality for quality in point.quality if quality.metric == metric), None)
+
+
+def shade_of(point: Measurement, shade: Shade) -> float | None:
+    """Return the number that a point's colour stands for; None where it has none. `newest` and `standing` depend on other points."""
+    if shade in {"latency", "file_bytes"}:
+        spent = cost_of(point, "latency" if shade == "latency" else "file_bytes")
+        return None if spent is None else spent.value
+    if shade == "change":
+        return point.primary.change.value
+    if shade == "flips":
+        return point.flips.value
+    name = {"rank": "rank_ratio", "bits": "weight_bits"}.get(shade, shade)
+    given = next((getattr(step, name) for step in point.recipe if step.slider == name), OFF.get(shade))
+    return None if given is None else float(given)
+
+
+def shades(rows: Sequence[Measurement], shade: Shade) -> list[float | None]:
+    """Return the number that each point's colour stands for; `newest` counts back from the last row, which is 0."""
+    if shade == "newest":
+        return [float(len(rows) - 1 - index) for index in range(len(rows))]
+    return [shade_of(row, shade) for row in rows]
 
 
 def standing(mine: tuple[Estimate, Estimate], others: Iterable[tuple[Estimate, Estimate]]) -> Standing:
@@ -64,8 +112,15 @@ def standing(mine: tuple[Estimate, Estimate], others: Iterable[tuple[Estimate, E
     return result
 
 
-def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> Tradeoff:
-    """Return the record of a trade-off plot of complete points of one model.
+def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: str | None = None, change: bool = False, shade: Shade = "standing") -> Tradeoff:
+    """Return the record of a trade-off plot of complete points of one model, in the order in which they were measured.
+
+    Args:
+        rows: points of one model on one data set; those without this cost or metric are left out.
+        cost: what is paid.
+        metric: which quality; None takes the task's main one.
+        change: show the paired change against the dense model.
+        shade: what colour stands for.
 
     Raises:
         ValueError: no points, or points of different models.
@@ -73,20 +128,42 @@ def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> Tradeoff
     """
     from workbench.card import verdict
 
-    known = [(row, spent) for row in rows if row.complete and (spent := cost_of(row, cost)) is not None]
-    models = {(row.context.model_fingerprint, row.context.data_fingerprint) for row, _ in known}
+    known = [(row, quality, spent) for row in rows if row.complete and (spent := cost_of(row, cost)) is not None and (quality := quality_of(row, metric)) is not None]
+    models = {(row.context.model_fingerprint, row.context.data_fingerprint) for row, _, _ in known}
     if len(models) != 1:
         raise ValueError(f"a trade-off needs points of one model on one data set; got {len(models)} in {len(known)} points")
-    pairs = [(row.primary.drop, spent) for row, spent in known]
-    points = tuple(
-        TradeoffPoint(row.key, row.recipe.label(), repr(row.recipe), row.primary.compressed, spent, standing(pairs[i], pairs[:i] + pairs[i + 1 :]), verdict(row))
-        for i, (row, spent) in enumerate(known)
-    )
-    first = known[0][0]
-    dense_cost = float(first.dense_sizes.file_bytes) if cost == "file_bytes" else 1.0
-    return Tradeoff(first.context.model_name, first.primary.metric, cost, first.primary.dense.value, dense_cost, tuple(sorted(points, key=lambda p: p.cost.value)))
+    standings = [standing(pair, others) for pair, others in rivals([(quality.drop, spent) for _, quality, spent in known])]
+    points = [
+        TradeoffPoint(row.key, row.recipe.label(), repr(row.recipe), quality.change if change else quality.compressed, spent, stands, verdict(row), shaded)
+        for (row, quality, spent), stands, shaded in zip(known, standings, shades([row for row, _, _ in known], shade), strict=True)
+    ]
+    first, quality, _ = known[0]
+    dense_cost = next((found for row, _, _ in known if (found := dense_cost_of(row, cost)) is not None), float("nan"))
+    return Tradeoff(
+        first.context.model_name, quality.metric, cost, 0.0 if change else quality.dense.value, dense_cost, tuple(sorted(points, key=lambda p: p.cost.value)), change, shade,
+    )  # fmt: skip
+
+
+def rivals(pairs: list[tuple[Estimate, Estimate]]) -> Iterator[tuple[tuple[Estimate, Estimate], list[tuple[Estimate, Estimate]]]]:
+    """Yield each (drop, cost) with the others that are at least as good and as cheap: only they can beat it."""
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i][1].value)
+    values = [(pairs[i][1].value, pairs[i][0].value) for i in order]
+    for pair in pairs:
+        drop, upto = pair[0].value, bisect_right(values, (pair[1].value, math.inf))
+        yield pair, [pairs[order[k]] for k in range(upto) if values[k][1] <= drop]
 
 
 def pareto(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:
     """Return the points on the front, cheapest first."""
     return tuple(point for point in tradeoff(rows, cost).points if point.standing == "front")
+
+
+def smallest_within(rows: Iterable[Measurement], drop: float) -> Measurement | None:
+    """Return the smallest point whose whole interval of the quality drop is within `drop`, or None."""
+    return min((row for row in rows if row.primary.drop.high <= drop), key=lambda row: row.sizes.file_bytes, default=None)
+
+
+def fastest_within(rows: Iterable[Measurement], drop: float) -> Measurement | None:
+    """Return the fastest point within `drop` that is faster than dense beyond its interval, or None."""
+    fit = [row for row in rows if row.primary.drop.high <= drop and row.latency is not None and row.latency.speedup.low > 1]
+    return max(fit, key=lambda row: row.latency.speedup.value if row.latency else 0.0, default=None)

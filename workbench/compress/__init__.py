@@ -5,24 +5,27 @@ Importing this package registers the built-in methods; each lives in one file.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
 
+from workbench.compress.batch import grouped
+from workbench.compress.copies import own_parameters, sharing_copy
 from workbench.compress.distill import Distill
 from workbench.compress.layers import Layer, Progress, no_progress
 from workbench.compress.lowrank import LowRank
 from workbench.compress.prune import Prune
 from workbench.compress.quantize import Quantize
+from workbench.compress.repair import Repair
 from workbench.compress.report import LayerReport, layer_reports
 from workbench.compress.work import Work
 from workbench.errors import CompressionError
-from workbench.recipe import METHODS, Recipe
+from workbench.progress import Training
+from workbench.recipe import METHODS, Recipe, Step
 from workbench.statistics import Statistics
 from workbench.tasks.base import Task
 
-__all__ = ["Compressed", "Distill", "LayerReport", "LowRank", "Prune", "Quantize", "Work", "compress"]
+__all__ = ["Compressed", "Distill", "LayerReport", "LowRank", "Prune", "Quantize", "Repair", "Work", "compress"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,15 @@ class Compressed:
     warnings: tuple[str, ...] = ()
 
 
-def compress(task: Task, recipe: Recipe, statistics: Statistics | None = None, progress: Progress = no_progress) -> Compressed:
+def compress(
+    task: Task, recipe: Recipe, statistics: Statistics | None = None, progress: Progress = no_progress, *, shared: bool = False, training: Training | None = None
+) -> Compressed:
     """Apply every step of `recipe` to a copy of the task's model; the task's model is not changed.
 
     The same recipe, seed and device give the same bits. `progress(what, done, total)` is called between layers and training
-    steps; an exception from it (`Cancelled`) stops the work.
+    steps; an exception from it (`Cancelled`) stops the work. With `shared`, parameters that no step changed are those of the
+    dense model themselves: quick, and to be left alone; without, everything is the result's own. `training` watches training
+    steps and may end them early: the result's recipe then says where, and gives the same bits again.
 
     Raises:
         RecipeError: a target names no layer, or two steps of one kind take the same layer.
@@ -49,14 +56,16 @@ def compress(task: Task, recipe: Recipe, statistics: Statistics | None = None, p
         BrokenPromiseError: a later step broke what an earlier one promised (a defect).
 
     """
-    work = Work(copy.deepcopy(task.model).eval(), task, statistics or Statistics(task, progress), progress)
+    work = Work(sharing_copy(task.model).eval(), task, statistics or Statistics(task, progress), progress, training or Training())
+    done: list[Step] = []
     for step in recipe:
         changes = work.changes
-        METHODS.functions[type(step)](step, work)
+        done.append(METHODS.functions[type(step)](step, work) or step)
         if work.changes == changes:
             reasons = [f"{name}: {words[-1]}" for name, words in work.outcomes.items() if words]
             raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
-        for layer in work.layers.values():
-            layer.check()
-    work.model.requires_grad_(False)
-    return Compressed(work.model, recipe, tuple(work.layers.values()), layer_reports(work), tuple(work.curve), tuple(work.warnings))
+        for batch in grouped(work.layers.values()):
+            batch.check()
+    if not shared:
+        own_parameters(work.model)
+    return Compressed(work.model, Recipe(*done), tuple(work.layers.values()), layer_reports(work), tuple(work.curve), tuple(work.warnings))

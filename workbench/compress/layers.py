@@ -1,13 +1,15 @@
-"""The weights that methods work on, seen as matrices whatever the module: Linear, GPT-2's Conv1D, Conv2d.
+"""The weights that methods work on, seen as matrices whatever the module: Linear, GPT-2's Conv1D, Conv2d, Embedding.
 
 A `Layer` is one weight with what has been promised about it so far. Methods read `matrix()` ([outputs, inputs]) and call
-`write()`; a convolution's inputs are its flattened patches (channel, row, column).
+`write()`; a convolution's inputs are its flattened patches (channel, row, column), an embedding is a table of [rows, columns].
+A weight that several modules share (an output head tied to the embedding) is one layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +26,12 @@ class Layer:
     """One weight of the model being compressed; mutable while `compress` runs, read-only afterwards.
 
     `origin` is the name in the dense model; the two factors of a low-rank layer share it. `mask` (bool, [outputs, inputs],
-    True where a weight is kept) and `grid` (codes and scales) are promises that later steps must keep.
+    True where a weight is kept) and `grid` (codes and scales) are promises that later steps must keep. `others` are the
+    modules that share the weight, by name. `reserved` says what a layer is that stays dense unless targets name it. `role`
+    is base, first or second in a repaired layer, and empty elsewhere.
+
+    `rows` and `columns` (int64) are the outputs and inputs of the dense weight that are left where structure was removed, None
+    for all. `place` is where `origin` stands in this model if blocks before it were removed, else empty.
     """
 
     name: str
@@ -34,11 +41,43 @@ class Layer:
     grid: Grid | None = None
     rank: int | None = None
     pristine: bool = True
+    others: dict[str, nn.Module] = field(default_factory=dict)
+    reserved: str = ""
+    role: str = ""
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    place: str = ""
 
     @property
     def transposed(self) -> bool:
         """Return whether the module stores its weight as [inputs, outputs] (GPT-2's Conv1D)."""
-        return type(self.module).__name__ == "Conv1D"
+        return is_transposed(self.module)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return every name by which targets may know the layer."""
+        name = self.origin + self.name.removeprefix(self.place) if self.place else self.name  # as the dense model counts blocks
+        return tuple(dict.fromkeys((name, self.origin, *self.others)))
+
+    @property
+    def patch(self) -> int:
+        """Return how many columns of the matrix an input channel has: 1, or the positions of a convolution's kernel."""
+        return math.prod(self.parameter.shape[2:])
+
+    def keep(self, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Note that the module was cut down to some rows and columns of its matrix (None: all), and cut the mask to match."""
+        device = self.parameter.device
+        for side, dimension, index in (("rows", 0, rows), ("columns", 1, columns)):
+            if index is not None:
+                kept, before = index.to(device), getattr(self, side)
+                setattr(self, side, kept if before is None else before[kept])
+                self.mask = None if self.mask is None else self.mask.index_select(dimension, kept)
+        self.pristine = False
+
+    @property
+    def table(self) -> bool:
+        """Return whether rows are looked up, not multiplied: such a layer has no second moment of inputs."""
+        return isinstance(self.module, nn.Embedding)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -61,7 +100,7 @@ class Layer:
         return self.as_matrix(self.parameter.detach()).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def write(self, matrix: Tensor) -> None:
-        """Store an [outputs, inputs] matrix into the module, in the module's dtype.
+        """Store an [outputs, inputs] matrix into the module as a new parameter, in the module's dtype.
 
         Raises:
             CompressionError: the matrix is not finite.
@@ -69,8 +108,13 @@ class Layer:
         """
         if not torch.isfinite(matrix).all():
             raise CompressionError(f"layer {self.name!r} {tuple(matrix.shape)} became infinite or NaN: the step is too strong for it")
-        with torch.no_grad():
-            self.parameter.copy_(self.as_stored(matrix))
+        values = torch.empty_like(self.parameter, device=matrix.device, memory_format=torch.contiguous_format)
+        self.put(nn.Parameter(values.copy_(self.as_stored(matrix)), requires_grad=False))
+
+    def put(self, parameter: nn.Parameter) -> None:
+        """Give the module, and those that share its weight, another one; the old one may belong to the dense model too and is left as it is."""
+        for module in (self.module, *self.others.values()):
+            module.weight = parameter
         self.pristine = False
 
     def check(self) -> None:
@@ -85,13 +129,18 @@ class Layer:
             raise BrokenPromiseError(f"layer {self.name!r}: {int((stored[~self.mask] != 0).sum())} pruned weights are no longer zero")
         if self.grid is not None and not torch.equal(self.grid.dequantize().to(stored.dtype), stored):
             raise BrokenPromiseError(f"layer {self.name!r}: its weights are not what its {self.grid.bits}-bit codes unpack to")
-        if self.rank is not None and self.rank not in stored.shape:
-            raise BrokenPromiseError(f"layer {self.name!r} {tuple(stored.shape)}: its rank is no longer {self.rank}")
+        if self.rank is not None and self.rank not in self.parameter.shape:
+            raise BrokenPromiseError(f"layer {self.name!r} {tuple(self.parameter.shape)}: its rank is no longer {self.rank}")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module stores its weight as [inputs, outputs] (GPT-2's Conv1D)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def can_hold(module: nn.Module) -> bool:
-    """Return whether the module has a weight that methods know how to see as a matrix."""
-    return isinstance(module, nn.Linear | nn.Conv2d) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    """Return whether the module multiplies by a weight that methods know how to see as a matrix."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or (is_transposed(module) and hasattr(module, "nf"))
 
 
 def patches(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -124,29 +173,38 @@ def output_head(model: nn.Module) -> str | None:
 
 def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
     """Return the layers that methods can work on, and the reason for every other weight that is left as it is."""
-    layers: dict[str, Layer] = {}
-    left: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[int, dict[str, nn.Module]] = {}  # modules by weight: more than one where it is shared
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
+        if isinstance(weight, nn.Parameter) and weight.ndim >= 2:
+            owners.setdefault(id(weight), {})[name] = module
+    found: dict[str, Layer] = {}
+    left: dict[str, str] = {}
+    for modules in owners.values():
+        reasons = {name: reason for name, module in modules.items() if (reason := why_left(module))}
+        if len({is_transposed(module) for module in modules.values()}) > 1:
+            reasons = dict.fromkeys(modules, "modules that share its weight store it the other way round")
+        if reasons:
+            left |= {name: reasons.get(name) or f"its weight is shared with {next(iter(reasons))}" for name in modules}
             continue
-        if id(weight) in owners:
-            left[name] = f"its weight is shared with {owners[id(weight)]}"
-            if owners[id(weight)] in layers:
-                left[owners[id(weight)]] = f"its weight is shared with {name}"
-                del layers[owners[id(weight)]]
-            continue
-        owners[id(weight)] = name
-        if isinstance(module, nn.Embedding):
-            left[name] = "an embedding is a table, not a product: no method of this version takes it"
-        elif isinstance(module, nn.Conv2d) and module.groups != 1:
-            left[name] = f"a convolution in {module.groups} groups is not supported"
-        elif not can_hold(module):
-            left[name] = f"{type(module).__name__} is not a Linear, Conv1D or Conv2d"
-        else:
-            layers[name] = Layer(name, name, module)
-    return layers, left
+        layer = one_layer(modules)
+        found[layer.name] = layer
+    return {name: found[name] for name, _ in model.named_modules(remove_duplicate=False) if name in found}, left
+
+
+def one_layer(modules: dict[str, nn.Module]) -> Layer:
+    """Return the layer of a weight; of modules that share it, one that multiplies by it speaks for all."""
+    name = next((name for name, module in modules.items() if can_hold(module)), next(iter(modules)))
+    others = {other: module for other, module in modules.items() if other != name}
+    reserved = "an embedding" if isinstance(modules[name], nn.Embedding) else ""
+    return Layer(name, name, modules[name], others=others, reserved=f"a weight shared with {', '.join(others)}" if others else reserved)
+
+
+def why_left(module: nn.Module) -> str:
+    """Return why no method takes the weight of a module, "" if some can."""
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"a convolution in {module.groups} groups is not supported"
+    return "" if can_hold(module) or isinstance(module, nn.Embedding) else f"{type(module).__name__} is not a Linear, Conv1D, Conv2d or Embedding"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,112 +1,230 @@
-"""Prune: set weights to zero, one shot, no training."""
+"""Prune: remove weights or structure. This file holds the options and what sets single weights to zero."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from workbench.compress import allocate, sparsegpt
+from workbench.compress.batch import Batch, grouped
+from workbench.compress.importance import Evidence, evidence_for, importance
 from workbench.compress.layers import Layer
+from workbench.compress.schedule import rounds
+from workbench.compress.selection import keep_of_groups
 from workbench.compress.work import Work
-from workbench.errors import CompressionError, RecipeError
+from workbench.errors import RecipeError
 from workbench.recipe import METHODS, Step, configuration
+
+__all__ = ["STRUCTURES", "Prune", "prune"]
+
+STRUCTURES = ("heads", "neurons", "channels", "layers")
 
 
 @configuration
 class Prune(Step):
-    """Set the least important weights of each layer to zero.
+    """Set the least important weights to zero, or remove whole parts of the model.
 
-    `magnitude` keeps the largest |w| of each layer (Han et al. 2015); `wanda` compares |w| * ||x|| within each output row,
-    with x the layer's calibration inputs (Sun et al. 2023). `unstructured` zeros exactly round(sparsity * weights), per
-    layer for magnitude and per row for Wanda; `n:m` keeps n of every m consecutive inputs.
+    Patterns: `unstructured` zeros any weights, exactly round(sparsity * weights) of each layer, or of the whole model where the
+    allocation is not uniform; `n:m` keeps n of every m consecutive inputs; `heads`, `neurons`, `channels` and `layers` take
+    out structure, which leaves a smaller ordinary module.
 
-    What it does not do: the matrices keep their shape, so time only falls where a sparse kernel exists, and it removes no
-    neurons, heads or channels.
+    Criteria: `magnitude` |w| (Han et al. 2015). `wanda` |w| * ||x||, compared within each output row (Sun et al. 2023).
+    `sparsegpt` removes what costs least and lets the weights that stay make up for it (Frantar & Alistarh 2023). `taylor`
+    |w * g| with the mean gradient (Molchanov et al. 2019) and `fisher` w^2 * E[g^2] / 2 (LeCun et al. 1990, Theis et al. 2018),
+    from the task's loss on calibration items with their labels. `random`: the baseline that every other should beat.
+
+    Allocation: `uniform`; `global`, one threshold over all layers (magnitude as it is, others on a common scale: relative output
+    error, or change of the loss); `sensitivity`, the budget spent where a closed form says that it costs least. Schedules:
+    `rounds` with growing sparsity (Zhu & Gupta 2017) and training between them; `penalty`, a training that shrinks weights first.
+
+    What it does not do: with zeros in place, matrices keep their shape, so time only falls where a sparse kernel exists.
+    SparseGPT solves every layer for the dense model's inputs, not one after another for those of the layers pruned before.
+    Training ends only by its steps or by cancelling, and nothing is trained after the last round: Distill does that.
     """
 
     slider: ClassVar[str] = "sparsity"
     position: ClassVar[int] = 20
     stops: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.7, 0.85)
 
-    sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights set to zero")] = 0.5
-    pattern: Annotated[str, Field(pattern=r"^(unstructured|[1-9]\d?:[1-9]\d?)$", description="unstructured, or n:m such as 2:4 (n kept of every m)", examples=["unstructured", "2:4", "4:8", "1:4"])] = "unstructured"
-    criterion: Annotated[Literal["magnitude", "wanda"], Field(description="what makes a weight unimportant")] = "magnitude"
+    sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights, or of the structure, that is removed")] = 0.5
+    pattern: Annotated[
+        str,
+        Field(
+            pattern=r"^(unstructured|heads|neurons|channels|layers|[1-9]\d?:[1-9]\d?)$",
+            description="unstructured, n:m such as 2:4 (n kept of every m), or what is taken out: heads, neurons, channels, layers",
+            examples=["unstructured", "2:4", "4:8", "1:4", *STRUCTURES],
+        ),
+    ] = "unstructured"
+    criterion: Annotated[Literal["magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random"], Field(description="what makes a weight unimportant")] = "magnitude"
+    allocation: Annotated[Literal["uniform", "global", "sensitivity"], Field(description="how the sparsity is divided over the layers")] = "uniform"
+    reconstruct: Annotated[bool, Field(description="after structure is removed, fit by least squares what reads its outputs")] = False
+    rounds: Annotated[int, Field(ge=1, le=100, description="rounds of pruning, with training between them; 1 is one shot")] = 1
+    train_steps: Annotated[int, Field(ge=0, le=1_000_000, description="optimizer steps between rounds, and of the training with penalty before the first")] = 0
+    train_rate: Annotated[float, Field(gt=0, le=1, description="peak learning rate of Adam in these trainings")] = 5e-4
+    train_batch: Annotated[int, Field(ge=1, le=65536, description="training items per step of these trainings")] = 64
+    penalty: Annotated[float, Field(ge=0, le=1, description="weight of the sum of |w| (structure: of group norms) in a training first, such as 1e-5; 0: none")] = 0.0
 
     @model_validator(mode="after")
     def fits_pattern(self) -> Prune:
-        """Refuse a sparsity that the n:m pattern cannot have."""
+        """Refuse a sparsity that the n:m pattern cannot have, and choices that do not go with the pattern."""
         if self.group is not None:
             kept, of = self.group
             if not kept < of:
                 raise ValueError(f"pattern={self.pattern!r} removes nothing: n of n:m must be smaller than m, such as 2:4")
             if abs(self.sparsity - (1 - kept / of)) > 1e-9:
                 raise ValueError(f"pattern={self.pattern!r} means sparsity={1 - kept / of:g}, but sparsity={self.sparsity:g} was given")
+            if self.allocation != "uniform":
+                raise ValueError(f"pattern={self.pattern!r} gives every layer the same sparsity: allocation={self.allocation!r} has nothing to divide; use 'uniform' or pattern='unstructured'")
+        if self.reconstruct and not self.structured:
+            raise ValueError(f"reconstruct=True is for structure ({', '.join(STRUCTURES)}): with pattern={self.pattern!r} use criterion='sparsegpt', which adjusts the weights that stay")
+        if self.structured and self.criterion == "sparsegpt":
+            raise ValueError(f"criterion='sparsegpt' removes single weights: with pattern={self.pattern!r} use another criterion and reconstruct=True")
+        return self
+
+    @model_validator(mode="after")
+    def fits_schedule(self) -> Prune:
+        """Refuse trainings that never come and rounds that change nothing."""
+        if self.penalty and not self.train_steps:
+            raise ValueError(f"penalty={self.penalty:g} needs a training to act in: give train_steps, such as 100")
+        if self.train_steps and self.rounds == 1 and not self.penalty:
+            raise ValueError(f"train_steps={self.train_steps} never come: training is between rounds; give rounds of 2 or more, a penalty, or a Distill step after this one")
+        if self.rounds > 1 and not self.train_steps and self.criterion in {"magnitude", "random"}:
+            raise ValueError(f"rounds={self.rounds} with criterion={self.criterion!r} and no training removes what one round does: give train_steps, such as 100")
         return self
 
     @property
     def group(self) -> tuple[int, int] | None:
         """Return (n, m) of an n:m pattern, or None."""
-        if self.pattern == "unstructured":
+        if ":" not in self.pattern:
             return None
         kept, of = self.pattern.split(":")
         return int(kept), int(of)
+
+    @property
+    def structured(self) -> bool:
+        """Return whether whole parts are taken out."""
+        return self.pattern in STRUCTURES
+
+    @property
+    def claim(self) -> str:
+        """Return what a layer can be taken for once: for each kind of structure, and for zeros."""
+        return f"{self.kind()} {self.pattern}" if self.structured else self.kind()
+
+    @property
+    def order(self) -> int:
+        """Return the place among steps from flat options: structure goes before low rank, which has none of its own to remove."""
+        return 5 if self.structured else self.position
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse pruning after quantization."""
         if any(step.kind() == "quantize" for step in earlier):
             raise RecipeError("Prune cannot follow Quantize: scales would be fitted to weights that are then removed; prune first (Harma et al. 2025)")
+        if any(step.kind() == "repair" for step in earlier):
+            raise RecipeError("Prune cannot follow Repair: what it removes would not be repaired; put Repair after it")
+        if self.structured and any(step.kind() == "lowrank" for step in earlier):
+            raise RecipeError(f"Prune(pattern={self.pattern!r}) cannot follow LowRank: two factors have no {self.pattern} to remove; put it first")
 
     def label(self) -> str:
-        """Return such as `50%` or `2:4`."""
+        """Return such as `50% sparse`, `2:4` or `25% fewer neurons`."""
+        if self.structured:
+            return f"{self.sparsity:.0%} fewer {self.pattern}"
         return f"{self.sparsity:.0%} sparse" if self.group is None else self.pattern
 
 
 @METHODS.register(Prune)
 def prune(step: Prune, work: Work) -> None:
-    """Zero weights and leave the mask as a promise to later steps."""
-    for layer in work.select(step):
-        matrix = layer.matrix()
-        rows, columns = matrix.shape
-        if step.group is not None and columns % step.group[1]:
+    """Zero weights and leave the mask as a promise to later steps, or take out structure."""
+    if step.structured:
+        from workbench.compress.structure import remove_structure
+
+        remove_structure(step, work)
+        return
+    layers = takeable(step, work)
+    if not layers:
+        return
+    final: dict[str, int] = {}
+    for number, sparsity in enumerate(rounds(step, work)):
+        evidence = evidence_for(step, work, layers, now=number > 0 or bool(step.penalty))
+        counts, final = removed(step, layers, evidence, sparsity, final)
+        for batch in shown(step, work, layers):
+            prune_batch(step, batch, evidence, [counts[layer.name] for layer in batch.layers], sparsity)
+    for layer in layers:
+        work.took(step, layer, words(step, layer, counts[layer.name]))
+
+
+def takeable(step: Prune, work: Work) -> list[Layer]:
+    """Return the layers that the step names and the pattern fits; every other one gets its reason in the report."""
+    chosen = work.choose(step)
+    if step.group is None:
+        return chosen
+    fitting = []
+    for layer in chosen:
+        columns = layer.as_matrix(layer.parameter).shape[1]
+        if columns % step.group[1]:
             work.say(layer, f"prune skipped: groups of {step.group[1]} do not divide its {columns} inputs")
-            continue
-        if not torch.isfinite(matrix).all():
-            raise CompressionError(f"layer {layer.name!r} has infinite or NaN weights")
-        importance = matrix.abs() if step.criterion == "magnitude" else matrix.abs() * input_norms(layer, work)
-        if step.group is not None:
-            kept, of = step.group
-            mask = keep_largest(importance.view(rows, columns // of, of), kept).view(rows, columns)
-        elif step.criterion == "wanda":
-            mask = keep_largest(importance, columns - round(step.sparsity * columns))
         else:
-            mask = keep_largest(importance.view(1, -1), matrix.numel() - round(step.sparsity * matrix.numel())).view(rows, columns)
+            fitting.append(layer)
+    return fitting
+
+
+def shown(step: Prune, work: Work, layers: list[Layer]) -> Iterator[Batch]:
+    """Iterate over batches of layers, reporting progress."""
+    done = 0
+    for batch in grouped(layers):
+        work.progress(step.kind(), done, len(layers))
+        yield batch
+        done += len(batch.layers)
+    work.progress(step.kind(), len(layers), len(layers))
+
+
+def removed(step: Prune, layers: list[Layer], evidence: Evidence, sparsity: float, final: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return (how many weights each layer has lost after this round, how many after the last one by sensitivity).
+
+    Sensitivity divides the whole budget once, before the first round; a round takes its share of that from every layer.
+    """
+    if step.group is not None:
+        return {layer.name: 0 for layer in layers}, final
+    if step.allocation == "global":
+        return allocate.by_threshold(step, layers, evidence, sparsity), final
+    if step.allocation == "sensitivity":
+        final = final or allocate.by_sensitivity(step, layers, evidence, step.sparsity)
+        share = sparsity / step.sparsity if step.sparsity else 0.0
+        return {name: round(share * count) for name, count in final.items()}, final
+    return allocate.uniform(layers, sparsity), final
+
+
+def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int], sparsity: float) -> None:
+    """Remove weights of layers of one shape, and leave the masks."""
+    matrices = batch.matrices()
+    group = None if step.group is None else kept_of_group(step.group, sparsity / step.sparsity)
+    if step.criterion == "sparsegpt":
+        masks = [layer.mask for layer in batch.layers if layer.mask is not None]
+        kept = torch.stack(masks) if masks else torch.ones_like(matrices, dtype=torch.bool)
+        matrices, kept = sparsegpt.solve(matrices, sparsegpt.inverse_factors(batch.layers, evidence), counts, group, kept)
+    else:
+        kept = chosen(step, importance(step, batch, matrices, evidence), counts, group)
+        matrices.mul_(kept)
+    batch.write(matrices)
+    for layer, mask in zip(batch.layers, kept, strict=True):
         layer.mask = mask
-        layer.write(matrix * mask)
-        work.took(step, layer, f"{step.label()} by {step.criterion}")
 
 
-def keep_largest(importance: Tensor, count: int) -> Tensor:
-    """Return a mask (bool, same shape) with exactly `count` True along the last dimension; ties go to the first."""
-    total = importance.shape[-1]
-    if count in {0, total}:
-        return torch.full_like(importance, count == total, dtype=torch.bool)
-    threshold = importance.kthvalue(total - count + 1, dim=-1, keepdim=True).values  # a selection: several times faster than sorting
-    above, ties = importance > threshold, importance == threshold
-    room = count - above.sum(-1, keepdim=True)
-    return above | (ties & (ties.cumsum(-1) <= room))
+def chosen(step: Prune, scores: Tensor, counts: list[int], group: tuple[int, int] | None) -> Tensor:
+    """Return which weights stay, bool [layers, outputs, inputs], from their importance."""
+    return keep_of_groups(scores, *group) if group is not None else allocate.mask_of(step, scores, counts)
 
 
-def input_norms(layer: Layer, work: Work) -> Tensor:
-    """Return sqrt(E[x_i^2]) of the layer's inputs, float32 [inputs]; proportional to Wanda's ||x||."""
-    return second_moment_of(layer, work).diagonal().clamp_min(0).sqrt()
+def kept_of_group(group: tuple[int, int], share: float) -> tuple[int, int]:
+    """Return (kept, m) after a round that has removed this share of what goes from every group; at the end n of m are kept."""
+    kept, of = group
+    return of - round((of - kept) * share), of
 
 
-def second_moment_of(layer: Layer, work: Work) -> Tensor:
-    """Return E[x x^T] of a layer's inputs; for the second factor of a low-rank layer it follows from the first."""
-    moment = work.statistics.second_moment(layer.origin)
-    if layer.name == f"{layer.origin}.1":
-        first = work.layers[f"{layer.origin}.0"].matrix()
-        return first @ moment @ first.t()
-    return moment
+def words(step: Prune, layer: Layer, count: int) -> str:
+    """Return what was done to a layer, for the report."""
+    said = step.label() if step.allocation == "uniform" else f"{count / layer.parameter.numel():.1%} sparse ({step.allocation}, {step.sparsity:.0%} in all)"
+    return f"{said} by {step.criterion}" + (f" in {step.rounds} rounds" if step.rounds > 1 else "")

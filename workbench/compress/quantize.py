@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from workbench.compress.batch import batches
 from workbench.compress.work import Work
-from workbench.errors import CompressionError
+from workbench.errors import RecipeError
 from workbench.recipe import METHODS, Step, configuration
 from workbench.runtime.grid import Grid, nearest_codes
 
@@ -41,62 +42,78 @@ class Quantize(Step):
         """Return such as `W4` or `W4 g64`."""
         return f"W{self.weight_bits}" + (f" g{self.group_size}" if self.group_size else "")
 
+    def check_order(self, earlier: tuple[Step, ...]) -> None:
+        """Refuse quantization after repair."""
+        if any(step.kind() == "repair" for step in earlier):
+            raise RecipeError("Quantize cannot follow Repair: what it rounds would not be repaired; put Repair after it")
+
 
 @METHODS.register(Quantize)
 def quantize(step: Quantize, work: Work) -> None:
     """Round weights and leave the grid as a promise to later steps."""
-    for layer in work.select(step):
-        matrix = layer.matrix()
-        columns = matrix.shape[1]
+    for batch in batches(step, work):
+        columns = batch.shape[1]
         group = step.group_size or columns
         if columns % group:
-            work.say(layer, f"quantize skipped: group_size {group} does not divide its {columns} inputs")
+            for layer in batch.layers:
+                work.say(layer, f"quantize skipped: group_size {group} does not divide its {columns} inputs")
             continue
-        if not torch.isfinite(matrix).all():
-            raise CompressionError(f"layer {layer.name!r} has infinite or NaN weights")
-        layer.grid = fit_grid(matrix, step.weight_bits, group, symmetric=step.grid == "symmetric", search=step.scale_search)
-        layer.write(layer.grid.dequantize())
-        work.took(step, layer, f"{step.label()} {step.grid}")
+        grids = fit_grids(batch.matrices(), step.weight_bits, group, symmetric=step.grid == "symmetric", search=step.scale_search)
+        for layer, grid in zip(batch.layers, grids, strict=True):
+            layer.grid = grid
+            work.took(step, layer, f"{step.label()} {step.grid}")
+        batch.write(batch.grids().dequantize())
 
 
-def fit_grid(matrix: Tensor, bits: int, group_size: int, *, symmetric: bool, search: bool) -> Grid:
-    """Return the grid of least squared error among the candidates. matrix: float32 [outputs, inputs]."""
-    rows, columns = matrix.shape
-    groups = matrix.view(rows, columns // group_size, group_size)
-    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-    scale, zero_point = affine(low, high, bits, symmetric=symmetric)
-    if search:
-        best = squared_error(groups, scale, zero_point, bits)
-        for shrink in torch.linspace(1.0, 0.4, SHRINKS).tolist()[1:]:
-            new_scale, new_zero = affine(low * shrink, high * shrink, bits, symmetric=symmetric)
-            error = squared_error(groups, new_scale, new_zero, bits)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale = torch.where(better, new_scale, scale)
-            zero_point = None if zero_point is None or new_zero is None else torch.where(better, new_zero, zero_point)
-    return Grid(nearest_codes(matrix, scale, zero_point, bits), scale, zero_point, bits)
+def fit_grids(stack: Tensor, bits: int, group_size: int, *, symmetric: bool, search: bool) -> list[Grid]:
+    """Return the grid of least squared error among the candidates, for each layer. stack: float32 [layers, outputs, inputs]."""
+    groups = stack.unflatten(2, (-1, group_size))
+    low, high = groups.amin(3).clamp_max(0), groups.amax(3).clamp_min(0)
+    shrinks = torch.linspace(1.0, 0.4, SHRINKS).tolist() if search else [1.0]
+    half = fit_half(widest_scale(low, high, bits, symmetric=symmetric), shrinks[-1])
+    scale, zero_point = affine(low, high, bits, half, symmetric=symmetric)
+    best = squared_error(groups, scale, zero_point, bits) if search else None
+    for shrink in shrinks[1:]:
+        new_scale, new_zero = affine(low * shrink, high * shrink, bits, half, symmetric=symmetric)
+        error = squared_error(groups, new_scale, new_zero, bits)
+        assert best is not None  # noqa: S101  for the type checker
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, new_scale, scale)
+        zero_point = None if zero_point is None or new_zero is None else torch.where(better, new_zero, zero_point)
+    codes = nearest_codes(stack, scale, zero_point, bits)
+    small = half.flatten().tolist()
+    return [Grid(codes[i], scale[i].half() if small[i] else scale[i], None if zero_point is None else zero_point[i], bits) for i in range(len(stack))]
 
 
 def squared_error(groups: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """Return the squared rounding error of each group, [outputs, groups]. groups: [outputs, groups, group_size]."""
-    wide = scale.float().unsqueeze(2)
-    zero = float(1 << (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(2)
+    """Return the squared rounding error of each group, [..., outputs, groups]. groups: [..., outputs, groups, group_size]."""
+    wide = scale.unsqueeze(-1)
+    zero = float(1 << (bits - 1)) if zero_point is None else zero_point.float().unsqueeze(-1)
     rounded = (groups / wide).round_().add_(zero).clamp_(0, (1 << bits) - 1).sub_(zero).mul_(wide)
-    return rounded.sub_(groups).square_().sum(2)
+    return rounded.sub_(groups).square_().sum(-1)
 
 
-def affine(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (scale, zero_point) that cover [low, high] (both [outputs, groups], low <= 0 <= high)."""
-    levels = (1 << bits) - 1
+def widest_scale(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> Tensor:
+    """Return the scales that cover [low, high] (low <= 0 <= high), 0 for an all-zero group; same shape."""
     if symmetric:
-        scale = torch.maximum(-low / (1 << (bits - 1)), high / ((1 << (bits - 1)) - 1))
-        return storable(scale), None
-    scale = storable((high - low) / levels)
-    return scale, torch.round(-low / scale.float()).clamp_(0, levels).to(torch.uint8)
+        return torch.maximum(-low / (1 << (bits - 1)), high / ((1 << (bits - 1)) - 1))
+    return (high - low) / ((1 << bits) - 1)
 
 
-def storable(scale: Tensor) -> Tensor:
-    """Return scales as they are stored: 1 for an all-zero group, float16 if no scale loses range in it, else float32."""
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    small, large = 2.0**-14, 65504.0  # the normal range of float16
-    return scale.half() if bool((scale >= small).all() and (scale <= large).all()) else scale
+def fit_half(scale: Tensor, shrink: float) -> Tensor:
+    """Return whether all of a layer's scales, and these times `shrink`, lie in the normal range of float16: bool [layers, 1, 1]."""
+    least, most = 2.0**-14, 65504.0
+    return (((scale == 0) | (scale * shrink >= least)) & (scale <= most)).flatten(1).all(1)[:, None, None]
+
+
+def affine(low: Tensor, high: Tensor, bits: int, half: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (scale, zero_point) that cover [low, high] (both [layers, outputs, groups], low <= 0 <= high).
+
+    Scales are float32, rounded to what float16 holds in the layers where `half` [layers, 1, 1] says so; 1 for an all-zero group.
+    """
+    scale = widest_scale(low, high, bits, symmetric=symmetric)
+    scale = torch.where(scale > 0, torch.where(half, scale.half().float(), scale), torch.ones_like(scale))
+    if symmetric:
+        return scale, None
+    return scale, torch.round(-low / scale).clamp_(0, (1 << bits) - 1).to(torch.uint8)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from workbench.compress.layers import Layer, find_layers
+from workbench.compress.batch import Batch, grouped
+from workbench.compress.factors import kind_of, product
+from workbench.compress.layers import Layer, can_hold, find_layers
 
 if TYPE_CHECKING:
     from workbench.compress.work import Work
@@ -15,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One weight of the dense model. `shape` is [outputs, inputs]; None means that the property does not apply.
+    """One weight of the dense model. `shape` is [outputs, inputs] in that; None means that the property does not apply.
 
     `sparsity` is the fraction of exact zeros, `bits` the width of the codes, `relative_error` ||W' - W|| / ||W||
-    (Frobenius), `weights` the number of weights now stored, zeros included.
+    (Frobenius, what was removed counts as zero), `weights` the number of weights now stored, zeros included. A weight that
+    several modules share is counted under the one that `outcome` names; `weights` is 0 under the others.
     """
 
     name: str
@@ -34,22 +39,81 @@ class LayerReport:
 def layer_reports(work: Work) -> tuple[LayerReport, ...]:
     """Return one report for every weight of the dense model, in the order of its modules."""
     dense, _ = find_layers(work.task.model)
-    return tuple(one_report(name, words, dense.get(name), [x for x in work.layers.values() if x.origin == name], work) for name, words in work.outcomes.items())
+    now: dict[str, list[Layer]] = {}
+    for layer in work.layers.values():
+        now.setdefault(layer.origin, []).append(layer)
+    measured = changes(dense, now)
+    return tuple(one_report(name, "; ".join(words) or work.left.get(name, "left dense"), now.get(name, []), measured.get(name), work) for name, words in work.outcomes.items())
 
 
-def one_report(name: str, words: list[str], dense: Layer | None, now: list[Layer], work: Work) -> LayerReport:
-    """Return the report of one weight; `now` holds the layer, its two factors, or nothing if no method can take it."""
-    outcome = "; ".join(words) or work.left.get(name, "left dense")
-    if dense is None or not now:
-        weight = work.model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
+def one_report(name: str, outcome: str, now: list[Layer], change: tuple[float, int] | None, work: Work) -> LayerReport:
+    """Return the report of one weight; `now` holds the layer, its factors, or nothing if no method can take it or it was removed."""
+    weight = work.task.model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
+    if work.place(name) is None:
+        return LayerReport(name, matrix_shape(work, name), 0, None, None, None, 1.0, outcome)
+    if name in work.shared:
+        return LayerReport(name, matrix_shape(work, name), 0, None, None, None, None, outcome)
+    if change is None:
         return LayerReport(name, tuple(weight.shape), weight.numel(), None, None, None, None, outcome)
-    original = dense.matrix()
-    current = now[0].matrix() if len(now) == 1 else now[1].matrix() @ now[0].matrix()
-    stored = [layer.matrix() for layer in now]
-    count = sum(matrix.numel() for matrix in stored)
-    zeros = sum(int((matrix == 0).sum()) for matrix in stored)
-    norm = float(original.norm())
-    error = None if norm == 0 else float((current - original).norm()) / norm
-    bits = now[0].grid.bits if now[0].grid is not None else None
-    return LayerReport(name, tuple(original.shape), count, zeros / count, now[0].rank, bits, error, outcome)
+    error, zeros = change
+    count = sum(layer.parameter.numel() for layer in now)
+    bits = next((layer.grid.bits for layer in now if layer.grid is not None), None)
+    return LayerReport(name, matrix_shape(work, name), count, zeros / count, now[-1].rank, bits, None if math.isnan(error) else error, outcome)
+
+
+def matrix_shape(work: Work, name: str) -> tuple[int, ...]:
+    """Return [outputs, inputs] of a dense weight, or its shape where it is no matrix."""
+    module = work.task.model.get_submodule(name)
+    if not isinstance(module, nn.Embedding) and not can_hold(module):
+        return tuple(module.weight.shape)  # type: ignore[arg-type]
+    return tuple(Layer(name, name, module).as_matrix(module.weight).shape)  # type: ignore[arg-type]
+
+
+def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, tuple[float, int]]:
+    """Return (||W' - W|| / ||W||, NaN for an all-zero W; exact zeros stored) of every weight, shape by shape: few kernels, one wait each.
+
+    Weights that left with removed structure count as zero.
+    """
+    alike: dict[object, list[str]] = {}
+    for name, layers in now.items():
+        if name in dense:
+            alike.setdefault(tuple((layer.parameter.shape, layer.parameter.dtype, layer.role) for layer in layers), []).append(name)
+    found: dict[str, tuple[float, int]] = {}
+    for names in alike.values():
+        for batch in grouped(dense[name] for name in names):
+            mine = [layer.name for layer in batch.layers]
+            parts = [now[name] for name in mine]
+            zeros = sum((Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*parts, strict=True))
+            original = batch.stored().float()
+            current = spread_out(multiplied(parts, batch.layers[0]), parts, original)
+            errors = (current - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)
+            both = torch.stack([errors.double(), torch.as_tensor(zeros).double()]).tolist()
+            found.update({name: (error, int(count)) for name, error, count in zip(mine, *both, strict=True)})
+    return found
+
+
+def multiplied(parts: list[list[Layer]], dense: Layer) -> Tensor:
+    """Return the matrices [layers, outputs, inputs] that layers multiply by, float32; `parts` holds each one's factors."""
+    first = parts[0]
+    if len(first) == 1:
+        return Batch(tuple(part for part, in parts)).stored().float()
+    stacks = {part.role or str(place): torch.stack([layers[place].parameter.detach().float() for layers in parts]) for place, part in enumerate(first)}
+    if "base" in stacks:
+        base = Batch(tuple(layer for layers in parts for layer in layers if layer.role == "base")).stored().float()
+        return base + stacks["second"].flatten(2) @ stacks["first"].flatten(2)
+    return product(list(stacks.values()), kind_of([layer.module for layer in first]), table=dense.table)
+
+
+def spread_out(current: Tensor, parts: list[list[Layer]], like: Tensor) -> Tensor:
+    """Return matrices in the dense shape, zero where rows or columns left."""
+    rows = [next((layer.rows for layer in layers if layer.rows is not None), None) for layers in parts]
+    columns = [next((layer.columns for layer in layers if layer.columns is not None), None) for layers in parts]
+    if all(index is None for index in (*rows, *columns)):
+        return current
+    full = torch.zeros_like(like)
+    down, across = (torch.arange(size, device=like.device) for size in like.shape[1:])
+    for place, matrix in enumerate(current):
+        mine, yours = rows[place], columns[place]
+        full[place, (down if mine is None else mine)[:, None], across if yours is None else yours] = matrix
+    return full

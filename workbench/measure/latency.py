@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 
 from workbench.compress.layers import Progress, no_progress
@@ -60,6 +59,8 @@ def measure_latency(
                 if index >= 0:
                     times[name].append(elapsed)
     progress("latency", rounds, rounds)
+    from scipy import stats  # takes a second to import, and is needed only here
+
     before, after = np.array(times["dense"]), np.array(times["realised"])
     ratios = before / after
     interval = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)

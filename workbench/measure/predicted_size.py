@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from workbench.compress.factors import Form, Shape, cost, factor_shapes, form_for
 from workbench.compress.layers import find_layers, output_head
 
 if TYPE_CHECKING:
+    from workbench.measure.predicted_structure import Anatomy
     from workbench.recipe import Recipe, Step
 
 # how safetensors names and orders dtypes: widest first, then by name of the tensor
@@ -53,11 +56,23 @@ class Weight:
     groups: int = 0
     zero_point: bool = False
     rank: int | None = None
+    scale_dtype: str = "F16"
+    others: tuple[str, ...] = ()  # names of the modules that share it
+    reserved: bool = False  # stays dense unless targets name it
+    table: bool = False
+    transposed: bool = False  # stored as [inputs, outputs]
+    estimated: bool = False  # the layer's own share of a budget depends on its values: `kept` is the average over layers
 
     @property
     def count(self) -> int:
         """Return the number of weights, zeros included."""
         return self.rows * self.columns
+
+    @property
+    def form_shape(self) -> Shape:
+        """Return what forms of low rank depend on."""
+        kernel = (self.shape[2], self.shape[3]) if len(self.shape) == 4 else (1, 1)
+        return Shape(self.rows, self.columns, kernel, convolution=len(self.shape) == 4, table=self.table)
 
     def encoded(self) -> list[Entry]:
         """Return the smallest encoding that shapes and promises allow (the rules of `workbench.runtime.packed`)."""
@@ -69,7 +84,7 @@ class Weight:
                 options.append([Entry(f"{key}.values", DTYPES[self.dtype], (self.kept,), self.kept * wide), mask])
             return min(options, key=total)
         scales = self.rows * self.groups
-        common = [Entry(f"{key}.scale", "F16", (self.rows, self.groups), 2 * scales)]
+        common = [Entry(f"{key}.scale", self.scale_dtype, (self.rows, self.groups), (4 if self.scale_dtype == "F32" else 2) * scales)]
         if self.zero_point:
             common.append(Entry(f"{key}.zero_point", "U8", (ceil8(scales * self.bits),), ceil8(scales * self.bits)))
         options = [[self.codes(self.count), *common]]
@@ -97,18 +112,21 @@ def total(entries: Iterable[Entry]) -> int:
 class Outline:
     """A model as shapes: the weights that methods can take, everything else, and the name of the output head.
 
-    `positions` says how often each weight is applied to one item (tokens, or pixels of a convolution's output).
+    `positions` says how often each weight is applied to one item (tokens, or pixels of a convolution's output). `slack` are
+    bytes that the header may take beyond what is known from shapes.
     """
 
     weights: tuple[Weight, ...]
     rest: tuple[Entry, ...]
     head: str | None
     positions: dict[str, int] = dataclasses.field(default_factory=dict)
+    slack: int = 0
+    anatomy: Anatomy | None = None  # without it, what a structured step leaves is unknown
 
     @classmethod
-    def of(cls, model: nn.Module, positions: dict[str, int] | None = None) -> Outline:
+    def of(cls, model: nn.Module, positions: dict[str, int] | None = None, anatomy: Anatomy | None = None) -> Outline:
         """Read the shapes of a model."""
-        layers, _ = find_layers(model)
+        layers = {name: layer for layer in find_layers(model)[0].values() for name in (layer.name, *layer.others)}
         weights, rest = [], []
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for key, value in model.state_dict().items():
@@ -121,63 +139,95 @@ class Outline:
                 rest.append(Entry(key, DTYPES[value.dtype], tuple(value.shape), value.nbytes))
             else:
                 rows, columns = layer.as_matrix(value).shape
-                weights.append(Weight(layer.name, layer.name, tuple(value.shape), rows, columns, value.dtype))
-        return cls(tuple(weights), tuple(rest), output_head(model), positions or {})
+                name, others = key.removesuffix(".weight"), (layer.name, *layer.others)
+                about = Weight(name, layer.name, tuple(value.shape), rows, columns, value.dtype, reserved=bool(layer.reserved), table=layer.table)
+                weights.append(dataclasses.replace(about, others=others if layer.others else ()))
+        return cls(tuple(weights), tuple(rest), output_head(model), positions or {}, anatomy=anatomy)
 
     def after(self, recipe: Recipe) -> Outline | None:
         """Return the outline after a recipe, or None if one of its methods is not known here."""
         made = self
         for step in recipe:
+            if getattr(step, "structured", False):
+                from workbench.measure.predicted_structure import after_structure
+
+                left = after_structure(made, step)
+                if left is None:
+                    return None
+                made = left
+                continue
             change = CHANGES.get(step.kind())
             if change is None:
                 return None
             weights = [part for weight in made.weights for part in (change(weight, step) if made.takes(weight, step) else [weight])]
-            made = dataclasses.replace(made, weights=tuple(weights))
-        split = {weight.origin for weight in made.weights if weight.rank is not None}
-        return dataclasses.replace(made, rest=tuple(moved_bias(entry, split) for entry in self.rest))
+            made = dataclasses.replace(made, weights=tuple(weights), slack=made.slack + slack(step, len(made.weights)))
+        moved = {weight.origin: weight.name for weight in made.weights if weight.name != weight.origin and not weight.others}  # the last of several
+        return dataclasses.replace(made, rest=tuple(moved_bias(entry, moved) for entry in made.rest))
 
     def takes(self, weight: Weight, step: Step) -> bool:
         """Return whether a step works on a weight (the output head stays dense unless it is named)."""
-        return not (step.targets == ("*",) and weight.origin == self.head) and (step.matches(weight.name) or step.matches(weight.origin))
+        return step.takes(weight.name, weight.origin, *weight.others, head=weight.origin == self.head or weight.reserved)
+
+    def entries(self) -> list[Entry]:
+        """Return the tensors that are stored."""
+        return [*self.rest, *(entry for weight in self.weights for entry in weight.encoded())]
 
     def file_bytes(self) -> int:
         """Return the bytes of the safetensors file: 8, the header padded to a multiple of 8, the tensors."""
-        entries = sorted([*self.rest, *(entry for weight in self.weights for entry in weight.encoded())], key=lambda e: (ORDER.index(e.dtype), e.name))
+        entries = sorted(self.entries(), key=lambda e: (ORDER.index(e.dtype), e.name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in entries:
             header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.bytes]}
             offset += entry.bytes
         length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-        return 8 + -(-length // 8) * 8 + offset
+        return 8 + -(-length // 8) * 8 + offset + self.slack
 
     def exact(self) -> bool:
-        """Return whether `file_bytes` is exact; else it is an upper bound."""
-        return not any(weight.bits for weight in self.weights)
+        """Return whether `file_bytes` is exact; else it is an upper bound (a close estimate where a budget is divided over the layers by their values)."""
+        return not self.slack and not any(weight.bits or weight.estimated for weight in self.weights)
 
     def multiply_adds(self) -> int:
-        """Return the multiply-adds of all weights for one item, zeros included, as every kernel of this version does."""
-        return sum(weight.count * self.positions.get(weight.origin, 1) for weight in self.weights)
+        """Return the multiply-adds of all weights for one item, zeros included, as every kernel of this version does.
+
+        A table costs none. Factors in front of a stride are counted as if they came after it: a lower bound for those.
+        """
+        return sum(weight.count * self.positions.get(weight.origin, 1) for weight in self.weights if not weight.table)
 
 
-def moved_bias(entry: Entry, split: set[str]) -> Entry:
-    """Return a bias under the name that it has once its layer is two."""
+def slack(step: Step, weights: int) -> int:
+    """Return the bytes of header that a step may add: ranks that are shared out by values make other layers two than uniform ones."""
+    return 256 * weights if getattr(step, "rank_allocation", "uniform") != "uniform" else 0
+
+
+def moved_bias(entry: Entry, moved: dict[str, str]) -> Entry:
+    """Return a bias under the name that it has once its layer is several; `moved` has the names of the modules that hold it now."""
     owner, _, last = entry.name.rpartition(".")
-    return dataclasses.replace(entry, name=f"{owner}.1.bias") if last == "bias" and owner in split else entry
+    return dataclasses.replace(entry, name=f"{moved[owner]}.bias") if last == "bias" and owner in moved else entry
 
 
 def lowrank(weight: Weight, step: Any) -> list[Weight]:
-    """Return the two factors of a weight, or the weight where that saves nothing."""
-    rank = max(1, round(step.rank_ratio * min(weight.rows, weight.columns)))
-    if rank * (weight.rows + weight.columns) >= weight.count:
+    """Return the factors of a weight, or the weight where they save nothing; shared out, uniform ranks stand for all."""
+    shape = weight.form_shape
+    form = form_for(shape, step.conv, step.rank_ratio)
+    if weight.others or cost(shape, form) >= weight.count:
         return [weight]
-    flat = len(weight.shape) == 2
-    first = (rank, weight.columns) if flat else (rank, *weight.shape[1:])
-    second = (weight.rows, rank) if flat else (weight.rows, rank, 1, 1)
-    return [
-        Weight(f"{weight.origin}.0", weight.origin, first, rank, weight.columns, weight.dtype, rank=rank),
-        Weight(f"{weight.origin}.1", weight.origin, second, weight.rows, rank, weight.dtype, rank=rank),
-    ]
+    return [part(weight, str(index), stored, form.ranks[min(index, len(form.ranks) - 1)]) for index, stored in enumerate(factor_shapes(shape, form))]
+
+
+def part(weight: Weight, name: str, stored: tuple[int, ...], rank: int) -> Weight:
+    """Return one of the weights that take the place of another."""
+    return Weight(f"{weight.origin}.{name}", weight.origin, stored, stored[0], math.prod(stored[1:]), weight.dtype, rank=rank, table=weight.table and name == "0")
+
+
+def repair(weight: Weight, step: Any) -> list[Weight]:
+    """Return the weight with two small ones beside it, where something was lost and they take less than the weight itself."""
+    rank = step.rank(weight.rows, weight.columns)
+    untouched = weight.kept is None and not weight.bits
+    if untouched or weight.table or weight.others or weight.rank is not None or rank * (weight.rows + weight.columns) >= weight.count:
+        return [weight]
+    first, second = factor_shapes(weight.form_shape, Form("channel", (rank,)))
+    return [part(weight, "first", first, rank), part(weight, "second", second, rank), dataclasses.replace(weight, name=f"{weight.origin}.base")]
 
 
 def prune(weight: Weight, step: Any) -> list[Weight]:
@@ -185,9 +235,7 @@ def prune(weight: Weight, step: Any) -> list[Weight]:
     if step.group is not None:
         kept, of = step.group
         return [weight] if weight.columns % of else [dataclasses.replace(weight, kept=weight.count * kept // of)]
-    if step.criterion == "wanda":
-        return [dataclasses.replace(weight, kept=weight.rows * (weight.columns - round(step.sparsity * weight.columns)))]
-    return [dataclasses.replace(weight, kept=weight.count - round(step.sparsity * weight.count))]
+    return [dataclasses.replace(weight, kept=weight.count - round(step.sparsity * weight.count), estimated=step.allocation != "uniform")]
 
 
 def quantize(weight: Weight, step: Any) -> list[Weight]:
@@ -203,4 +251,4 @@ def distill(weight: Weight, step: Any) -> list[Weight]:  # noqa: ARG001  trainin
     return [weight]
 
 
-CHANGES = {"lowrank": lowrank, "prune": prune, "quantize": quantize, "distill": distill}
+CHANGES = {"lowrank": lowrank, "prune": prune, "quantize": quantize, "repair": repair, "distill": distill}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import, which the first look would wait for
 from torch import Tensor
 
 from workbench.errors import DataError
@@ -94,10 +94,12 @@ def exp(x: float) -> float:
 
 
 def proportion(successes: Tensor, level: float) -> Estimate:
-    """Return the mean of 0/1 values with Wilson's interval."""
-    count, total = int(successes.sum()), len(successes)
-    interval = stats.binomtest(count, total).proportion_ci(level, method="wilson")
-    return Estimate(count / total, float(interval.low), float(interval.high))
+    """Return the mean of 0/1 values with the interval of Wilson (1927)."""
+    total = len(successes)
+    share, z = int(successes.sum()) / total, float(special.ndtri((1 + level) / 2))
+    centre, stretch = share + z**2 / (2 * total), 1 + z**2 / total
+    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    return Estimate(share, max(0.0, (centre - half) / stretch), min(1.0, (centre + half) / stretch))
 
 
 def paired_proportions(before: Tensor, after: Tensor, level: float) -> Estimate:
@@ -105,7 +107,7 @@ def paired_proportions(before: Tensor, after: Tensor, level: float) -> Estimate:
     total = len(before)
     gained, lost = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
     up, down = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
-    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt((up + down - (up - down) ** 2) / (total + 2))
+    half = float(special.ndtri((1 + level) / 2)) * math.sqrt((up + down - (up - down) ** 2) / (total + 2))
     return Estimate((gained - lost) / total, max(-1.0, up - down - half), min(1.0, up - down + half))
 
 
@@ -117,5 +119,5 @@ def mean(values: Tensor, weight: Tensor, level: float) -> Estimate:
         return Estimate(math.inf, math.inf, math.inf)
     residual = weight * (values - average) * len(values) / total
     error = float(torch.sqrt(residual.square().sum() / (len(values) - 1) / len(values)))
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2)) * error
     return Estimate(average, average - half, average + half)

@@ -14,7 +14,7 @@ class Grid:
 
     `codes` uint8 [outputs, inputs] below 2^bits; `scale` [outputs, groups], float16 where its range allows, else float32;
     `zero_point` uint8 [outputs, groups], or None for the symmetric grid, whose zero is 2^(bits - 1). Zero is always on the
-    grid, so that pruned weights stay exactly zero.
+    grid, so that pruned weights stay exactly zero. All may have one more dimension in front: layers of one shape together.
     """
 
     codes: Tensor
@@ -25,7 +25,7 @@ class Grid:
     @property
     def group_size(self) -> int:
         """Return the number of consecutive inputs that share a scale."""
-        return self.codes.shape[1] // self.scale.shape[1]
+        return self.codes.shape[-1] // self.scale.shape[-1]
 
     @property
     def zeros(self) -> Tensor:
@@ -36,10 +36,10 @@ class Grid:
 
     def dequantize(self) -> Tensor:
         """Return the weights as float32 [outputs, inputs]: the same multiplication everywhere, so the same bits."""
-        rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
-        zeros = self.zeros if self.zero_point is None else self.zeros.unsqueeze(2)
-        return ((grouped - zeros) * self.scale.float().unsqueeze(2)).reshape(rows, columns)
+        grouped = self.codes.unflatten(-1, (self.scale.shape[-1], -1)).float()
+        zeros = self.zeros if self.zero_point is None else self.zeros.unsqueeze(-1)
+        weights: Tensor = (grouped - zeros) * self.scale.float().unsqueeze(-1)
+        return weights.flatten(-2)
 
     def snap(self, matrix: Tensor) -> Grid:
         """Return the same grid with the codes nearest to `matrix` (float32 [outputs, inputs]); scales do not move."""
@@ -47,8 +47,7 @@ class Grid:
 
 
 def nearest_codes(matrix: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """Return the nearest codes, uint8 [outputs, inputs], of a float32 matrix for scales [outputs, groups]."""
-    rows, columns = matrix.shape
-    zeros = 1 << (bits - 1) if zero_point is None else zero_point.float().unsqueeze(2)
-    codes = torch.round(matrix.view(rows, scale.shape[1], -1) / scale.float().unsqueeze(2)) + zeros
-    return codes.clamp_(0, (1 << bits) - 1).to(torch.uint8).view(rows, columns)
+    """Return the nearest codes, uint8 [..., outputs, inputs], of a float32 matrix for scales [..., outputs, groups]."""
+    zeros = 1 << (bits - 1) if zero_point is None else zero_point.float().unsqueeze(-1)
+    codes = torch.round(matrix.unflatten(-1, (scale.shape[-1], -1)) / scale.float().unsqueeze(-1)) + zeros
+    return codes.clamp_(0, (1 << bits) - 1).to(torch.uint8).flatten(-2)

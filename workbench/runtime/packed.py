@@ -59,7 +59,7 @@ class Packed:
 
 def pack_model(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Packed:
     """Return the packed form of a model; `layers` carry the masks and grids of a compressed one."""
-    by_key = {f"{layer.name}.weight": layer for layer in layers}
+    by_key = {f"{name}.weight": layer for layer in layers for name in (layer.name, *layer.others)}
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
     owners: dict[tuple[int, tuple[int, ...]], str] = {}

@@ -30,7 +30,7 @@ def realise(compressed: Compressed, device: str) -> Realised:
 
 def reasons(compressed: Compressed, device: str) -> list[str]:
     """Return why masks and grids do not make this model faster on this device."""
-    step = compressed.recipe.get("prune")
+    step = next((step for step in compressed.recipe if step.kind() == "prune" and not getattr(step, "structured", False)), None)
     masked = step is not None and any(layer.mask is not None for layer in compressed.layers)
     widths = sorted({layer.grid.bits for layer in compressed.layers if layer.grid is not None})
     return reasons_for(getattr(step, "pattern", "unstructured") if masked else None, widths, device)

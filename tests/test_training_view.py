@@ -1,0 +1,107 @@
+"""The training curve in the panel: what it shows, and stopping that keeps what has been reached."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import tiny_tasks
+
+import workbench as wb
+from widgets.live import Live
+from widgets.session import Session
+from widgets.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
+from workbench.errors import RecipeError
+from workbench.predict import Predictor
+
+LONG = wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=100_000, distill_batch=8))
+
+
+def points_of(svg):
+    return [tuple(map(float, pair.split(","))) for pair in re.search(r"points='([^']*)'", svg)[1].split()]
+
+
+def test_the_curve_starts_left_and_ends_where_the_training_is():
+    found = points_of(curve_svg([(0, 3.0), (1, 2.0), (2, 1.0)], 5))
+    assert found[0] == (0.0, 3.0)  # the largest loss stands at the top
+    assert found[-1] == (WIDTH / 2, HEIGHT - 3)
+    assert [x for x, _ in found] == sorted(x for x, _ in found)
+
+
+def test_a_long_curve_is_thinned_and_a_wide_one_is_logarithmic():
+    found = points_of(curve_svg([(i, 1.0) for i in range(10_000)], 10_000))
+    assert len(found) <= WIDTH + 30
+    middle = points_of(curve_svg([(0, 100.0), (1, 1.0), (2, 0.01)], 3))[1]
+    assert middle[1] == pytest.approx(HEIGHT / 2, abs=0.1)
+
+
+def test_a_single_step_and_a_loss_of_zero_have_a_curve():
+    assert points_of(curve_svg([(0, 0.0)], 1))
+    assert "step 1 of 1: loss 0" in curve_html([(0, 0.0)], 1, running=False)
+
+
+def test_the_words_say_whether_it_runs_ended_or_was_stopped():
+    assert "training, step 2 of 4: loss 2 \N{RIGHTWARDS ARROW} 1" in curve_html([(0, 2.0), (1, 1.0)], 4, running=True)
+    assert "training stopped, step 2 of 4" in curve_html([(0, 2.0), (1, 1.0)], 4, running=False)
+    assert ">trained, step 2 of 2" in curve_html([(0, 2.0), (1, 1.0)], 2, running=False)
+
+
+def test_it_is_hidden_without_training_and_its_button_while_nothing_runs():
+    view = TrainingView(lambda: None)
+    view.show(Live(LONG))
+    assert view.layout.display == "none"
+    view.show(Live(LONG, state="training", curve=((0, 1.0),), curve_steps=9))
+    assert (view.layout.display, view.button.layout.visibility) == (None, "visible")
+    view.show(Live(LONG, state="measured", curve=((0, 1.0),), curve_steps=9))
+    assert (view.layout.display, view.button.layout.visibility) == (None, "hidden")
+
+
+@pytest.fixture
+def session(tmp_path):
+    bench = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu")
+    errors = []
+    made = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=errors.append, on_not_loaded=errors.append)
+    made.bench, made.predictor = bench, Predictor(bench)
+    yield made
+    made.close()
+    assert errors == []
+
+
+def test_stopping_keeps_and_measures_what_has_been_reached(session):
+    training, followed = threading.Event(), []
+    session.on_live = lambda: training.set() if session.live.state == "training" else None
+    session.on_recipe = followed.append
+    session.start(LONG)
+    assert training.wait(30)
+    session.stop_training()
+    job = session.measurer.running or session.measurer.waiting
+    assert job.done.wait(60)
+    point = session.live.point
+    assert point.complete
+    stopped = point.recipe.get("distill").stop_at
+    assert 1 <= stopped < 100_000
+    assert len(point.curve) == stopped
+    assert session.live.recipe == point.recipe
+    assert followed == [point.recipe]
+    assert session.live.curve == point.curve
+    assert session.live.curve_steps == 100_000
+    assert [row.recipe for row in session.rows()] == [point.recipe]
+
+
+def test_moving_on_while_it_trains_leaves_nothing_of_it(session):
+    training = threading.Event()
+    session.on_live = lambda: training.set() if session.live.state == "training" else None
+    session.start(LONG)
+    assert training.wait(30)
+    session.start(wb.Recipe(wb.Prune(sparsity=0.3)))
+    job = session.measurer.running if session.measurer.waiting is None else session.measurer.waiting
+    assert job.done.wait(60)
+    assert session.live.recipe == wb.Recipe(wb.Prune(sparsity=0.3))
+    assert session.live.curve == ()
+    assert len(session.rows()) == 1
+
+
+def test_there_is_nothing_to_stop_while_nothing_trains(session):
+    with pytest.raises(RecipeError, match="nothing is being trained"):
+        session.stop_training()

@@ -1,0 +1,77 @@
+"""Copies of a model that share its tensors: methods replace what they change, so that nothing else is copied.
+
+A deep copy of a language model takes longer than compressing it, and holds every tensor twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+TABLES = ("_parameters", "_buffers", "_modules")  # of names; the tables are copied, what they hold is not
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Return a model of new modules around the same parameters and buffers.
+
+    Nobody may change those in place: `Layer.write` puts new parameters into their places, and whoever trains calls
+    `own_parameters` first. A model whose modules hold other modules outside the module tree (in a list, or as a bound
+    method) is copied whole, since sharing would tie both models together.
+    """
+    if any(holds_modules(module) for module in model.modules()):
+        return copy.deepcopy(model)
+    return twin(model)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return new modules around the same parameters and buffers; whatever else the modules hold is shared too."""
+    made: dict[int, nn.Module] = {}
+    for module in model.modules():
+        copied = made[id(module)] = module.__class__.__new__(module.__class__)
+        inside = vars(module)
+        copied.__dict__.update(inside)
+        copied.__dict__.update({name: inside[name].copy() for name in own_tables(tuple(inside))})
+        copied.__dict__.pop("_compiled_call_impl", None)
+    for copied in made.values():
+        copied._modules.update({name: made[id(child)] for name, child in copied._modules.items() if child is not None})  # noqa: SLF001  as torch's own copies do
+    return made[id(model)]
+
+
+@cache
+def own_tables(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return which attributes of a module are tables that a copy has of its own."""
+    return tuple(name for name in names if name in TABLES or "hooks" in name)
+
+
+def holds_modules(module: nn.Module) -> bool:
+    """Return whether an ordinary attribute leads to a module, or a table is none that can be copied."""
+    return any(leads_to_module(value) for name, value in vars(module).items() if name not in TABLES and "hooks" not in name)
+
+
+def leads_to_module(value: Any) -> bool:
+    """Return whether a value is a module, a method of one, a partial function over one, or a collection with one in it."""
+    if isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module):
+        return True
+    if isinstance(value, dict):
+        return any(map(leads_to_module, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(leads_to_module, value))
+    parts = (getattr(value, "func", None), *getattr(value, "args", ()), *getattr(value, "keywords", {}).values()) if hasattr(value, "func") and hasattr(value, "keywords") else ()
+    return any(map(leads_to_module, parts))
+
+
+def own_parameters(model: nn.Module) -> None:
+    """Give a model parameters and buffers of its own, clones of those it has; what was shared within the model stays shared."""
+    clones: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):  # noqa: SLF001  no public way replaces a parameter by one that is tied
+            for name, tensor in table.items():
+                if tensor is not None:
+                    if id(tensor) not in clones:
+                        clone = tensor.detach().clone()
+                        clones[id(tensor)] = nn.Parameter(clone, requires_grad=False) if isinstance(tensor, nn.Parameter) else clone
+                    table[name] = clones[id(tensor)]  # type: ignore[assignment]

@@ -1,0 +1,109 @@
+"""What each layer alone costs: the recipe on one layer at a time, everything else dense.
+
+What it does not say: what layers cost together. Errors of one layer pass through the next ones and can add up, cancel or
+grow, so the costs of single layers do not sum to that of the whole recipe. Distillation is left out: it would train a model
+of which only one layer is compressed. Each interval holds by itself: of twenty layers, about one may lie outside its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from workbench.compress import compress
+from workbench.compress.layers import Progress, find_layers, output_head
+from workbench.errors import CompressionError, RecipeError
+from workbench.measure.quality import Estimate, quality
+from workbench.measure.size import sizes
+from workbench.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from workbench.bench import Bench
+
+ITEMS = 256  # evaluation items read for each layer
+WINDOWS = 16  # of a language model, whose items are whole windows of text
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What a recipe on one layer alone costs and saves.
+
+    `drop` is how much worse the task's metric gets (as `Quality.drop`), `loss` how much the loss grows in nats, both paired
+    with the dense model on the same `items`; `saved_bytes` is how much smaller the file gets. A layer that no step fits has
+    a `reason` and nothing else.
+    """
+
+    name: str
+    recipe: Recipe
+    metric: str
+    items: int
+    drop: Estimate | None
+    loss: Estimate | None
+    saved_bytes: int
+    reason: str = ""
+
+
+def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
+    """Return the part of a recipe that works on one layer, without distillation; `head` names the output head.
+
+    Raises:
+        RecipeError: a step works on one factor of this layer only.
+
+    """
+    steps = []
+    for step in recipe:
+        whole = step.takes(layer, head=layer == head)
+        parts = {step.takes(f"{layer}.{index}", layer, head=layer == head) for index in (0, 1)}
+        if parts != {whole} and step.kind() != "distill":
+            raise RecipeError(f"{step!r} works on one factor of {layer} only: its sensitivity is not defined")
+        if whole and step.kind() != "distill":
+            steps.append(dataclasses.replace(step, targets=(layer,)))
+    return Recipe(*steps)
+
+
+def layers_of(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
+    """Return the layers that a recipe works on, each with its own part of it, in the order of the model."""
+    head = output_head(model)
+    parts = {name: alone(recipe, name, head) for name in find_layers(model)[0]}
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def sensitivities(bench: Bench, recipe: Recipe, items: int | None, progress: Progress) -> Iterator[LayerSensitivity]:
+    """Yield the sensitivity of each layer that `recipe` works on; what was found before for the same part is not done again.
+
+    Raises:
+        RecipeError: the recipe works on no layer, or see `alone`; `items` below 2.
+
+    """
+    count = min(len(bench.evaluation), items or (WINDOWS if bench.task.kind.primary == "perplexity" else ITEMS))
+    if count < 2:
+        raise RecipeError(f"items={items!r} is refused: an interval needs at least 2 of the {len(bench.evaluation)} evaluation items")
+    parts = layers_of(bench.task.model, recipe)
+    if not parts:
+        raise RecipeError(f"{recipe!r} compresses no layer: turn a slider on first")
+    for index, (name, part) in enumerate(parts.items()):
+        progress("sensitivity", index, len(parts))
+        yield bench.statistics.once(("sensitivity", part, count), partial(measured, bench, name, part, count, progress))
+    progress("sensitivity", len(parts), len(parts))
+
+
+def measured(bench: Bench, name: str, part: Recipe, count: int, progress: Progress) -> LayerSensitivity:
+    """Return the sensitivity of one layer: compress it alone, and score it on the first `count` items."""
+    task = bench.task
+    try:
+        compressed = compress(task, part, bench.statistics_with(progress), progress, shared=True)
+    except CompressionError as error:
+        return LayerSensitivity(name, part, task.kind.primary, count, None, None, 0, str(error))
+    dense = bench.dense_scores(count, progress)
+    mine = bench.scores_up_to(compressed.model, [], count, progress)
+    found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, bench.confidence)}
+    main = found[task.kind.primary]
+    loss = found["loss"].change if "loss" in found else main.change.mapped(lambda x: math.log1p(x) if x > -1 else -math.inf)
+    saved = bench.dense_sizes().file_bytes - sizes(compressed.model, compressed.layers).file_bytes
+    return LayerSensitivity(name, part, main.metric, count, main.drop, loss, saved)
