@@ -226,6 +226,9 @@ def test_a_training_is_watched_and_can_be_stopped():
     made = compress(task, recipe, training=Training(lambda curve, steps: seen.append((len(curve), steps))))
     assert seen == [(1, 3), (2, 3), (3, 3), (4, 5), (5, 5)]
     assert [index for index, _ in made.curve] == [0, 1, 2, 3, 4]
+    ended = compress(task, recipe, training=Training(enough=lambda: True))  # only Distill can say where it ended
+    assert len(ended.curve) == 4
+    assert same(weights(compress(task, ended.recipe).model), weights(ended.model))
 
     class StoppedError(Exception):
         pass
@@ -289,8 +292,10 @@ def test_a_pattern_that_no_layer_can_take_is_refused(criterion):
 def test_too_few_rows_for_second_moments_are_stated_and_regularised():
     task = tiny_task("llama")
     few = type(task)(**{**vars(task), "calibration": task.calibration[:3]})  # 24 tokens, 32 inputs of down_proj
-    made = compress(few, Recipe(wb.Prune(criterion="sparsegpt")))
+    kept = Statistics(few)
+    made = compress(few, Recipe(wb.Prune(criterion="sparsegpt")), kept)
     assert len(made.warnings) == 1
+    assert compress(few, Recipe(wb.Prune(criterion="sparsegpt", allocation="global")), kept).warnings == made.warnings  # also from what was kept, and once
     assert "too few rows for the second moments of 'model.layers.0.mlp.down_proj' and 1 more (24 rows for 32 inputs): regularised by damping of 0.01" in made.warnings[0]
     assert all(torch.isfinite(tensor).all() for tensor in made.model.state_dict().values())
     assert compress(task, Recipe(wb.Prune(criterion="sparsegpt"))).warnings == ()
@@ -311,6 +316,7 @@ def test_a_moment_that_is_not_positive_is_damped_more_and_the_warning_says_so(de
     assert -0.1 < smallest < -0.01
     made = compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept)
     assert f"damping raised to 0.1 of the mean diagonal where a second moment was singular: '{name}'" in made.warnings[0]
+    assert compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept).warnings == made.warnings
 
 
 @pytest.mark.parametrize("change", [lambda m: m * float("inf"), lambda m: torch.full_like(m, float("nan")), lambda m: 2 * m.diagonal().diag() - 100 * m], ids=["inf", "nan", "negative"])

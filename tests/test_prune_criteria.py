@@ -100,7 +100,7 @@ def test_more_columns_than_a_block(group):
     generator = torch.Generator().manual_seed(1)
     weight, inputs = torch.randn(12, 200, generator=generator), torch.randn(400, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
     weight, inputs = weight.float(), inputs.float()
-    upper, alive = factorise((inputs.t() @ inputs / len(inputs)).unsqueeze(0), [Layer("a", "a", torch.nn.Linear(1, 1))], [])
+    upper, alive, _ = factorise((inputs.t() @ inputs / len(inputs)).unsqueeze(0), [Layer("a", "a", torch.nn.Linear(1, 1))])
     found, kept = solve(weight.clone().unsqueeze(0), Built(upper, alive), [round(0.4 * 2400)], group, torch.ones(1, 12, 200, dtype=torch.bool))
     expected = reference(weight, inputs, 0.4, group, block=128)
     assert int((~kept).sum()) == 960

@@ -3,81 +3,28 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tasks import MODELS, VOCABULARY, same, spread, tiny_task, weights
+from structure_models import ALL, grouped_llama, logits, masked, task_of
+from tiny_tasks import same, spread, tiny_task, weights
 from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.structure_spaces import removed_count
-from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import counted_sizes, sizes
 from workbench.measure.weights import weight_changes
 from workbench.recipe import Recipe
 from workbench.statistics import Statistics
 from workbench.tasks import score
 
-
-def grouped_llama(heads: int = 4, shared: int = 2, layers: int = 3) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=heads,
-                                        num_key_value_heads=shared, max_position_embeddings=64, attention_bias=True, pad_token_id=0))  # fmt: skip
-
-
-def scaled_gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=1, scale_attn_by_inverse_layer_idx=True)
-    return GPT2LMHeadModel(config)
-
-
-def bottleneck() -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    return ResNetForImageClassification(ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck", num_labels=4))
-
-
-def distilbert() -> nn.Module:
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=2, n_heads=4, max_position_embeddings=16, num_labels=4)
-    return DistilBertForSequenceClassification(config)
-
-
-BUILDERS = {**MODELS, "grouped": grouped_llama, "scaled": scaled_gpt2, "bottleneck": bottleneck, "distilbert": distilbert}
-SORT_OF = {"grouped": "llama", "scaled": "gpt2", "bottleneck": "resnet", "distilbert": "bert"}
 CASES = [(name, pattern) for name in ("vit", "llama", "grouped", "gpt2", "scaled", "bert", "distilbert") for pattern in ("heads", "neurons")]
 CASES += [("resnet", "channels"), ("bottleneck", "channels")]
 BLOCKS = ("vit", "grouped", "scaled", "distilbert", "resnet", "bottleneck")
-
-
-def task_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    torch.manual_seed(0)
-    return tiny_task(SORT_OF.get(name, name), device, dtype, model=spread(BUILDERS[name]()))
-
-
-def logits(task, model):
-    with torch.no_grad():
-        return task.kind.logits(model, task.evaluation.to(next(model.parameters()).device)).float()
-
-
-def masked(task, made) -> nn.Module:
-    """Return the dense model with every removed input set to zero where it is read: a removed unit that nobody hears."""
-    model = copy.deepcopy(task.model)
-    for layer in made.layers:
-        weight = model.get_submodule(layer.origin).weight.data
-        if layer.columns is not None:
-            matrix = layer.as_matrix(weight)
-            gone = [i for i in range(matrix.shape[1]) if i not in set(layer.columns.tolist())]
-            matrix[:, gone] = 0
-    return model
 
 
 @pytest.mark.parametrize(("name", "pattern"), CASES)
@@ -281,10 +228,6 @@ def test_the_cache_of_keys_and_values_finds_its_layers(device):
     assert [layer.self_attn.layer_idx for layer in made.model.layers] == [0, 1]
 
 
-ALL = {"grouped": ("heads", "neurons", "layers"), "scaled": ("heads", "neurons", "layers"), "vit": ("layers", "neurons", "heads"), "distilbert": ("heads", "neurons", "layers"),
-       "bert": ("heads", "neurons"), "resnet": ("channels", "layers"), "bottleneck": ("channels", "layers")}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_every_other_step_works_on_what_is_left(name, dtype, device):
@@ -341,80 +284,3 @@ def test_a_group_penalty_makes_units_small_before_they_go():
 
     assert size(strong) < 0.9 * size(weak)
     assert len(strong.curve) == 20
-
-
-# --- what does not fit
-
-
-@pytest.mark.parametrize(("name", "options", "error", "message"), [
-    ("resnet", {"pattern": "heads"}, CompressionError, "tiny-resnet has no heads that it can remove"),
-    ("vit", {"pattern": "channels"}, CompressionError, "has no channels that it can remove .*width that every block of attention reads"),
-    ("llama", {"pattern": "channels"}, CompressionError, "has no channels that it can remove"),
-    ("bert", {"pattern": "layers"}, CompressionError, "has no layers that it can remove .its lists of blocks have one each"),
-    ("vit", {"pattern": "heads", "sparsity": 0.2}, CompressionError, r"0.2 of 2 heads is less than half of one; it starts at sparsity=0.25"),
-    ("vit", {"pattern": "layers", "sparsity": 0.2}, CompressionError, r"0.2 of 2 blocks is less than half of one; it starts at sparsity=0.25"),
-    ("vit", {"pattern": "heads", "allocation": "sensitivity"}, RecipeError, "allocation='sensitivity' divides zeros, not structure"),
-    ("vit", {"pattern": "heads", "rounds": 2, "train_steps": 3}, RecipeError, "structure is removed in one round"),
-    ("vit", {"pattern": "heads", "criterion": "sparsegpt"}, RecipeError, "criterion='sparsegpt' removes single weights"),
-    ("vit", {"pattern": "neurons", "targets": ("fc1",)}, RecipeError, "target 'fc1' of prune names no layer"),
-])  # fmt: skip
-def test_what_cannot_be_removed_is_refused_in_words(name, options, error, message):
-    task = task_of(name)
-    before = weights(task.model)
-    with pytest.raises(error, match=message):
-        compress(task, Recipe(wb.Prune(**options)))
-    assert same(weights(task.model), before)
-
-
-def test_structure_comes_before_low_rank():
-    with pytest.raises(RecipeError, match=r"Prune\(pattern='heads'\) cannot follow LowRank.*put it first"):
-        Recipe(wb.LowRank(), wb.Prune(pattern="heads"))
-
-
-def test_asking_for_all_leaves_one_and_the_report_says_so():
-    made = compress(task_of("vit"), Recipe(wb.Prune(sparsity=0.95, pattern="heads")))
-    assert "1 of 2 heads of vit.layers.0.attention removed by magnitude (0.95 asked, 0.5 given; one has to stay)" in {row.name: row.outcome for row in made.report}["vit.layers.0.attention.q_proj"]
-
-
-def test_heads_that_do_not_divide_are_skipped_with_the_numbers():
-    task = task_of("vit")
-    task.model.vit.layers[0].attention.head_dim = 5
-    with pytest.raises(CompressionError, match="heads do not divide: 16 query and 16 key outputs.*5 a head"):
-        compress(task, Recipe(wb.Prune(pattern="heads", targets=("vit.layers.0.*",))))
-    task.model.vit.layers[0].attention.head_dim = 8
-    task.model.vit.layers[1].attention.bias_of_all = nn.Parameter(torch.zeros(2, 9))
-    rows = {row.name: row.outcome for row in compress(task, Recipe(wb.Prune(pattern="heads"))).report}
-    assert rows["vit.layers.1.attention.q_proj"] == "prune skipped: its parameter bias_of_all [2, 9] belongs to several heads at once"
-
-
-def test_a_convolution_in_groups_leaves_its_channels_alone_and_says_so():
-    task = task_of("resnet")
-    layer = task.model.resnet.encoder.stages[1].layers[1].layer[1]
-    layer.convolution = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False).requires_grad_(requires_grad=False)
-    made = compress(task, Recipe(wb.Prune(pattern="channels")))
-    rows = {row.name: row.outcome for row in made.report}
-    assert "its channels meet resnet.encoder.stages.1.layers.1.layer.1.convolution, a convolution in 4 groups" in rows["resnet.encoder.stages.1.layers.1.layer.0.convolution"]
-    assert "4 of 8 channels" in rows["resnet.embedder.embedder.convolution"]
-    torch.testing.assert_close(logits(task, made.model), logits(task, masked(task, made)), atol=1e-4, rtol=1e-4)
-
-
-def test_a_layer_that_targets_leave_out_keeps_all_that_it_is_tied_to():
-    task = task_of("resnet")
-    made = compress(task, Recipe(wb.Prune(pattern="channels", targets=("!classifier.1",))))
-    rows = {row.name: row for row in made.report}
-    assert rows["classifier.1"].weights == rows["classifier.1"].shape[0] * rows["classifier.1"].shape[1]
-    assert "tied to classifier.1, which targets leave out" in rows["resnet.encoder.stages.1.layers.0.shortcut.convolution"].outcome
-
-
-def test_targets_choose_blocks_and_names_stay_those_of_the_dense_model():
-    task = task_of("grouped")
-    first = wb.Prune(sparsity=0.4, pattern="layers", targets=("model.layers.0.*", "model.layers.1.*"))
-    made = compress(task, Recipe(first, wb.Quantize(weight_bits=4, targets=("model.layers.2.*",))))
-    rows = {row.name: row for row in made.report}
-    removed = {row.name.split(".")[2] for row in made.report if row.weights == 0}
-    assert len(removed) == 1
-    assert "2" not in removed
-    assert {row.name.split(".")[2] for row in made.report if row.bits == 4} == {"2"}  # it stands at place 1 now
-    assert rows["model.layers.2.mlp.up_proj"].bits == 4
-    with pytest.raises(RecipeError, match="target 'model.layers.9"):
-        compress(task, Recipe(dataclasses.replace(first, targets=("model.layers.9.*",))))

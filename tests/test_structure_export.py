@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_structure import ALL, grouped_llama, logits, task_of
+from structure_models import ALL, grouped_llama, logits, task_of
 from tiny_tasks import spread, tiny_task
 
 import workbench as wb

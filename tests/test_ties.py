@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_tasks import tiny_task
+from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
@@ -149,3 +149,22 @@ def test_looking_up_costs_no_multiply_adds():
     table = next(weight for weight in outline.weights if weight.name == "model.embed_tokens")
     assert table.table
     assert outline.multiply_adds() == sum(weight.count for weight in outline.weights) - table.count
+
+
+STORED = [
+    ("llama", wb.Quantize(weight_bits=4, targets=("*", "lm_head"))), ("gpt2", wb.Prune(sparsity=0.6, targets=("*", "lm_head"))),
+    ("untied", wb.LowRank(rank_ratio=0.3, targets=("model.embed_tokens", "lm_head"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sort", "step"), STORED, ids=[sort for sort, _ in STORED])
+def test_an_export_of_heads_and_embeddings_comes_back_bit_for_bit(sort, step, tmp_path, ledger):
+    bench = wb.Bench(tiny_task(sort), ledger=ledger, progress=False)
+    loaded = wb.load(bench.export(Recipe(step), tmp_path / "out"))
+    made = compress(bench.task, Recipe(step)).model
+    assert same(weights(loaded), weights(made))
+    ids = torch.arange(16).view(2, 8)
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, made(ids).logits)
+    if sort != "untied":
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight

@@ -32,7 +32,7 @@ class KeepBar(ipw.HBox):
         self.key = ""
         self.quiet = self.running = False
         self.pin = ipw.ToggleButton(description="pin")
-        self.note = ipw.Text(continuous_update=False, tooltip=f"A note on this point, at most {LONGEST_NOTE} characters; Enter keeps it")
+        self.note = ipw.Text(description="note", continuous_update=False, tooltip=f"A note on this point, at most {LONGEST_NOTE} characters; Enter keeps it")
         self.report = ipw.Button(description="save report")
         self.folder = ipw.Text("reports", description="in", tooltip="Folder of reports, relative to the notebook")
         super().__init__([self.pin, self.note, self.report, self.folder])

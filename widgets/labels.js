@@ -23,6 +23,12 @@ export default {
     const ended = new AbortController();
     attached(el).then((panel) => {
       if (!panel || ended.signal.aborted) return;
+      // JupyterLab takes arrows and letters for cells unless the focused element itself says no; Ctrl+S and the like stay JupyterLab's
+      window.addEventListener("keydown", (event) => {
+        if (!panel.contains(event.target)) return;
+        if (event.ctrlKey || event.metaKey || event.altKey) event.target.removeAttribute("data-lm-suppress-shortcuts");
+        else put(event.target, "data-lm-suppress-shortcuts", "true");
+      }, { capture: true, signal: ended.signal });
       for (const [place, words] of Object.entries(model.get("groups"))) {
         for (const group of panel.querySelectorAll(place)) { put(group, "role", "group"); put(group, "aria-label", words); }
       }

@@ -62,7 +62,8 @@ class RecipeForm(ipw.VBox):
             self.set_trait("error", form.error)
             return
         try:
-            made = Recipe(*(step for other in self.forms if other.step is not None for step in self.line(other).steps(other.step)))
+            steps = [step for other in self.forms if other.step is not None for step in self.line(other).steps(other.step)]
+            made = Recipe(*sorted(steps, key=lambda step: step.order))
         except RecipeError as error:
             self.set_trait("last", last)
             self.set_trait("error", str(error))
@@ -98,7 +99,7 @@ class RecipeForm(ipw.VBox):
         """
         kinds = list(dict.fromkeys(step.kind() for step in recipe))
         shown = [form.kind.kind() for form in self.forms if form.kind.kind() in kinds]
-        if kinds != shown or [step.kind() for step in recipe] != sorted((step.kind() for step in recipe), key=shown.index):
+        if list(recipe) != sorted(sorted(recipe, key=lambda step: shown.index(step.kind())), key=lambda step: step.order):
             raise RecipeError(f"{recipe!r} cannot be put on the sliders: they hold steps in the order {', '.join(shown)}, those of one kind together")
         self.hold = True
         try:

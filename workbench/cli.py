@@ -79,6 +79,20 @@ def models() -> None:
     show(table)
 
 
+@workbench.command()
+def methods() -> None:
+    """List every method and choice: its source, what it computes once, what a move costs, what it does not do."""
+    from rich.table import Table
+
+    from workbench.methods import method_rows
+
+    rows = method_rows()
+    table = Table(*rows[0], title="Methods; the options of each: workbench measure --help")
+    for row in rows:
+        table.add_row(*row.values())
+    show(table)
+
+
 @workbench.command(cls=JobCommand)
 @click.option("--again", is_flag=True, help="measure even if the ledger has this point")
 @click.option("--export", "directory", type=click.Path(path_type=Path), help="also write the compressed model to this directory")

@@ -70,6 +70,17 @@ def configuration(cls: type[T]) -> type[T]:
     return cast("type[T]", made)
 
 
+@dataclasses.dataclass(frozen=True)
+class About:
+    """A line of the table of methods, for readers: one choice of a method."""
+
+    choice: str  # such as `criterion=wanda`
+    source: str  # paper and year
+    once: str  # what is computed once per model and kept
+    move: str  # what a move of the slider costs after that
+    limits: str  # what it does not achieve
+
+
 @configuration
 class Step:
     """Base of every method's configuration. Running a step adds no state to it.
@@ -84,6 +95,8 @@ class Step:
     slider: ClassVar[str] = ""
     position: ClassVar[int] = 100
     stops: ClassVar[tuple[float, ...]] = ()
+    about: ClassVar[tuple[About, ...]] = ()  # lines of the table of methods
+    added: ClassVar[tuple[str, ...]] = ()  # options of later versions: at their defaults they do not change a recipe's key, so ledgers stay known
 
     targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'; '!' before one leaves out what it picks", min_length=1)] = ("*",)
     seed: Annotated[int, Field(description="seed of every random choice", ge=0)] = 0
@@ -114,8 +127,17 @@ class Step:
         fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
         return {name: info for name, info in fields.items() if name not in {"targets", "seed"}}
 
+    def unchanged(self) -> set[str]:
+        """Return the options of later versions that are at their defaults."""
+        return {field.name for field in dataclasses.fields(self) if field.name in self.added and getattr(self, field.name) == field.default}
+
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Raise `RecipeError`, with the reason, if this step cannot follow the `earlier` ones."""
+
+    @property
+    def order(self) -> int:
+        """Return the place among steps that are built from flat options: `position`, unless the step's choices say otherwise."""
+        return self.position
 
     @property
     def claim(self) -> str:
@@ -233,7 +255,7 @@ class Methods:
                 steps += [step(seed=seed, **{**given, step.slider: value, "targets": (target,)}) for target, value in own.items()]
             elif given:
                 raise RecipeError(f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave them out")
-        return steps
+        return sorted(steps, key=lambda step: step.order)
 
 
 def ending(name: str) -> str:
@@ -348,5 +370,9 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Return a hash that is the same in every process and version of Python: 16 hexadecimal digits."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        """Return a hash that is the same in every process and version of Python: 16 hexadecimal digits.
+
+        It is of the JSON, without the options that later versions added (`Step.added`) where they are at their defaults.
+        """
+        told = [{"step": step.kind(), **{name: value for name, value in dataclasses.asdict(step).items() if name not in step.unchanged()}} for step in self.steps]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

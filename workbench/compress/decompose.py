@@ -1,4 +1,4 @@
-"""Decompositions of many matrices at once: the directions that carry most, in the weights' metric or in that of the outputs.
+"""Decompositions of stacks of matrices: the directions that carry most, in the weights' metric or in that of the outputs.
 
 All work is float64: squared singular values of a Gram matrix keep 16 digits there. Stacks are [layers, outputs, inputs].
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from workbench.errors import CompressionError
 
-CHUNK = 2**23  # float64 numbers worked on at a time, or those of one layer: no device decomposes a batch quicker than its members
 RIDGE = 1e-8  # of a second moment's mean diagonal, added to it: directions without data are then ordered by the weights
 SILENT = 1e-13  # squared singular values below this fraction of the largest are rounding
 
@@ -27,11 +26,9 @@ class Stack:
     right: Tensor
 
 
-def chunks(count: int, rows: int, columns: int) -> list[slice]:
-    """Return which layers to work on together, so that memory stays bounded."""
-    each = rows * rows + columns * columns + 3 * rows * columns
-    size = max(1, CHUNK // each)
-    return [slice(start, start + size) for start in range(0, count, size)]
+def one_by_one(count: int) -> list[slice]:
+    """Return which layers to work on together: one, since no device decomposes a batch quicker than its members, and bits then never depend on the batch."""
+    return [slice(index, index + 1) for index in range(count)]
 
 
 def decompose(weights: Tensor, moments: list[Tensor] | None, most: int, dtype: torch.dtype) -> Stack:
@@ -41,7 +38,7 @@ def decompose(weights: Tensor, moments: list[Tensor] | None, most: int, dtype: t
     singular value decomposition, its singular values shared evenly between both factors.
     """
     parts = []
-    for part in chunks(len(weights), *weights.shape[1:]):
+    for part in one_by_one(len(weights)):
         weight = weights[part].double()
         basis = leading(weight, None if moments is None else torch.stack(moments[part]).double(), most)
         parts.append(factors(weight, basis, even=moments is None, dtype=dtype))

@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.compress.training import Plan, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
-from workbench.recipe import METHODS, Step, configuration
+from workbench.recipe import METHODS, About, Step, configuration
 from workbench.tasks.base import Items
 
 
@@ -32,6 +32,10 @@ class Distill(Step):
     slider: ClassVar[str] = "temperature"
     position: ClassVar[int] = 40
     stops: ClassVar[tuple[float, ...]] = (1.0, 2.0, 4.0)
+    added: ClassVar[tuple[str, ...]] = ("stop_at",)
+    about: ClassVar[tuple[About, ...]] = (
+        About("temperature, alpha", "Hinton et al. 2015; Bengio et al. 2013 (rounding)", "nothing", "training", "learns no scales, matches no hidden states"),
+    )  # fmt: skip
 
     temperature: Annotated[float, Field(gt=0, le=100, description="softens both distributions; 1 leaves them as they are")] = 2.0
     alpha: Annotated[float, Field(ge=0, le=1, description="weight of the teacher's answers against the true labels")] = 0.9

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.conv_lowrank import convolution_factors, spatial
 from workbench.compress.decompose import Stack, decompose
-from workbench.compress.factors import Factors, Form, Shape, copies_of, cost, factors_like, form_for, full_ranks, kind_for, most_rank, shape_of
+from workbench.compress.factors import Factors, Form, Shape, copies_of, cost, factors_like, form_for, full_ranks, most_rank, shape_of
 from workbench.compress.layers import Layer, replace_module
 from workbench.compress.moments import second_moment_of
 from workbench.compress.ranks import Candidate, allocate, direction_energies, output_energy, slopes, spatial_energies
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
-from workbench.recipe import METHODS, Step, configuration
+from workbench.recipe import METHODS, About, Step, configuration
 
 
 @configuration
@@ -45,6 +45,14 @@ class LowRank(Step):
     slider: ClassVar[str] = "rank_ratio"
     position: ClassVar[int] = 10
     stops: ClassVar[tuple[float, ...]] = (0.2, 0.3, 0.45)
+    added: ClassVar[tuple[str, ...]] = ("rank_allocation", "conv")
+    about: ClassVar[tuple[About, ...]] = (
+        About("factorization=svd", "Eckart & Young 1936", "one decomposition a layer", "a slice and two products less wide", "best for weights, which is seldom best for outputs"),
+        About("factorization=whitened", "as SVD-LLM, Wang et al. 2024", "second moments of every layer's inputs, one pass over calibration data, one decomposition a layer", "a slice", "as good as its calibration data"),
+        About("rank_allocation=energy, loss", "greedy under one budget (this project)", "as the factorization; loss: squared gradients", "one sort over all ranks", "ranks are chosen layer by layer: layers interact"),
+        About("conv=spatial", "Jaderberg et al. 2014", "one decomposition a layer", "a slice", "k x k kernels only"),
+        About("conv=tucker2", "Kim et al. 2016", "nothing", "an iterated decomposition", "uniform ranks only"),
+    )  # fmt: skip
 
     rank_ratio: Annotated[float, Field(gt=0, le=1, description="fraction of the full rank that is kept")] = 0.5
     factorization: Annotated[Literal["svd", "whitened"], Field(description="what the truncation keeps best: weights or outputs")] = "whitened"

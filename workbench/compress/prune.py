@@ -17,7 +17,7 @@ from workbench.compress.schedule import rounds
 from workbench.compress.selection import keep_of_groups
 from workbench.compress.work import Work
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Step, configuration
+from workbench.recipe import METHODS, About, Step, configuration
 
 __all__ = ["STRUCTURES", "Prune", "prune"]
 
@@ -49,6 +49,23 @@ class Prune(Step):
     slider: ClassVar[str] = "sparsity"
     position: ClassVar[int] = 20
     stops: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.7, 0.85)
+    added: ClassVar[tuple[str, ...]] = ("allocation", "reconstruct", "rounds", "train_steps", "train_rate", "train_batch", "penalty")
+    about: ClassVar[tuple[About, ...]] = (
+        About("criterion=magnitude", "Han et al. 2015", "nothing", "a selection in each layer", "sees weights only: falls behind where inputs differ in size"),
+        About("criterion=wanda", "Sun et al. 2023", "second moments of every layer's inputs, one pass over calibration data", "a selection in each row", "moves no weight to make up for those that go"),
+        About("criterion=sparsegpt", "Frantar & Alistarh 2023", "second moments of every layer's inputs, one pass over calibration data, and their inverse factors", "a pass over all columns", "solves layers for the dense model's inputs, not one after another"),
+        About("criterion=taylor", "Molchanov et al. 2019", "gradients of the task's loss on calibration data", "a selection in each layer", "first order: the mean gradient of a trained model is near zero"),
+        About("criterion=fisher", "LeCun et al. 1990; Theis et al. 2018", "squared gradients of the task's loss on calibration data", "a selection in each layer", "diagonal: weights are judged one by one"),
+        About("criterion=random", "baseline", "nothing", "a selection in each layer", "what every other criterion should beat"),
+        About("pattern=n:m", "Mishra et al. 2021", "as the criterion", "a selection in each group", "faster only where a sparse kernel runs it"),
+        About("pattern=heads, neurons, channels", "Michel et al. 2019; Li et al. 2017; Fang et al. 2023 (graph)", "as the criterion", "scores of whole units, then smaller matrices", "coarse: loses more than zeros of the same number, unless trained or refitted"),
+        About("pattern=layers", "Men et al. 2024", "hidden states of one pass over calibration data", "nothing but leaving blocks out", "the coarsest cut of all"),
+        About("allocation=global", "Han et al. 2015", "as the criterion", "one threshold over all layers", "can empty the layers with small weights"),
+        About("allocation=sensitivity", "marginal cost along convex hulls (this project)", "second moments of every layer's inputs, one pass over calibration data; squared gradients", "costs of several ratios in each layer", "judges layers one by one: they interact"),
+        About("rounds, train_steps", "Zhu & Gupta 2017", "nothing", "training", "as slow as training"),
+        About("penalty", "Tibshirani 1996; Yuan & Lin 2006 (groups)", "nothing", "training", "as slow as training"),
+        About("reconstruct", "He et al. 2017", "as the criterion, and inputs of what follows", "one linear system a layer", "fits calibration data, trains nothing"),
+    )  # fmt: skip
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights, or of the structure, that is removed")] = 0.5
     pattern: Annotated[

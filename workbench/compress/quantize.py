@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.compress.batch import batches
 from workbench.compress.work import Work
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Step, configuration
+from workbench.recipe import METHODS, About, Step, configuration
 from workbench.runtime.grid import Grid, nearest_codes
 
 SHRINKS = 24  # candidates of the scale search: from the full range down to 40% of it
@@ -32,6 +32,10 @@ class Quantize(Step):
     slider: ClassVar[str] = "weight_bits"
     position: ClassVar[int] = 30
     stops: ClassVar[tuple[float, ...]] = (2, 3, 4, 6, 8)
+    about: ClassVar[tuple[About, ...]] = (
+        About("grid, group_size", "round to nearest", "nothing", "one pass", "rounds each weight alone"),
+        About("scale_search", "least squared error over 24 ranges", "nothing", "24 passes", "sees weights only, not inputs"),
+    )  # fmt: skip
 
     weight_bits: Annotated[int, Field(ge=2, le=8, description="bits per weight")] = 4
     group_size: Annotated[int, Field(ge=0, le=65536, description="inputs that share a scale; 0 means one scale per row")] = 0

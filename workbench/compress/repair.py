@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from workbench.compress.batch import Batch, grouped
-from workbench.compress.decompose import chunks, factors, leading
+from workbench.compress.decompose import factors, leading, one_by_one
 from workbench.compress.factors import Repaired, copies_of, repaired_like
 from workbench.compress.layers import Layer, find_layers, replace_module
 from workbench.compress.moments import second_moment_of
 from workbench.compress.work import Work
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Step, configuration
+from workbench.recipe import METHODS, About, Step, configuration
 
 
 @configuration
@@ -35,6 +35,10 @@ class Repair(Step):
     slider: ClassVar[str] = "repair_ratio"
     position: ClassVar[int] = 35
     stops: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1)
+    about: ClassVar[tuple[About, ...]] = (
+        About("repair_ratio", "EoRA, Liu et al. 2024", "second moments of every layer's inputs, one pass over calibration data", "one decomposition a layer, of what was lost", "costs bytes: count them against a milder recipe"),
+        About("repair_rounds", "OATS, Zhang & Papyan 2024", "second moments of every layer's inputs, one pass over calibration data", "the same, several times", "no convergence is promised"),
+    )  # fmt: skip
 
     repair_ratio: Annotated[float, Field(gt=0, le=0.5, description="rank of the term that is added, as a fraction of the full rank")] = 0.05
     repair_rounds: Annotated[int, Field(ge=1, le=64, description="fits of the term; above 1 the pruning before it is done again each time")] = 1
@@ -134,7 +138,7 @@ def can_repair(step: Repair, layer: Layer, work: Work) -> bool:
 def best_term(lost: Tensor, moments: list[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """Return L [layers, o, r] and R [layers, r, i], float32, that minimise ||(lost - L R) X||. lost: float32 [layers, o, i]."""
     found = []
-    for part in chunks(len(lost), *lost.shape[1:]):
+    for part in one_by_one(len(lost)):
         weight = lost[part].double()
         found.append(factors(weight, leading(weight, torch.stack(moments[part]).double(), rank), even=False, dtype=torch.float32))
     return torch.cat([stack.left for stack in found]), torch.cat([stack.right for stack in found])

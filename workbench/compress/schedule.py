@@ -56,7 +56,7 @@ def penalised(step: Prune, work: Work, layers: list[Layer], norm: Callable[[], T
 def plan(step: Prune, index: int) -> Plan:
     """Return the training after round `index`; each draws other batches."""
     advice = f"lower train_rate={step.train_rate:g}" + (f" or penalty={step.penalty:g}" if step.penalty and index == 0 else "")
-    return Plan("prune training", f"training of {type(step).__name__} after round {index}", advice, step.train_steps, step.train_rate, step.train_batch, step.seed + index)
+    return Plan("prune training", f"training of {type(step).__name__} after round {index}", advice, step.train_steps, step.train_rate, step.train_batch, step.seed + index, may_end=False)
 
 
 def loss_of(work: Work, items: Items) -> Tensor:

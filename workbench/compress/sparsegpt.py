@@ -47,24 +47,24 @@ def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
     lasting = {layer.name: evidence.dense and layer.columns is None and layer.rank is None for layer in layers}  # it reads what the dense layer reads
     kept = evidence.statistics.kept
     fresh = [layer for layer in layers if not lasting[layer.name] or ("inverse factor", layer.origin) not in kept]
-    made: dict[str, tuple[Tensor, Tensor]] = {}
+    made: dict[str, tuple[Tensor, Tensor, float]] = {}
     if fresh:
-        upper, alive = factorise(torch.stack([evidence.moment(layer) for layer in fresh]), fresh, evidence.work.warnings)
-        made = {layer.name: (upper[index], alive[index]) for index, layer in enumerate(fresh)}
-        warn_of_few_rows(fresh, evidence)
+        upper, alive, damping = factorise(torch.stack([evidence.moment(layer) for layer in fresh]), fresh)
+        made = {layer.name: (upper[index], alive[index], damping[index]) for index, layer in enumerate(fresh)}
     for layer in fresh:
         if lasting[layer.name]:
             kept["inverse factor", layer.origin] = made[layer.name]
-    pairs = [made[layer.name] if layer.name in made else kept["inverse factor", layer.origin] for layer in layers]
-    return Factor(torch.stack([upper for upper, _ in pairs]), torch.stack([alive for _, alive in pairs]))
+    parts = [made[layer.name] if layer.name in made else kept["inverse factor", layer.origin] for layer in layers]
+    warn(layers, [damping for *_, damping in parts], evidence)
+    return Factor(torch.stack([upper for upper, _, _ in parts]), torch.stack([alive for _, alive, _ in parts]))
 
 
-def factorise(moments: Tensor, layers: list[Layer], warnings: list[str]) -> tuple[Tensor, Tensor]:
-    """Return (upper Cholesky factors of the damped inverses, which inputs are alive: bool [layers, inputs]).
+def factorise(moments: Tensor, layers: list[Layer]) -> tuple[Tensor, Tensor, list[float]]:
+    """Return (upper Cholesky factors of the damped inverses, which inputs are alive: bool [layers, inputs], the damping of each layer).
 
     Damping is 0.01 of the mean diagonal over the inputs that are not always zero; a dead input gets that mean in its place
     (the paper: 1), so that it neither disturbs the others nor is disturbed. A layer whose matrix cannot be inverted is tried
-    again with ten times, then a hundred times the damping, with a warning.
+    again with ten times, then a hundred times the damping.
     """
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
@@ -72,11 +72,12 @@ def factorise(moments: Tensor, layers: list[Layer], warnings: list[str]) -> tupl
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     scaled = moments / mean[:, None, None] + torch.diag_embed((~alive).float())
     upper, good = damped(scaled, DAMPING[0])
+    used = [DAMPING[0]] * len(layers)
     for damping in DAMPING[1:]:
         bad = [index for index, fine in enumerate(good.tolist()) if not fine]
         if not bad:
             break
-        warnings.append(f"prune: damping raised to {damping:g} of the mean diagonal where a second moment was singular: {listed([layers[index] for index in bad])}")
+        used = [damping if index in bad else before for index, before in enumerate(used)]
         upper[bad], good[bad] = damped(scaled[bad], damping)
     if not bool(good.all()):
         worst = layers[int((~good).nonzero()[0])]
@@ -84,7 +85,7 @@ def factorise(moments: Tensor, layers: list[Layer], warnings: list[str]) -> tupl
             f"layer {worst.name!r}: the second moment of its {moments.shape[1]} inputs cannot be inverted, even with damping {DAMPING[-1]:g} of its mean diagonal: "
             "its calibration inputs are too large for float32 or not finite; try criterion='magnitude' there, or leave it out by a target"
         )
-    return upper / mean.sqrt()[:, None, None], alive
+    return upper / mean.sqrt()[:, None, None], alive, used
 
 
 def damped(scaled: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -96,15 +97,21 @@ def damped(scaled: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return upper, (first == 0) & (second == 0) & torch.isfinite(upper).flatten(1).all(1)
 
 
-def warn_of_few_rows(layers: list[Layer], evidence: Evidence) -> None:
-    """Say which layers have seen fewer inputs than they have columns: what is left to damping there."""
+def warn(layers: tuple[Layer, ...], damping: list[float], evidence: Evidence) -> None:
+    """Say once which layers needed more damping, and which have seen fewer inputs than they have columns."""
+    said = []
+    for stronger in DAMPING[1:]:
+        raised = [layer for layer, used in zip(layers, damping, strict=True) if used == stronger]
+        if raised:
+            said.append(f"prune: damping raised to {stronger:g} of the mean diagonal where a second moment was singular: {listed(raised)}")
     few = [layer for layer in layers if evidence.rows(layer) < evidence.moment(layer).shape[0]]
     if few:
         rows, columns = evidence.rows(few[0]), evidence.moment(few[0]).shape[0]
-        evidence.work.warnings.append(
+        said.append(
             f"prune: calibration has too few rows for the second moments of {listed(few)} ({rows} rows for {columns} inputs): "
             f"regularised by damping of {DAMPING[0]:g} of the mean diagonal; give more calibration items"
         )
+    evidence.work.warnings += [words for words in said if words not in evidence.work.warnings]
 
 
 def listed(layers: list[Layer]) -> str:

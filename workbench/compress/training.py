@@ -22,7 +22,7 @@ class Plan:
     """One training: Adam with a cosine schedule over `steps`, ended after `stop_at` of them (0: all).
 
     `what` is shown as progress; `noun` and `advice` go into the error when it diverges. Batches of `batch` items are drawn
-    from the task's training items with `seed`.
+    from the task's training items with `seed`. The one who watches may end it where `may_end` (its step can say so afterwards).
     """
 
     what: str
@@ -33,6 +33,7 @@ class Plan:
     batch: int
     seed: int
     stop_at: int = 0
+    may_end: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Ca
         work.curve.append((before + done, float(loss.detach())))
         work.training.watch(work.curve, before + plan.steps)
         done += 1
-        ended = work.training.enough()
+        ended = plan.may_end and work.training.enough()
     work.progress(plan.what, plan.steps, plan.steps)
     work.model.zero_grad(set_to_none=True)
     work.model.requires_grad_(False)

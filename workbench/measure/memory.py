@@ -39,6 +39,8 @@ def peak_memory_bytes(kind: Kind, model: nn.Module, items: Items) -> int:
     """
     held = unique_bytes([*model.parameters(), *model.buffers()])
     if items.labels.device.type == "cuda":
+        with torch.inference_mode():
+            kind.logits(model, items[:1])  # libraries take their workspace on the first call: it is not the model's
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,6 +1,6 @@
-"""What low rank and repair cost on a Llama of a given size: the decompositions once, then each move, in milliseconds.
+"""What each method costs on a Llama of a given size: what is computed once per model, then each move of its slider, in milliseconds.
 
-    python benchmarks/decomposition.py --shape 135m --device cuda --out benchmarks/results/decomposition-135m.json
+    python benchmarks/method_cost.py --shape 135m --device cuda --out benchmarks/results/method-cost-135m.json
 
 Weights, tokens and so second moments are random: times depend on shapes, not on values. A move is `compress` with what was
 computed once, without measuring anything; `once` is the first move of its kind, second moments already there.
@@ -24,22 +24,31 @@ from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe, pick
 from workbench.statistics import Statistics
+from workbench.tasks.base import Task
 
 
 def moves(count: int) -> dict[str, list[wb.Recipe]]:
-    """Return recipes by what they cost."""
-    ratios = [0.2 + 0.02 * i for i in range(count)]
+    """Return recipes by what they cost; each list holds one method at several positions of its slider."""
+    sparse = [0.4 + 0.02 * i for i in range(count)]
+    ranks = [0.2 + 0.02 * i for i in range(count)]
     pruned = wb.Prune(sparsity=0.5, pattern="2:4")
-    return {
-        "svd": [wb.Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd")) for ratio in ratios],
-        "whitened": [wb.Recipe(wb.LowRank(rank_ratio=ratio)) for ratio in ratios],
-        "whitened, by energy": [wb.Recipe(wb.LowRank(rank_ratio=ratio, rank_allocation="energy")) for ratio in ratios],
-        "2:4 alone": [wb.Recipe(pruned)] * 3,
+    found = {f"prune {criterion}": [wb.Recipe(wb.Prune(sparsity=s, criterion=criterion)) for s in sparse] for criterion in ("magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random")}
+    found |= {f"prune magnitude {how}": [wb.Recipe(wb.Prune(sparsity=s, allocation=how)) for s in sparse] for how in ("global", "sensitivity")}
+    found |= {f"prune {pattern}": [wb.Recipe(wb.Prune(sparsity=s, pattern=pattern)) for s in sparse] for pattern in ("heads", "neurons", "layers")}
+    return found | {
+        "prune magnitude 2:4": [wb.Recipe(pruned)] * 3,
+        "prune sparsegpt 2:4": [wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4", criterion="sparsegpt"))] * 3,
+        "low rank svd": [wb.Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd")) for ratio in ranks],
+        "low rank whitened": [wb.Recipe(wb.LowRank(rank_ratio=ratio)) for ratio in ranks],
+        "low rank whitened, by energy": [wb.Recipe(wb.LowRank(rank_ratio=ratio, rank_allocation="energy")) for ratio in ranks],
         "2:4 + repair": [wb.Recipe(pruned, wb.Repair(repair_ratio=0.02 + 0.01 * i)) for i in range(3)],
+        "quantize g64": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64)) for bits in (4, 3, 5, 6)],
+        "quantize g64, no search": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, scale_search=False)) for bits in (4, 3, 5, 6)],
     }
 
 
-def timed(task, recipe, kept, device) -> float:
+def timed(task: Task, recipe: wb.Recipe, kept: Statistics, device: torch.device) -> float:
+    """Return the milliseconds that one compression takes."""
     start = time.perf_counter()
     compress(task, recipe, kept, shared=True)
     if device.type == "cuda":
@@ -48,10 +57,11 @@ def timed(task, recipe, kept, device) -> float:
 
 
 def main() -> None:
+    """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="135m")
     parser.add_argument("--device")
-    parser.add_argument("--moves", type=int, default=6)
+    parser.add_argument("--moves", type=int, default=4)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = pick(options.device)
@@ -60,12 +70,17 @@ def main() -> None:
     start = time.perf_counter()
     kept.moments()
     timed(task, wb.Recipe(wb.Prune(sparsity=0.5)), kept, device)
-    found = {"second moments": {"once_ms": round(1000 * (time.perf_counter() - start), 1)}}
+    found: dict[str, dict[str, object]] = {"second moments": {"once_ms": round(1000 * (time.perf_counter() - start), 1)}}
     size = sum(p.nbytes for p in task.model.parameters())
     for name, recipes in moves(options.moves).items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times = [timed(task, recipe, kept, device) for recipe in recipes]
+        try:
+            times = [timed(task, recipe, kept, device) for recipe in recipes]
+        except (RuntimeError, wb.errors.WorkbenchError) as error:
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            print(name, found[name], flush=True)
+            continue
         found[name] = {"once_ms": round(times[0], 1), "move_ms": round(statistics.median(times[1:]), 1)}
         if device.type == "cuda":
             found[name]["peak_of_model"] = round(torch.cuda.max_memory_allocated() / size, 2)
