@@ -67,6 +67,7 @@ def moves(count: int) -> dict[str, list[wb.Recipe]]:
         "sparsity": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i)) for i in range(count)],
         "bits": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, scale_search=False)) for bits in (2, 3, 4, 5, 6, 7, 8)],
         "bits, scale search": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64)) for bits in (2, 3, 4, 5, 6, 7, 8)],
+        "sparsegpt": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i, criterion="sparsegpt")) for i in range(count)],
         "rank": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.01 * i, factorization="svd")) for i in range(count)],
         "sparsity + bits": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i), wb.Quantize(weight_bits=4, group_size=64)) for i in range(count)],
     }

@@ -12,6 +12,7 @@ from tiny_tasks import TRAINING, same, tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.distill import distillation_loss
+from workbench.compress.layers import replace_module
 from workbench.errors import CompressionError, RecipeError
 from workbench.progress import Training
 from workbench.recipe import Recipe
@@ -184,9 +185,10 @@ def test_the_head_may_be_the_only_layer_to_learn():
 
 
 def test_layers_that_cannot_learn_are_refused():
-    task = tiny_task("gpt2")
-    with pytest.raises(CompressionError, match=r"Distill\(.*\) finds no layer that it can train: lm_head"):
-        compress(task, Recipe(PRUNE, wb.Distill(temperature=2, targets=("lm_head",))))
+    task, name = tiny_task("resnet"), "resnet.encoder.stages.0.layers.0.layer.0.convolution"
+    replace_module(task.model, name, torch.nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False))
+    with pytest.raises(CompressionError, match=rf"Distill\(.*\) finds no layer that it can train: {name}"):
+        compress(task, Recipe(PRUNE, wb.Distill(temperature=2, targets=(name,))))
 
 
 # --- watched, and ended early

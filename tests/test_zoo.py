@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from tiny_tasks import llama
 
 from workbench.errors import ModelError
 from workbench.tasks import score, sources
 from workbench.tasks.base import Scores
 from workbench.tasks.image_classification import PlainProcessor, image_items
+from workbench.tasks.language_modelling import LANGUAGE_MODELLING
 from workbench.zoo import Entry, archive, load_task, local, models
 from workbench.zoo.catalogue import CATALOGUE, EMBEDDED
+from workbench.zoo.local import load_model
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -224,3 +228,25 @@ def test_smollm2_for_real():
     scores = score(task.kind, task.model, task.evaluation)
     assert 5 < float(scores.loss.mean().exp()) < 40
     assert float(scores.correct.mean()) > 0.3
+
+
+def test_models_loaded_by_several_threads_at_once_stay_tied(tmp_path):
+    """While transformers loads, it replaces `tie_weights` for the whole process; two threads at it would leave it replaced."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.tie_weights
+    llama().save_pretrained(tmp_path)
+    begin, found = threading.Barrier(4), []
+
+    def load():
+        begin.wait()
+        found.extend(load_model(tmp_path, LANGUAGE_MODELLING) for _ in range(4))
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 16
+    assert PreTrainedModel.tie_weights is original
+    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in found)

@@ -15,7 +15,6 @@ from workbench.errors import RecipeError
 from workbench.recipe import Step
 from workbench.runtime.schemes import kernels_for
 
-
 MAIN = 3  # choices that are always shown; the others are in a fold
 
 

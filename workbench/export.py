@@ -26,6 +26,7 @@ from workbench.compress.structure_cut import apply_differences, differences
 from workbench.errors import ExportError
 from workbench.measure.size import file_content
 from workbench.runtime.packed import pack_model, unpack_state
+from workbench.zoo.local import quiet
 
 if TYPE_CHECKING:
     from workbench.compress import Compressed
@@ -114,7 +115,7 @@ def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
         return {}
     import transformers
 
-    with torch.device("meta"):
+    with quiet(), torch.device("meta"):
         plain = getattr(transformers, task.kind.auto_class).from_config(compressed.model.config, trust_remote_code=False)
     return differences(compressed.model, plain)
 
@@ -188,8 +189,9 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
     classes = {"AutoModelForImageClassification", "AutoModelForSequenceClassification", "AutoModelForCausalLM"}
     if manifest["auto_class"] not in classes:
         raise ExportError(f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known: {', '.join(sorted(classes))}")
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(config, trust_remote_code=False)
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(config, trust_remote_code=False)
     apply_differences(model, manifest.get("structure", {}))
     for name, form in manifest["low_rank"].items():
         replace_module(model, name, factors_like(model.get_submodule(name), Form.from_json(form)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,20 +240,28 @@ def exported_files(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in EXPORTED_FILES if (directory / name).is_file()}
 
 
+ONE_AT_A_TIME = threading.RLock()  # for the process, as what it guards
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' load report and bars: the checks here say the same in one line."""
+    """Let transformers load something: one thread at a time, and without its report and bars (the checks here say the same).
+
+    While it loads, transformers replaces functions of torch and of its own for the whole process (`tie_weights` by nothing). Two
+    threads at it would put the replacement back instead of the original, and weights would stay untied from then on.
+    """
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # critical
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    with ONE_AT_A_TIME:
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity(50)  # critical
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:
