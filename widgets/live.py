@@ -11,7 +11,7 @@ from workbench.predict import Prediction
 from workbench.recipe import Recipe
 from workbench.tradeoff import Cost, cost_of, quality_of
 
-MOST = 400  # points drawn; a browser needs a third of a second for 5,000
+MOST = 250  # points drawn; a browser needs a third of a second for 5,000
 
 
 @dataclass(frozen=True)
