@@ -12,6 +12,7 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
+from widgets.choice import Choice
 from widgets.code_view import command, python
 from widgets.error_pane import ErrorPane, explain
 from widgets.explorer import Explorer
@@ -21,7 +22,7 @@ from widgets.live import Live, thin
 from widgets.live_axes import y_range
 from widgets.live_figure import DENSE, FRONT, MEASURED, PREDICTED, history_changes, live_changes, live_figure
 from widgets.plot_choice import PlotChoice
-from workbench.errors import CompressionError
+from workbench.errors import CompressionError, ModelError
 from workbench.predict import Predictor
 from workbench.serve import lab_command, write_settings
 from workbench.tradeoff import fastest_within, smallest_within
@@ -259,3 +260,25 @@ def test_behaviour_is_compared_when_asked_and_not_while_measuring(panel):
     panel.behaviour.button.click()
     assert "still running" in panel.errors.value
     panel.session.cancel()
+
+
+def test_another_model_forgets_the_layers_and_the_dense_numbers_of_the_one_before(panel):
+    panel.run(ZEROS)
+    panel.layers.set_visible(visible=True)
+    panel.pacer.flush()
+    assert "fc1" not in str(panel.layers.pick.options)
+    assert len(panel.layers.pick.options) > 5
+    assert "dense" in panel.dense.value
+    panel.follow(wb.Recipe(wb.Prune(sparsity=0.5, pattern="channels")))
+    panel.session.live = dataclasses.replace(panel.session.live, recipe=panel.form.recipe)
+    panel.session.load_now(Choice("fashion-vit", device="cpu", evaluation_items=64))  # a recipe that does not fit it
+    deadline = time.monotonic() + 30
+    while panel.session.live.state != "failed" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    panel.pacer.flush()
+    assert "channels" in panel.errors.value
+    assert panel.layers.pick.options == (("none", ""),)
+    assert panel.dense.value == ""
+    panel.not_loaded(ModelError("no such model"))
+    assert "channels" in panel.errors.value  # the reason stands beside the new one
+    assert "no such model" in panel.errors.value

@@ -184,6 +184,8 @@ class Explorer(ipw.VBox):
     def loaded(self) -> None:
         """Show a model that has been loaded."""
         self.waiting.stop()
+        self.errors.say("work", "")
+        self.pacer.post("forget", self.layers.forget)
         self.pacer.post("kernels", lambda: self.form.show_kernels(self.session.bench.device.type if self.session.bench else ""))
         self.pacer.post("history", self.draw_history)
 
@@ -194,17 +196,15 @@ class Explorer(ipw.VBox):
 
     def failed(self, error: BaseException) -> None:
         """Show what a thread raised; where it is a defect of ours, the whole traceback goes to the log."""
-        if not isinstance(error, WorkbenchError):
-            traceback.print_exception(error)
+        log_defect(error)
         self.errors.say("work", explain(error, self.form.last))
 
     def not_loaded(self, error: BaseException) -> None:
         """Go back to the model that is there, and say why the other one is not."""
         wanted = self.picker.choice
         self.waiting.stop()
-        self.failed(error)
+        log_defect(error)
         self.errors.say("load", f"{wanted.name} is not loaded: {explain(error, '')}")
-        self.errors.say("work", "")
         if self.session.choice is not None:
             self.picker.put(self.session.choice)
         self.pacer.post("live", self.draw_live)
@@ -236,8 +236,7 @@ class Explorer(ipw.VBox):
         self.keeping.draw_live(state)
         self.training.show(state)
         anchor = self.plot.anchor()
-        if anchor is not None:
-            self.dense.value = dense_words(anchor)
+        self.dense.value = dense_words(anchor) if anchor is not None else ""
 
     def draw_history(self) -> None:
         """Draw the past."""
@@ -267,6 +266,12 @@ class Explorer(ipw.VBox):
             if part is not None:
                 part.close()
         super().close()
+
+
+def log_defect(error: BaseException) -> None:
+    """Write the whole traceback of what is no user's mistake to the log."""
+    if not isinstance(error, WorkbenchError):
+        traceback.print_exception(error)
 
 
 def dense_words(point: Measurement) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import ipywidgets as ipw
 import plotly.graph_objects as go
 
+from widgets.kept_figure import kept_figure
 from widgets.layer_control import layer_controls
 from widgets.layer_figures import weights_changes, weights_figure
 from widgets.layer_grid import LayerGrid
@@ -25,6 +25,9 @@ ABOUT = (
     "Each layer alone, all others dense, on the same items, paired with the dense model. It does not say what layers cost together: "
     "errors pass on from layer to layer and can add up, cancel or grow. Distillation is left out, and each interval holds by itself."
 )
+
+
+START = "<span class='wb-dim'>Move a slider: every layer is listed here with what happened to it.</span>"
 
 
 class LayerView(ipw.VBox):
@@ -51,7 +54,7 @@ class LayerView(ipw.VBox):
         self.jobs = LayerJobs(session, lambda: post("layers", self.draw))
         self.pick = ipw.Dropdown(options=[("none", "")], description="layer", tooltip="the layer whose weights and settings are shown; a click on its row does the same")
         self.ask = ipw.Button(description="sensitivity", tooltip="measure what the present recipe costs on each layer alone")
-        self.status = ipw.HTML("<span class='wb-dim'>Move a slider: every layer is listed here with what happened to it.</span>")
+        self.status = ipw.HTML(START)
         self.grid = LayerGrid()
         self.title, self.words, self.log_scale = ipw.HTML(), ipw.HTML(), ipw.Checkbox(description="log scale", indent=False, value=False)
         self.controls = layer_controls(form, guarded)
@@ -101,6 +104,14 @@ class LayerView(ipw.VBox):
         self.point = point or self.point
         self.draw()
 
+    def forget(self) -> None:
+        """Show nothing: another model is on the bench."""
+        self.point, self.drawn = None, ()
+        self.choose("")
+        self.show_names([])
+        self.grid.show(table_of((), {}))
+        self.status.value = START
+
     def draw(self) -> None:
         """Draw what is known now; what has not changed is not sent."""
         point = self.point
@@ -142,13 +153,12 @@ class LayerView(ipw.VBox):
             figure = weights_figure()
             for index, values in changes.items():
                 figure.data[index].update(values)
-            self.figure = go.FigureWidget(figure)
+            self.figure = kept_figure(figure)
             self.detail.children = (*self.detail.children, self.figure, self.log_scale)
             return
         with self.figure.batch_update():
             for index, values in changes.items():
                 self.figure.data[index].update(values)
-        self.figure._widget_data = copy.deepcopy(self.figure._data)  # noqa: SLF001  plotly 7.1 syncs it only once: a reloaded page would be empty
 
     def draw_log(self) -> None:
         """Switch the counts between a linear and a logarithmic scale."""
