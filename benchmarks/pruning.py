@@ -106,7 +106,7 @@ def markdown(result: dict[str, object], rows: list[dict[str, object]], pairs: li
     """Return the result as tables."""
     metric, other = result["metrics"]  # type: ignore[misc]
     about = (f"`{result['command']}`, {result['date']}, {result['device']}. {result['items']} items, 95% intervals, {result['seeds']} draws of {result['calibration_items']} "
-             f"calibration items. Dense: {metric} {result['dense'][metric]:.4f}, {other} {result['dense'][other]:.4f}. Seconds are of a busy machine.")  # type: ignore[index]  # fmt: skip
+             f"calibration items. Dense: {metric} {result['dense'][metric]:.4f}, {other} {result['dense'][other]:.4f}. Seconds are of this one run, whatever ran beside it.")  # type: ignore[index]  # fmt: skip
     head = f"| pattern | criterion | allocation | {metric} | interval | {other} | other draws: {metric} | first s | again s |"
     lines = [f"# Pruning {result['model']}", "", about, "", head, "|---|---|---|---|---|---|---|---|---|"]
     first = [row for row in rows if row["seed"] == 0]

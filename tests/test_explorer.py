@@ -59,6 +59,7 @@ def test_a_headless_run_measures_blocks_and_shows(panel):
     assert data[PREDICTED].x == ()
     assert data[DENSE].y == (100 * found.primary.dense.value,)
     assert "wb-measured'>measured" in panel.strip.value
+    assert panel.session.predictor.size == len(panel.session.bench.ledger)  # the next move finds it read
     assert repr(ZEROS) in panel.line.value.replace("&#x27;", "'")
     assert panel.run(ZEROS).key == found.key
     panel.run(wb.Recipe(wb.Quantize(weight_bits=4)))

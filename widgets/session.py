@@ -249,6 +249,7 @@ class Session:
         if self.live.prediction is not None and self.live.prediction.quality is None:
             self.live = replace(self.live, prediction=self.predicted(point.recipe))
         if point.complete:
+            self.predicted(point.recipe)  # reads the new point into the predictor now, so that the next move need not
             self.on_history()
         self.on_live()
 

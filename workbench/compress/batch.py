@@ -101,7 +101,11 @@ def grouped(layers: Iterable[Layer]) -> Iterator[Batch]:
 
 def batches(step: Step, work: Work) -> Iterator[Batch]:
     """Iterate over the layers that `step` names, batch by batch, reporting progress; raises as `Work.choose`."""
-    layers = work.choose(step)
+    return reported(step, work, work.choose(step))
+
+
+def reported(step: Step, work: Work, layers: list[Layer]) -> Iterator[Batch]:
+    """Iterate over batches of these layers, reporting progress."""
     done = 0
     for batch in grouped(layers):
         work.progress(step.kind(), done, len(layers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from workbench.compress import allocate, sparsegpt
-from workbench.compress.batch import Batch, grouped
+from workbench.compress.batch import Batch, reported
 from workbench.compress.importance import Evidence, evidence_for, importance
 from workbench.compress.layers import Layer
 from workbench.compress.schedule import rounds
@@ -167,7 +166,7 @@ def prune(step: Prune, work: Work) -> None:
     for number, sparsity in enumerate(rounds(step, work)):
         evidence = evidence_for(step, work, layers, now=number > 0 or bool(step.penalty))
         counts, final = removed(step, layers, evidence, sparsity, final)
-        for batch in shown(step, work, layers):
+        for batch in reported(step, work, layers):
             prune_batch(step, batch, evidence, [counts[layer.name] for layer in batch.layers], sparsity)
     for layer in layers:
         work.took(step, layer, words(step, layer, counts[layer.name]))
@@ -186,16 +185,6 @@ def takeable(step: Prune, work: Work) -> list[Layer]:
         else:
             fitting.append(layer)
     return fitting
-
-
-def shown(step: Prune, work: Work, layers: list[Layer]) -> Iterator[Batch]:
-    """Iterate over batches of layers, reporting progress."""
-    done = 0
-    for batch in grouped(layers):
-        work.progress(step.kind(), done, len(layers))
-        yield batch
-        done += len(batch.layers)
-    work.progress(step.kind(), len(layers), len(layers))
 
 
 def removed(step: Prune, layers: list[Layer], evidence: Evidence, sparsity: float, final: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
