@@ -3,7 +3,8 @@
     python benchmarks/method_cost.py --shape 135m --device cuda --out benchmarks/results/method-cost-135m.json
 
 Weights, tokens and so second moments are random: times depend on shapes, not on values. A move is `compress` with what was
-computed once, without measuring anything; `once` is the first move of its kind, second moments already there.
+computed once, without measuring anything; `once` is the first move of its kind, second moments already there. Peak memory is
+the model, its second moments, the compressed copy and what this method keeps and needs; what other methods keep is dropped.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import re
 import statistics
 import sys
 import time
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="135m")
     parser.add_argument("--device")
     parser.add_argument("--moves", type=int, default=4)
+    parser.add_argument("--only", default="", help="run only the methods whose name matches this regular expression")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = pick(options.device)
@@ -71,8 +74,13 @@ def main() -> None:
     kept.moments()
     timed(task, wb.Recipe(wb.Prune(sparsity=0.5)), kept, device)
     found: dict[str, dict[str, object]] = {"second moments": {"once_ms": round(1000 * (time.perf_counter() - start), 1)}}
-    size = sum(p.nbytes for p in task.model.parameters())
+    size = sum({p.data_ptr(): p.nbytes for p in task.model.parameters()}.values())
+    if device.type == "cuda":
+        found["second moments"]["peak_of_model"] = round(torch.cuda.max_memory_allocated() / size, 2)
     for name, recipes in moves(options.moves).items():
+        if not re.search(options.only, name):
+            continue
+        kept.kept = {"second moments": kept.moments()}  # what another method has kept is not this one's memory
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:

@@ -55,6 +55,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def free_fraction(device: torch.device) -> float:
+    """Return how much of the device's memory is free for this process, from 0 to 1; of a CPU's, 1 (the system swaps)."""
+    if device.type != "cuda":
+        return 1.0
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch's allocator, and free
+    return (free + cached) / total
+
+
 class Clock:
     """Times work on one device: wall clock on a CPU, events on a GPU, where work is asynchronous."""
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
 from workbench.compress.copies import sharing_copy
 from workbench.compress.layers import Layer, Progress, find_layers, no_progress, patches
@@ -83,7 +82,7 @@ class Statistics:
         return self.once("second moments", lambda: second_moments(self.task, self.progress))
 
     def gradients(self, name: str) -> Gradients:
-        """Return the gradients of the task's loss (cross entropy with the labels of the calibration items) by a layer's weight.
+        """Return the gradients of the task's loss (such as cross entropy with the labels of the calibration items) by a layer's weight.
 
         Raises:
             CompressionError: the layer takes no part in the loss, or a gradient is not finite.
@@ -114,11 +113,15 @@ def full_precision() -> Iterator[None]:
 
 
 def second_moments(task: Task, progress: Progress) -> Moments:
-    """Return E[x x^T] of every layer's inputs over the calibration data, with the model in eval mode."""
+    """Return E[x x^T] of every layer's inputs over the calibration data, with the model in eval mode.
+
+    Layers that always read the same tensor (queries, keys and values) share one matrix: the same object, computed once.
+    """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     finite: dict[str, Tensor] = {}
-    shared: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}  # q, k and v read the same tensor: multiply it once
+    products: dict[str, Tensor] = {}  # of the batch that is being read
+    shared: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -128,7 +131,7 @@ def second_moments(task: Task, progress: Progress) -> Moments:
                 rows = patches(module, given)
                 shared[key] = given, rows.t() @ rows, len(rows), torch.isfinite(rows).all()  # holding `given` keeps its id from being used again
             _, product, count, good = shared[key]
-            sums[name] = sums[name] + product if name in sums else product
+            products[name] = products[name] + product if name in products else product
             counts[name] = counts.get(name, 0) + count
             finite[name] = finite[name] & good if name in finite else good
             if isinstance(module, nn.Conv2d):
@@ -145,11 +148,29 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             hooks.callback(layer.module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         for start in range(0, len(task.calibration), task.batch_size):
             progress("calibration", start, len(task.calibration))
-            shared.clear()
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
             refuse_infinite(finite)
+            sums = alike(sums, products)
+            shared.clear()
+            products.clear()
     progress("calibration", len(task.calibration), len(task.calibration))
-    return Moments({name: total / counts[name] for name, total in sums.items()}, counts)
+    means: dict[tuple[int, int], Tensor] = {}
+    for name, total in sums.items():
+        if (id(total), counts[name]) not in means:
+            means[id(total), counts[name]] = total / counts[name]
+    return Moments({name: means[id(total), counts[name]] for name, total in sums.items()}, counts)
+
+
+def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums with the products added; names for which both are the same objects share one result."""
+    made: dict[tuple[int, int], Tensor] = {}
+    found = dict(sums)
+    for name, product in products.items():
+        key = id(sums.get(name)), id(product)
+        if key not in made:
+            made[key] = sums[name] + product if name in sums else product
+        found[name] = made[key]
+    return found
 
 
 def refuse_infinite(finite: dict[str, Tensor], words: str = "receives infinite or NaN inputs") -> None:
@@ -189,14 +210,8 @@ def group_gradients(task: Task, model: nn.Module, layers: dict[str, Layer], item
     items = items.to(next(task.model.parameters()).device)
     weights = [layer.parameter for layer in layers.values()]
     with torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):  # the other kernels' backward passes do not give the same bits twice
-        loss = task_loss(task.kind.logits(model, items), items.labels)
+        loss = task.kind.loss(task.kind.logits(model, items), items.labels)
         if not weights or not loss.requires_grad:
             return {}
         taken = torch.autograd.grad(loss, weights, allow_unused=True)
     return {name: gradient.float() for name, gradient in zip(layers, taken, strict=True) if gradient is not None}
-
-
-def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy in float32. logits [..., classes]; labels [...], -100 is left out."""
-    scored = labels != -100
-    return cross_entropy(logits[scored].float(), labels[scored])

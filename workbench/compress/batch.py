@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from workbench.compress.layers import Layer
 from workbench.errors import CompressionError
-from workbench.runtime.grid import Grid
+from workbench.runtime.forms import Form, kind_of, stacked
 
 if TYPE_CHECKING:
     from workbench.compress.work import Work
     from workbench.recipe import Step
 
-ROOM = {"cuda": 2**27, "cpu": 2**20}  # weights in a batch: half a gigabyte on a GPU, what a cache holds on a CPU
+ROOM = {"cuda": 2**26, "cpu": 2**20}  # weights in a batch at most: a quarter of a gigabyte on a GPU, what a cache holds on a CPU
+PARTS = 4  # a small model is taken in at least about so many batches, so that memory stays a small multiple of it
+LEAST = 2**22  # weights in a batch where that would make it smaller: below, a GPU would wait for being asked
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,9 @@ class Batch:
         for layer, values in zip(self.layers, fresh, strict=True):
             layer.put(nn.Parameter(values, requires_grad=False))
 
-    def grids(self) -> Grid:
-        """Return the grids of all layers as one, codes [layers, outputs, inputs]; only where every layer has one of the same kind."""
-        grids = [layer.grid for layer in self.layers if layer.grid is not None]
-        zeros = [grid.zero_point for grid in grids if grid.zero_point is not None]
-        return Grid(torch.stack([g.codes for g in grids]), torch.stack([g.scale.float() for g in grids]), torch.stack(zeros) if zeros else None, grids[0].bits)
+    def grids(self) -> Form:
+        """Return the stored forms of all layers as one, tensors [layers, ...]; only where every layer has one of the same kind."""
+        return stacked([layer.grid for layer in self.layers if layer.grid is not None])
 
     def check(self) -> None:
         """Verify every promise of every layer on the tensors themselves; see `Layer.check`, which words what is broken."""
@@ -89,13 +89,15 @@ class Batch:
 def grouped(layers: Iterable[Layer]) -> Iterator[Batch]:
     """Yield batches of layers with the same shape, dtype, device and kind of promises, in order of each batch's first layer."""
     groups: dict[object, list[Layer]] = {}
+    total = 0
     for layer in layers:
+        total += layer.parameter.numel()
         weight = layer.parameter
-        grid = layer.grid and (layer.grid.bits, layer.grid.scale.shape, layer.grid.zero_point is None)
-        groups.setdefault((layer.as_matrix(weight).shape, weight.dtype, weight.device, layer.mask is None, grid), []).append(layer)
+        groups.setdefault((layer.as_matrix(weight).shape, weight.dtype, weight.device, layer.mask is None, kind_of(layer.grid)), []).append(layer)
     for group in groups.values():
         weight = group[0].parameter
-        most = max(1, ROOM.get(weight.device.type, 2**20) // max(1, weight.numel()))
+        room = min(ROOM.get(weight.device.type, 2**20), max(LEAST, total // PARTS))
+        most = max(1, room // max(1, weight.numel()))
         yield from (Batch(tuple(group[start : start + most])) for start in range(0, len(group), most))
 
 

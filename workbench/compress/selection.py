@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WIDE = 32  # neighbours in a group up to which each is compared with each
+
 
 def spread(count: int, parts: int) -> list[int]:
     """Return `count` divided over `parts` as evenly as whole numbers go: the first ones have one more. A larger count gives no part less."""
@@ -19,10 +21,20 @@ def keep_largest(importance: Tensor, count: int) -> Tensor:
     total = importance.shape[-1]
     if count in {0, total}:
         return torch.full_like(importance, count == total, dtype=torch.bool)
-    threshold = importance.kthvalue(total - count + 1, dim=-1, keepdim=True).values  # a selection: several times faster than sorting
+    threshold = largest(importance, count)
     above, ties = importance > threshold, importance == threshold
     room = count - above.sum(-1, keepdim=True)
-    return above | (ties & (ties.cumsum(-1) <= room))
+    return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def largest(importance: Tensor, count: int) -> Tensor:
+    """Return the `count`-th largest value along the last dimension, [..., 1]: a selection, several times faster than sorting."""
+    total = importance.shape[-1]
+    if importance.device.type != "cuda":
+        return importance.kthvalue(total - count + 1, dim=-1, keepdim=True).values
+    if count <= total // 2:  # on a GPU `kthvalue` gives a row to one block, `topk` spreads it over all of them
+        return importance.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return importance.topk(total - count + 1, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
 
 
 def keep_fewer(importance: Tensor, removed: Sequence[int]) -> Tensor:
@@ -40,4 +52,12 @@ def keep_fewer(importance: Tensor, removed: Sequence[int]) -> Tensor:
 
 def keep_of_groups(importance: Tensor, kept: int, of: int) -> Tensor:
     """Return a mask (bool, [..., columns]) with exactly `kept` True of every `of` neighbours; ties go to the first."""
-    return keep_largest(importance.unflatten(-1, (-1, of)), kept).flatten(-2)
+    groups = importance.unflatten(-1, (-1, of))
+    if of > WIDE:
+        return keep_largest(groups, kept).flatten(-2)
+    place = torch.arange(of, device=importance.device)
+    better = torch.zeros_like(groups, dtype=torch.uint8)  # how many of its group come before each weight
+    for index in range(of):
+        one = groups[..., index : index + 1]
+        better += torch.where(place > index, one >= groups, one > groups)
+    return (better < kept).flatten(-2)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.compress.layers import Layer
 from workbench.compress.selection import keep_fewer, keep_of_groups, spread
+from workbench.device import free_fraction
 from workbench.errors import CompressionError
 from workbench.statistics import full_precision
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.compress.importance import Evidence
 
 BLOCK = 128  # columns whose mask is chosen together, before they are worked through
+SPARE = 0.25  # of the device's memory that stays free when factors are kept; without it they are worked out again at each move
 DAMPING = (0.01, 0.1, 1.0)  # times the mean of the diagonal; the next only where a matrix cannot be inverted with the last
 
 
@@ -38,23 +40,26 @@ class Factor:
 
 
 def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
-    """Return the factors of layers with equally many inputs; those of the dense model's inputs are kept for the next move.
+    """Return the factors of layers with equally many inputs; those of the dense model's inputs are kept for the next move while there is room.
+
+    Layers that read the same tensor share a factor.
 
     Raises:
         CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
 
     """
-    lasting = {layer.name: evidence.dense and layer.columns is None and layer.rank is None for layer in layers}  # it reads what the dense layer reads
     kept = evidence.statistics.kept
-    fresh = [layer for layer in layers if not lasting[layer.name] or ("inverse factor", layer.origin) not in kept]
-    made: dict[str, tuple[Tensor, Tensor, float]] = {}
+    moments = {layer.name: evidence.moment(layer) for layer in layers}
+    keys = {layer.name: ("inverse factor", id(moments[layer.name])) for layer in layers}
+    fresh = list({keys[layer.name]: layer for layer in layers if keys[layer.name] not in kept}.values())
+    made: dict[tuple[str, int], tuple[Tensor, Tensor, float]] = {}
     if fresh:
-        upper, alive, damping = factorise(torch.stack([evidence.moment(layer) for layer in fresh]), fresh)
-        made = {layer.name: (upper[index], alive[index], damping[index]) for index, layer in enumerate(fresh)}
-    for layer in fresh:
-        if lasting[layer.name]:
-            kept["inverse factor", layer.origin] = made[layer.name]
-    parts = [made[layer.name] if layer.name in made else kept["inverse factor", layer.origin] for layer in layers]
+        upper, alive, damping = factorise(torch.stack([moments[layer.name] for layer in fresh]), fresh)
+        made = {keys[layer.name]: (upper[index], alive[index], damping[index]) for index, layer in enumerate(fresh)}
+    lasting = {keys[layer.name] for layer in fresh if evidence.dense and layer.columns is None and layer.rank is None}  # it reads what the dense layer reads
+    if lasting and free_fraction(moments[fresh[0].name].device) > SPARE:
+        kept.update({key: made[key] for key in lasting})
+    parts = [made.get(keys[layer.name]) or kept[keys[layer.name]] for layer in layers]
     warn(layers, [damping for *_, damping in parts], evidence)
     return Factor(torch.stack([upper for upper, _, _ in parts]), torch.stack([alive for _, alive, _ in parts]))
 
