@@ -58,6 +58,18 @@ def timed(task: Task, recipe: wb.Recipe, kept: Statistics, device: torch.device)
     return 1000 * (time.perf_counter() - start)
 
 
+def page(result: dict) -> str:
+    """Return the figures as a page."""
+    about = f"{result['device']}, {result['date'][:10]}, torch {result['versions']['torch']}, transformers {result['versions']['transformers']}; `{result['command']}`."
+    lines = [f"# What each method costs on a Llama of {result['shape']}", "", about, "",
+             "`once` is the first use of a method after the second moments are there, `a move` the median of the next positions of its slider; both with everything that `compress` does "
+             "(copy, check, report), without measuring. Peak memory is the model, its second moments, the compressed copy and what this method keeps and needs.", "",
+             "| method | once, ms | a move, ms | peak memory, times the model |", "|---" * 4 + "|"]  # fmt: skip
+    for name, cost in result["costs"].items():
+        lines.append(f"| {name} | {cost['failed']} | | |" if "failed" in cost else f"| {name} | {cost['once_ms']} | {cost.get('move_ms', '')} | {cost.get('peak_of_model', '')} |")
+    return "\n".join([*lines, *(["", result["note"][0].upper() + result["note"][1:] + "."] if "note" in result else []), ""])
+
+
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,6 +109,7 @@ def main() -> None:
               "versions": versions(), "model_bytes": size, "costs": found}  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(page(result))
 
 
 if __name__ == "__main__":

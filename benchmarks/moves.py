@@ -32,6 +32,7 @@ SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary, 
     "135m": (576, 30, 9, 3, 1536, 49152, True),
     "1.1b": (2048, 22, 32, 4, 5632, 32000, False),
     "6.7b": (4096, 32, 32, 32, 11008, 32000, False),
+    "6.7b-8-layers": (4096, 8, 32, 32, 11008, 32000, False),
 }
 
 

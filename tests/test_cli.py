@@ -32,7 +32,7 @@ BAD = [
     (["measure", "fashion-cnn", "--sparsity", "half"], "Prune(sparsity='half') is refused"),
     (["measure", "fashion-cnn", "--rank-ratio", "0"], "LowRank(rank_ratio='0') is refused: input should be greater than 0"),
     (["measure", "fashion-cnn", "--weight-bits", "1"], "Quantize(weight_bits='1') is refused: input should be greater than or equal to 2"),
-    (["measure", "fashion-cnn", "--weight-bits", "33"], "Quantize(weight_bits='33') is refused: input should be less than or equal to 8"),
+    (["measure", "fashion-cnn", "--weight-bits", "33"], "Quantize(weight_bits='33') is refused: input should be less than or equal to 16"),
     (["measure", "fashion-cnn", "--temperature", "2"], "Distill cannot come first"),
     (["measure", "fashion-cnn", "--pattern", "2:4"], "pattern given without sparsity"),
     (["measure", "fashion-cnn", "--sparsity", "0.3", "--pattern", "2:4"], "means sparsity=0.5"),

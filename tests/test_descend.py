@@ -11,6 +11,7 @@ import workbench as wb
 from widgets.explorer import Explorer
 from widgets.fields import scale as slider_scale
 from widgets.fields import side, tick_marks
+from workbench.compress.quantized_inputs import InputFormat
 from workbench.descend import descend, rank
 from workbench.errors import Cancelled, RecipeError
 from workbench.measure.quality import Estimate
@@ -77,7 +78,7 @@ def test_ticks_never_claim_a_kernel_that_is_not_used():
         for device in ("cpu", "cuda"):
             for tick in kernels_for(kind, device):
                 assert kind.options()[kind.slider]
-                reasons = reasons_for("2:4" if tick.label == "2:4" else None, [] if tick.label == "2:4" else [int(tick.value)], device)
+                reasons = reasons_for("2:4" if tick.label == "2:4" else None, [] if tick.label == "2:4" else [int(tick.value)], device, inputs=InputFormat() if tick.label == "W8A8" else None)
                 assert not (tick.runs and reasons)
                 assert tick.runs or all(reason in tick.reason for reason in reasons)
     assert [tick.label for tick in kernels_for(wb.Quantize, "cpu")] == ["W4A16", "W8A8"]

@@ -203,7 +203,8 @@ def test_steps_are_round(span, step):
 def test_bounds_and_scale():
     found = bounds(wb.Prune.options()["sparsity"])
     assert (found.low, found.high, found.low_open, found.high_open) == (0, 1, False, True)
-    assert scale(wb.Quantize).whole
+    bits = scale(wb.Quantize)  # an average of widths; 16 bits are beyond the slider's end
+    assert (bits.low, bits.high, bits.step) == (2, 8, 0.1)
 
 
 def test_choices_that_are_used_less_lie_in_a_fold_which_opens_when_one_matters(form):

@@ -11,7 +11,8 @@ import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.compress.quantize import SHRINKS, Grid, fit_grids
+from workbench.compress.scales import SHRINKS, fit_grids
+from workbench.runtime.grid import Grid
 
 reference = torch.ops.quantized_decomposed
 WIDTHS = range(2, 9)

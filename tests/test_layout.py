@@ -72,7 +72,7 @@ def fresh(code: str, folder: Path) -> dict:
     return json.loads(done.stdout)
 
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(workbench.__path__, "workbench.") if not module.name.endswith("zoo.train"))
+MODULES = sorted(module.name for module in pkgutil.walk_packages(workbench.__path__, "workbench.") if not module.name.endswith("zoo.train") and ".triton_" not in module.name)  # Triton is there on a GPU only
 STATE = """
 import json, sys, threading
 print(json.dumps({"modules": sorted({name.split(".")[0] for name in sys.modules}), "threads": threading.active_count(),

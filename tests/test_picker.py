@@ -69,7 +69,9 @@ def test_data_names_are_those_of_the_task():
     known = {entry.name: entry for entry in models()}
     assert data_names(known["fashion-vit"]) == ("fashion-mnist-slice",)
     assert data_names(known["smollm2-135m"]) == ("python-docs", "wikitext-2")
-    assert set(data_names(None)) == {"fashion-mnist-slice", "python-docs", "wikitext-2"}
+    assert data_names(known["all-MiniLM-L6-v2"]) == ("wordsim353", "sts-b")
+    assert data_names(known["whisper-tiny.en"]) == ("asterisk-prompts",)
+    assert set(data_names(None)) == {"fashion-mnist-slice", "python-docs", "wikitext-2", "wordsim353", "sts-b", "asterisk-prompts"}
 
 
 def test_folders_with_a_model_complete(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import workbench as wb
 from workbench.errors import RecipeError
 from workbench.recipe import METHODS, Recipe, Step
 
-KINDS = ("lowrank", "prune", "quantize", "repair", "distill")
+KINDS = ("lowrank", "prune", "activations", "quantize", "kvcache", "repair", "qat", "distill")
 
 
 def values(info) -> st.SearchStrategy:
@@ -49,19 +49,21 @@ def steps(draw, kind: str) -> Step:
             method(**given, **{name: value})
             given[name] = value
     targets = draw(st.lists(st.sampled_from(["*", "a.*", "re:b+", "head"]), min_size=1, max_size=3).map(tuple))
+    targets = ("*",) if kind == "kvcache" else targets  # a cache belongs to no layer
     return method(**given, targets=targets, seed=draw(st.integers(0, 2**63)))
 
 
-def test_the_methods_of_version_one_are_registered_in_the_order_of_application():
+def test_the_methods_are_registered_in_the_order_of_application():
     assert tuple(step.kind() for step in METHODS.steps()) == KINDS
-    assert [step.slider for step in METHODS.steps()] == ["rank_ratio", "sparsity", "weight_bits", "repair_ratio", "temperature"]
+    assert [step.slider for step in METHODS.steps()] == ["rank_ratio", "sparsity", "activation_bits", "weight_bits", "kv_bits", "repair_ratio", "qat_steps", "temperature"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_json_gives_back_the_same_step(kind, data):
     step = data.draw(steps(kind))
-    recipe = Recipe(wb.Prune(sparsity=0.5, targets=("z",)), step) if kind in {"repair", "distill"} else Recipe(step)
+    before = {"repair": (wb.Prune(sparsity=0.5, targets=("z",)),), "distill": (wb.Prune(sparsity=0.5, targets=("z",)),), "qat": (wb.Quantize(weight_bits=4),)}
+    recipe = Recipe(*before.get(kind, ()), step)
     again = Recipe.from_json(recipe.to_json())
     assert again == recipe
     assert hash(again) == hash(recipe)
@@ -92,7 +94,8 @@ def test_json_says_everything_in_a_fixed_order():
     assert json.loads(recipe.to_json()) == [
         {"step": "prune", "sparsity": 0.5, "pattern": "unstructured", "criterion": "magnitude", "targets": ["*"], "seed": 0, "allocation": "uniform", "reconstruct": False,
          "rounds": 1, "train_steps": 0, "train_rate": 5e-4, "train_batch": 64, "penalty": 0.0},
-        {"step": "quantize", "weight_bits": 4, "group_size": 64, "grid": "asymmetric", "scale_search": True, "targets": ["a.*", "re:b$"], "seed": 0},
+        {"step": "quantize", "weight_bits": 4, "group_size": 64, "grid": "asymmetric", "scale_search": True, "rounding": "rtn", "number_format": "integer", "granularity": "row",
+         "activation_order": True, "damping": 0.01, "bit_allocation": "auto", "targets": ["a.*", "re:b$"], "seed": 0},
     ]
 
 
@@ -138,8 +141,9 @@ REFUSED = [
     (lambda: wb.LowRank(rank_ratio=1.01), r"LowRank\(rank_ratio=1\.01\) is refused: .*less than or equal to 1"),
     (lambda: wb.LowRank(factorization="qr"), r"'svd' or 'whitened'"),
     (lambda: wb.Quantize(weight_bits=1), r"^Quantize\(weight_bits=1\) is refused: input should be greater than or equal to 2$"),
-    (lambda: wb.Quantize(weight_bits=33), r"Quantize\(weight_bits=33\) is refused: .*less than or equal to 8"),
-    (lambda: wb.Quantize(weight_bits=4.5), r"Quantize\(weight_bits=4\.5\) is refused"),
+    (lambda: wb.Quantize(weight_bits=33), r"Quantize\(weight_bits=33\) is refused: .*less than or equal to 16"),
+    (lambda: wb.Quantize(weight_bits=12), r"Quantize is refused: weight_bits=12 of number_format='integer' should be at most 8"),
+    (lambda: wb.Quantize(number_format="float8"), r"number_format='float8' has 8 bits, not weight_bits=4: give weight_bits=8"),
     (lambda: wb.Quantize(group_size=-1), r"Quantize\(group_size=-1\) is refused"),
     (lambda: wb.Quantize(grid="log"), r"'symmetric' or 'asymmetric'"),
     (lambda: wb.Distill(temperature=0), r"Distill\(temperature=0\) is refused: input should be greater than 0"),
@@ -239,7 +243,8 @@ def test_a_recipe_can_be_copied_and_sent_to_another_process():
 
 
 def test_flat_options_make_the_same_recipe_in_the_order_that_works():
-    flat = METHODS.recipe({"weight_bits": "4", "sparsity": "0.5", "rank_ratio": 0.4, "temperature": 2, "prune_targets": "a.*,b", "group_size": None, "repair_ratio": 0.1})
+    flat = METHODS.recipe({"weight_bits": "4", "sparsity": "0.5", "rank_ratio": 0.4, "temperature": 2, "prune_targets": "a.*,b", "group_size": None, "repair_ratio": 0.1,
+                            "activation_bits": "8", "kv_bits": 4, "qat_steps": 5})  # fmt: skip
     assert [step.kind() for step in flat] == list(KINDS)
     assert flat.get("prune") == wb.Prune(sparsity=0.5, targets=("a.*", "b"))
     assert METHODS.recipe({}) == Recipe()

@@ -16,9 +16,12 @@ from torch import nn
 from workbench.errors import DataError, ModelError
 from workbench.tasks import KINDS, columns, data, kind_of, score, sources
 from workbench.tasks.base import Items, Scores
+from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.data import Reading, Sizes
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION, PlainProcessor, grey_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING, window_items, windows
+from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
+from workbench.tasks.speech_recognition import SPEECH_RECOGNITION
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
 
 VIT = {"architectures": ["ViTForImageClassification"], "image_size": 8, "num_channels": 3, "id2label": {"0": "cat", "1": "dog"}}
@@ -78,10 +81,15 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("architecture", "kind"), [
     ("ViTForImageClassification", IMAGE_CLASSIFICATION), ("DeiTForImageClassificationWithTeacher", IMAGE_CLASSIFICATION),
-    ("DistilBertForSequenceClassification", TEXT_CLASSIFICATION), ("LlamaForCausalLM", LANGUAGE_MODELLING), ("GPT2LMHeadModel", LANGUAGE_MODELLING),
+    ("DistilBertForSequenceClassification", TEXT_CLASSIFICATION), ("Wav2Vec2ForCTC", FRAME_RECOGNITION), ("LlamaForCausalLM", LANGUAGE_MODELLING), ("GPT2LMHeadModel", LANGUAGE_MODELLING),
 ])  # fmt: skip
 def test_kind_of_architecture(architecture, kind):
     assert kind_of({"architectures": [architecture]}) is kind
+
+
+def test_kinds_that_the_class_name_alone_does_not_say():
+    assert kind_of({"architectures": ["BertModel"], "model_type": "bert"}) is SENTENCE_SIMILARITY
+    assert kind_of({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "is_encoder_decoder": True}) is SPEECH_RECOGNITION
 
 
 def test_kind_of_a_transformers_config():
@@ -98,6 +106,8 @@ def test_kind_of_model_type_alone_when_only_one_fits():
 
 @pytest.mark.parametrize(("config", "message"), [
     ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration is for a task that the workbench does not run; it runs image"),
+    ({"architectures": ["LlamaModel"], "model_type": "llama"}, "LlamaModel is for a task that the workbench does not run"),
+    ({"architectures": ["ViTModel"], "model_type": "vit"}, "ViTModel is for a task that the workbench does not run"),
     ({"architectures": ["BertLMHeadModel"], "is_encoder_decoder": True}, "does not run"),
     ({**BERT, "problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
 ])  # fmt: skip
@@ -107,7 +117,8 @@ def test_other_tasks_are_refused(config, message):
 
 
 def test_kinds_have_distinct_names():
-    assert len({kind.name for kind in KINDS}) == len(KINDS) == 3
+    assert len({kind.auto_class for kind in KINDS}) == len(KINDS) == 6
+    assert {kind.name for kind in KINDS} == {*data.sources.NAMES_FOR, "text classification"}
 
 
 # --- scores
@@ -153,7 +164,7 @@ def test_reduction_by_chunks_changes_nothing(monkeypatch):
 
     logits, items = torch.randn(4, 9, 11), window_items(torch.randint(11, (4, 9)))
     whole = score(LANGUAGE_MODELLING, Answers(logits), items)
-    monkeypatch.setattr(workbench.tasks, "CHUNK", 30)
+    monkeypatch.setattr(workbench.tasks.choosing, "CHUNK", 30)
     parts = score(LANGUAGE_MODELLING, Answers(logits), items)
     assert torch.equal(whole.loss, parts.loss)
     assert torch.equal(whole.answers, parts.answers)
@@ -363,7 +374,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.json").write_text('{"text": ')
     (tmp_path / "nothing").mkdir()
     for name, message in (("x.docx", "unknown kind of file '.docx'; known: .jsonl"), ("empty.jsonl", "the file is empty"),
-                          ("broken.json", "cannot be read"), ("nothing", "holds neither images nor files")):  # fmt: skip
+                          ("broken.json", "cannot be read"), ("nothing", "holds neither images, nor files")):  # fmt: skip
         with pytest.raises(DataError, match=message) as caught:
             load(TEXT_CLASSIFICATION, BERT, tmp_path / name)
         assert "\n" not in str(caught.value)

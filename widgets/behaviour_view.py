@@ -37,7 +37,7 @@ class BehaviourView(ipw.VBox):
         self.body.value = classes_html(label, record, items)
 
     def show_texts(self, label: str, records: Sequence[Continuation]) -> None:
-        """Show what both language models write."""
+        """Show what both models write, hear or find alike."""
         self.body.value = texts_html(label, records)
 
 
@@ -96,7 +96,7 @@ def confusion_html(title: str, names: Sequence[str], counts: Sequence[Sequence[i
 
 
 def texts_html(label: str, records: Sequence[Continuation]) -> str:
-    """Return each beginning with both continuations side by side."""
+    """Return what was given to both models, with their answers side by side."""
     rows = "".join(f"<tr><td>{escape(r.prompt)}</td><td>{escape(r.dense)}</td><td>{escape(r.compressed)}</td></tr>" for r in records)
-    heads = "<th>beginning</th><th>dense writes</th><th>compressed writes</th>"
-    return f"<p><b>{escape(label)}</b>, greedy</p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    heads = "<th>given</th><th>dense</th><th>compressed</th>"
+    return f"<p><b>{escape(label)}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"

@@ -31,6 +31,7 @@ from widgets.waiting import Waiting
 from workbench.errors import WorkbenchError
 from workbench.measure.behaviour import Behaviour, Continuation
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.recipe import Recipe
 from workbench.words import size
 
@@ -57,6 +58,7 @@ class Explorer(ipw.VBox):
         recipe: Recipe | None = None,
         ledger: str | Path | None = None,
         evaluation_items: int | None = None,
+        runtime: str | None = None,
         offline: bool = False,
     ) -> None:
         """Show the panel at once and load the model behind it.
@@ -68,6 +70,7 @@ class Explorer(ipw.VBox):
             recipe: where the sliders start; None turns every method off.
             ledger: where points are kept; None takes the user's own file for the model.
             evaluation_items: at most so many; None takes the task's default.
+            runtime: how both models are run when they are timed, as for `workbench.Bench`.
             offline: never reach for the network.
 
         """
@@ -84,7 +87,7 @@ class Explorer(ipw.VBox):
         self.pacer = Pacer(self.failed)
         self.session = Session(
             on_live=lambda: self.pacer.post("live", self.draw_live), on_history=lambda: self.pacer.post("history", self.draw_history),
-            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=self.breathe, ledger=ledger, offline=offline, progress=False,
+            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=self.breathe, ledger=ledger, runtime=runtime, offline=offline, progress=False,
         )  # fmt: skip
         self.keeping = Keeping(
             self.session, go_to=self.go_to, guarded=self.guarded, post=self.pacer.post, changed=lambda: self.pacer.post("history", self.draw_history)
@@ -277,7 +280,7 @@ def log_defect(error: BaseException) -> None:
 def dense_words(point: Measurement) -> str:
     """Return the dense model in the head line."""
     quality = point.primary
-    value = f"{quality.dense.value:.1%}" if quality.metric.endswith("accuracy") else f"{quality.dense.value:.4g}"
+    value = metric_named(quality.metric).words(quality.dense.value)
     time = f" &middot; {point.latency.dense_median_ms:.1f} ms" if point.latency else ""
     about = escape(f"{quality.metric} on {point.items:,} items of {point.context.data_name}; {point.context.device_name}")
     return f"<span title='{about}'><b>\N{BLACK STAR}</b> dense: <b>{value}</b> {escape(quality.metric)} &middot; {size(point.dense_sizes.file_bytes)}{time}</span>"

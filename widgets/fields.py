@@ -78,6 +78,7 @@ def scale(step: type[Step]) -> Scale:
     most = max(step.stops, default=default)
     low = limits.low if limits.low is not None else min(step.stops, default=0.0)
     high = limits.high if limits.high is not None and limits.high <= 4 * abs(most) else 2 * most
+    low, high = step.ends or (low, high)
     unit = 1.0 if whole else nice_step(high - low)
     low += unit * (limits.low_open and limits.low is not None)
     high -= unit * (limits.high_open and limits.high == high)

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.tradeoff import Tradeoff, TradeoffPoint
 from workbench.words import size
 
@@ -32,7 +33,7 @@ def layout(figure: go.Figure, title: str, x: str, y: str, height: int = 430) -> 
 
 def scale_of(record: Tradeoff) -> float:
     """Return the factor from the metric to what the axis shows: percent for accuracy."""
-    return 100.0 if record.metric == "accuracy" else 1.0
+    return metric_named(record.metric).scale
 
 
 def shown_cost(record: Tradeoff, cost: float) -> float:
@@ -78,7 +79,9 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
 
 def metric_title(metric: str) -> str:
     """Return the axis title of a metric."""
-    return {"accuracy": "accuracy (%)", "perplexity": "perplexity (log, better upwards)"}.get(metric, metric)
+    if metric == "perplexity":
+        return "perplexity (log, better upwards)"
+    return f"{metric} (%)" if metric_named(metric).percent else metric
 
 
 def markers(record: Tradeoff, points: Sequence[TradeoffPoint], color: str, width: int, name: str) -> go.Scatter:
@@ -109,7 +112,8 @@ def sliders_figure(sweeps: Mapping[str, Sequence[Measurement]], centre: Measurem
     shown = {slider: points for slider, points in sweeps.items() if points}
     rows = max(1, -(-len(shown) // 2))
     figure = make_subplots(rows=rows, cols=2, horizontal_spacing=0.11, vertical_spacing=0.24 / rows, subplot_titles=list(shown))
-    unit = "accuracy change (points)" if centre.primary.metric == "accuracy" else f"{centre.primary.metric} change (%)"
+    about = metric_named(centre.primary.metric)
+    unit = f"{about.name} change ({about.change_unit})" if about.change_unit else f"{about.name} change"
     for index, (slider, points) in enumerate(shown.items()):
         for trace in slider_traces(slider, points, centre):
             figure.add_trace(trace, row=index // 2 + 1, col=index % 2 + 1)
@@ -124,15 +128,16 @@ def sliders_figure(sweeps: Mapping[str, Sequence[Measurement]], centre: Measurem
 def slider_traces(slider: str, points: Sequence[Measurement], centre: Measurement) -> list[go.Scatter]:
     """Return the traces of one panel of `sliders_figure`."""
     found = sorted(((value_of(p, slider), p) for p in points if math.isfinite(p.primary.change.value)), key=lambda pair: pair[0])
-    change = [100 * p.primary.change.value for _, p in found]
+    factor = metric_named(centre.primary.metric).change_scale
+    change = [factor * p.primary.change.value for _, p in found]
     line = go.Scatter(
         x=[value for value, _ in found], y=change, mode="lines+markers", line={"color": BLUE}, marker={"size": 10},
-        error_y={"array": [100 * p.primary.change.high - c for (_, p), c in zip(found, change, strict=True)],
-                 "arrayminus": [c - 100 * p.primary.change.low for (_, p), c in zip(found, change, strict=True)], "thickness": 1.2, "width": 3},
+        error_y={"array": [factor * p.primary.change.high - c for (_, p), c in zip(found, change, strict=True)],
+                 "arrayminus": [c - factor * p.primary.change.low for (_, p), c in zip(found, change, strict=True)], "thickness": 1.2, "width": 3},
         hovertext=[f"{escape(p.recipe.label())}<br>{size(p.sizes.file_bytes)}, {p.shrink:.1f}x smaller" for _, p in found],
         hovertemplate="%{hovertext}<br>%{y:+.2f}<extra></extra>",
     )  # fmt: skip
-    mine = [(value, 100 * p.primary.change.value) for value, p in found if p.key == centre.key]
+    mine = [(value, factor * p.primary.change.value) for value, p in found if p.key == centre.key]
     ring = {"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}}
     return [line, *(go.Scatter(x=[x], y=[y], mode="markers", marker=ring, hoverinfo="skip") for x, y in mine)]
 

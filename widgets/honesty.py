@@ -8,6 +8,7 @@ import ipywidgets as ipw
 
 from widgets.live import Live
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Estimate, Quality
 from workbench.predict import Prediction
 from workbench.words import size
@@ -52,16 +53,16 @@ def badge(live: Live) -> str:
 def plus_minus(quality: Quality) -> tuple[str, str]:
     """Return the paired change and its interval: `-0.8 points` and `-1.3 to -0.3 at 95%`."""
     change = quality.change
-    scale, unit = (100, " points") if quality.metric.endswith("accuracy") or quality.metric == "perplexity" else (1, "")
-    unit = " %" if quality.metric == "perplexity" else unit
-    spread = f"{signed(scale * change.low)} to {signed(scale * change.high)}"
-    return f"{signed(scale * change.value)}{unit}", f"{quality.metric}, {spread} at {quality.confidence:.0%}"
+    metric = metric_named(quality.metric)
+    scale, digits, unit = metric.change_scale, metric.change_digits(), metric.change_unit and f" {metric.change_unit}"
+    spread = f"{signed(scale * change.low, digits)} to {signed(scale * change.high, digits)}"
+    return f"{signed(scale * change.value, digits)}{unit}", f"{quality.metric}, {spread} at {quality.confidence:.0%}"
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 1) -> str:
     """Return a number with its sign and a real minus; no minus zero."""
-    text = f"{value:+.1f}" if abs(value) < 1000 else f"{value:+.2g}"
-    return "±0.0" if text in {"+0.0", "-0.0"} else text.replace("-", "\N{MINUS SIGN}")
+    text = f"{value:+.{digits}f}" if abs(value) < 1000 else f"{value:+.2g}"
+    return f"±{text[1:]}" if not float(text) else text.replace("-", "\N{MINUS SIGN}")
 
 
 def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
@@ -70,15 +71,14 @@ def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[s
         return plus_minus(point.primary)
     if guess is None or guess.quality is None:
         return "?", "quality unknown yet"
-    value = f"{guess.quality.value:.1%}" if guess.metric == "accuracy" else f"{guess.quality.value:.4g}"
+    value = metric_named(guess.metric).words(guess.quality.value)
     return f"~{value}", f"{guess.metric}, predicted{': a guess' if guess.wide else f', {span(guess.quality, guess.metric)}'}"
 
 
 def span(estimate: Estimate, metric: str) -> str:
     """Return an interval of a metric."""
-    if metric == "accuracy":
-        return f"{estimate.low:.1%} to {estimate.high:.1%}"
-    return f"{estimate.low:.4g} to {estimate.high:.4g}"
+    words = metric_named(metric).words
+    return f"{words(estimate.low)} to {words(estimate.high)}"
 
 
 def head_size(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
@@ -103,17 +103,26 @@ def head_speed(point: Measurement | None, guess: Prediction | None) -> tuple[str
 def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[str, str]]:
     """Return the smaller facts: three sizes, two latencies, items."""
     if point is None:
-        return [("theoretical", "…"), ("packed", "…"), ("file", size(guess.file_bytes) if guess else "…"), ("time predicted", predicted_ms(point, guess)), ("time measured", "…"), ("items", "…")]
+        return [("theoretical", "…"), ("packed", "…"), ("file", size(guess.file_bytes) if guess else "…"), ("time predicted", predicted_ms(point, guess)), *bound(guess), ("time measured", "…"), ("items", "…")]
     latency = point.latency
     return [
         ("theoretical", size(point.sizes.theoretical_bytes)),
         ("packed", size(point.sizes.packed_bytes)),
         ("file", f"{size(point.sizes.file_bytes)} of {size(point.dense_sizes.file_bytes)}"),
         ("time predicted", predicted_ms(point, guess)),
+        *bound(guess),
         ("time measured", f"{latency.median_ms:.2f} ms, dense {latency.dense_median_ms:.2f} ms" if latency else point.missing.get("latency", "…")),
+        ("run by", "; ".join((point.context.runtime, *point.kernels))),
         ("items", f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for calibration"),
         ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
     ]
+
+
+def bound(guess: Prediction | None) -> list[tuple[str, str]]:
+    """Return what the model waits for, as far as it is known."""
+    if guess is None or guess.roof is None:
+        return []
+    return [("bound by", f"{guess.roof.bound}: {guess.roof.memory:.0%} of the time waits for memory; {guess.roof.ratio:.2f}\N{MULTIPLICATION SIGN} as fast by bandwidth and arithmetic")]
 
 
 def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:

@@ -122,6 +122,7 @@ class Keeping:
         name = free_name(folder, f"{stem}-{point.key[:8]}")
         settings = {
             "data": choice.data, "device": bench.device.type, "evaluation_items": choice.evaluation_items, "ledger": place_of(bench.ledger), "offline": self.session.settings.get("offline"),
+            "runtime": self.session.settings.get("runtime"),
         }  # fmt: skip
         self.run.start(report_command(choice.model, point.recipe, settings, folder, name), folder / f"{name}.html")
 

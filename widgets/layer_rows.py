@@ -8,6 +8,7 @@ from typing import Any
 
 from widgets.honesty import signed
 from workbench.compress.report import LayerReport
+from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Estimate
 from workbench.sensitivity import LayerSensitivity
 from workbench.words import size
@@ -15,7 +16,7 @@ from workbench.words import size
 TIMES = "\N{MULTIPLICATION SIGN}"
 COLUMNS = (
     ("weights", "share of all stored weights"), ("zeros", "fraction of exact zeros"), ("rank kept", "fraction of the full rank"), ("bits", "bits per weight"),
-    ("error", "relative error of the weights: |W' - W| / |W|"), ("alone costs, {unit}", "sensitivity: what the recipe on this layer alone costs, all others dense"),
+    ("error", "relative error of the weights: |W' - W| / |W|"), ("alone costs{unit}", "sensitivity: what the recipe on this layer alone costs, all others dense"),
 )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def table_of(layers: Sequence[LayerReport], costs: Mapping[str, LayerSensitivity
     """Return the heat map; `costs` are the sensitivities that are known, by layer."""
     rows = rows_of(layers, costs)
     shown = [index for index in range(len(COLUMNS)) if any(row.cells[index].text for row in rows)]
-    unit = "%" if any(cost.metric == "perplexity" for cost in costs.values()) else "points"
-    return Table(tuple((COLUMNS[i][0].format(unit=unit), COLUMNS[i][1]) for i in shown), tuple(replace(row, cells=tuple(row.cells[i] for i in shown)) for row in rows))
+    unit = next((metric_named(cost.metric).change_unit for cost in costs.values()), "points")
+    return Table(tuple((COLUMNS[i][0].format(unit=unit and f", {unit}"), COLUMNS[i][1]) for i in shown), tuple(replace(row, cells=tuple(row.cells[i] for i in shown)) for row in rows))
 
 
 def rows_of(layers: Sequence[LayerReport], costs: Mapping[str, LayerSensitivity]) -> tuple[Row, ...]:
@@ -137,8 +138,10 @@ def cost(found: LayerSensitivity | None, frame: tuple[float, float]) -> Cell:
     low, high = frame
     span = (high - low) or 1.0
     bar = [min(1.0, max(0.0, (x - low) / span)) for x in (found.drop.low, found.drop.value, found.drop.high, 0.0)]
-    unit = "%" if found.metric == "perplexity" else "points"
-    words = f"{100 * found.drop.value:+.1f} {unit} worse ({signed(100 * found.drop.low)} to {signed(100 * found.drop.high)}) on {found.items} items; saves {size(found.saved_bytes)}"
+    metric = metric_named(found.metric)
+    scale, digits = metric.change_scale, metric.change_digits()
+    spread = f"{signed(scale * found.drop.low, digits)} to {signed(scale * found.drop.high, digits)}"
+    words = f"{scale * found.drop.value:+.{digits}f} {metric.change_unit} worse ({spread}) on {found.items} items; saves {size(found.saved_bytes)}".replace("  ", " ")
     if found.loss is not None:
         words += f"; loss {found.loss.value:+.4f} nats ({found.loss.low:+.4f} to {found.loss.high:+.4f})"
-    return Cell(signed(100 * found.drop.value), None, found.drop.value, (bar[0], bar[1], bar[2], bar[3]), words)
+    return Cell(signed(scale * found.drop.value, digits), None, found.drop.value, (bar[0], bar[1], bar[2], bar[3]), words)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from widgets.plot_choice import COST_NAMES, PlotChoice, better_upwards, less_is_better, logarithmic
+from workbench.measure.metrics import metric_named
 
 
 def axes(metric: str, choice: PlotChoice) -> dict[str, Any]:
@@ -36,10 +37,11 @@ def y_range(dense: float, ys: Sequence[float], metric: str, choice: PlotChoice |
     if made.change:
         return change_range(ys, metric)
     if less_is_better(metric):
-        reach = max([dense * 3, *(2 ** math.ceil(math.log2(y * 1.2)) for y in ys if y > dense * 2.5)])
+        least = 5.0 if metric_named(metric).percent else 0.0  # an error rate may well be 0
+        reach = max([dense * 3, least, *(2 ** math.ceil(math.log2(y * 1.2)) for y in ys if y > dense * 2.5)])
         low = min([dense * 0.85, *(y * 0.95 for y in ys if y > 0)])
         return [math.log10(reach), math.log10(low)] if logarithmic(made, metric) else [reach, low]
-    if not metric.endswith("accuracy"):
+    if not metric_named(metric).percent:
         return [min([0.8 * dense, *ys]), max([1.1 * dense, *ys])]
     lowest = min([dense - 8, *ys])
     low = dense - 10 if lowest >= dense - 8 else 20 * math.floor((lowest - 4) / 20)
@@ -48,7 +50,8 @@ def y_range(dense: float, ys: Sequence[float], metric: str, choice: PlotChoice |
 
 def change_range(ys: Sequence[float], metric: str) -> list[float]:
     """Return the range of a change against the dense model, which is at 0: ten points or so, then powers of two of it."""
-    first = {"perplexity": 100.0, "loss": 1.0}.get(metric, 10.0)
+    about = metric_named(metric)
+    first = 100.0 if about.ratio else 10.0 if about.percent else 1.0 if about.unit else 0.1
     worst = max([0.0, *(y if less_is_better(metric) else -y for y in ys)])
     best = max([0.0, *(-y if less_is_better(metric) else y for y in ys)])
     reach = first * 2 ** max(0, math.ceil(math.log2(worst * 1.1 / first))) if worst else first

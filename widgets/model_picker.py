@@ -34,7 +34,7 @@ class ModelPicker(ipw.VBox):
         self.more = ipw.ToggleButton(description="more", icon="sliders", tooltip="another model, the data, how many items")
         typed = {"continuous_update": False, "ensure_option": False}
         self.other = ipw.Combobox(description="hub id or folder", placeholder="owner/name or ./folder, then Enter", options=local_folders(Path()), tooltip="a model of the hub, or a folder with config.json; Enter loads it", **typed)
-        self.data = ipw.Combobox(description="data", placeholder="the model's own", tooltip="data by name, a hub data set as owner/name, a file or a folder of images; empty is the model's own; Enter loads it", **typed)
+        self.data = ipw.Combobox(description="data", placeholder="the model's own", tooltip="data by name, a hub data set as owner/name, a file, or a folder of images or sound; empty is the model's own; Enter loads it", **typed)
         self.items = ipw.BoundedIntText(min=0, max=10_000_000, description="items", continuous_update=False, tooltip="evaluate at most so many items; 0 is the task's default")
         self.words = ipw.HTML()
         self.stop = ipw.Button(description="stop loading", tooltip="give up; the model that is there stays")

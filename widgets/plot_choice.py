@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.measure.metrics import metric_named
 from workbench.tradeoff import Cost, Shade
 
 COST_NAMES: dict[Cost, str] = {
@@ -37,7 +38,7 @@ class PlotChoice:
 
 def can_be_logarithmic(choice: PlotChoice, metric: str) -> bool:
     """Return whether quality is a positive number without an upper end, so that a logarithmic axis makes sense."""
-    return not choice.change and metric in {"perplexity", "loss"}
+    return not choice.change and metric_named(metric).logarithmic
 
 
 def logarithmic(choice: PlotChoice, metric: str) -> bool:
@@ -48,16 +49,18 @@ def logarithmic(choice: PlotChoice, metric: str) -> bool:
 def better_upwards(metric: str, *, change: bool) -> str:
     """Return the quality axis' title; axes where less is better are turned over."""
     if change:
-        unit = {"perplexity": "%", "loss": "nats"}.get(metric, "points")
-        return f"change of {metric} ({unit}, better upwards)"
-    return f"{metric} (%)" if metric.endswith("accuracy") else f"{metric} (better upwards)"
+        unit = metric_named(metric).change_unit
+        return f"change of {metric} ({unit}, better upwards)" if unit else f"change of {metric} (better upwards)"
+    if metric_named(metric).percent:
+        return f"{metric} (%)" if metric_named(metric).higher else f"{metric} (%, better upwards)"
+    return f"{metric} (better upwards)"
 
 
 def scale(metric: str, *, change: bool) -> float:
-    """Return the factor from a metric to its axis: percent for accuracies, and for the relative change of perplexity."""
-    return 100.0 if metric.endswith("accuracy") or (change and metric == "perplexity") else 1.0
+    """Return the factor from a metric to its axis: percent for accuracies and error rates, and for the relative change of perplexity."""
+    return metric_named(metric).change_scale if change else metric_named(metric).scale
 
 
 def less_is_better(metric: str) -> bool:
     """Return whether the quality axis is turned over, so that better is always upwards."""
-    return bool(metric) and not metric.endswith("accuracy")
+    return bool(metric) and not metric_named(metric).higher

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench import errors
     from workbench.bench import Bench
     from workbench.card import verdict
-    from workbench.compress import Distill, LowRank, Prune, Quantize, Repair, compress
+    from workbench.compress import QAT, Activations, Distill, KVCache, LowRank, Prune, Quantize, Repair, compress
     from workbench.export import load
     from workbench.ledger import Ledger
     from workbench.measure.measurement import Measurement
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
     from workbench.zoo import models
 
 PLACES = {
+    "Activations": "workbench.compress",
     "METHODS": "workbench.recipe",
     "Bench": "workbench.bench",
     "Distill": "workbench.compress",
+    "KVCache": "workbench.compress",
     "Ledger": "workbench.ledger",
     "LowRank": "workbench.compress",
     "Measurement": "workbench.measure.measurement",
     "Prune": "workbench.compress",
+    "QAT": "workbench.compress",
     "Quantize": "workbench.compress",
     "Recipe": "workbench.recipe",
     "Repair": "workbench.compress",

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, TypeVar
 from workbench.compress import Compressed, compress
 from workbench.compress.layers import Progress, no_progress
 from workbench.device import describe, pick
-from workbench.errors import Cancelled, LedgerError
+from workbench.errors import Cancelled, LedgerError, RuntimeRefused
 from workbench.ledger import Ledger, default_path
-from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations
+from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
+from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
 from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Context, Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
@@ -26,10 +27,12 @@ from workbench.measure.size import Sizes, counted_sizes, sizes
 from workbench.measure.weights import WeightChange, weight_changes
 from workbench.progress import Bar, Training
 from workbench.recipe import Recipe
-from workbench.runtime.realise import Realised, realise
+from workbench.runtime.execution import chosen, why_not
+from workbench.runtime.realise import plan, realise
 from workbench.statistics import Statistics
 from workbench.tasks import score
 from workbench.tasks.base import Scores, Task
+from workbench.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +64,7 @@ class Bench:
         training_items: int | None = None,
         context_length: int | None = None,
         latency_batch: int | None = None,
+        runtime: str | None = None,
         confidence: float = 0.95,
         offline: bool = False,
         seed: int = 0,
@@ -77,20 +81,24 @@ class Bench:
             calibration_items: at most so many; None takes the task's default.
             training_items: at most so many; None takes the task's default.
             context_length: tokens in a window of a language model; None takes the task's default.
-            latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model.
+            latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model or 1 utterance.
+            runtime: how both models are run when they are timed: "auto" (None), "torch", "onnx", "graph" or "compiled"; see `workbench runtimes`.
             confidence: of every quality interval.
             offline: never reach for the network.
             seed: of the order of data.
             progress: whether to show a progress bar.
 
         Raises:
-            ModelError, DataError, DeviceError, LedgerError: see `workbench.errors`.
+            ModelError, DataError, DeviceError, LedgerError, RuntimeRefused: see `workbench.errors`.
 
         """
         from workbench.zoo import load_task
 
         given = next(model.model.parameters()).device if isinstance(model, Task) else None
         self.device = given if device is None and given is not None else pick(device)
+        self.runtime = chosen(runtime)
+        if reason := why_not(self.runtime, self.device.type):
+            raise RuntimeRefused(f"runtime={runtime!r} cannot be used on {self.device.type}: {reason}")
         self.show_progress = progress
         self.task = (
             on_device(model, self.device)
@@ -102,10 +110,10 @@ class Bench:
         )  # fmt: skip
         self.evaluation = self.task.evaluation.to(self.device)
         self.confidence = confidence
-        self.latency_items = self.evaluation[: latency_batch or (1 if self.task.kind.primary == "perplexity" else 16)]
+        self.latency_items = self.evaluation[: latency_batch or self.task.kind.latency_items]
         self.context = Context(
             self.task.model_name, self.task.model_fingerprint, self.task.data_name, self.task.data_fingerprint, self.device.type,
-            describe(self.device), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"),
+            describe(self.device), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"), self.runtime,
         )  # fmt: skip
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
         self.statistics = Statistics(self.task)
@@ -182,12 +190,12 @@ class Bench:
     def behaviour(
         self, recipe: Recipe, *, compressed: Compressed | None = None, cancelled: Callable[[], bool] | None = None
     ) -> Behaviour | tuple[Continuation, ...]:
-        """Return what a recipe changes: a classifier's answers, item by item, or what a language model writes.
+        """Return what a recipe changes: a classifier's answers, item by item, or what another model writes, hears or finds alike.
 
         A model `compressed` by this recipe before need not be given; it saves compressing (and training) again.
 
         Raises:
-            DataError: the task has neither classes nor a tokenizer.
+            DataError: a language model without its tokenizer.
             Cancelled: `cancelled` returned True.
 
         """
@@ -197,7 +205,9 @@ class Bench:
                 compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True)
             if self.task.labels:
                 return behaviour(self.task, compressed.model, self.confidence, progress)
-            return continuations(self.task, compressed.model)
+            if isinstance(self.task.kind, LanguageModelling):
+                return continuations(self.task, compressed.model)
+            return told_apart(self.task, compressed.model, progress=progress)
 
     def weights(self, recipe: Recipe, first: str = "", *, cancelled: Callable[[], bool] | None = None) -> Iterator[WeightChange]:
         """Yield how the weights of each layer change under a recipe, as histograms; the layer named `first` comes first.
@@ -264,7 +274,7 @@ class Bench:
             done = upto
         joined = Scores.join(parts)
         parts[:] = [joined]
-        return Scores(joined.loss[:count], joined.correct[:count], joined.weight[:count], joined.answers[:count])
+        return joined.first(count)
 
 
 class Partial:
@@ -276,14 +286,14 @@ class Partial:
         self.compress_seconds = compress_seconds
         self.start = time.perf_counter()
         self.scores: list[Scores] = []
-        self.realised: Realised = realise(compressed, bench.device.type)
+        self.plan = plan(compressed, bench.device.type, bench.runtime)
         self.sizes = counted_sizes(compressed.model, compressed.layers)
 
     def look(self, count: int) -> Measurement:
         """Return the measurement after the first `count` evaluation items, without latency."""
         bench = self.bench
         dense = bench.dense_scores(count, self.progress)
-        mine = bench.scores_up_to(self.realised.model, self.scores, count, self.progress)
+        mine = bench.scores_up_to(self.compressed.model, self.scores, count, self.progress)
         task = bench.task
         return Measurement(
             key=bench.context.key(self.compressed.recipe),
@@ -297,7 +307,8 @@ class Partial:
             dense_sizes=bench.dense_sizes(),
             layers=self.compressed.report,
             provenance=Provenance(bench.statistics.once("versions", versions), bench.statistics.once("git revision", git_revision), now(), self.compress_seconds, time.perf_counter() - self.start, len(task.calibration), len(task.training)),
-            no_kernel=self.realised.no_kernel,
+            kernels=self.plan.kernels,
+            no_kernel=self.plan.no_kernel,
             warnings=(*task.notes, *self.compressed.warnings),
             curve=self.compressed.curve,
         )
@@ -307,11 +318,20 @@ class Partial:
         bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
         self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
         point = self.look(len(bench.evaluation))
-        dense, mine, items = bench.task.model, self.realised.model, bench.latency_items
-        latency = attempt("latency", missing, lambda: measure_latency(kind, dense, mine, items, progress=self.progress))
+        dense, items = bench.task.model, bench.latency_items
+        self.progress("prepare", 0, 1)
+        run = realise(self.compressed, bench.device.type, bench.runtime, dense=dense, kind=kind, items=items, once=bench.statistics.once)
+        latency = attempt("latency", missing, lambda: measure_latency(kind, run.dense, run.model, items, progress=self.progress))
         dense_peak = attempt("peak memory", missing, lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)))
-        peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, mine, items))
-        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, missing=missing)
+        peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
+        cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, cache=cache, missing=missing, warnings=(*point.warnings, *run.warnings))
+
+    def cache(self) -> CacheBytes:
+        """Return the bytes that both models keep of the tokens of one window."""
+        bench, window = self.bench, self.bench.evaluation[:1]
+        dense = bench.statistics.once("dense cache", lambda: cache_bytes(bench.task.model, window))
+        return CacheBytes(context_of(window), dense, cache_bytes(self.compressed.model, window))
 
 
 def attempt(what: str, missing: dict[str, str], measure: Callable[[], T]) -> T | None:

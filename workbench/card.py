@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Quality
 from workbench.words import size
 
@@ -10,7 +11,7 @@ from workbench.words import size
 def quality_words(quality: Quality) -> str:
     """Return such as `accuracy 93.1% -> 92.3% (-0.8 points, -1.3 to -0.3)`."""
     before, after, change = quality.dense.value, quality.compressed.value, quality.change
-    if quality.metric.endswith("accuracy"):
+    if metric_named(quality.metric).percent:
         return f"{quality.metric} {before:.1%} to {after:.1%} ({100 * change.value:+.1f} points, {100 * change.low:+.1f} to {100 * change.high:+.1f})"
     if quality.metric == "perplexity":
         return f"perplexity {before:.4g} to {after:.4g} ({change.value:+.1%}, {change.low:+.1%} to {change.high:+.1%})"
@@ -23,6 +24,9 @@ def speed_words(point: Measurement) -> str:
         return f"latency not measured: {point.missing['latency']}" if "latency" in point.missing else "latency not measured yet"
     speed = point.latency.speedup
     words = f"{speed.value:.2f}x as fast ({speed.low:.2f} to {speed.high:.2f})"
+    if point.latency.real_time_factors is not None:
+        before, after = point.latency.real_time_factors
+        words += f", real-time factor {before:.3f} to {after:.3f}"
     return f"{words}: {'; '.join(point.no_kernel)}" if point.no_kernel else words
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -14,12 +14,14 @@ from workbench.errors import WorkbenchError
 from workbench.gates import Gates
 from workbench.recipe import METHODS
 from workbench.report import load_plugins
+from workbench.runtime.names import Runtime
 
 COMMON = (
     ("data", str, "data set: a catalogue name, a hub id, or a local file or image folder"),
     ("device", str, "cpu or cuda; left out: the GPU where there is one"),
     ("ledger", str, "where points are kept: a file, or an Optuna storage URL"),
     ("evaluation_items", int, "evaluate at most so many items"),
+    ("runtime", click.Choice(get_args(Runtime)), "how both models are run when they are timed; see `workbench runtimes` [default: auto]"),
     ("seed", int, "seed of every random choice"),
     ("recipe", str, "a whole recipe as JSON, as Recipe.to_json() writes it, in place of the options of single methods"),
 )
@@ -91,6 +93,27 @@ def methods() -> None:
     for row in rows:
         table.add_row(*row.values())
     show(table)
+
+
+@workbench.command()
+@click.option("--device", help="cpu or cuda; left out: the GPU where there is one")
+@click.option("--quick", is_flag=True, help="measure nothing")
+def runtimes(device: str | None, quick: bool) -> None:
+    """List every runtime and kernel: what it takes, whether it runs on this machine or why not, and how fast it was here, next to plain torch."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from workbench.device import describe, pick
+    from workbench.runtime.probes import runtime_rows
+    from workbench.runtime.roofline import limits_of
+
+    place = pick(device)
+    table = Table("name", "takes", "runs here", "measured here, against plain torch", title=f"Runtimes and kernels on {describe(place)}")
+    for row in runtime_rows(str(place), measure=not quick):
+        table.add_row(escape(row.name), escape(row.takes), escape(row.runs), escape(row.measured))
+    show(table)
+    if not quick:
+        click.echo(limits_of(str(place)).words())
 
 
 @workbench.command(cls=JobCommand)

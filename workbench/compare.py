@@ -15,7 +15,6 @@ from workbench.errors import RecipeError
 from workbench.measure.measurement import Measurement
 from workbench.measure.quality import Quality, quality
 from workbench.recipe import Recipe, Step
-from workbench.runtime.realise import realise
 from workbench.tasks.base import Scores
 from workbench.words import size
 
@@ -221,8 +220,8 @@ def paired_test(bench: Bench, first: Recipe, others: Sequence[Recipe], *, cancel
         progress = stoppable(bar, cancelled)
 
         def scores(recipe: Recipe) -> Scores:
-            realised = realise(compress(bench.task, recipe, bench.statistics_with(progress), progress), bench.device.type)
-            return bench.scores_up_to(realised.model, [], len(bench.evaluation), progress)
+            compressed = compress(bench.task, recipe, bench.statistics_with(progress), progress)
+            return bench.scores_up_to(compressed.model, [], len(bench.evaluation), progress)
 
         base = scores(first)
         return tuple(quality(bench.task.kind.primary, base, scores(recipe), bench.confidence, len(others))[0] for recipe in others)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from workbench.errors import CompressionError, RecipeError
+from workbench.measure.metrics import metric_named
 from workbench.predict import Prediction, Predictor, comparable
 from workbench.recipe import METHODS, Recipe
 from workbench.sweep import around
@@ -74,5 +75,6 @@ def rank(guess: Prediction, dense: float | None, drop: float) -> tuple[bool, flo
     """Return what to sort by: first what is predicted to be within, smallest first; then the others, least loss first."""
     if guess.quality is None or dense is None:
         return True, float(guess.file_bytes or 0)
-    lost = guess.quality.value / dense - 1 if guess.metric == "perplexity" else dense - guess.quality.value
+    metric = metric_named(guess.metric)
+    lost = guess.quality.value / dense - 1 if metric.ratio else (dense - guess.quality.value) * (1 if metric.higher else -1)
     return (False, float(guess.file_bytes or 0)) if lost <= drop else (True, lost)

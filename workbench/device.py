@@ -64,6 +64,19 @@ def free_fraction(device: torch.device) -> float:
     return (free + cached) / total
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets of the CPU as the system names them, lower case; empty where it does not list them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = next((line.split(":", 1)[1] for line in lines if line.lower().startswith(("flags", "features")) and ":" in line), "")
+    return frozenset(found.lower().split())
+
+
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has, or threads torch uses on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else torch.get_num_threads()
+
+
 class Clock:
     """Times work on one device: wall clock on a CPU, events on a GPU, where work is asynchronous."""
 

@@ -37,6 +37,10 @@ class DeviceError(WorkbenchError):
     """The device asked for is not here."""
 
 
+class RuntimeRefused(WorkbenchError):  # noqa: N818  says what happened
+    """A runtime or kernel was asked for by name that cannot run this model here."""
+
+
 class Cancelled(WorkbenchError):  # noqa: N818  not a failure: the user asked for it
     """The user cancelled; nothing measured before is lost."""
 

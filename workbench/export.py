@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,15 @@ from torch import nn
 
 from workbench.card import card
 from workbench.compress.factors import Factors, Form, Repaired, factors_like, form_of, repaired_like
+from workbench.compress.kv_cache import cache_format_of, use_cache_of
 from workbench.compress.layers import replace_module
+from workbench.compress.quantized_inputs import QuantizesInputs, described, from_description
 from workbench.compress.structure_cut import apply_differences, differences
 from workbench.errors import ExportError
 from workbench.measure.size import file_content
+from workbench.runtime.cache_format import CacheFormat
 from workbench.runtime.packed import pack_model, unpack_state
+from workbench.tasks import KINDS
 from workbench.zoo.local import quiet
 
 if TYPE_CHECKING:
@@ -96,6 +101,8 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
         "structure": structure(task, compressed),
         "low_rank": {name: form_of(module).to_json() for name, module in compressed.model.named_modules() if isinstance(module, Factors)},
         "repair": {name: len(module.first.weight) for name, module in compressed.model.named_modules() if isinstance(module, Repaired)},  # type: ignore[arg-type]
+        "activations": {name: described(module) for name, module in compressed.model.named_modules() if isinstance(module, QuantizesInputs)},
+        "kv_cache": None if (kept := cache_format_of(compressed.model)) is None else asdict(kept),
         "encodings": packed.manifest(),
         "recipe": json.loads(compressed.recipe.to_json()),
         "measurement": json.loads(point.to_json()),
@@ -103,6 +110,7 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
     config: Any = compressed.model.config
     files = {WEIGHTS: content, MANIFEST: json.dumps(manifest, indent=1).encode(), "config.json": config.to_json_string().encode(), "README.md": card(point).encode()}
     for name, data in {**task.files, **files}.items():
+        (side / name).parent.mkdir(exist_ok=True)
         with (side / name).open("wb") as file:
             file.write(data)
             file.flush()
@@ -179,14 +187,23 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ExportError(f"{str(directory)!r} is damaged: {MANIFEST}, config.json and {WEIGHTS} do not fit together: {' '.join(str(error).split())}") from None
     model.tie_weights()  # type: ignore[operator]
+    generates(model, directory)
     return model.requires_grad_(False).eval().to(device)
+
+
+def generates(model: nn.Module, directory: Path) -> None:
+    """Give a model that generates the settings that came with it (which tokens begin and end, which are never written)."""
+    if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)  # type: ignore[assignment]
 
 
 def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
     """Return the untrained model of an export with its sizes and its low-rank layers in place."""
     import transformers
 
-    classes = {"AutoModelForImageClassification", "AutoModelForSequenceClassification", "AutoModelForCausalLM"}
+    classes = {kind.auto_class for kind in KINDS}
     if manifest["auto_class"] not in classes:
         raise ExportError(f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known: {', '.join(sorted(classes))}")
     with quiet():
@@ -197,4 +214,8 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
         replace_module(model, name, factors_like(model.get_submodule(name), Form.from_json(form)))
     for name, rank in manifest.get("repair", {}).items():
         replace_module(model, name, repaired_like(model.get_submodule(name), rank))
+    for name, about in manifest.get("activations", {}).items():
+        replace_module(model, name, from_description(model.get_submodule(name), about))
+    if manifest.get("kv_cache") is not None:
+        use_cache_of(model, CacheFormat(**manifest["kv_cache"]))
     return model

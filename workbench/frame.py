@@ -21,6 +21,7 @@ NAMES = {  # metric: (its column, the column of its paired change)
     "next-token accuracy": ("next_token_accuracy_fraction", "next_token_accuracy_change_fraction"),
     "loss": ("loss_nats", "loss_change_nats"),
     "perplexity": ("perplexity", "perplexity_change_ratio"),
+    "word error rate": ("word_error_rate_fraction", "word_error_rate_change_fraction"),
 }
 FORMATS = (".csv", ".jsonl")
 
@@ -59,7 +60,7 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
         "compress_seconds": made.compress_seconds, "evaluate_seconds": made.evaluate_seconds, "measured_at_utc": made.time,
         "model": context.model_name, "model_fingerprint": context.model_fingerprint, "data": context.data_name, "data_fingerprint": context.data_fingerprint,
         "device": context.device, "device_name": context.device_name, "workbench_version": context.workbench_version,
-        "no_kernel": "; ".join(row.no_kernel), "warnings": "; ".join(row.warnings), "missing": "; ".join(f"{name}: {why}" for name, why in row.missing.items()),
+        "runtime": context.runtime, "kernels": "; ".join(row.kernels), "no_kernel": "; ".join(row.no_kernel), "warnings": "; ".join(row.warnings), "missing": "; ".join(f"{name}: {why}" for name, why in row.missing.items()),
         "recipe_python": repr(row.recipe), "recipe_json": row.recipe.to_json(),
     }  # fmt: skip
     return record

@@ -18,7 +18,7 @@ from workbench.words import size
 class Gates:
     """The limits of a report; None means not checked."""
 
-    max_quality_drop: Annotated[float | None, Field(ge=0, description="largest loss of quality: 0.01 is 1 point of accuracy, or 1% more perplexity")] = None
+    max_quality_drop: Annotated[float | None, Field(ge=0, description="largest loss of quality: 0.01 is 1 point of accuracy or of word error rate, 0.01 of a correlation, or 1% more perplexity")] = None
     max_file_bytes: Annotated[int | None, Field(gt=0, description="largest packed file, bytes")] = None
     min_speedup: Annotated[float | None, Field(gt=0, description="least speed against dense: 1.0 is no slower")] = None
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from workbench.measure.metrics import metric_named
 from workbench.measure.predicted_size import Outline
 from workbench.measure.predicted_structure import Anatomy
 from workbench.measure.quality import Estimate, Quality
 from workbench.recipe import METHODS, Recipe, Step
 from workbench.runtime.realise import reasons_for
+from workbench.runtime.roofline import Roof, limits_of, products, roof
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +39,10 @@ COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as 
     "sparsity": lambda s: s,
     "rank_ratio": lambda r: 1 - r,
     "weight_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
+    "activation_bits": lambda b: min(1.0, (2.0 ** (4 - b)) ** 0.5),
+    "kv_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
     "repair_ratio": lambda r: min(1.0, (4 * r) ** 0.5),
+    "qat_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
     "temperature": lambda t: 0.5 + 0.05 * math.log2(t),
 }
 
@@ -47,7 +52,8 @@ class Prediction:
     """What a recipe will probably do. `file_bytes` is an upper bound unless `bytes_exact`; None where it cannot be known.
 
     `quality` is that of the compressed model in its metric, None before anything at all is known; `points` is how many
-    measured points lie near; `wide` says that they are too few for an interval. `notes` are for the user.
+    measured points lie near; `wide` says that they are too few for an interval. `notes` are for the user. `roof` says whether the
+    model will wait for memory or for arithmetic.
     """
 
     recipe: Recipe
@@ -60,6 +66,7 @@ class Prediction:
     speedup: Estimate
     notes: tuple[str, ...]
     no_kernel: tuple[str, ...]
+    roof: Roof | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Predictor:
         """Read the shapes of the model, and run one item through it once to see how often each weight is used."""
         self.bench = bench
         self.outline = Outline.of(bench.task.model, positions(bench), Anatomy.of(bench.task, bench.statistics))
+        self.limits = limits_of(str(bench.device))
         self.dense_quality: Quality | None = None
         self.size = -1
         self.rows: list[Measurement] = []
@@ -132,19 +140,36 @@ class Predictor:
             bytes_exact=outline is not None and outline.exact(),
             speedup=speed,
             notes=tuple(notes),
-            no_kernel=tuple(reasons_for(pattern(recipe), widths(outline), self.bench.device.type)),
+            no_kernel=tuple(self.reasons(recipe, pattern(recipe), widths(outline))),
+            roof=None if outline is None else self.roof(recipe, outline),
         )
+
+    def reasons(self, recipe: Recipe, zeros: str | None, bits: list[int]) -> list[str]:
+        """Return why zeros and grids of these widths make nothing faster where this recipe runs."""
+        stored, rounded = recipe.main("quantize"), recipe.main("activations")
+        return reasons_for(
+            zeros, bits, self.bench.device.type, group_size=getattr(stored, "group_size", 0), inputs=getattr(rounded, "rounding", None), runtime=self.bench.runtime
+        )
+
+    def roof(self, recipe: Recipe, outline: Outline) -> Roof:
+        """Return what bounds a recipe: bandwidth or arithmetic as measured on this device, with the kernels that there are."""
+        wide = max(self.limits.multiply_adds_per_s)
+        narrow = 8 if recipe.main("activations") is not None else wide
+        kernels = {bits: narrow if not self.reasons(recipe, None, [bits]) else 0 for bits in widths(outline)}
+        items = len(self.bench.latency_items)
+        before, after = products(self.outline, items, lambda _: 0), products(outline, items, lambda bits: kernels.get(bits, 0))
+        return roof(before, after, self.limits, wide // 8)
 
     def quality(self, recipe: Recipe) -> tuple[Estimate | None, Guess]:
         """Return the predicted quality of the compressed model."""
-        accuracy = self.bench.task.kind.primary == "accuracy"
-        guess = self.guess("quality", recipe, lambda row: row.primary.drop.value if accuracy else math.log1p(min(row.primary.drop.value, 1e12)))
+        metric = metric_named(self.bench.task.kind.primary)
+        guess = self.guess("quality", recipe, lambda row: math.log1p(min(row.primary.drop.value, 1e12)) if metric.ratio else row.primary.drop.value)
         if self.dense_quality is None:
             return None, guess
         dense = self.dense_quality.dense.value
-        if accuracy:
-            middle, half = dense - guess.value, min(guess.half, 1.0)
-            return Estimate(clip(middle), clip(middle - half), clip(middle + half)), guess
+        if not metric.ratio:
+            middle, half = dense - guess.value if metric.higher else dense + guess.value, min(guess.half, 1.0)
+            return Estimate(*(min(metric.high, max(metric.low, x)) for x in (middle, middle - half, middle + half))), guess
         low = guess.value - guess.half if math.isfinite(guess.half) else 0.0
         return Estimate(*(dense * math.exp(min(x, 700.0)) for x in (guess.value, low, guess.value + min(guess.half, 700.0)))), guess
 
@@ -153,11 +178,14 @@ class Predictor:
         if outline is None:
             return Estimate(1.0, 1.0, 1.0), "speed unknown before it is measured: a method without a speed rule"
         work = outline.multiply_adds() / self.outline.multiply_adds()
-        if work > 0.999:
+        most = self.roof(recipe, outline).ratio
+        if work > 0.999 and most < 1.001:
             return Estimate(1.0, 1.0, 1.0), ""
         guess = self.guess("speed", recipe, lambda row: math.log(row.latency.speedup.value) if row.latency else 0.0)
         if math.isfinite(guess.half):
             return Estimate(*(math.exp(guess.value + side * guess.half) for side in (0, -1, 1))), f"speed predicted from {guess.near} measured points"
+        if work > 0.999:
+            return Estimate(most, 1.0, most), "speed predicted from bandwidth and arithmetic measured here, without overheads"
         return Estimate(1 / work, 1.0, 1 / work), f"speed predicted from multiply-adds ({work:.0%} of dense): the most that it can be"
 
     def guess(self, name: str, recipe: Recipe, value: Callable[[Measurement], float]) -> Guess:
@@ -176,11 +204,6 @@ class Predictor:
         if row.key not in self.spots:
             self.spots[row.key] = coordinates(row.recipe), choices(row.recipe)
         return self.spots[row.key]
-
-
-def clip(value: float) -> float:
-    """Return a fraction within [0, 1]."""
-    return min(1.0, max(0.0, value))
 
 
 def comparable(rows: list[Measurement], context: Context) -> list[Measurement]:
@@ -247,7 +270,8 @@ def pattern(recipe: Recipe) -> str | None:
 
 def widths(outline: Outline | None) -> list[int]:
     """Return the widths of the grids."""
-    return sorted({weight.bits for weight in outline.weights if weight.bits}) if outline else []
+    bits = {weight.bits for weight in outline.weights if weight.bits} if outline else set()
+    return sorted({whole for width in bits for whole in (math.floor(width), math.ceil(width))})  # an average lies between two
 
 
 def squared_distances(places: NDArray[np.float64], marks: NDArray[np.int64], at: NDArray[np.float64], mark: NDArray[np.int64]) -> NDArray[np.float64]:

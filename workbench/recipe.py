@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Targets = tuple[str, ...]
 
-PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "progress", "plugins", "recipe")  # parameters of a job besides recipe and gates
+PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "runtime", "progress", "plugins", "recipe")  # parameters of a job besides recipe and gates
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 RESERVED = {*PLAIN, "targets", "again", "export", "overwrite", "output", "name", "plugin", "help"}  # and every name that begins as a gate's
 
@@ -95,6 +95,7 @@ class Step:
     slider: ClassVar[str] = ""
     position: ClassVar[int] = 100
     stops: ClassVar[tuple[float, ...]] = ()
+    ends: ClassVar[tuple[float, float] | None] = None  # of the slider, where it is shorter than the range of its field
     about: ClassVar[tuple[About, ...]] = ()  # lines of the table of methods
     added: ClassVar[tuple[str, ...]] = ()  # options of later versions: at their defaults they do not change a recipe's key, so ledgers stay known
 

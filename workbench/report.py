@@ -71,7 +71,7 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
     given = {name: empty_to_none(namespace.get(name)) for name in known}
     seed = whole("seed", given["seed"], 0)
     recipe = chosen_recipe(given["recipe"], {name: given[name] for name in METHODS.options()}, seed)
-    settings = {name: given[name] for name in ("data", "device", "ledger") if given[name] is not None}
+    settings = {name: given[name] for name in ("data", "device", "ledger", "runtime") if given[name] is not None}
     settings |= {"seed": seed, **{name: str(given[name]).lower() in {"true", "1", "yes"} for name in ("offline", "progress")}}
     if given["evaluation_items"] is not None:
         settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)

@@ -1,8 +1,8 @@
 """What each layer alone costs: the recipe on one layer at a time, everything else dense.
 
 What it does not say: what layers cost together. Errors of one layer pass through the next ones and can add up, cancel or
-grow, so the costs of single layers do not sum to that of the whole recipe. Distillation is left out: it would train a model
-of which only one layer is compressed. Each interval holds by itself: of twenty layers, about one may lie outside its own.
+grow, so the costs of single layers do not sum to that of the whole recipe. Training is left out: it would train a model
+of which only one layer is compressed; so is the KV cache, which is no layer. Each interval holds by itself: of twenty layers, about one may lie outside its own.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
     from workbench.bench import Bench
 
 ITEMS = 256  # evaluation items read for each layer
-WINDOWS = 16  # of a language model, whose items are whole windows of text
+WHOLE = {"distill", "qat", "kvcache"}  # steps that make no sense on one layer alone
+COUNTS = {"perplexity": 16, "word error rate": 32}  # where items are whole windows of text, or utterances
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
     """What a recipe on one layer alone costs and saves.
 
-    `drop` is how much worse the task's metric gets (as `Quality.drop`), `loss` how much the loss grows in nats, both paired
-    with the dense model on the same `items`; `saved_bytes` is how much smaller the file gets. A layer that no step fits has
+    `drop` is how much worse the task's metric gets (as `Quality.drop`), `loss` how much the loss grows in nats (None where a
+    task has none), both paired with the dense model on the same `items`; `saved_bytes` is how much smaller the file gets. A layer that no step fits has
     a `reason` and nothing else.
     """
 
@@ -50,7 +51,7 @@ class LayerSensitivity:
 
 
 def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
-    """Return the part of a recipe that works on one layer, without distillation; `head` names the output head.
+    """Return the part of a recipe that works on one layer, without training or KV cache; `head` names the output head.
 
     Raises:
         RecipeError: a step works on one factor of this layer only.
@@ -60,9 +61,9 @@ def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
     for step in recipe:
         whole = step.takes(layer, head=layer == head)
         parts = {step.takes(f"{layer}.{index}", layer, head=layer == head) for index in (0, 1)}
-        if parts != {whole} and step.kind() != "distill":
+        if parts != {whole} and step.kind() not in WHOLE:
             raise RecipeError(f"{step!r} works on one factor of {layer} only: its sensitivity is not defined")
-        if whole and step.kind() != "distill":
+        if whole and step.kind() not in WHOLE:
             steps.append(dataclasses.replace(step, targets=(layer,)))
     return Recipe(*steps)
 
@@ -81,7 +82,7 @@ def sensitivities(bench: Bench, recipe: Recipe, items: int | None, progress: Pro
         RecipeError: the recipe works on no layer, or see `alone`; `items` below 2.
 
     """
-    count = min(len(bench.evaluation), items or (WINDOWS if bench.task.kind.primary == "perplexity" else ITEMS))
+    count = min(len(bench.evaluation), items or COUNTS.get(bench.task.kind.primary, ITEMS))
     if count < 2:
         raise RecipeError(f"items={items!r} is refused: an interval needs at least 2 of the {len(bench.evaluation)} evaluation items")
     parts = layers_of(bench.task.model, recipe)
@@ -104,6 +105,11 @@ def measured(bench: Bench, name: str, part: Recipe, count: int, progress: Progre
     mine = bench.scores_up_to(compressed.model, [], count, progress)
     found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, bench.confidence)}
     main = found[task.kind.primary]
-    loss = found["loss"].change if "loss" in found else main.change.mapped(lambda x: math.log1p(x) if x > -1 else -math.inf)
+    loss = found["loss"].change if "loss" in found else logarithm(main.change) if main.metric == "perplexity" else None
     saved = bench.dense_sizes().file_bytes - sizes(compressed.model, compressed.layers).file_bytes
     return LayerSensitivity(name, part, main.metric, count, main.drop, loss, saved)
+
+
+def logarithm(change: Estimate) -> Estimate:
+    """Return the change of the loss in nats that a change of perplexity is."""
+    return change.mapped(lambda x: math.log1p(x) if x > -1 else -math.inf)

@@ -20,8 +20,12 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
         where = f"batch {latency.batch} of {'x'.join(map(str, latency.input_shape))}"
         rows.append((f"latency, median and 95th percentile ({where})", f"{latency.dense_median_ms:.2f}, {latency.dense_p95_ms:.2f} ms", f"{latency.median_ms:.2f}, {latency.p95_ms:.2f} ms"))
         rows.append(("speed against dense", "", speed_words(point)))
+        rows.append(("run by", "", "; ".join((f"runtime {point.context.runtime}", *point.kernels))))
     if point.peak_memory_bytes is not None:
         rows.append(("peak memory of that batch", size(point.dense_peak_memory_bytes), size(point.peak_memory_bytes)))
+    if point.cache is not None:
+        kept = point.cache
+        rows.append((f"keys and values kept of {kept.context:,} tokens, bytes", f"{kept.dense:,}", f"{kept.compressed:,} ({kept.dense / kept.compressed:.2f}x smaller)"))
     rows += [(f"not measured: {name}", "", why) for name, why in point.missing.items()]
     return rows
 

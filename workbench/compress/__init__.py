@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from workbench.compress.activations import Activations
 from workbench.compress.batch import grouped
 from workbench.compress.copies import own_parameters, sharing_copy
 from workbench.compress.distill import Distill
+from workbench.compress.kv_cache import KVCache
 from workbench.compress.layers import Layer, Progress, no_progress
 from workbench.compress.lowrank import LowRank
 from workbench.compress.prune import Prune
+from workbench.compress.qat import QAT
 from workbench.compress.quantize import Quantize
 from workbench.compress.repair import Repair
-from workbench.compress.report import LayerReport, layer_reports
+from workbench.compress.report import LayerReport, effective_bits_of, layer_reports
 from workbench.compress.work import Work
 from workbench.errors import CompressionError
 from workbench.progress import Training
@@ -25,7 +28,7 @@ from workbench.recipe import METHODS, Recipe, Step
 from workbench.statistics import Statistics
 from workbench.tasks.base import Task
 
-__all__ = ["Compressed", "Distill", "LayerReport", "LowRank", "Prune", "Quantize", "Repair", "Work", "compress"]
+__all__ = ["QAT", "Activations", "Compressed", "Distill", "KVCache", "LayerReport", "LowRank", "Prune", "Quantize", "Repair", "Work", "compress"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Compressed:
     report: tuple[LayerReport, ...]
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of a Distill step
     warnings: tuple[str, ...] = ()
+
+    @property
+    def effective_bits(self) -> float | None:
+        """Return the bits a weight that the quantized layers take on average, scales and zero points included; None without any."""
+        return effective_bits_of([layer for layer in self.layers if layer.grid is not None])
 
 
 def compress(

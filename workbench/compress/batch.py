@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workbench.compress.work import Work
     from workbench.recipe import Step
 
-ROOM = {"cuda": 2**26, "cpu": 2**20}  # weights in a batch at most: a quarter of a gigabyte on a GPU, what a cache holds on a CPU
+ROOM = {"cuda": 2**27, "cpu": 2**20}  # weights in a batch at most: half a gigabyte on a GPU, what a cache holds on a CPU
 PARTS = 4  # a small model is taken in at least about so many batches, so that memory stays a small multiple of it
 LEAST = 2**22  # weights in a batch where that would make it smaller: below, a GPU would wait for being asked
 

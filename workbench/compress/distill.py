@@ -6,7 +6,6 @@ import dataclasses
 from typing import Annotated, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -14,15 +13,17 @@ from workbench.compress.training import Plan, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
-from workbench.tasks.base import Items
+from workbench.tasks.base import Items, Losses
+from workbench.tasks.choosing import Choosing
 
 
 @configuration
 class Distill(Step):
     """Train against the dense model's logits: alpha * T^2 * KL(teacher || student at T) + (1 - alpha) * cross entropy.
 
-    (Hinton, Vinyals & Dean 2015.) Adam with a cosine schedule over all weights that the recipe left free. Pruned weights
-    stay zero. Weights on a grid keep their scales: the gradient passes straight through the rounding (Bengio et al. 2013)
+    (Hinton, Vinyals & Dean 2015.) A sentence encoder has vectors, not logits: alpha * (1 - cosine to the teacher's) +
+    (1 - alpha) * the squared error of the pair's cosine, where T has no effect. Adam with a cosine schedule over all weights
+    that the recipe left free. Pruned weights stay zero. Weights on a grid keep their scales: the gradient passes straight through the rounding (Bengio et al. 2013)
     to a hidden copy, and the codes follow it.
 
     What it does not do: learn scales, match hidden states, move batch-norm statistics or use dropout (the student trains in
@@ -72,7 +73,7 @@ def distill(step: Distill, work: Work) -> Distill:
     def objective(items: Items) -> Tensor:
         with torch.no_grad():
             wanted = work.task.kind.logits(work.task.model, items)
-        return distillation_loss(work.task.kind.logits(work.model, items), wanted, items.labels, step.temperature, step.alpha)
+        return distillation_loss(work.task.kind.logits(work.model, items), wanted, items.labels, step.temperature, step.alpha, kind=work.task.kind)
 
     advice = f"lower learning_rate={step.learning_rate:g}"
     plan = Plan("distill", "distillation", advice, step.steps, step.learning_rate, step.distill_batch, step.seed, step.stop_at)
@@ -90,9 +91,7 @@ def distill(step: Distill, work: Work) -> Distill:
     return step
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
-    """Return the scalar loss. student, teacher: logits [..., classes]; labels [...], -100 is left out."""
-    scored = labels != -100
-    student, teacher, labels = student[scored].float(), teacher[scored].float(), labels[scored]
-    soft = F.kl_div((student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1), log_target=True, reduction="batchmean")
-    return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
+def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, *, kind: Losses | None = None) -> Tensor:
+    """Return the scalar loss of the outputs of a `kind` of task; None: logits [..., classes] and labels [...], -100 is left out."""
+    losses = kind or Choosing()
+    return alpha * losses.soft_loss(student, teacher, labels, temperature) + (1 - alpha) * losses.loss(student, labels)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from workbench.compress.copies import twin
 from workbench.compress.layers import is_transposed
+from workbench.compress.quantized_inputs import acting_weight
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Factors(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """Return the product of the weights, shaped as the dense layer's (Linear [o, i], Conv2d [o, i, h, w], Embedding [rows, columns])."""
-        weights = [cast("Tensor", part.weight) for part in self]
+        weights = [acting_weight(part) for part in self]
         table = isinstance(self[0], nn.Embedding)
         made = product([weight.unsqueeze(0) for weight in weights], self.kind, table=table)[0]
         if weights[0].ndim == 2:
@@ -165,7 +166,7 @@ class Repaired(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the weight that the whole multiplies by, shaped as that of the base."""
-        base, first, second = (cast("Tensor", part.weight) for part in (self.base, self.first, self.second))
+        base, first, second = (acting_weight(part) for part in (self.base, self.first, self.second))
         term = second.flatten(1) @ first.flatten(1)
         return base + (term.t() if is_transposed(self.base) else term.view(base.shape))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.compress.batch import Batch
 from workbench.compress.layers import Layer
-from workbench.compress.moments import second_moment_of
+from workbench.compress.moments import second_moment_of, smoothed
 from workbench.compress.sparsegpt import inverse_factors, saliency
 from workbench.compress.work import Work
 from workbench.statistics import Gradients, Statistics
@@ -33,7 +33,7 @@ class Evidence:
 
     def moment(self, layer: Layer) -> Tensor:
         """Return E[x x^T] of the layer's inputs."""
-        return second_moment_of(layer, self.work) if self.dense else self.statistics.second_moment(layer.name)
+        return second_moment_of(layer, self.work) if self.dense else smoothed(self.statistics.second_moment(layer.name), layer)
 
     def rows(self, layer: Layer) -> int:
         """Return how many rows x that is averaged over."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.quantized_inputs import smoothing_of
 from workbench.errors import BrokenPromiseError, CompressionError
 
 if TYPE_CHECKING:
-    from workbench.runtime.grid import Grid
+    from workbench.runtime.forms import Form
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Layer:
     """One weight of the model being compressed; mutable while `compress` runs, read-only afterwards.
 
     `origin` is the name in the dense model; the two factors of a low-rank layer share it. `mask` (bool, [outputs, inputs],
-    True where a weight is kept) and `grid` (codes and scales) are promises that later steps must keep. `others` are the
+    True where a weight is kept) and `grid` (the stored form: codes and scales) are promises that later steps must keep. `others` are the
     modules that share the weight, by name. `reserved` says what a layer is that stays dense unless targets name it. `role`
     is base, first or second in a repaired layer, and empty elsewhere.
 
@@ -38,7 +39,7 @@ class Layer:
     origin: str
     module: nn.Module
     mask: Tensor | None = None
-    grid: Grid | None = None
+    grid: Form | None = None
     rank: int | None = None
     pristine: bool = True
     others: dict[str, nn.Module] = field(default_factory=dict)
@@ -73,6 +74,15 @@ class Layer:
                 setattr(self, side, kept if before is None else before[kept])
                 self.mask = None if self.mask is None else self.mask.index_select(dimension, kept)
         self.pristine = False
+
+    @property
+    def smooth(self) -> Tensor | None:
+        """Return what the module divides its inputs by, one number a column of the matrix (float32 [inputs]), None if it does not.
+
+        The weights hold it already: `matrix()` is what the divided inputs are multiplied by.
+        """
+        channels = smoothing_of(self.module)
+        return None if channels is None else channels.repeat_interleave(self.patch)
 
     @property
     def table(self) -> bool:
@@ -135,7 +145,7 @@ class Layer:
 
 def is_transposed(module: nn.Module) -> bool:
     """Return whether a module stores its weight as [inputs, outputs] (GPT-2's Conv1D)."""
-    return type(module).__name__ == "Conv1D"
+    return type(module).__name__ in {"Conv1D", "QuantizedConv1D"}
 
 
 def can_hold(module: nn.Module) -> bool:
@@ -201,7 +211,10 @@ def one_layer(modules: dict[str, nn.Module]) -> Layer:
 
 
 def why_left(module: nn.Module) -> str:
-    """Return why no method takes the weight of a module, "" if some can."""
+    """Return why no method takes the weight of a module, "" if some can; whoever loaded the model may say why in `left_dense`."""
+    said = getattr(module, "left_dense", "")
+    if said:
+        return str(said)
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"a convolution in {module.groups} groups is not supported"
     return "" if can_hold(module) or isinstance(module, nn.Embedding) else f"{type(module).__name__} is not a Linear, Conv1D, Conv2d or Embedding"

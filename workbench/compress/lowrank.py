@@ -72,6 +72,8 @@ class LowRank(Step):
         for step in earlier:
             if step.kind() == "prune" and not getattr(step, "structured", False):
                 raise RecipeError("LowRank cannot follow Prune: factors of a pruned weight are dense, so its zeros would be lost; put LowRank first")
+            if step.kind() == "activations":
+                raise RecipeError("LowRank cannot follow Activations: its factors would read inputs as they are; put LowRank first, then the inputs of all factors are rounded")
             if step.kind() in broken:
                 raise RecipeError(f"LowRank cannot follow {type(step).__name__}: {broken[step.kind()]}; put LowRank first")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench.compress.factors import carried, shape_of
 from workbench.compress.layers import Layer
+from workbench.compress.quantized_inputs import acting_weight
 from workbench.errors import CompressionError
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def second_moment_of(layer: Layer, work: Work) -> Tensor:
-    """Return E[x x^T] of a layer's inputs in the dense model, float32; for a later factor of a low-rank layer it follows from those in front.
+    """Return E[x x^T] of what a layer's matrix is multiplied by, in the dense model, float32.
+
+    For a later factor of a low-rank layer it follows from those in front; where inputs are smoothed, x is divided already.
 
     Raises:
         CompressionError: the layer is an embedding, or sees no input during calibration.
@@ -31,7 +34,13 @@ def second_moment_of(layer: Layer, work: Work) -> Tensor:
     if reads.columns is not None:  # some of the dense layer's inputs were removed
         moment, dense = moment[reads.columns][:, reads.columns], replace(dense, columns=len(reads.columns))
     place = 0 if layer.rank is None else int(layer.name.rpartition(".")[2])
-    if not place:
-        return moment
-    seen = carried([work.layers[f"{whole}.{index}"].parameter.detach().float() for index in range(place)], dense)
-    return seen @ moment @ seen.t()
+    if place:
+        seen = carried([acting_weight(work.layers[f"{whole}.{index}"].module).detach().float() for index in range(place)], dense)
+        moment = seen @ moment @ seen.t()
+    return smoothed(moment, layer)
+
+
+def smoothed(moment: Tensor, layer: Layer) -> Tensor:
+    """Return E[x x^T] of a layer's inputs once they are divided by what smoothing moved into the weights."""
+    smooth = layer.smooth
+    return moment if smooth is None else moment / (smooth.unsqueeze(1) * smooth)

@@ -141,6 +141,8 @@ class Prune(Step):
             raise RecipeError("Prune cannot follow Quantize: scales would be fitted to weights that are then removed; prune first (Harma et al. 2025)")
         if any(step.kind() == "repair" for step in earlier):
             raise RecipeError("Prune cannot follow Repair: what it removes would not be repaired; put Repair after it")
+        if self.structured and any(step.kind() == "activations" for step in earlier):
+            raise RecipeError(f"Prune(pattern={self.pattern!r}) cannot follow Activations: ranges and divisors are those of the {self.pattern} that are there; put it first")
         if self.structured and any(step.kind() == "lowrank" for step in earlier):
             raise RecipeError(f"Prune(pattern={self.pattern!r}) cannot follow LowRank: two factors have no {self.pattern} to remove; put it first")
 

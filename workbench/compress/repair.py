@@ -108,9 +108,10 @@ def alike(layers: list[Layer], work: Work) -> Iterator[Batch]:
 
 
 def what_is_left(dense: Tensor, layer: Layer) -> Tensor:
-    """Return the rows and columns of a dense matrix that the layer still has."""
+    """Return the rows and columns of a dense matrix that the layer still has, with what smoothing moved into its weights."""
     dense = dense if layer.rows is None else dense[layer.rows]
-    return dense if layer.columns is None else dense[:, layer.columns]
+    dense = dense if layer.columns is None else dense[:, layer.columns]
+    return dense if layer.smooth is None else dense * layer.smooth
 
 
 def can_repair(step: Repair, layer: Layer, work: Work) -> bool:
@@ -178,6 +179,8 @@ def install(batch: Batch, left: Tensor, right: Tensor, work: Work) -> None:
         base.mask, base.grid, base.rows, base.columns = layer.mask, layer.grid, layer.rows, layer.columns
         first.columns, second.rows = layer.columns, layer.rows
         made[layer.name] = [base, first, second]
+    if any(layer.smooth is not None for layer in batch.layers):  # the term reads inputs as they are, not divided
+        right = torch.stack([part if layer.smooth is None else part / layer.smooth for layer, part in zip(batch.layers, right, strict=True)])
     for index, stack in ((1, right), (2, left)):
         Batch(tuple(parts[index] for parts in made.values())).write(stack)
     work.layers = {layer.name: layer for name, old in work.layers.items() for layer in made.get(name, [old])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.factors import kind_of, product
 from workbench.compress.layers import Layer, can_hold, find_layers
+from workbench.compress.quantized_inputs import acting_weight
+from workbench.runtime.forms import effective_bits
 
 if TYPE_CHECKING:
     from workbench.compress.work import Work
@@ -22,7 +25,8 @@ class LayerReport:
     """One weight of the dense model. `shape` is [outputs, inputs] in that; None means that the property does not apply.
 
     `sparsity` is the fraction of exact zeros, `bits` the width of the codes, `relative_error` ||W' - W|| / ||W||
-    (Frobenius, what was removed counts as zero), `weights` the number of weights now stored, zeros included. A weight that
+    (Frobenius, what was removed counts as zero), `weights` the number of weights now stored, zeros included, `effective_bits`
+    what each of these takes with its share of scales and zero points (see `workbench.runtime.forms`). A weight that
     several modules share is counted under the one that `outcome` names; `weights` is 0 under the others.
     """
 
@@ -34,6 +38,7 @@ class LayerReport:
     bits: int | None
     relative_error: float | None
     outcome: str
+    effective_bits: float | None = None
 
 
 def layer_reports(work: Work) -> tuple[LayerReport, ...]:
@@ -59,7 +64,14 @@ def one_report(name: str, outcome: str, now: list[Layer], change: tuple[float, i
     error, zeros = change
     count = sum(layer.parameter.numel() for layer in now)
     bits = next((layer.grid.bits for layer in now if layer.grid is not None), None)
-    return LayerReport(name, matrix_shape(work, name), count, zeros / count, now[-1].rank, bits, None if math.isnan(error) else error, outcome)
+    return LayerReport(name, matrix_shape(work, name), count, zeros / count, now[-1].rank, bits, None if math.isnan(error) else error, outcome, effective_bits_of(now))
+
+
+def effective_bits_of(layers: Sequence[Layer]) -> float | None:
+    """Return the bits a weight that layers take, scales and zero points included, None if none of them is on a grid; see `runtime.forms`."""
+    if all(layer.grid is None for layer in layers):
+        return None
+    return effective_bits((layer.grid, layer.parameter.numel(), 8 * layer.parameter.element_size()) for layer in layers)
 
 
 def matrix_shape(work: Work, name: str) -> tuple[int, ...]:
@@ -97,12 +109,20 @@ def multiplied(parts: list[list[Layer]], dense: Layer) -> Tensor:
     """Return the matrices [layers, outputs, inputs] that layers multiply by, float32; `parts` holds each one's factors."""
     first = parts[0]
     if len(first) == 1:
-        return Batch(tuple(part for part, in parts)).stored().float()
-    stacks = {part.role or str(place): torch.stack([layers[place].parameter.detach().float() for layers in parts]) for place, part in enumerate(first)}
+        return acting([part for part, in parts])
+    stacks = {part.role or str(place): torch.stack([acting_weight(layers[place].module).detach().float() for layers in parts]) for place, part in enumerate(first)}
     if "base" in stacks:
-        base = Batch(tuple(layer for layers in parts for layer in layers if layer.role == "base")).stored().float()
+        base = acting([layer for layers in parts for layer in layers if layer.role == "base"])
         return base + stacks["second"].flatten(2) @ stacks["first"].flatten(2)
     return product(list(stacks.values()), kind_of([layer.module for layer in first]), table=dense.table)
+
+
+def acting(layers: list[Layer]) -> Tensor:
+    """Return the matrices [layers, outputs, inputs] as they act on what the layers are given: without what smoothing moved into them."""
+    stack = Batch(tuple(layers)).stored().float()
+    if all(layer.smooth is None for layer in layers):
+        return stack
+    return torch.stack([matrix if layer.smooth is None else matrix / layer.smooth for layer, matrix in zip(layers, stack, strict=True)])
 
 
 def spread_out(current: Tensor, parts: list[list[Layer]], like: Tensor) -> Tensor:

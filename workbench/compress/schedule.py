@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from workbench.compress.training import Plan, train
-from workbench.statistics import task_loss
 
 if TYPE_CHECKING:
     from workbench.compress.layers import Layer
@@ -60,8 +59,8 @@ def plan(step: Prune, index: int) -> Plan:
 
 
 def loss_of(work: Work, items: Items) -> Tensor:
-    """Return the task's loss of the model as it is: the mean cross entropy with the items' labels."""
-    return task_loss(work.task.kind.logits(work.model, items), items.labels)
+    """Return the task's loss of the model as it is, such as the mean cross entropy with the items' labels."""
+    return work.task.kind.loss(work.task.kind.logits(work.model, items), items.labels)
 
 
 def absolute_sum(layers: list[Layer]) -> Tensor:

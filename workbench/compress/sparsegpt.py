@@ -56,7 +56,7 @@ def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
     if fresh:
         upper, alive, damping = factorise(torch.stack([moments[layer.name] for layer in fresh]), fresh)
         made = {keys[layer.name]: (upper[index], alive[index], damping[index]) for index, layer in enumerate(fresh)}
-    lasting = {keys[layer.name] for layer in fresh if evidence.dense and layer.columns is None and layer.rank is None}  # it reads what the dense layer reads
+    lasting = {keys[layer.name] for layer in fresh if evidence.dense and layer.columns is None and layer.rank is None and layer.smooth is None}  # it reads what the dense layer reads
     if lasting and free_fraction(moments[fresh[0].name].device) > SPARE:
         kept.update({key: made[key] for key in lasting})
     parts = [made.get(keys[layer.name]) or kept[keys[layer.name]] for layer in layers]

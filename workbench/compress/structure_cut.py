@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.compress.factors import Factors, Repaired
 from workbench.compress.layers import can_hold, replace_module
+from workbench.compress.quantized_inputs import QuantizesInputs
 from workbench.compress.structure_spaces import Attention, inputs, outputs
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def differences(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]
     modules = dict(model.named_modules())
     for name, blank in plain.named_modules():
         module = modules.get(name)
-        if module is None or not (type(module) is type(blank) or isinstance(module, Factors | Repaired)):
+        if module is None or not (type(module) is type(blank) or isinstance(module, Factors | Repaired | QuantizesInputs)):
             continue
         about: dict[str, Any] = {}
         if can_hold(blank) or isinstance(blank, NORMS):

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.batch import Batch
 from workbench.compress.copies import own_parameters
+from workbench.compress.hidden import Hidden, hidden_copies
 from workbench.compress.layers import Layer
 from workbench.compress.work import Work
 from workbench.errors import CompressionError
@@ -23,6 +25,7 @@ class Plan:
 
     `what` is shown as progress; `noun` and `advice` go into the error when it diverges. Batches of `batch` items are drawn
     from the task's training items with `seed`. The one who watches may end it where `may_end` (its step can say so afterwards).
+    With a `step_rate` above 0 the step sizes of grids are learned too, at that rate of Adam for their logarithms.
     """
 
     what: str
@@ -34,6 +37,7 @@ class Plan:
     seed: int
     stop_at: int = 0
     may_end: bool = True
+    step_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,23 @@ class Trained:
 
 
 @torch.enable_grad()  # also where the caller has switched gradients off
-def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Callable[[Items], Tensor]) -> Trained:
+def train(
+    step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Callable[[Items], Tensor], *, start: Callable[[Batch], Tensor] = Batch.matrices
+) -> Trained:
     """Train `work.model` to make `objective(items)` small; masks and grids of `layers` hold after every optimizer step.
+
+    Where weights lie on a grid, float32 copies of them move; `start(batch)` is where these begin, the rounded weights themselves
+    or others that round to the same codes.
 
     All parameters move where the targets of `step` begin with all layers, else those of the modules of `layers`; what a
     target leaves out never does. The parameters become the model's own first. The curve continues that of earlier trainings.
     """
     own_parameters(work.model)  # they are about to be changed in place
-    trained, hidden = trainable(work.model, layers, kept_out(step, work), everything=step.everything)
-    optimizer = torch.optim.Adam([*trained, *hidden.values()], lr=plan.learning_rate)
+    trained = trainable(work.model, layers, kept_out(step, work), everything=step.everything)
+    hidden = hidden_copies(layers, start, learn_steps=plan.step_rate > 0)
+    steps = [copy.logarithms for copy in hidden if copy.logarithms is not None]
+    groups = [{"params": [*trained, *(copy.values for copy in hidden)], "lr": plan.learning_rate}, {"params": steps, "lr": plan.step_rate}]
+    optimizer = torch.optim.Adam(groups if steps else groups[:1])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / plan.steps)))
     generator = torch.Generator().manual_seed(plan.seed)
     training, device = work.task.training, next(work.model.parameters()).device
@@ -76,6 +88,8 @@ def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Ca
     work.progress(plan.what, plan.steps, plan.steps)
     work.model.zero_grad(set_to_none=True)
     work.model.requires_grad_(False)
+    for copy in hidden:
+        copy.finish()
     for layer in layers:
         layer.pristine = False
     return Trained(done, ended)
@@ -88,36 +102,29 @@ def kept_out(step: Step, work: Work) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def trainable(model: nn.Module, layers: list[Layer], frozen: set[int], *, everything: bool) -> tuple[list[nn.Parameter], dict[str, Tensor]]:
-    """Return (parameters trained as they are, hidden float32 copies of the weights that lie on a grid); `frozen` ids stay."""
+def trainable(model: nn.Module, layers: list[Layer], frozen: set[int], *, everything: bool) -> list[nn.Parameter]:
+    """Return the parameters that are trained as they are: all, or those of `layers`, but for weights on a grid; `frozen` ids stay."""
     gridded = {id(layer.parameter) for layer in layers if layer.grid is not None}
     chosen = {id(p) for layer in layers for p in layer.module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point() and (everything or id(parameter) in chosen) and id(parameter) not in frozen)
-    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in gridded]
-    hidden = {layer.name: layer.matrix() for layer in layers if layer.grid is not None}
-    return trained, hidden
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in gridded]
 
 
-def pass_through(hidden: dict[str, Tensor], layers: list[Layer]) -> None:
+def pass_through(hidden: list[Hidden], layers: list[Layer]) -> None:
     """Hand each gridded weight's gradient to its hidden copy, and none to pruned weights."""
     for layer in layers:
-        gradient = layer.parameter.grad
-        if gradient is None:
-            continue
-        if layer.mask is not None:
-            gradient.mul_(layer.as_stored(layer.mask))
-        if layer.grid is not None:
-            hidden[layer.name].grad = layer.as_matrix(gradient).float().contiguous()
+        if layer.mask is not None and layer.grid is None and layer.parameter.grad is not None:
+            layer.parameter.grad.mul_(layer.as_stored(layer.mask))
+    for copy in hidden:
+        copy.take_gradients()
 
 
-def hold(hidden: dict[str, Tensor], layers: list[Layer]) -> None:
+@torch.no_grad()
+def hold(hidden: list[Hidden], layers: list[Layer]) -> None:
     """Bring the weights back to their masks and grids after an optimizer step."""
-    with torch.no_grad():
-        for layer in layers:
-            if layer.mask is not None:
-                target = hidden[layer.name] if layer.grid is not None else layer.as_matrix(layer.parameter)
-                target.mul_(layer.mask)
-            if layer.grid is not None:
-                layer.grid = layer.grid.snap(hidden[layer.name])
-                layer.parameter.copy_(layer.as_stored(layer.grid.dequantize()))
+    for layer in layers:
+        if layer.mask is not None and layer.grid is None:
+            layer.parameter.mul_(layer.as_stored(layer.mask))
+    for copy in hidden:
+        copy.settle()

@@ -15,6 +15,7 @@ from workbench.compress.layers import Progress, no_progress
 from workbench.errors import DataError
 from workbench.measure.quality import Estimate, mean, paired_proportions
 from workbench.tasks.base import Items, Task
+from workbench.tasks.language_modelling import LanguageModelling
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What both language models write after the same beginning, greedily."""
+    """What both models say to the same `prompt`: how a language model goes on, what a recogniser hears, how alike texts are."""
 
     prompt: str
     dense: str
@@ -114,7 +115,7 @@ def continuations(task: Task, compressed: nn.Module, *, prompts: int = 3, prompt
         DataError: the task is not language modelling, or has no tokenizer.
 
     """
-    if task.kind.primary != "perplexity" or task.processor is None:
+    if not isinstance(task.kind, LanguageModelling) or task.processor is None:
         raise DataError(f"{task.model_name} does {task.kind.name}: continuations need a language model with its tokenizer")
     found = []
     for item in range(min(prompts, len(task.evaluation))):
@@ -122,6 +123,20 @@ def continuations(task: Task, compressed: nn.Module, *, prompts: int = 3, prompt
         texts = [write(model, prompt, new_tokens, task.processor) for model in (task.model, compressed)]
         found.append(Continuation(str(task.processor.decode(prompt[0].tolist(), skip_special_tokens=True)), *texts))
     return tuple(found)
+
+
+def told_apart(task: Task, compressed: nn.Module, *, items: int = 64, most: int = 12, progress: Progress = no_progress) -> tuple[Continuation, ...]:
+    """Return the items, of the first so many, to which both models give other answers in words; the first ones if all are alike."""
+    device = next(compressed.parameters()).device
+    rows: list[Continuation] = []
+    count = min(items, len(task.evaluation))
+    for start in range(0, count, task.batch_size):
+        progress("behaviour", start, count)
+        some = task.evaluation[start : min(count, start + task.batch_size)].to(device)
+        before, after = task.kind.examples(task.model, some), task.kind.examples(compressed, some)
+        rows += [Continuation(asked, old, new) for (asked, old), (_, new) in zip(before, after, strict=True)]
+    changed = [row for row in rows if row.dense != row.compressed]
+    return tuple((changed or rows)[:most])
 
 
 def write(model: nn.Module, prompt: Tensor, count: int, tokenizer: Any) -> str:

@@ -19,6 +19,7 @@ from workbench.tasks.base import Items, Kind
 class Latency:
     """Milliseconds of one forward pass. `speedup` is the median of dense / compressed over adjacent pairs, 95% interval.
 
+    For speech a pass is the whole way from sound to words, greedily, and `audio_seconds` is how long the batch's sound lasts.
     `batch` items of shape `input_shape` each (a sequence of tokens, or channels, rows and columns), `rounds` timed pairs.
     """
 
@@ -30,6 +31,12 @@ class Latency:
     batch: int
     input_shape: tuple[int, ...]
     rounds: int
+    audio_seconds: float = 0.0
+
+    @property
+    def real_time_factors(self) -> tuple[float, float] | None:
+        """Return seconds of work per second of sound, of the dense and the compressed model; None where items are no sound."""
+        return (self.dense_median_ms / 1000 / self.audio_seconds, self.median_ms / 1000 / self.audio_seconds) if self.audio_seconds else None
 
 
 def measure_latency(
@@ -43,7 +50,7 @@ def measure_latency(
     clock = Clock(items.labels.device)
 
     def once(model: nn.Module) -> Callable[[], object]:
-        return lambda: kind.logits(model, items)
+        return lambda: kind.run(model, items)
 
     times: dict[str, list[float]] = {"dense": [], "realised": []}
     runs = [("dense", once(dense)), ("realised", once(realised))]
@@ -67,5 +74,6 @@ def measure_latency(
     speedup = Estimate(float(np.median(ratios)), float(interval.low), float(interval.high))
     shape = tuple(next(iter(items.inputs.values())).shape[1:])
     return Latency(
-        float(np.median(before)), float(np.quantile(before, 0.95)), float(np.median(after)), float(np.quantile(after, 0.95)), speedup, len(items), shape, rounds
-    )
+        float(np.median(before)), float(np.quantile(before, 0.95)), float(np.median(after)), float(np.quantile(after, 0.95)), speedup, len(items), shape, rounds,
+        kind.audio_seconds(items),
+    )  # fmt: skip

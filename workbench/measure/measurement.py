@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, T
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from workbench.compress.report import LayerReport
+from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.quality import Estimate, Quality
 from workbench.measure.size import Sizes
@@ -31,11 +32,13 @@ class Context:
     latency_batch: int
     confidence: float
     workbench_version: str
+    runtime: str = "auto"  # how both models were run when they were timed
 
     def key(self, recipe: Recipe) -> str:
         """Return the ledger key of a recipe in this context: 16 hexadecimal digits."""
         parts = [recipe.key, self.model_fingerprint, self.data_fingerprint, self.device, self.device_name, str(self.latency_batch), str(self.confidence)]
-        return hashlib.sha256("|".join([*parts, self.workbench_version]).encode()).hexdigest()[:16]
+        parts += [self.workbench_version, *([] if self.runtime == "auto" else [self.runtime])]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ class Measurement:
     peak_memory_bytes: int | None = None
     dense_peak_memory_bytes: int | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()  # what ran the layers that a kernel serves
     no_kernel: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     curve: tuple[tuple[int, float], ...] = ()
+    cache: CacheBytes | None = None  # of a language model
 
     @property
     def complete(self) -> bool:

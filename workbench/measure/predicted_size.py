@@ -1,7 +1,8 @@
 """The file size of a recipe, computed from shapes alone: no weight is read, so it takes a millisecond.
 
 Exact for dense weights, pruning and low rank. With a grid it is an upper bound: codes that round to zero can make the form
-with a mask smaller than what shapes alone promise. It assumes scales that fit float16, as those of ordinary weights do.
+with a mask smaller than what shapes alone promise. It assumes scales that fit float16, as those of ordinary weights do. For
+an average of widths it is close: which layer gets which width depends on values.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import nn
 
 from workbench.compress.factors import Form, Shape, cost, factor_shapes, form_for
 from workbench.compress.layers import find_layers, output_head
+from workbench.measure.predicted_inputs import BUFFERS, after_activations
+from workbench.runtime.forms import HALVES
 
 if TYPE_CHECKING:
     from workbench.measure.predicted_structure import Anatomy
@@ -52,9 +55,14 @@ class Weight:
     columns: int
     dtype: torch.dtype
     kept: int | None = None
-    bits: int = 0
+    bits: float = 0
     groups: int = 0
     zero_point: bool = False
+    whole_zeros: bool = True  # zero points are integers of `bits`, else numbers as the scales
+    scale_rows: int = 0  # rows of scales, 0: one for each output
+    input_scale: bool = False  # a float16 multiplier for each input
+    needs_mask: bool = False  # zero is on the grid by a mask only
+    cast: torch.dtype | None = None  # stored in another floating-point dtype; `bits` is its width
     rank: int | None = None
     scale_dtype: str = "F16"
     others: tuple[str, ...] = ()  # names of the modules that share it
@@ -76,21 +84,30 @@ class Weight:
 
     def encoded(self) -> list[Entry]:
         """Return the smallest encoding that shapes and promises allow (the rules of `workbench.runtime.packed`)."""
-        key, wide = f"{self.name}.weight", self.dtype.itemsize
+        key, stored = f"{self.name}.weight", self.cast or self.dtype
         mask = Entry(f"{key}.mask", "U8", (ceil8(self.count),), ceil8(self.count))
-        if not self.bits:
-            options = [[Entry(key, DTYPES[self.dtype], self.shape, self.count * wide)]]
+        if not self.bits or self.cast is not None:
+            options = [[Entry(key, DTYPES[stored], self.shape, self.count * stored.itemsize)]]
             if self.kept is not None:
-                options.append([Entry(f"{key}.values", DTYPES[self.dtype], (self.kept,), self.kept * wide), mask])
+                options.append([Entry(f"{key}.values", DTYPES[stored], (self.kept,), self.kept * stored.itemsize), mask])
             return min(options, key=total)
-        scales = self.rows * self.groups
-        common = [Entry(f"{key}.scale", self.scale_dtype, (self.rows, self.groups), (4 if self.scale_dtype == "F32" else 2) * scales)]
-        if self.zero_point:
-            common.append(Entry(f"{key}.zero_point", "U8", (ceil8(scales * self.bits),), ceil8(scales * self.bits)))
-        options = [[self.codes(self.count), *common]]
+        options = [] if self.needs_mask else [[self.codes(self.count), *self.sides()]]
         if self.kept is not None:
-            options.append([self.codes(self.kept), mask, *common])
+            options.append([self.codes(self.kept), mask, *self.sides()])
         return min(options, key=total)
+
+    def sides(self) -> list[Entry]:
+        """Return what is stored beside codes: scales, zero points, multipliers of inputs."""
+        key, rows = f"{self.name}.weight", self.scale_rows or self.rows
+        scales, wide = rows * self.groups, 4 if self.scale_dtype == "F32" else 2
+        found = [Entry(f"{key}.scale", self.scale_dtype, (rows, self.groups), wide * scales)]
+        if self.zero_point and self.whole_zeros:
+            found.append(Entry(f"{key}.zero_point", "U8", (ceil8(scales * self.bits),), ceil8(scales * self.bits)))
+        elif self.zero_point:
+            found.append(Entry(f"{key}.zero_point", self.scale_dtype, (rows, self.groups), wide * scales))
+        if self.input_scale:
+            found.append(Entry(f"{key}.input_scale", "F16", (self.columns,), 2 * self.columns))
+        return found
 
     def codes(self, count: int) -> Entry:
         """Return the packed codes of `count` weights."""
@@ -98,9 +115,9 @@ class Weight:
         return Entry(f"{self.name}.weight.codes", "U8", (taken,), taken)
 
 
-def ceil8(bits: int) -> int:
+def ceil8(bits: float) -> int:
     """Return the bytes that so many bits take."""
-    return -(-bits // 8)
+    return math.ceil(bits / 8)
 
 
 def total(entries: Iterable[Entry]) -> int:
@@ -156,6 +173,9 @@ class Outline:
                     return None
                 made = left
                 continue
+            if step.kind() == "activations":
+                made = after_activations(made, step)
+                continue
             change = CHANGES.get(step.kind())
             if change is None:
                 return None
@@ -201,9 +221,9 @@ def slack(step: Step, weights: int) -> int:
 
 
 def moved_bias(entry: Entry, moved: dict[str, str]) -> Entry:
-    """Return a bias under the name that it has once its layer is several; `moved` has the names of the modules that hold it now."""
+    """Return a bias, or what rounds inputs, under the name that it has once its layer is several; `moved` has the names of the modules that hold it now."""
     owner, _, last = entry.name.rpartition(".")
-    return dataclasses.replace(entry, name=f"{moved[owner]}.bias") if last == "bias" and owner in moved else entry
+    return dataclasses.replace(entry, name=f"{moved[owner]}.{last}") if last in {"bias", *BUFFERS} and owner in moved else entry
 
 
 def lowrank(weight: Weight, step: Any) -> list[Weight]:
@@ -239,11 +259,19 @@ def prune(weight: Weight, step: Any) -> list[Weight]:
 
 
 def quantize(weight: Weight, step: Any) -> list[Weight]:
-    """Return the weight on a grid, or as it is where the groups do not divide it."""
+    """Return the weight in its stored form, or as it is where the groups do not divide it."""
     group = step.group_size or weight.columns
     if weight.columns % group:
         return [weight]
-    return [dataclasses.replace(weight, bits=step.weight_bits, groups=weight.columns // group, zero_point=step.grid == "asymmetric")]
+    if step.number_format in HALVES:
+        return [dataclasses.replace(weight, bits=16, cast=HALVES[step.number_format])]
+    integer, hqq = step.number_format == "integer", step.rounding == "hqq"
+    made = dataclasses.replace(
+        weight, bits=step.weight_bits, groups=weight.columns // group, scale_rows=int(step.granularity == "tensor"), scale_dtype="F32" if step.number_format == "float8" else "F16",
+        zero_point=integer and step.grid == "asymmetric", whole_zeros=not hqq, needs_mask=hqq and weight.kept is not None,
+        input_scale=step.rounding == "awq" and not weight.table, estimated=weight.estimated or step.mixed,
+    )  # fmt: skip
+    return [made]
 
 
 def distill(weight: Weight, step: Any) -> list[Weight]:  # noqa: ARG001  training changes no shape
@@ -251,4 +279,4 @@ def distill(weight: Weight, step: Any) -> list[Weight]:  # noqa: ARG001  trainin
     return [weight]
 
 
-CHANGES = {"lowrank": lowrank, "prune": prune, "quantize": quantize, "repair": repair, "distill": distill}
+CHANGES = {"lowrank": lowrank, "prune": prune, "quantize": quantize, "repair": repair, "distill": distill, "qat": distill, "kvcache": distill}

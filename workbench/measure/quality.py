@@ -2,13 +2,12 @@
 
 Accuracy of single answers: Wilson's interval (1927); its paired change: Bonett and Price's adjusted Wald interval (2012),
 which stays honest with few items and few flips. Averages over tokens: Student's t on per-item differences, weighted by
-tokens (a ratio estimator). Several looks at growing samples share the error by Bonferroni, so that all hold together.
+tokens (a ratio estimator). Rank correlation and word error rate: paired bootstrap (`workbench.measure.resampling`). Several looks at growing samples share the error by Bonferroni, so that all hold together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,27 +15,21 @@ from scipy import special  # scipy.stats takes a second to import, which the fir
 from torch import Tensor
 
 from workbench.errors import DataError
+from workbench.measure.estimate import Estimate
+from workbench.measure.metrics import metric_named
+from workbench.measure.resampling import rank_correlations, reversals, word_error_rates
 from workbench.tasks.base import Scores
 
+__all__ = ["Estimate", "Quality", "exp", "flips", "mean", "paired_proportions", "proportion", "quality"]
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def mapped(self, function: Callable[[float], float]) -> Estimate:
-        """Return the estimate under an increasing function."""
-        return Estimate(function(self.value), function(self.low), function(self.high))
+RESAMPLED = {"rank correlation": (rank_correlations, "squared error"), "word error rate": (word_error_rates, "loss")}  # and the mean that goes with it
 
 
 @dataclass(frozen=True)
 class Quality:
     """One metric of the compressed model next to the dense one, on the same items.
 
-    `change` is paired: for `accuracy` and `next-token accuracy` compressed - dense, as a fraction; for `loss` the same in nats; for `perplexity` the
+    `change` is paired: compressed - dense (of accuracies and error rates as a fraction, of `loss` in nats), but for `perplexity` the
     ratio minus 1. `confidence` is that of every interval here, joint over `looks` looks. `drop` is how much worse it got.
     """
 
@@ -51,13 +44,13 @@ class Quality:
     @property
     def drop(self) -> Estimate:
         """Return the change with the sign turned so that positive is worse."""
-        if not self.metric.endswith("accuracy"):
+        if not metric_named(self.metric).higher:
             return self.change
         return Estimate(-self.change.value, -self.change.high, -self.change.low)
 
 
 def quality(primary: str, dense: Scores, compressed: Scores, confidence: float = 0.95, looks: int = 1) -> tuple[Quality, ...]:
-    """Return every metric of the task, `primary` first, and the fraction of changed answers as `flips`.
+    """Return every metric of the task, `primary` first.
 
     Raises:
         DataError: fewer than two items, or different items.
@@ -69,6 +62,10 @@ def quality(primary: str, dense: Scores, compressed: Scores, confidence: float =
         raise DataError(f"{len(dense)} evaluation item: an interval needs at least 2")
     level = 1 - (1 - confidence) / looks
     common = {"items": len(dense), "confidence": confidence, "looks": looks}
+    if primary in RESAMPLED:
+        function, second = RESAMPLED[primary]
+        others = mean(dense.loss, dense.weight, level), mean(compressed.loss, dense.weight, level), mean(compressed.loss - dense.loss, dense.weight, level)
+        return Quality(primary, *function(dense, compressed, level), **common), Quality(second, *others, **common)  # type: ignore[arg-type]
     single = bool((dense.weight == 1).all() and ((dense.correct == 0) | (dense.correct == 1)).all())
     loss = [mean(s.loss, s.weight, level) for s in (dense, compressed)]
     loss_change = mean(compressed.loss - dense.loss, dense.weight, level)
@@ -82,10 +79,22 @@ def quality(primary: str, dense: Scores, compressed: Scores, confidence: float =
 
 
 def flips(dense: Scores, compressed: Scores, confidence: float = 0.95, looks: int = 1) -> Estimate:
-    """Return the fraction of answers that changed (equal accuracy can hide them), with its interval."""
+    """Return the fraction of answers that changed (equal accuracy can hide them), with its interval.
+
+    Where items are ranked, an answer is which of two items comes first; of a transcript, all of its words.
+    """
+    if "cosine" in dense.details:
+        return reversed_orders(*reversals(dense, compressed), 1 - (1 - confidence) / looks)
     changed = (dense.answers != compressed.answers).double()
     level = 1 - (1 - confidence) / looks
     return proportion(changed, level) if changed.ndim == 1 else mean(changed.mean(1), dense.weight, level)
+
+
+def reversed_orders(shares: Tensor, weight: Tensor, level: float) -> Estimate:
+    """Return the mean share of reversed pairs; each item stands in many pairs, which doubles the error of the mean (Hoeffding 1948)."""
+    found = mean(shares, weight, level)
+    half = 2 * (found.high - found.value)
+    return Estimate(found.value, max(0.0, found.value - half), min(1.0, found.value + half))
 
 
 def exp(x: float) -> float:

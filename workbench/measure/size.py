@@ -11,7 +11,9 @@ from torch import nn
 
 from workbench.compress.batch import grouped
 from workbench.compress.layers import Layer
-from workbench.measure.predicted_size import Outline, Weight, total
+from workbench.measure.predicted_size import Outline, Weight, ceil8, total
+from workbench.runtime.forms import Cast, InputScaled, OffsetGrid
+from workbench.runtime.grid import Grid
 from workbench.runtime.packed import Packed, pack_model
 
 
@@ -40,11 +42,11 @@ def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
     counts = {name: counts[layer.name] for name, layer in promised.items() if layer.name in counts}
     weights = tuple(with_promises(weight, promised[weight.name], counts.get(weight.name)) if weight.name in promised else weight for weight in outline.weights)
     outline = dataclasses.replace(outline, weights=weights)
-    bits = 8 * total(outline.rest)
+    bits: float = 8 * total(outline.rest)
     for weight in weights:
         masked = weight.name in promised and promised[weight.name].mask is not None
         bits += (weight.bits or 8 * weight.dtype.itemsize) * (counts[weight.name] if masked else weight.count)
-    return Sizes(-(-bits // 8), total(outline.entries()), outline.file_bytes())
+    return Sizes(ceil8(bits), total(outline.entries()), outline.file_bytes())
 
 
 def nonzeros(layers: list[Layer]) -> dict[str, int]:
@@ -58,11 +60,17 @@ def nonzeros(layers: list[Layer]) -> dict[str, int]:
 
 def with_promises(weight: Weight, layer: Layer, kept: int | None) -> Weight:
     """Return a weight with the grid of its layer and the number of its weights that are not zero."""
-    grid = layer.grid
-    if grid is None:
+    form = layer.grid
+    if form is None:
         return dataclasses.replace(weight, kept=kept)
-    wide = "F32" if grid.scale.dtype == torch.float32 else "F16"
-    return dataclasses.replace(weight, kept=kept, bits=grid.bits, groups=grid.scale.shape[1], zero_point=grid.zero_point is not None, scale_dtype=wide)
+    if isinstance(form, Cast):
+        return dataclasses.replace(weight, kept=kept if layer.mask is not None else None, bits=16, cast=form.values.dtype)
+    base = form.base if isinstance(form, InputScaled) else form
+    return dataclasses.replace(
+        weight, kept=kept, bits=form.bits, groups=base.scale.shape[1], scale_rows=0 if base.scale.shape[0] == weight.rows else base.scale.shape[0],
+        zero_point=isinstance(base, OffsetGrid) or (isinstance(base, Grid) and base.zero_point is not None), whole_zeros=not isinstance(base, OffsetGrid),
+        scale_dtype="F32" if base.scale.dtype == torch.float32 else "F16", input_scale=isinstance(form, InputScaled), needs_mask=getattr(base, "kept", None) is not None,
+    )  # fmt: skip
 
 
 def sizes(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Sizes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.compress.layers import Layer
+from workbench.compress.quantized_inputs import acting_weight
 from workbench.compress.report import multiplied, spread_out
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def weight_changes(dense: nn.Module, compressed: Compressed, first: str = "", bi
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """Return the weight of a layer as it multiplies: for two factors their product."""
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: the report names modules with weights
-    return weight.detach().float().flatten()
+    return acting_weight(model.get_submodule(name)).detach().float().flatten()
 
 
 def weight_now(dense: nn.Module, compressed: Compressed, name: str) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 class Grid:
     """weight[o, i] = (codes[o, i] - zero[o, g]) * scale[o, g], with g = i // group_size.
 
-    `codes` uint8 [outputs, inputs] below 2^bits; `scale` [outputs, groups], float16 where its range allows, else float32;
-    `zero_point` uint8 [outputs, groups], or None for the symmetric grid, whose zero is 2^(bits - 1). Zero is always on the
-    grid, so that pruned weights stay exactly zero. All may have one more dimension in front: layers of one shape together.
+    `codes` uint8 [outputs, inputs] below 2^bits; `scale` [outputs, groups] ([1, 1]: one for the whole tensor), float16 where its
+    range allows, else float32; `zero_point` uint8, shaped as `scale`, or None for the symmetric grid, whose zero is
+    2^(bits - 1). Zero is always on the grid, so that pruned weights stay exactly zero. All may have one more dimension in
+    front: layers of one shape together. Other forms: `workbench.runtime.forms`.
     """
 
     codes: Tensor
@@ -26,6 +27,11 @@ class Grid:
     def group_size(self) -> int:
         """Return the number of consecutive inputs that share a scale."""
         return self.codes.shape[-1] // self.scale.shape[-1]
+
+    @property
+    def overhead_bits(self) -> int:
+        """Return the bits that scales and zero points take."""
+        return 8 * self.scale.nbytes + (0 if self.zero_point is None else self.zero_point.numel() * self.bits)
 
     @property
     def zeros(self) -> Tensor:

@@ -1,7 +1,8 @@
 """The packed form of a compressed model: the tensors that are stored, and back.
 
 Per weight the smallest of what its promises allow: `dense` values; `bitmask` (one bit a weight says where the non-zero
-values are, then the values); `grid` (packed codes and scales); `grid+bitmask` (codes of the non-zero weights only).
+values are, then the values), both in 16 bits where that was the promise; `grid` (packed codes, scales, zero points and
+multipliers of inputs, see `workbench.runtime.forms`); `grid+bitmask` (codes of the non-zero weights only).
 Weights that share storage are stored once.
 """
 
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 from workbench.compress.layers import Layer
 from workbench.errors import ExportError
 from workbench.runtime.bits import pack, unpack
-from workbench.runtime.grid import Grid
+from workbench.runtime.forms import Cast, Form
+from workbench.runtime.stored import Codes, codes_of, format_of, restored, side_tensors
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How one weight is stored. `shape` is the module's; codes and masks run over the [outputs, inputs] matrix."""
+    """How one weight is stored. `shape` and `dtype` are the module's; codes and masks run over the [outputs, inputs] matrix.
+
+    `groups` of inputs and `scale_rows` (0: one for each output) are the shape of the scales; `number_format` says what a code stands for.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -30,6 +35,8 @@ class Encoding:
     groups: int = 0
     transposed: bool = False
     same_as: str = ""
+    number_format: str = "integer"
+    scale_rows: int = 0
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -90,17 +97,27 @@ def encode(value: Tensor, layer: Layer | None) -> tuple[dict[str, Tensor], Encod
         return dense
     matrix = layer.as_matrix(value)
     nonzero = matrix != 0
-    if layer.grid is None:
-        options = [dense, ({".values": matrix[nonzero], ".mask": pack(nonzero, 1)}, Encoding("bitmask", shape, dtype, transposed=layer.transposed))]
+    if layer.grid is None or isinstance(layer.grid, Cast):
+        values = matrix if layer.grid is None else layer.grid.values
+        whole = value if layer.grid is None else layer.as_stored(values)
+        options = [({"": whole}, Encoding("dense", shape, dtype))]
+        if layer.mask is not None:
+            options.append(({".values": values[nonzero], ".mask": pack(nonzero, 1)}, Encoding("bitmask", shape, dtype, transposed=layer.transposed)))
     else:
-        grid = layer.grid
-        common = {".scale": grid.scale} | ({} if grid.zero_point is None else {".zero_point": pack(grid.zero_point, grid.bits)})
-        about: dict[str, Any] = {"shape": shape, "dtype": dtype, "bits": grid.bits, "groups": grid.scale.shape[1], "transposed": layer.transposed}
-        options = [
-            ({".codes": pack(grid.codes, grid.bits), **common}, Encoding("grid", **about)),
-            ({".codes": pack(grid.codes[nonzero], grid.bits), ".mask": pack(nonzero, 1), **common}, Encoding("grid+bitmask", **about)),
-        ]
+        options = grid_options(layer.grid, nonzero, {"shape": shape, "dtype": dtype, "transposed": layer.transposed})
     return min(options, key=lambda option: sum(tensor.nbytes for tensor in option[0].values()))
+
+
+def grid_options(form: Form, nonzero: Tensor, about: dict[str, Any]) -> list[tuple[dict[str, Tensor], Encoding]]:
+    """Return the ways to store codes: all of them, or those of non-zero weights only; a form that is zero by a mask allows the second alone."""
+    codes, sides = codes_of(form), side_tensors(form)
+    scale = sides[".scale"]
+    rows = 0 if scale.shape[0] == codes.shape[0] else scale.shape[0]
+    about |= {"bits": form.bits, "groups": scale.shape[1], "scale_rows": rows, "number_format": format_of(form)}
+    some = ({".codes": pack(codes[nonzero], form.bits), ".mask": pack(nonzero, 1), **sides}, Encoding("grid+bitmask", **about))
+    if getattr(form, "kept", None) is not None:
+        return [some]
+    return [({".codes": pack(codes, form.bits), **sides}, Encoding("grid", **about)), some]
 
 
 def unpack_state(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> dict[str, Tensor]:
@@ -125,11 +142,11 @@ def decode(key: str, tensors: dict[str, Tensor], encoding: Encoding) -> Tensor:
     """Return one weight in the module's shape and dtype."""
     dtype: torch.dtype = getattr(torch, encoding.dtype)
     if encoding.kind == "dense":
-        return tensors[key]
+        return tensors[key].to(dtype)
     rows, columns = encoding.matrix_shape
     if encoding.kind == "bitmask":
         matrix = torch.zeros(rows, columns, dtype=dtype)
-        matrix[unpack(tensors[f"{key}.mask"], 1, rows * columns).view(rows, columns).bool()] = tensors[f"{key}.values"]
+        matrix[unpack(tensors[f"{key}.mask"], 1, rows * columns).view(rows, columns).bool()] = tensors[f"{key}.values"].to(dtype)
     elif encoding.kind in {"grid", "grid+bitmask"}:
         matrix = decode_grid(key, tensors, encoding).dequantize().to(dtype)
     else:
@@ -137,16 +154,13 @@ def decode(key: str, tensors: dict[str, Tensor], encoding: Encoding) -> Tensor:
     return matrix.t().contiguous() if encoding.transposed else matrix.view(encoding.shape)
 
 
-def decode_grid(key: str, tensors: dict[str, Tensor], encoding: Encoding) -> Grid:
-    """Return the grid of one weight."""
+def decode_grid(key: str, tensors: dict[str, Tensor], encoding: Encoding) -> Form:
+    """Return the stored form of one weight; codes that were left out are those of zero, or masked."""
     rows, columns = encoding.matrix_shape
-    scale, bits = tensors[f"{key}.scale"], encoding.bits
-    packed_zero = tensors.get(f"{key}.zero_point")
-    zero_point = None if packed_zero is None else unpack(packed_zero, bits, rows * encoding.groups).view(rows, encoding.groups)
+    sides = {name.removeprefix(key): tensor for name, tensor in tensors.items() if name.startswith(f"{key}.")}
     if encoding.kind == "grid":
-        return Grid(unpack(tensors[f"{key}.codes"], bits, rows * columns).view(rows, columns), scale, zero_point, bits)
-    kept = unpack(tensors[f"{key}.mask"], 1, rows * columns).view(rows, columns).bool()
-    group = columns // encoding.groups
-    codes = torch.full((rows, columns), 1 << (bits - 1), dtype=torch.uint8) if zero_point is None else zero_point.repeat_interleave(group, 1)
-    codes[kept] = unpack(tensors[f"{key}.codes"], bits, int(kept.sum()))
-    return Grid(codes, scale, zero_point, bits)
+        codes, kept = unpack(sides[".codes"], encoding.bits, rows * columns).view(rows, columns), None
+    else:
+        kept = unpack(sides[".mask"], 1, rows * columns).view(rows, columns).bool()
+        codes = unpack(sides[".codes"], encoding.bits, int(kept.sum()))
+    return restored(Codes(codes, kept, encoding.bits, encoding.number_format, (encoding.scale_rows or rows, encoding.groups)), sides)

@@ -1,49 +1,265 @@
-"""Which kernel runs a compressed model on this device, or why none does.
+"""Which kernel runs a compressed model on this device, or why none does; and the model in the form in which it is run and timed.
 
-This version has no packed kernels: the realised model is the compressed model itself, in which low-rank layers really are
-two smaller products and everything else is multiplied as before. The reasons below say so before anyone waits.
+What is known without running anything (`plan`, `reasons_for`) is told before anyone waits. Quality is measured on the
+compressed model itself; the realised one computes the same numbers up to rounding, which is checked before it is timed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from workbench.compress.copies import sharing_copy
+from workbench.compress.layers import Layer, replace_module
+from workbench.compress.quantized_inputs import InputFormat, QuantizesInputs
+from workbench.errors import RuntimeRefused
+from workbench.runtime.engines import LayerEngine, Once, layer_engines, model_engines
+from workbench.runtime.execution import runner, whole, why_not
+from workbench.runtime.names import Runtime
+from workbench.runtime.packed_linear import join_siblings
 
 if TYPE_CHECKING:
     from workbench.compress import Compressed
+    from workbench.tasks.base import Items, Kind
+
+NEAR = 0.02  # relative distance of one layer's products beyond which its kernel is taken to be wrong: roundings of bfloat16 make less
+FAR = 0.1  # the same of a whole model's answers, in another runtime: roundings that fall the other way make less
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run a model: an engine for each layer that has one. `no_kernel` holds one sentence for each part that none speeds up."""
+
+    engines: Mapping[str, LayerEngine]
+    kernels: tuple[str, ...]
+    no_kernel: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Realised:
-    """What is run and timed. `no_kernel` holds one sentence for each part of the recipe that no kernel speeds up."""
+    """What is run and timed, the dense model in the same way. `held` is the torch model with its kernels, whose memory counts.
+
+    `warnings` say what was to run and could not.
+    """
 
     model: nn.Module
-    no_kernel: tuple[str, ...]
+    dense: nn.Module
+    plan: Plan
+    held: nn.Module
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def no_kernel(self) -> tuple[str, ...]:
+        """Return why parts of the recipe make nothing faster."""
+        return self.plan.no_kernel
 
 
-def realise(compressed: Compressed, device: str) -> Realised:
-    """Return the form of the compressed model that runs on `device` ("cpu" or "cuda")."""
-    return Realised(compressed.model, tuple(reasons(compressed, device)))
+@dataclass
+class Served:
+    """Engines by layer, and how often each reason was given, by part of the recipe; filled while layers are asked about."""
+
+    engines: dict[str, LayerEngine] = field(default_factory=dict)
+    words: Counter[str] = field(default_factory=Counter)
+    weights: dict[int, Counter[str]] = field(default_factory=dict)  # by width
+    inputs: Counter[str] = field(default_factory=Counter)
+    zeros: int = 0  # layers whose zeros an engine uses
 
 
-def reasons(compressed: Compressed, device: str) -> list[str]:
-    """Return why masks and grids do not make this model faster on this device."""
+def plan(compressed: Compressed, device: str, runtime: Runtime = "auto") -> Plan:
+    """Return what runs each layer of a compressed model on `device`, and why nothing runs the rest faster; runs nothing."""
     step = next((step for step in compressed.recipe if step.kind() == "prune" and not getattr(step, "structured", False)), None)
     masked = step is not None and any(layer.mask is not None for layer in compressed.layers)
-    widths = sorted({layer.grid.bits for layer in compressed.layers if layer.grid is not None})
-    return reasons_for(getattr(step, "pattern", "unstructured") if masked else None, widths, device)
+    return plan_layers(compressed.layers, str(getattr(step, "pattern", "unstructured")) if masked else None, device, runtime)
 
 
-def reasons_for(pattern: str | None, widths: list[int], device: str) -> list[str]:
-    """Return why zeros of this pattern (None: no mask) and grids of these widths make nothing faster on this device."""
+def plan_layers(layers: Iterable[Layer], pattern: str | None, device: str, runtime: Runtime = "auto") -> Plan:
+    """Return the plan of some layers; `pattern` is that of their zeros, None without a mask."""
+    refused = why_not(runtime, device)
+    if refused:
+        return Plan({}, (), (f"runtime {runtime!r} cannot be used here: {refused}",))
+    served = serve(layers, device, runtime)
     where = "this GPU" if device.startswith("cuda") else "this CPU"
     found = []
-    if pattern == "2:4" and device.startswith("cuda"):
-        found.append(f"no 2:4 kernel is used on {where} in this version: zeros are multiplied like any other number")
-    elif pattern is not None:
+    if pattern is not None and not served.zeros:
         found.append(f"no kernel for {pattern} zeros on {where}: they are multiplied like any other number")
-    if widths:
-        found.append(f"no {'/'.join(map(str, widths))}-bit kernel is used on {where} in this version: weights are unpacked before the product")
-    return found
+    for bits, reasons in sorted(served.weights.items()):
+        found.append(f"no {bits}-bit kernel on {where} for {counted(reasons)}: weights are unpacked before the product")
+    if served.inputs:
+        found.append(f"no kernel multiplies rounded inputs on {where} for {counted(served.inputs)}: the rounding is simulated, which costs time")
+    words = tuple(f"{count} {'layer' if count == 1 else 'layers'} by {name}" for name, count in sorted(served.words.items()))
+    return Plan(served.engines, words, tuple(found))
+
+
+def counted(reasons: Counter[str]) -> str:
+    """Return how many layers have no kernel, and the most common reason."""
+    reason, total = reasons.most_common(1)[0][0], sum(reasons.values())
+    return f"{total} {'layer' if total == 1 else 'layers'} ({reason})"
+
+
+def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
+    """Ask every engine about every layer that is stored in few bits, rounds its inputs or has a mask."""
+    engine, served = whole(runtime), Served()
+    here = {one: one.here(device) for one in layer_engines()} if engine is None else {}
+    uses: tuple[str, ...]
+    for layer in layers:
+        rounded = isinstance(layer.module, QuantizesInputs)
+        if layer.grid is None and layer.mask is None and not rounded:
+            continue
+        if engine is not None:
+            reason = engine.why_not_narrow(layer)
+            uses = ("weights", "inputs") if layer.grid is not None else ()
+            if not reason and uses:
+                served.words[engine.name] += 1
+        elif runtime == "torch":
+            reason, uses = "runtime 'torch' uses none", ()
+        else:
+            reason, uses = first_that_serves(layer, device, here, served)
+        served.zeros += "zeros" in uses
+        if layer.grid is not None and layer.grid.bits < 16 and (reason or "weights" not in uses):
+            served.weights.setdefault(layer.grid.bits, Counter())[reason or "its kernel unpacks them"] += 1
+        elif rounded and (reason or "inputs" not in uses):
+            served.inputs[reason or "its weights are not quantized"] += 1
+    return served
+
+
+def first_that_serves(layer: Layer, device: str, here: Mapping[LayerEngine, str], served: Served) -> tuple[str, tuple[str, ...]]:
+    """Note the first engine that takes a layer and return ("", what it uses), or (why the likeliest one does not, nothing)."""
+    reasons: list[str] = []
+    for engine, absent in here.items():
+        reason = engine.serves(layer, device)
+        if not reason and not absent:
+            served.engines[layer.name] = engine
+            served.words[engine.name] += 1
+            return "", engine.uses
+        if not (reason and absent):
+            reasons.append(f"{engine.name}: {reason or absent}")
+    other = next((engine for engine in model_engines() if not engine.here(device) and layer.grid is not None and not engine.why_not_narrow(layer)), None)
+    hint = "" if other is None else f"; runtime 'onnx' has one ({other.name})"
+    return (reasons[-1] if reasons else "none in this version") + hint, ()
+
+
+def realise(
+    compressed: Compressed, device: str, runtime: Runtime = "auto", *, dense: nn.Module | None = None, kind: Kind | None = None, items: Items | None = None, once: Once | None = None
+) -> Realised:
+    """Return the form of a compressed model that runs on `device`, and the dense model in the same form of execution.
+
+    With a task's `kind` and `items` (the batch that will be timed) kernels are put in, the products of each compared with its
+    layer's own, and the whole run once; what fails to build, to run, or to agree is left out, and `warnings` say so. Without
+    them the model is the compressed one, with its plan. `once` keeps what does not depend on the recipe.
+    """
+    made = plan(compressed, device, runtime)
+    original = compressed.model if dense is None else dense
+    if kind is None or items is None:
+        return Realised(compressed.model, original, made, compressed.model)
+    keep: Once = once or (lambda _key, compute: compute())
+    model, said = with_kernels(compressed, made, kind, items)
+    if runtime in {"auto", "torch"}:
+        return Realised(model, original, made, model, said)
+    try:
+        running = runner(model, compressed.layers, runtime, kind=kind, items=items, once=keep)
+        check_agreement(running, model, kind, items, runtime)
+        reference = keep(("dense runner", runtime, len(items)), lambda: runner(original, (), runtime, kind=kind, items=items, once=keep)) if original is not compressed.model else running
+    except RuntimeRefused as error:
+        return Realised(model, original, made, model, (*said, f"timed step by step in torch: {error}"))
+    return Realised(running, reference, made, model, said)
+
+
+def with_kernels(compressed: Compressed, made: Plan, kind: Kind, items: Items) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model with the planned kernels in place, checked on the items, and what had to be left out."""
+    if not made.engines:
+        return compressed.model, ()
+    model, said = sharing_copy(compressed.model), list[str]()
+    distances: dict[str, Tensor] = {}
+    for layer in compressed.layers:
+        engine = made.engines.get(layer.name)
+        if engine is None:
+            continue
+        try:
+            built = engine.build(layer).eval()
+            distances[layer.name] = distance(built, layer)
+        except Exception as error:  # noqa: BLE001  a kernel that cannot be made costs its speed, never the panel
+            said.append(f"{layer.name}: {engine.name} cannot be used ({one_line(error)}), so it is multiplied as floats")
+            continue
+        replace_module(model, layer.name, built)
+    originals = {layer.name: layer.module for layer in compressed.layers}
+    for name, apart in zip(distances, torch.stack(list(distances.values())).tolist() if distances else [], strict=True):
+        if not apart <= NEAR:
+            replace_module(model, name, originals[name])
+            said.append(f"{name}: {made.engines[name].name} gives other products ({apart:.2g} apart, relative to their size; {NEAR} is allowed), so it is multiplied as floats")
+    join_siblings(model)
+    try:
+        check_answers(model, compressed.model, kind, items)
+    except RuntimeRefused as error:
+        return compressed.model, (*said, f"kernels left out: {error}")
+    return model, tuple(said)
+
+
+@torch.inference_mode()
+def distance(built: nn.Module, layer: Layer) -> Tensor:
+    """Return how far a kernel's products with random inputs are from the layer's own, relative to their size: float32, a scalar."""
+    weight = layer.parameter
+    generator = torch.Generator(weight.device).manual_seed(0)
+    inputs = torch.randn(3, layer.as_matrix(weight).shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    wanted = layer.module(inputs).float()
+    apart: Tensor = (built(inputs).float() - wanted).norm() / wanted.norm().clamp_min(1e-12)
+    return apart
+
+
+def check_answers(running: nn.Module, simulated: nn.Module, kind: Kind, items: Items) -> None:
+    """Run a model whose layers have been compared one by one: roundings that fall the other way may add up, but not to infinity.
+
+    Raises:
+        RuntimeRefused: it fails, or answers with infinities or NaN where the simulated one does not.
+
+    """
+    try:
+        with torch.inference_mode():
+            finite = torch.isfinite(answers(kind, running, items)).all() | ~torch.isfinite(answers(kind, simulated, items)).all()
+    except Exception as error:  # noqa: BLE001  whatever a kernel raises
+        raise RuntimeRefused(f"the model with its kernels fails when it is run: {one_line(error)}") from None
+    if not bool(finite):
+        raise RuntimeRefused("the model with its kernels answers with infinite numbers or NaN")
+
+
+def check_agreement(running: nn.Module, simulated: nn.Module, kind: Kind, items: Items, name: str) -> None:
+    """Compare the answers of two forms of one model.
+
+    Raises:
+        RuntimeRefused: one fails, or they are further apart than roundings explain.
+
+    """
+    try:
+        with torch.inference_mode():
+            wanted, found = (answers(kind, model, items) for model in (simulated, running))
+    except Exception as error:  # noqa: BLE001  whatever a kernel raises
+        raise RuntimeRefused(f"{name} fails when it is run: {one_line(error)}") from None
+    apart = float((wanted - found).norm() / wanted.norm().clamp_min(1e-12))
+    if not apart <= FAR and bool(torch.isfinite(wanted).all()):
+        raise RuntimeRefused(f"{name} gives other answers than the compressed model: {apart:.2g} apart, relative to their size; {FAR} is allowed")
+
+
+def answers(kind: Kind, model: nn.Module, items: Items) -> Tensor:
+    """Return what a model says about items, float32."""
+    return kind.logits(model, items).float()
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def reasons_for(pattern: str | None, widths: list[int], device: str, *, group_size: int = 0, inputs: InputFormat | None = None, runtime: Runtime = "auto") -> list[str]:
+    """Return why zeros of this pattern (None: no mask) and grids of these widths make nothing faster on this device.
+
+    Every engine is asked about a layer of 1,024 by 1,024 that exists as shapes only.
+    """
+    from workbench.runtime.probes import probe
+
+    layers = [probe(bits, group_size, inputs) for bits in widths] or ([probe(0, 0, inputs)] if inputs is not None else [])
+    made = plan_layers(layers, pattern, device, runtime)
+    return [reason.replace(" for 1 layer ", " ") for reason in made.no_kernel]

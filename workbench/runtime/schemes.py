@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.recipe import METHODS, Step
+from workbench.compress.quantized_inputs import InputFormat
+from workbench.recipe import Step
 from workbench.runtime.realise import reasons_for
 
 
@@ -42,8 +43,7 @@ def kernels_for(kind: type[Step], device: str) -> tuple[KernelTick, ...]:
     found = []
     for scheme in SCHEMES:
         if scheme.slider == kind.slider:
-            reasons = reasons_for(scheme.pattern, [scheme.weight_bits] if scheme.weight_bits else [], device)
-            if scheme.activation_bits < 16 and "activation_bits" not in METHODS.options():
-                reasons.append("activations are not quantized in this version")
+            inputs = InputFormat(scheme.activation_bits) if scheme.activation_bits < 16 else None
+            reasons = reasons_for(scheme.pattern, [scheme.weight_bits] if scheme.weight_bits else [], device, inputs=inputs)
             found.append(KernelTick(scheme.value, scheme.label, not reasons, "; ".join(reasons)))
     return tuple(found)

@@ -1,7 +1,8 @@
 """What a task is: a model, data to calibrate, train and evaluate on, and how to score each item.
 
-One file a kind of task: `image_classification`, `text_classification`, `language_modelling`. Everything after this page
-sees only `Task`, `Items` and `Scores`, so that nothing in the engine is special to one model or data set.
+One file a kind of task: `image_classification`, `text_classification`, `language_modelling`, `sentence_similarity`,
+`speech_recognition`. Everything after this page sees only `Task`, `Items` and `Scores`, so that nothing in the engine is
+special to one model or data set.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Batch = dict[str, Tensor]
 class Items:
     """A materialised set of examples: model inputs by keyword, first dimension = item, and `labels` ([N] or [N, L]).
 
-    `inputs` are what `model(**inputs)` takes (`pixel_values` [N, C, H, W]; `input_ids`, `attention_mask` [N, L]).
-    Labels of -100 are not scored (the convention of torch's cross entropy).
+    `inputs` are what `model(**inputs)` takes (`pixel_values` [N, C, H, W]; `input_ids`, `attention_mask` [N, L]; two texts an
+    item, [N, 2, L], for sentence similarity). Labels of -100 are not scored (the convention of torch's cross entropy).
     """
 
     inputs: Batch
@@ -74,13 +75,15 @@ class Scores:
 
     `loss` [N] float64: mean negative log-likelihood of the item's labels, in nats. `correct` [N] float64: fraction of the
     item's labels that were the most likely answer. `weight` [N] float64: number of labels (1, or tokens of a window).
-    `answers` [N] or [N, L] int64: the most likely class or token, so that flips can be counted.
+    `answers` [N] or [N, L] int64: the most likely class or token, or a hash of a transcript, so that flips can be counted.
+    `details` [N] float64 by name: what a kind's own metric is made of (`cosine` and `score`; `word errors` and `words`).
     """
 
     loss: Tensor
     correct: Tensor
     weight: Tensor
     answers: Tensor
+    details: Batch = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -89,10 +92,26 @@ class Scores:
     @staticmethod
     def join(parts: list[Scores]) -> Scores:
         """Return consecutive parts as one."""
-        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("loss", "correct", "weight", "answers")))
+        loss, correct, weight, answers = (torch.cat([getattr(part, name) for part in parts]) for name in ("loss", "correct", "weight", "answers"))
+        return Scores(loss, correct, weight, answers, {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details})
+
+    def first(self, count: int) -> Scores:
+        """Return the scores of the first `count` items."""
+        details = {name: values[:count] for name, values in self.details.items()}
+        return Scores(self.loss[:count], self.correct[:count], self.weight[:count], self.answers[:count], details)
 
 
-class Kind(Protocol):
+class Losses(Protocol):
+    """What a model is trained by."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the task's loss of the outputs, a scalar to be made small."""
+
+    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Return how far a student's outputs are from its teacher's, a scalar to be made small."""
+
+
+class Kind(Losses, Protocol):
     """A kind of task; each file of this package has one instance of it."""
 
     @property
@@ -105,10 +124,29 @@ class Kind(Protocol):
 
     @property
     def primary(self) -> str:
-        """Return the metric that quality means: "accuracy" or "perplexity"."""
+        """Return the metric that quality means, one of `workbench.measure.metrics`, such as "accuracy"."""
+
+    @property
+    def latency_items(self) -> int:
+        """Return how many items a timed batch holds unless the user says otherwise."""
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return logits aligned with `items.labels`: [N, classes] or [N, L, vocabulary]."""
+        """Return the model's outputs, first dimension = item: logits aligned with the labels, or embeddings.
+
+        They are what training, distillation and gradients look at, and one call is one forward pass.
+        """
+
+    def score(self, model: nn.Module, items: Items) -> Scores:
+        """Return what `model` does on items that lie on its device."""
+
+    def run(self, model: nn.Module, items: Items) -> object:
+        """Do what a user waits for, to be timed."""
+
+    def audio_seconds(self, items: Items) -> float:
+        """Return how long the items' sound lasts, 0 where they are none."""
+
+    def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
+        """Return (what was asked, what the model answers) for each item, in words; none where a kind has no such words."""
 
 
 @dataclass(frozen=True)

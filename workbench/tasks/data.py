@@ -1,13 +1,13 @@
 """From the name of some data to disjoint evaluation, calibration and training items.
 
-The name is `fashion-mnist-slice`, `python-docs` or `wikitext-2`, a hub data set (`owner/name`, or `owner/name:config`),
+The name is one of `workbench.tasks.sources.NAMES` (`fashion-mnist-slice`, `wikitext-2`, `wordsim353`, ...), a hub data set (`owner/name`, or `owner/name:config`),
 a local file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a folder of images. `workbench.tasks.sources` reads it,
 `workbench.tasks.columns` finds texts, images and labels in it; this file splits it and keeps the parts apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,49 +18,17 @@ import torch
 
 from workbench.errors import DataError
 from workbench.tasks import columns, sources
-from workbench.tasks.base import Items, Kind
+from workbench.tasks.base import Items
 from workbench.tasks.image_classification import ImageClassification, grey_items, image_items
 from workbench.tasks.language_modelling import CONTEXT, LanguageModelling, window_items, windows
-from workbench.tasks.text_classification import MAX_TOKENS, text_items
+from workbench.tasks.pools import Pool, Reading, Sizes
+from workbench.tasks.sentence_similarity import SentenceSimilarity, pair_pools
+from workbench.tasks.speech_recognition import SpeechRecognition
+from workbench.tasks.text_classification import MAX_TOKENS, TextClassification, text_items
+from workbench.tasks.utterances import speech_pools
 
 FEW = 16  # evaluation items below which a number says little
 READ_AHEAD = 8  # windows of text read for each window wanted, so that the ones picked are spread over the text
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The most items to use for each purpose."""
-
-    evaluation: int
-    calibration: int
-    training: int
-
-    @classmethod
-    def of(cls, kind: Kind, evaluation: int | None = None, calibration: int | None = None, training: int | None = None) -> Sizes:
-        """Return the sizes given, or the defaults: images and texts 2000 / 512 / 5000, windows of text 64 / 32 / 256.
-
-        Raises:
-            DataError: a size below 1.
-
-        """
-        defaults = (64, 32, 256) if isinstance(kind, LanguageModelling) else (2000, 512, 5000)
-        for name, given in zip(("evaluation", "calibration", "training"), (evaluation, calibration, training), strict=True):
-            if given is not None and given < 1:
-                raise DataError(f"{name}_items={given}: give at least 1")
-        return cls(*(default if given is None else given for default, given in zip(defaults, (evaluation, calibration, training), strict=True)))
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Items that are made when taken. `take` maps row numbers to `Items`; `mixed` says the rows are in random order already."""
-
-    size: int
-    take: Callable[[Sequence[int]], Items]
-    mixed: bool = False
-
-    def order(self, generator: np.random.Generator) -> list[int]:
-        """Return every row number in the order to use them."""
-        return list(range(self.size)) if self.mixed else [int(i) for i in generator.permutation(self.size)]
 
 
 @dataclass(frozen=True)
@@ -73,16 +41,6 @@ class Data:
     training: Items
     labels: tuple[str, ...] = ()  # class names, if the task has classes
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How to turn raw rows into a model's items: its kind, config.json and processor, and the window length in tokens."""
-
-    kind: Kind
-    config: Mapping[str, Any]
-    processor: Any  # tokenizer, or image processor
-    context: int | None = None
 
 
 def load(reading: Reading, data: str | Path | Any, sizes: Sizes, *, seed: int = 0, offline: bool = False, progress: bool = True) -> Data:
@@ -98,12 +56,23 @@ def load(reading: Reading, data: str | Path | Any, sizes: Sizes, *, seed: int = 
     """
     if str(data) == sources.SLICE:
         return replace(_cut(sources.SLICE, *_slice_pools(reading), sizes, seed), labels=columns.classes(reading.config))
-    text = isinstance(reading.kind, LanguageModelling)
-    read = sources.default_text if data is None and text else partial(sources.read, data)
+    read = sources.DEFAULTS[reading.kind.name] if data is None and reading.kind.name in sources.DEFAULTS else partial(sources.read, data)
     raw = read(offline=offline, progress=progress)
-    train, held_out, notes = (_window_pools if text else _row_pools)(reading, raw, sizes)
+    train, held_out, notes = _pools(reading, raw, sizes)
     cut = _cut(raw.name, train, held_out, sizes, seed)
-    return replace(cut, labels=() if text else columns.classes(reading.config), notes=(*raw.notes, *notes, *cut.notes))
+    chooses = isinstance(reading.kind, ImageClassification | TextClassification)
+    return replace(cut, labels=columns.classes(reading.config) if chooses else (), notes=(*raw.notes, *notes, *cut.notes))
+
+
+def _pools(reading: Reading, raw: sources.Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
+    """Return the items to train on, those to evaluate on if they are held out, and notes, as the kind reads rows."""
+    if isinstance(reading.kind, LanguageModelling):
+        return _window_pools(reading, raw, sizes)
+    if isinstance(reading.kind, SentenceSimilarity):
+        return pair_pools(reading, raw)
+    if isinstance(reading.kind, SpeechRecognition):
+        return speech_pools(reading, raw, sizes)
+    return _row_pools(reading, raw)
 
 
 def _cut(name: str, train: Pool, held_out: Pool | None, sizes: Sizes, seed: int) -> Data:
@@ -167,7 +136,7 @@ def _slice_pools(reading: Reading) -> tuple[Pool, Pool]:
     return pool("training"), pool("evaluation")
 
 
-def _row_pools(reading: Reading, raw: sources.Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:  # noqa: ARG001  as _window_pools
+def _row_pools(reading: Reading, raw: sources.Raw) -> tuple[Pool, Pool | None, tuple[str, ...]]:
     """Return classified images or texts, one item a row, after checking every label."""
     find = columns.image_columns if isinstance(reading.kind, ImageClassification) else columns.text_columns
     held_out_name = columns.held_out(raw)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DataError
 from workbench.tasks.base import Items
+from workbench.tasks.choosing import Choosing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,7 +21,7 @@ Processor = Callable[..., Any]  # processor(images=[...], return_tensors="pt")["
 
 
 @dataclass(frozen=True)
-class ImageClassification:
+class ImageClassification(Choosing):
     """One label per image; quality is accuracy."""
 
     name: str = "image classification"

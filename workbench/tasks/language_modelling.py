@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from workbench.tasks.base import Items
+from workbench.tasks.choosing import Choosing
 
 CONTEXT = 512
 TEXT_CHUNK = 20_000  # characters tokenised at a time
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModelling(Choosing):
     """The tokens of a window, each given those before it; quality is perplexity."""
 
     name: str = "language modelling"
     auto_class: str = "AutoModelForCausalLM"
     primary: str = "perplexity"
+    latency_items: int = 1  # a window of many tokens
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, L - 1, vocabulary] for `input_ids` [N, L]: what the model expects after each position but the last."""

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from workbench.errors import DataError
+from workbench.errors import DataError, ModelError
 from workbench.words import nearest
 
 SLICE = "fashion-mnist-slice"
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext-2"
 WIKITEXT_HUB = "Salesforce/wikitext:wikitext-2-raw-v1"
-NAMES = (SLICE, PYTHON_DOCS, WIKITEXT)
-NAMES_FOR = {"image classification": (SLICE,), "language modelling": (PYTHON_DOCS, WIKITEXT)}  # by the kind of task
+WORDSIM = "wordsim353"
+STSB = "sts-b"
+STSB_HUB = "sentence-transformers/stsb"
+PROMPTS = "asterisk-prompts"
+HUB_NAMES = {WIKITEXT: WIKITEXT_HUB, STSB: STSB_HUB}
+NAMES_FOR = {  # by the kind of task
+    "image classification": (SLICE,), "language modelling": (PYTHON_DOCS, WIKITEXT), "sentence similarity": (WORDSIM, STSB), "speech recognition": (PROMPTS,),
+}  # fmt: skip
+NAMES = tuple(name for names in NAMES_FOR.values() for name in names)
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -60,8 +67,10 @@ def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True
     name = str(data)
     if name == PYTHON_DOCS:
         return python_docs()
-    if name == WIKITEXT:
-        return Raw(WIKITEXT, _hub(WIKITEXT_HUB, offline=offline, progress=progress))
+    if name in FETCHED:
+        return FETCHED[name](offline=offline, progress=progress)
+    if name in HUB_NAMES:
+        return Raw(name, _hub(HUB_NAMES[name], offline=offline, progress=progress))
     path = Path(data).expanduser()
     if path.exists():
         return Raw(name, _local(path, progress=progress))
@@ -74,13 +83,43 @@ def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True
 
 def default_text(*, offline: bool = False, progress: bool = True) -> Raw:
     """Return the text that a language model is measured on when none is named: WikiText-2, else Python's own help pages."""
+    return _first(WIKITEXT, PYTHON_DOCS, offline=offline, progress=progress)
+
+
+def default_pairs(*, offline: bool = False, progress: bool = True) -> Raw:
+    """Return the pairs that a sentence encoder is measured on when none are named: STS-B, else the words of WordSim-353."""
+    return _first(STSB, WORDSIM, offline=offline, progress=progress)
+
+
+def _first(wanted: str, other: str, *, offline: bool, progress: bool) -> Raw:
+    """Return named data of the hub, else those that need none, with a note that says which and why."""
     try:
-        raw = read(WIKITEXT, offline=offline, progress=progress)
+        raw = read(wanted, offline=offline, progress=progress)
     except DataError as error:
-        docs = python_docs()
-        reason = str(error).removeprefix(f"data {WIKITEXT_HUB!r} ").split("; use --offline")[0]
-        return Raw(docs.name, docs.splits, (*docs.notes, f"{PYTHON_DOCS} was used, since {WIKITEXT} {reason}"))
-    return Raw(raw.name, raw.splits, (f"{WIKITEXT} from the hub was used, since no data were named",))
+        instead = read(other, offline=offline, progress=progress)
+        reason = str(error).removeprefix(f"data {HUB_NAMES[wanted]!r} ").split("; use --offline")[0]
+        return Raw(instead.name, instead.splits, (*instead.notes, f"{other} was used, since {wanted} {reason}"))
+    return Raw(raw.name, raw.splits, (f"{wanted} from the hub was used, since no data were named",))
+
+
+def wordsim353(*, offline: bool = False, progress: bool = True) -> Raw:
+    """Return 353 pairs of words with the mean of 13 to 16 people's scores from 0 to 10 (Finkelstein et al. 2002), as gensim's tests hold them.
+
+    Raises:
+        DataError: not in the cache, and it cannot be fetched.
+
+    """
+    from datasets import Dataset
+
+    from workbench.zoo import archive
+
+    try:
+        folder = archive.fetch(archive.WORDSIM353, offline=offline, progress=progress)
+    except ModelError as error:
+        raise DataError(str(error).replace("model ", "data ", 1)) from None
+    lines = [line.split("\t") for line in (folder / archive.WORDSIM353.proof).read_text().splitlines() if line and not line.startswith("#")]
+    rows = {"word1": [line[0] for line in lines], "word2": [line[1] for line in lines], "score": [float(line[2]) for line in lines]}
+    return Raw(WORDSIM, {"train": Dataset.from_dict(rows)}, ("word pairs: WordSim-353 (Finkelstein et al. 2002), from the test data of gensim 4.4.0",))
 
 
 def python_docs() -> Raw:
@@ -126,8 +165,13 @@ def _local(path: Path, *, progress: bool) -> dict[str, Any]:
         if len(suffixes) > 1:
             raise DataError(f"data {str(path)!r} mix kinds of files: {', '.join(sorted(suffixes))}")
         return _build(path, {split: str(file) for split, file in files.items()}, suffixes.pop(), progress=progress)
+    from workbench.tasks.utterances import audio_folder
+
+    spoken = audio_folder(path)
+    if spoken is not None:
+        return dict(spoken)
     if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
-        raise DataError(f"data {str(path)!r}: the folder holds neither images nor files such as train.csv and test.csv")
+        raise DataError(f"data {str(path)!r}: the folder holds neither images, nor files such as train.csv and test.csv, nor a metadata.csv of sound files")
     return _load("imagefolder", str(path), progress=progress, data_dir=str(path))
 
 
@@ -168,3 +212,16 @@ def _load(builder: str, shown: str, *, progress: bool, **options: Any) -> dict[s
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:
+    """Return the telephone prompts of `workbench.tasks.utterances`."""
+    from workbench.tasks import utterances
+
+    return utterances.asterisk_prompts(offline=offline, progress=progress)
+
+
+FETCHED: Mapping[str, Callable[..., Raw]] = {WORDSIM: wordsim353, PROMPTS: asterisk_prompts}  # from an archive or a package
+DEFAULTS: Mapping[str, Callable[..., Raw]] = {  # by the kind of task
+    "language modelling": default_text, "sentence similarity": default_pairs, "speech recognition": asterisk_prompts,
+}  # fmt: skip

