@@ -62,8 +62,8 @@ def page(result: dict) -> str:
     """Return the figures as a page."""
     about = f"{result['device']}, {result['date'][:10]}, torch {result['versions']['torch']}, transformers {result['versions']['transformers']}; `{result['command']}`."
     lines = [f"# What each method costs on a Llama of {result['shape']}", "", about, "",
-             "`once` is the first use of a method after the second moments are there, `a move` the median of the next positions of its slider; both with everything that `compress` does "
-             "(copy, check, report), without measuring. Peak memory is the model, its second moments, the compressed copy and what this method keeps and needs.", "",
+             ("`once` is the first use of a method after the second moments are there, `a move` the median of the next positions of its slider; both with everything that `compress` does "
+             "(copy, check, report), without measuring. Peak memory is the model, its second moments, the compressed copy and what this method keeps and needs."), "",
              "| method | once, ms | a move, ms | peak memory, times the model |", "|---" * 4 + "|"]  # fmt: skip
     for name, cost in result["costs"].items():
         lines.append(f"| {name} | {cost['failed']} | | |" if "failed" in cost else f"| {name} | {cost['once_ms']} | {cost.get('move_ms', '')} | {cost.get('peak_of_model', '')} |")

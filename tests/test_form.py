@@ -12,7 +12,7 @@ import workbench as wb
 from widgets.fields import bounds, decimals, nice_step, scale
 from widgets.recipe_form import RecipeForm
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Step, configuration
+from workbench.recipe import METHODS, Recipe, Step, configuration
 
 
 class Clock:
@@ -218,3 +218,19 @@ def test_choices_that_are_used_less_lie_in_a_fold_which_opens_when_one_matters(f
     form.set_recipe(wb.Recipe(wb.Prune(sparsity=0.3, rounds=2, train_steps=5)))
     assert prune.more.value
     assert prune.fold.layout.display is None
+
+
+# --- methods in the fold
+
+
+def test_what_complements_other_methods_is_folded_until_it_is_used():
+    form = RecipeForm()
+    shown = [child.kind.slider for child in form.children if hasattr(child, "kind")]
+    assert shown == ["rank_ratio", "sparsity", "weight_bits", "temperature"]
+    assert {child.kind for child in form.fold.children} == {kind for kind in METHODS.steps() if kind.aside}
+    assert form.fold.layout.display == "none"
+    form.set_recipe(Recipe(wb.Prune(sparsity=0.5), wb.Repair()))
+    assert form.more.value
+    assert form.fold.layout.display is None
+    form.undo()
+    assert form.recipe == Recipe()

@@ -21,7 +21,7 @@ from workbench.statistics import Statistics
 from workbench.tasks import score
 
 FIRST = wb.Prune(sparsity=0.3)  # what there is to recover for a method that cannot come first
-SMALL = {"distill": {"steps": 3, "distill_batch": 8}, "qat": {"qat_steps": 3, "qat_batch": 8}}  # the slider, where it is among these, as well
+SMALL = {"distill": {"steps": 3, "distill_batch": 8}, "qat": {"qat_steps": 3, "qat_batch": 8}, "transfer": {"transfer_steps": 3, "transfer_batch": 8}}  # the slider, where it is among these, as well
 CAUSAL = {"llama", "gpt2"}  # which have a cache
 
 

@@ -182,7 +182,7 @@ def test_coordinates_are_zero_when_off_and_grow_with_strength():
 
 
 def coordinates_of(kind, stop):
-    before = [wb.Prune(sparsity=0.0)] if kind.kind() in {"repair", "distill"} else [wb.Quantize(weight_bits=8)] if kind.kind() == "qat" else []
+    before = [wb.Prune(sparsity=0.0)] if kind.kind() in {"repair", "distill", "transfer"} else [wb.Quantize(weight_bits=8)] if kind.kind() == "qat" else []
     return coordinates(wb.Recipe(*before, kind(**{kind.slider: stop})))
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from workbench.recipe import Step
     from workbench.runtime.schemes import KernelTick
 
-SHORT = {"group_size": "group", "scale_search": "search", "learning_rate": "rate", "distill_batch": "batch", "factorization": "by", "criterion": "by", "rank_allocation": "share", "conv": "kernels", "repair_rounds": "rounds"}
-TITLES = {"rank_ratio": "rank", "weight_bits": "bits", "repair_ratio": "repair"}
+SHORT = {"group_size": "group", "scale_search": "search", "learning_rate": "rate", "distill_batch": "batch", "factorization": "by", "criterion": "by", "rank_allocation": "share", "conv": "kernels", "repair_rounds": "rounds", "activation_format": "format", "activation_scaling": "scaling", "activation_granularity": "per"}
+TITLES = {"rank_ratio": "rank", "weight_bits": "bits", "repair_ratio": "repair", "activation_bits": "activations", "kv_bits": "cache bits", "qat_steps": "QAT steps", "transfer_steps": "transfer steps"}
 
 
 @dataclass(frozen=True)

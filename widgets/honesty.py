@@ -148,7 +148,10 @@ def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
 
 def doubts(point: Measurement) -> list[str]:
     """Return what the measured numbers do not show, in words."""
-    drop = point.primary.drop
+    drop, found = point.primary.drop, []
     if len(point.recipe) and drop.low <= 0 <= drop.high:
-        return ["the change of quality is within the noise: its interval holds zero"]
-    return []
+        found.append("the change of quality is within the noise: its interval holds zero")
+    if point.latency is not None and len(point.recipe) and point.latency.speedup.high < 1:
+        cause = f"what {', '.join(point.kernels)} save is less than what rounding and unpacking cost at this size" if point.kernels else "the compressed form takes more steps, and no kernel makes up for them"
+        found.append(f"slower than the dense model here: {cause}")
+    return found

@@ -1,5 +1,7 @@
 """The recipe as sliders: one group of controls for every registered method, with undo, redo and reset.
 
+Methods that complement others (`Step.aside`) are in a fold below the ones that a user starts with.
+
 Layers may stand apart from the sliders: left out by targets that begin with `!`, or in a step of their own beside the one on
 the slider. Moving a slider keeps both.
 """
@@ -45,11 +47,20 @@ class RecipeForm(ipw.VBox):
         self.forms = [StepForm(kind) for kind in METHODS.steps()]
         for form in self.forms:
             form.observe(self.moved, ["step", "error"])
-        super().__init__(self.forms)
+        aside = [form for form in self.forms if form.kind.aside]
+        self.fold = ipw.VBox(aside, layout=ipw.Layout(display="none"))
+        self.more = ipw.ToggleButton(description="more methods", tooltip=f"more methods: {', '.join(form.on.description for form in aside)}")
+        self.more.observe(lambda _: self.unfold(), "value")
+        super().__init__([*(form for form in self.forms if not form.kind.aside), self.more, self.fold])
+        self.more.add_class("wb-more")
         self.add_class("wb-form")
         if recipe is not None:
             self.write(recipe)
             self.set_trait("recipe", recipe)
+
+    def unfold(self) -> None:
+        """Show or hide the methods in the fold."""
+        self.fold.layout.display = None if self.more.value else "none"
 
     def moved(self, change: dict[str, Any]) -> None:
         """React to one method's controls."""
@@ -110,6 +121,8 @@ class RecipeForm(ipw.VBox):
                 form.set_step(main)
         finally:
             self.hold = False
+        if any(recipe.get(form.kind.kind()) for form in self.fold.children):
+            self.more.value = True  # nothing that matters is hidden
 
     def exclude(self, layer: str, kind: str) -> None:
         """Leave a layer out of a method, as one step of undo; another layer's own step stays.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench import errors
     from workbench.bench import Bench
     from workbench.card import verdict
-    from workbench.compress import QAT, Activations, Distill, KVCache, LowRank, Prune, Quantize, Repair, compress
+    from workbench.compress import QAT, Activations, Distill, KVCache, LowRank, Prune, Quantize, Repair, Transfer, compress
     from workbench.export import load
     from workbench.ledger import Ledger
     from workbench.measure.measurement import Measurement
@@ -43,6 +43,7 @@ PLACES = {
     "Recipe": "workbench.recipe",
     "Repair": "workbench.compress",
     "Step": "workbench.recipe",
+    "Transfer": "workbench.compress",
     "compress": "workbench.compress",
     "configuration": "workbench.recipe",
     "errors": "workbench.errors",

@@ -24,7 +24,7 @@ from workbench.measure.predicted_structure import Anatomy
 from workbench.measure.quality import Estimate, Quality
 from workbench.recipe import METHODS, Recipe, Step
 from workbench.runtime.realise import reasons_for
-from workbench.runtime.roofline import Roof, limits_of, products, roof
+from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +43,7 @@ COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as 
     "kv_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
     "repair_ratio": lambda r: min(1.0, (4 * r) ** 0.5),
     "qat_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
+    "transfer_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
     "temperature": lambda t: 0.5 + 0.05 * math.log2(t),
 }
 
@@ -154,10 +155,11 @@ class Predictor:
     def roof(self, recipe: Recipe, outline: Outline) -> Roof:
         """Return what bounds a recipe: bandwidth or arithmetic as measured on this device, with the kernels that there are."""
         wide = max(self.limits.multiply_adds_per_s)
-        narrow = 8 if recipe.main("activations") is not None else wide
+        rounded = recipe.main("activations") is not None
+        narrow, passes = (8, 1 if self.bench.runtime == "onnx" else PASSES[self.bench.device.type]) if rounded else (wide, 0)
         kernels = {bits: narrow if not self.reasons(recipe, None, [bits]) else 0 for bits in widths(outline)}
         items = len(self.bench.latency_items)
-        before, after = products(self.outline, items, lambda _: 0), products(outline, items, lambda bits: kernels.get(bits, 0))
+        before, after = products(self.outline, items, lambda _: 0), products(outline, items, lambda bits: kernels.get(bits, 0), passes)
         return roof(before, after, self.limits, wide // 8)
 
     def quality(self, recipe: Recipe) -> tuple[Estimate | None, Guess]:
@@ -179,13 +181,13 @@ class Predictor:
             return Estimate(1.0, 1.0, 1.0), "speed unknown before it is measured: a method without a speed rule"
         work = outline.multiply_adds() / self.outline.multiply_adds()
         most = self.roof(recipe, outline).ratio
-        if work > 0.999 and most < 1.001:
+        if work > 0.999 and abs(most - 1) < 0.001:
             return Estimate(1.0, 1.0, 1.0), ""
         guess = self.guess("speed", recipe, lambda row: math.log(row.latency.speedup.value) if row.latency else 0.0)
         if math.isfinite(guess.half):
             return Estimate(*(math.exp(guess.value + side * guess.half) for side in (0, -1, 1))), f"speed predicted from {guess.near} measured points"
         if work > 0.999:
-            return Estimate(most, 1.0, most), "speed predicted from bandwidth and arithmetic measured here, without overheads"
+            return Estimate(most, min(1.0, most), most), "speed predicted from bandwidth and arithmetic measured here, without overheads"
         return Estimate(1 / work, 1.0, 1 / work), f"speed predicted from multiply-adds ({work:.0%} of dense): the most that it can be"
 
     def guess(self, name: str, recipe: Recipe, value: Callable[[Measurement], float]) -> Guess:

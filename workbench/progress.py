@@ -11,15 +11,36 @@ Curve = Sequence[tuple[int, float]]  # (training step, loss)
 
 
 @dataclass(frozen=True)
+class Look:
+    """Quality on held-out training items after `step` optimizer steps of a training.
+
+    `value` of `metric` lies between `low` and `high` at `confidence`; `dense` is the dense model's on the same `items`. `loss` is
+    what the best look is chosen by.
+    """
+
+    step: int
+    loss: float
+    metric: str
+    dense: float
+    value: float
+    low: float
+    high: float
+    items: int
+    confidence: float
+
+
+@dataclass(frozen=True)
 class Training:
     """What a caller sees of a training step, and how it ends one early.
 
     `watch(curve, steps)` is called after each optimizer step with the curve so far and the number of steps planned.
-    `enough()` is asked after each; True ends the training there and keeps what it has reached.
+    `enough()` is asked after each; True ends the training there and keeps what it has reached, or the best look if there were
+    any. `looked(looks)` is called after each look at held-out items with all looks of that training so far.
     """
 
     watch: Callable[[Curve, int], None] = lambda _curve, _steps: None
     enough: Callable[[], bool] = lambda: False
+    looked: Callable[[Sequence[Look]], None] = lambda _looks: None
 
 
 class Bar:

@@ -97,6 +97,7 @@ class Step:
     stops: ClassVar[tuple[float, ...]] = ()
     ends: ClassVar[tuple[float, float] | None] = None  # of the slider, where it is shorter than the range of its field
     about: ClassVar[tuple[About, ...]] = ()  # lines of the table of methods
+    aside: ClassVar[bool] = False  # panels keep it folded away until it is used: a complement of the methods that a user starts with
     added: ClassVar[tuple[str, ...]] = ()  # options of later versions: at their defaults they do not change a recipe's key, so ledgers stay known
 
     targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'; '!' before one leaves out what it picks", min_length=1)] = ("*",)

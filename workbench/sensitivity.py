@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workbench.bench import Bench
 
 ITEMS = 256  # evaluation items read for each layer
-WHOLE = {"distill", "qat", "kvcache"}  # steps that make no sense on one layer alone
+WHOLE = {"distill", "qat", "transfer", "kvcache"}  # steps that make no sense on one layer alone
 COUNTS = {"perplexity": 16, "word error rate": 32}  # where items are whole windows of text, or utterances
 
 

@@ -21,6 +21,7 @@ from workbench.compress.qat import QAT
 from workbench.compress.quantize import Quantize
 from workbench.compress.repair import Repair
 from workbench.compress.report import LayerReport, effective_bits_of, layer_reports
+from workbench.compress.student import Transfer
 from workbench.compress.work import Work
 from workbench.errors import CompressionError
 from workbench.progress import Training
@@ -28,7 +29,7 @@ from workbench.recipe import METHODS, Recipe, Step
 from workbench.statistics import Statistics
 from workbench.tasks.base import Task
 
-__all__ = ["QAT", "Activations", "Compressed", "Distill", "KVCache", "LayerReport", "LowRank", "Prune", "Quantize", "Repair", "Work", "compress"]
+__all__ = ["QAT", "Activations", "Compressed", "Distill", "KVCache", "LayerReport", "LowRank", "Prune", "Quantize", "Repair", "Transfer", "Work", "compress"]
 
 
 @dataclass(frozen=True)

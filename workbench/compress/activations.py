@@ -40,6 +40,7 @@ class Activations(Step):
 
     slider: ClassVar[str] = "activation_bits"
     position: ClassVar[int] = 28
+    aside: ClassVar[bool] = True
     stops: ClassVar[tuple[float, ...]] = (8,)
     about: ClassVar[tuple[About, ...]] = (
         About("activation_scaling=dynamic", "per token as in ZeroQuant, Yao et al. 2022", "nothing", "new modules around the same weights", "finds its scales at every pass, which costs time"),

@@ -34,6 +34,7 @@ class KVCache(Step):
 
     slider: ClassVar[str] = "kv_bits"
     position: ClassVar[int] = 32
+    aside: ClassVar[bool] = True
     stops: ClassVar[tuple[float, ...]] = (4, 8)
     about: ClassVar[tuple[About, ...]] = (
         About("kv_bits, kv_group_size", "per token as in FlexGen, Sheng et al. 2023", "one item, to see that the cache is used", "nothing: weights stay", "unpacked before every product; poor below 4 bits"),

@@ -37,6 +37,7 @@ class QAT(Step):
 
     slider: ClassVar[str] = "qat_steps"
     position: ClassVar[int] = 38
+    aside: ClassVar[bool] = True
     stops: ClassVar[tuple[float, ...]] = (100, 400)
     about: ClassVar[tuple[About, ...]] = (
         About("qat_steps, qat_step_rate", "LSQ, Esser et al. 2020; Bengio et al. 2013", "nothing", "training", "learns no zero points and no ranges of activations"),

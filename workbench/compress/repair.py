@@ -34,6 +34,7 @@ class Repair(Step):
 
     slider: ClassVar[str] = "repair_ratio"
     position: ClassVar[int] = 35
+    aside: ClassVar[bool] = True
     stops: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1)
     about: ClassVar[tuple[About, ...]] = (
         About("repair_ratio", "EoRA, Liu et al. 2024", "second moments of every layer's inputs, one pass over calibration data", "one decomposition a layer, of what was lost", "costs bytes: count them against a milder recipe"),
@@ -54,6 +55,8 @@ class Repair(Step):
             raise RecipeError("Repair needs something to repair: put it after Prune or Quantize")
         if "distill" in kinds:
             raise RecipeError("Repair cannot follow Distill: it would pull trained weights back to the dense ones; put Repair first, then its factors train too")
+        if "transfer" in kinds:
+            raise RecipeError("Repair cannot follow Transfer: it would pull taught weights back to the dense ones; put Repair first, then its factors are taught too")
         if self.repair_rounds > 1:
             self.check_rounds(earlier)
 

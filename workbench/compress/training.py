@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.compress import checkpoints
 from workbench.compress.batch import Batch
 from workbench.compress.copies import own_parameters
-from workbench.compress.hidden import Hidden, hidden_copies
+from workbench.compress.held_out import HeldOut, held_out
+from workbench.compress.hidden import hidden_copies
 from workbench.compress.layers import Layer
+from workbench.compress.moving import Moving
 from workbench.compress.work import Work
 from workbench.errors import CompressionError
+from workbench.progress import Look
 from workbench.recipe import Step
 from workbench.tasks.base import Items
 
@@ -26,6 +33,11 @@ class Plan:
     `what` is shown as progress; `noun` and `advice` go into the error when it diverges. Batches of `batch` items are drawn
     from the task's training items with `seed`. The one who watches may end it where `may_end` (its step can say so afterwards).
     With a `step_rate` above 0 the step sizes of grids are learned too, at that rate of Adam for their logarithms.
+
+    A batch is worked through in `accumulate` parts, whose gradients are added: their losses are weighted by the labels that they
+    score. With `look_every`, held-out items are looked at so often, and the best look is what is kept. With `checkpoint_every`,
+    the training is saved so often under a name made of `identity` and all that it starts from, and goes on from there. `widen`
+    holds 16-bit parameters in float32 meanwhile.
     """
 
     what: str
@@ -38,20 +50,48 @@ class Plan:
     stop_at: int = 0
     may_end: bool = True
     step_rate: float = 0.0
+    accumulate: int = 1
+    look_every: int = 0
+    checkpoint_every: int = 0
+    identity: str = ""
+    widen: bool = False
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How many steps were done, and whether the one who watches ended it there."""
+    """How many steps were done, and whether it ended there before its time: the one who watches said so, or it diverged.
+
+    `looks` are those at held-out items; `kept` is the step after which the weights were as they are now.
+    """
 
     steps: int
     ended: bool
+    looks: tuple[Look, ...] = ()
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Drawn(Items):
+    """Training items, and which ones they are: `index` int64 [N], on the CPU."""
+
+    index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def __getitem__(self, index: slice | Tensor) -> Drawn:
+        """Return the items of a slice or of an index tensor."""
+        some = Items.__getitem__(self, index)
+        return Drawn(some.inputs, some.labels, self.index[index])
+
+    def to(self, device: torch.device | str) -> Drawn:
+        """Return the same items on `device`; the index stays."""
+        there = Items.to(self, device)
+        return Drawn(there.inputs, there.labels, self.index)
+
+
+Objective = Callable[[Drawn], Tensor]
 
 
 @torch.enable_grad()  # also where the caller has switched gradients off
-def train(
-    step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Callable[[Items], Tensor], *, start: Callable[[Batch], Tensor] = Batch.matrices
-) -> Trained:
+def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Objective, *, start: Callable[[Batch], Tensor] = Batch.matrices) -> Trained:
     """Train `work.model` to make `objective(items)` small; masks and grids of `layers` hold after every optimizer step.
 
     Where weights lie on a grid, float32 copies of them move; `start(batch)` is where these begin, the rounded weights themselves
@@ -59,40 +99,38 @@ def train(
 
     All parameters move where the targets of `step` begin with all layers, else those of the modules of `layers`; what a
     target leaves out never does. The parameters become the model's own first. The curve continues that of earlier trainings.
+
+    A loss that is not finite ends it: the weights go back to the best ones seen, and the warnings say so.
+
+    Raises:
+        CompressionError: the loss is not finite before anything is worth keeping, or not even one item fits into memory.
+
     """
+    held = held_out(work, plan.look_every, plan.steps) if plan.look_every else None
+    path = checkpoints.checkpoint_path(work.model, told(plan, work)) if plan.checkpoint_every else None
     own_parameters(work.model)  # they are about to be changed in place
     trained = trainable(work.model, layers, kept_out(step, work), everything=step.everything)
-    hidden = hidden_copies(layers, start, learn_steps=plan.step_rate > 0)
-    steps = [copy.logarithms for copy in hidden if copy.logarithms is not None]
-    groups = [{"params": [*trained, *(copy.values for copy in hidden)], "lr": plan.learning_rate}, {"params": steps, "lr": plan.step_rate}]
-    optimizer = torch.optim.Adam(groups if steps else groups[:1])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / plan.steps)))
-    generator = torch.Generator().manual_seed(plan.seed)
-    training, device = work.task.training, next(work.model.parameters()).device
-    before, done, ended = len(work.curve), 0, False
-    while done < (plan.stop_at or plan.steps) and not ended:
-        work.progress(plan.what, done, plan.steps)
-        loss = objective(training[torch.randint(len(training), (min(plan.batch, len(training)),), generator=generator)].to(device))
-        if not torch.isfinite(loss):
-            raise CompressionError(f"{plan.noun} diverged at step {done} of {plan.steps}: loss {loss.item()}; {plan.advice}")
-        work.model.zero_grad(set_to_none=True)
-        loss.backward()
-        pass_through(hidden, layers)
-        optimizer.step()
-        schedule.step()
-        hold(hidden, layers)
-        work.curve.append((before + done, float(loss.detach())))
-        work.training.watch(work.curve, before + plan.steps)
-        done += 1
-        ended = plan.may_end and work.training.enough()
+    moving = Moving(layers, trained, hidden_copies(layers, start, learn_steps=plan.step_rate > 0))
+    if plan.widen:
+        moving.widen(work.model)
+    run = Run.begun(work, plan, moving, held)
+    run.resume(path)
+    run.go(objective, path)
     work.progress(plan.what, plan.steps, plan.steps)
     work.model.zero_grad(set_to_none=True)
     work.model.requires_grad_(False)
-    for copy in hidden:
+    moving.narrow()
+    for copy in moving.hidden:
         copy.finish()
     for layer in layers:
         layer.pristine = False
-    return Trained(done, ended)
+    return Trained(run.done, run.ended, tuple(run.looks), run.kept)
+
+
+def told(plan: Plan, work: Work) -> list[object]:
+    """Return what a checkpoint is known by besides the weights that it starts from."""
+    known = dataclasses.replace(plan, stop_at=0, checkpoint_every=0)
+    return [known, work.task.model_fingerprint, work.task.data_fingerprint, next(work.model.parameters()).device.type, torch.__version__]
 
 
 def kept_out(step: Step, work: Work) -> set[int]:
@@ -111,20 +149,180 @@ def trainable(model: nn.Module, layers: list[Layer], frozen: set[int], *, everyt
     return [p for p in model.parameters() if p.requires_grad and id(p) not in gridded]
 
 
-def pass_through(hidden: list[Hidden], layers: list[Layer]) -> None:
-    """Hand each gridded weight's gradient to its hidden copy, and none to pruned weights."""
-    for layer in layers:
-        if layer.mask is not None and layer.grid is None and layer.parameter.grad is not None:
-            layer.parameter.grad.mul_(layer.as_stored(layer.mask))
-    for copy in hidden:
-        copy.take_gradients()
+@dataclass
+class Run:
+    """A training in progress; mutable. `losses` holds one number for each step done, `best` is what to go back to."""
 
+    work: Work
+    plan: Plan
+    moving: Moving
+    held: HeldOut | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    parts: int
+    before: int  # points of earlier trainings on the curve
+    losses: list[float] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    best: tuple[int, float, list[Tensor]] | None = None  # step, loss, snapshot
+    done: int = 0
+    ended: bool = False
+    kept: int = 0
 
-@torch.no_grad()
-def hold(hidden: list[Hidden], layers: list[Layer]) -> None:
-    """Bring the weights back to their masks and grids after an optimizer step."""
-    for layer in layers:
-        if layer.mask is not None and layer.grid is None:
-            layer.parameter.mul_(layer.as_stored(layer.mask))
-    for copy in hidden:
-        copy.settle()
+    @classmethod
+    def begun(cls, work: Work, plan: Plan, moving: Moving, held: HeldOut | None) -> Run:
+        """Return a training before its first step."""
+        groups: list[dict[str, Any]] = [{"params": moving.weights, "lr": plan.learning_rate}, {"params": moving.steps, "lr": plan.step_rate}]
+        optimizer = torch.optim.Adam(groups if moving.steps else groups[:1])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / plan.steps)))
+        return cls(work, plan, moving, held, optimizer, schedule, torch.Generator().manual_seed(plan.seed), plan.accumulate, len(work.curve))
+
+    @property
+    def last(self) -> int:
+        """Return the step after which the training ends by itself."""
+        return self.plan.stop_at or self.plan.steps
+
+    def go(self, objective: Objective, path: Path | None) -> None:
+        """Do all steps that are left."""
+        self.look()
+        while self.done < self.last and not self.ended:
+            self.work.progress(self.plan.what, self.done, self.plan.steps)
+            loss = self.advance(objective)
+            if loss is not None:
+                return self.fall_back(loss, path)
+            self.work.training.watch(self.work.curve, self.before + self.plan.steps)
+            self.ended = self.plan.may_end and self.work.training.enough()
+            self.look()
+            if path is not None and (self.done % self.plan.checkpoint_every == 0 or self.ended or self.done == self.last < self.plan.steps):
+                checkpoints.save(path, self.state())
+        if not self.moving.finite():
+            return self.fall_back(math.nan, path)
+        self.kept = self.done
+        if self.held is not None and self.best is not None and self.best[0] != self.done:
+            self.kept = self.best[0]
+            self.moving.restore(self.best[2])
+        if path is not None and self.done == self.plan.steps:
+            path.unlink(missing_ok=True)
+        return None
+
+    def advance(self, objective: Objective) -> float | None:
+        """Do one optimizer step; return the loss instead, and do nothing, if it is not finite."""
+        training = self.work.task.training
+        count = len(training) - (0 if self.held is None else len(self.held.items))
+        index = torch.randint(count, (min(self.plan.batch, count),), generator=self.generator)
+        some = training[index]
+        loss = float(self.gradients(Drawn(some.inputs, some.labels, index).to(next(self.work.model.parameters()).device), objective))
+        if not math.isfinite(loss):
+            return loss
+        self.losses.append(loss)
+        self.remember()
+        self.moving.pass_through()
+        self.optimizer.step()
+        self.schedule.step()
+        self.moving.hold()
+        self.work.curve.append((self.before + self.done, loss))
+        self.done += 1
+        return None
+
+    def gradients(self, drawn: Drawn, objective: Objective) -> Tensor:
+        """Leave the gradients of the loss of a batch in the parameters; return it, or the first part of it that is not finite.
+
+        Where memory runs out, the batch is worked through in twice as many parts from then on.
+        """
+        while True:
+            try:
+                return self.added(drawn, objective)
+            except torch.OutOfMemoryError:
+                self.work.model.zero_grad(set_to_none=True)
+            self.halve(len(drawn))
+
+    def added(self, drawn: Drawn, objective: Objective) -> Tensor:
+        """Return the loss of a batch, worked through part by part, with its gradients added up."""
+        self.work.model.zero_grad(set_to_none=True)
+        scored = (drawn.labels != -100).sum()
+        total: Tensor | None = None
+        for part in drawn.batches(-(-len(drawn) // self.parts)):
+            assert isinstance(part, Drawn)  # noqa: S101  for the type checker
+            loss = objective(part)
+            if not torch.isfinite(loss):
+                return loss.detach()
+            if len(part) < len(drawn):
+                loss = loss * ((part.labels != -100).sum() / scored)
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None  # noqa: S101  for the type checker: a batch has items
+        return total
+
+    def halve(self, items: int) -> None:
+        """Work through batches in twice as many parts, and say so."""
+        size = -(-items // self.parts)
+        if size == 1:
+            raise CompressionError(f"{self.plan.noun} ran out of memory at step {self.done} with one item at a time: take a smaller model, or a device with more memory")
+        self.parts *= 2
+        self.work.warnings.append(
+            f"{self.plan.noun} ran out of memory at step {self.done} with {size} items at a time: it went on with {-(-items // self.parts)}, "
+            f"their gradients added up, so that a step still is made of {items}"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def look(self) -> None:
+        """Look at the held-out items where it is time, and keep the weights if they are the best yet."""
+        over = self.ended or self.done == self.last
+        if self.held is None or (self.looks and self.looks[-1].step == self.done) or not (over or self.done % self.plan.look_every == 0):
+            return
+        self.looks.append(self.held.look(self.work.model, self.done))
+        self.work.training.looked(tuple(self.looks))
+        loss = self.looks[-1].loss
+        if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
+            self.best = self.done, loss, self.moving.snapshot()
+
+    def remember(self) -> None:
+        """Without looks, keep the weights every so often if the losses of late are the lowest yet: something to go back to if the next steps diverge."""
+        window = max(10, self.plan.steps // 10)
+        if self.held is not None or not self.plan.may_end or self.done == 0 or self.done % window:
+            return
+        late = sum(self.losses[-window:]) / window
+        if self.best is None or late < self.best[1]:
+            self.best = self.done, late, self.moving.snapshot()
+
+    def fall_back(self, loss: float, path: Path | None) -> None:
+        """Go back to the best weights after a step that diverged.
+
+        Raises:
+            CompressionError: there are none.
+
+        """
+        if path is not None:
+            path.unlink(missing_ok=True)
+        words = f"{self.plan.noun} diverged at step {self.done} of {self.plan.steps}: loss {loss}; "
+        if self.best is None or self.best[0] == 0:
+            raise CompressionError(words + self.plan.advice)
+        self.moving.restore(self.best[2])
+        self.done = self.kept = self.best[0]
+        self.ended = True
+        self.work.warnings.append(f"{words}the weights after step {self.done} are kept, where {'held-out' if self.held else 'training'} loss was lowest ({self.best[1]:.3g}); {self.plan.advice}")
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next step depends on."""
+        best = None if self.best is None else {"step": self.best[0], "loss": self.best[1], "weights": self.best[2]}
+        return {
+            "losses": self.losses, "parts": self.parts, "looks": [dataclasses.astuple(look) for look in self.looks], "best": best, "moving": self.moving.snapshot(),
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(),
+        }  # fmt: skip
+
+    def resume(self, path: Path | None) -> None:
+        """Go on from a checkpoint, if there is one that is not beyond where this training is to end."""
+        state = None if path is None else checkpoints.load(path)
+        if state is None or len(state["losses"]) > self.last:
+            return
+        self.losses, self.parts, best = state["losses"], state["parts"], state["best"]
+        self.looks = [Look(*values) for values in state["looks"]]
+        self.moving.restore(state["moving"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        self.best = None if best is None else (best["step"], best["loss"], [one.to(now) for one, now in zip(best["weights"], self.moving.snapshot(), strict=True)])
+        self.done = len(self.losses)
+        self.work.curve += [(self.before + place, loss) for place, loss in enumerate(self.losses)]
+        self.work.warnings.append(f"{self.plan.noun} went on from step {self.done} of {self.plan.steps}, where it was saved")

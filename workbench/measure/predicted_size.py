@@ -279,4 +279,4 @@ def distill(weight: Weight, step: Any) -> list[Weight]:  # noqa: ARG001  trainin
     return [weight]
 
 
-CHANGES = {"lowrank": lowrank, "prune": prune, "quantize": quantize, "repair": repair, "distill": distill, "qat": distill, "kvcache": distill}
+CHANGES = {"lowrank": lowrank, "prune": prune, "quantize": quantize, "repair": repair, "distill": distill, "qat": distill, "transfer": distill, "kvcache": distill}

@@ -87,8 +87,12 @@ def plan_layers(layers: Iterable[Layer], pattern: str | None, device: str, runti
     found = []
     if pattern is not None and not served.zeros:
         found.append(f"no kernel for {pattern} zeros on {where}: they are multiplied like any other number")
+    alike: dict[str, list[int]] = {}  # widths by their most common reason
     for bits, reasons in sorted(served.weights.items()):
-        found.append(f"no {bits}-bit kernel on {where} for {counted(reasons)}: weights are unpacked before the product")
+        alike.setdefault(reasons.most_common(1)[0][0], []).append(bits)
+    for widths in alike.values():
+        reasons = sum((served.weights[bits] for bits in widths), Counter[str]())
+        found.append(f"no {'/'.join(map(str, widths))}-bit kernel on {where} for {counted(reasons)}: weights are unpacked before the product")
     if served.inputs:
         found.append(f"no kernel multiplies rounded inputs on {where} for {counted(served.inputs)}: the rounding is simulated, which costs time")
     words = tuple(f"{count} {'layer' if count == 1 else 'layers'} by {name}" for name, count in sorted(served.words.items()))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.measure.predicted_size import Outline
 
 COPIED = {"cpu": 2**26, "cuda": 2**29}  # bytes: more than any cache holds
+PASSES = {"cpu": 9, "cuda": 1}  # over inputs that are rounded: largest, division, rounding, clamping one by one, or one kernel
 SQUARE = {"cpu": 1024, "cuda": 8192}  # rows of the matrices that are multiplied
 
 
@@ -40,13 +41,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Product:
-    """One layer of one pass: [rows, inputs] by [inputs, outputs]. `weight_bytes` as they are read, `bits` of the numbers that are multiplied."""
+    """One layer of one pass: [rows, inputs] by [inputs, outputs]. `weight_bytes` as they are read, `bits` of the numbers that are multiplied.
+
+    `passes` over the inputs, each read and written as float32, round them before the product.
+    """
 
     rows: int
     inputs: int
     outputs: int
     weight_bytes: float
     bits: int
+    passes: int = 0
+
+    def rounding_seconds(self, limits: Limits) -> float:
+        """Return the least time for rounding the inputs."""
+        return self.passes * 8 * self.rows * self.inputs / limits.bytes_per_s
 
     def seconds(self, limits: Limits, activation_bytes: int) -> tuple[float, float]:
         """Return the least time for memory and for arithmetic."""
@@ -78,13 +87,17 @@ def roof(dense: Iterable[Product], compressed: Iterable[Product], limits: Limits
     memory = after = 0.0
     for product in compressed:
         reading, computing = product.seconds(limits, activation_bytes)
-        after += max(reading, computing)
-        memory += max(reading, computing) if reading >= computing else 0.0
+        rounding = product.rounding_seconds(limits)
+        after += max(reading, computing) + rounding
+        memory += rounding + (reading if reading >= computing else 0.0)
     return Roof(memory / after if after else 0.0, before / after if after else 1.0)
 
 
-def products(outline: Outline, items: int, multiplied: Callable[[int], int]) -> list[Product]:
-    """Return the products of one pass over `items`. `multiplied(bits)` says in what width a kernel here multiplies weights of `bits`, 0 if none reads them so."""
+def products(outline: Outline, items: int, multiplied: Callable[[int], int], passes: int = 0) -> list[Product]:
+    """Return the products of one pass over `items`, whose inputs are rounded in `passes`.
+
+    `multiplied(bits)` says in what width a kernel here multiplies weights of `bits`, 0 if none reads them so.
+    """
     found = []
     for weight in outline.weights:
         if weight.table:
@@ -92,7 +105,7 @@ def products(outline: Outline, items: int, multiplied: Callable[[int], int]) -> 
         wide = weight.dtype.itemsize * 8
         bits = math.ceil(weight.bits)
         kernel = multiplied(bits) if bits else 0
-        found.append(Product(items * outline.positions.get(weight.origin, 1), weight.columns, weight.rows, weight.count * ((weight.bits if kernel else wide) / 8), min(kernel or wide, wide)))
+        found.append(Product(items * outline.positions.get(weight.origin, 1), weight.columns, weight.rows, weight.count * ((weight.bits if kernel else wide) / 8), min(kernel or wide, wide), passes))
     return found
 
 

@@ -1,0 +1,218 @@
+"""Transfer: teach a smaller model by LoRA, with hidden states aligned on the sphere; everything else frozen, nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from workbench.compress.layers import Layer
+from workbench.compress.lora import Adapted, Adapters, mean_of
+from workbench.compress.manifold import DISTANCES, Fit
+from workbench.compress.student_states import Pair, captured, check_points, paired_blocks, points
+from workbench.compress.student_teachers import DENSE, loaded, names_of, together
+from workbench.compress.training import Plan, Trained, train
+from workbench.compress.work import Work
+from workbench.errors import CompressionError, RecipeError
+from workbench.recipe import METHODS, About, Step, configuration
+from workbench.tasks.base import Items
+
+
+@configuration
+class Transfer(Step):
+    """Train low-rank changes (LoRA, Hu et al. 2021) of a student's weights to answer, and to think, like its teachers; then fold them in.
+
+    The student is what earlier steps left: a model cut in depth or width by Prune, in rank by LowRank, with zeros; or, with
+    teachers from the zoo, the bench's own model. The loss is ce_weight * the task's loss + kl_weight * T^2 KL(teachers ||
+    student at T) + align_weight * the distance of hidden states ("Logit Distillation on Manifolds: Mapping by Learning",
+    2606.00771, as far as it is publicly known). Hidden states of block l of L_S are projected into the space of the teacher's
+    block round(l L_T / L_S); the projection starts at its least-squares solution and is dropped at the end. `align` is
+    `geodesic` (angle on the sphere), `cosine` (1 - cosine), `mse` (relative squared error) or `none`. Several teachers count
+    by the mean of their softened answers; states are aligned with the first. Everything but LoRA and projections is frozen
+    and keeps its bits; the model runs afterwards at the cost it had before. Masks hold, ranks and shapes stay.
+
+    What it does not do: adapt weights on a grid (the fold would leave it: put Transfer before Quantize), biases, norms or, unless
+    named, embeddings; save the memory of weight gradients; cache what teachers answer; keep the best step rather than the last.
+    """
+
+    slider: ClassVar[str] = "transfer_steps"
+    position: ClassVar[int] = 24
+    stops: ClassVar[tuple[float, ...]] = (50, 200)
+    aside: ClassVar[bool] = True
+    about: ClassVar[tuple[About, ...]] = (
+        About("transfer_steps, lora_rank", "LoRA, Hu et al. 2021; Hinton et al. 2015", "nothing", "training of low-rank changes, folded at the end", "adapts no weight on a grid"),
+        About("align=geodesic", "Logit Distillation on Manifolds, 2026", "nothing", "the same, and one pass of both models over calibration data", "needs a teacher of the same family"),
+        About("align=mse, cosine", "FitNets, Romero et al. 2015; PKD, Sun et al. 2019", "nothing", "the same", "needs a teacher of the same family"),
+        About("teachers", "averaged softened targets, Hinton et al. 2015", "the teachers are loaded", "one pass of each teacher a step", "aligns states with the first only"),
+        About("lora_count", "model soups, Wortsman et al. 2022", "nothing", "so many trainings", "averages changes, which is not the mean of answers"),
+    )  # fmt: skip
+
+    transfer_steps: Annotated[int, Field(ge=1, le=1_000_000, description="optimizer steps of each LoRA")] = 100
+    teachers: Annotated[str, Field(min_length=1, examples=[DENSE, "dense,fashion-cnn"], description="whom to learn from, with commas between them: 'dense' for the dense model, or models of the zoo")] = DENSE
+    ce_weight: Annotated[float, Field(ge=0, le=1000, description="weight of the task's own loss")] = 1.0
+    kl_weight: Annotated[float, Field(ge=0, le=1000, description="weight of the distance to the teachers' softened answers; 0 leaves it out")] = 1.0
+    transfer_temperature: Annotated[float, Field(gt=0, le=100, description="softens teachers' and student's answers")] = 2.0
+    align: Annotated[Literal["none", "mse", "cosine", "geodesic"], Field(description="how hidden states are compared with the first teacher's")] = "geodesic"
+    align_weight: Annotated[float, Field(gt=0, le=1000, description="weight of that distance")] = 1.0
+    align_layers: Annotated[Literal["all", "last"], Field(description="blocks whose states are compared: all, or the last of each list")] = "all"
+    align_projection: Annotated[Literal["fixed", "trained", "none"], Field(description="the map into the teacher's space: least squares and fixed, trained from there, or none, for equal widths")] = "fixed"
+    lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of each weight's change")] = 4
+    lora_alpha: Annotated[float, Field(gt=0, le=1000, description="changes are scaled by lora_alpha / lora_rank")] = 8.0
+    lora_count: Annotated[int, Field(ge=1, le=64, description="LoRAs trained apart, each on its own batches, and averaged")] = 1
+    transfer_rate: Annotated[float, Field(gt=0, le=1, description="peak learning rate of Adam")] = 1e-3
+    transfer_batch: Annotated[int, Field(ge=1, le=65536, description="training items per step")] = 32
+    transfer_stop_at: Annotated[int, Field(ge=0, le=1_000_000, description="end after so many steps of the schedule; 0 runs all")] = 0
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Transfer:
+        """Refuse to stop after the last step, to learn from nothing, and a list of teachers that cannot be read."""
+        if self.transfer_stop_at > self.transfer_steps:
+            raise ValueError(f"transfer_stop_at={self.transfer_stop_at} lies beyond transfer_steps={self.transfer_steps}: give 0 to run all steps")
+        if self.align == "none" and not self.ce_weight and not self.kl_weight:
+            raise ValueError("nothing to learn from: give ce_weight or kl_weight above 0, or another align than 'none'")
+        names_of(self.teachers)
+        return self
+
+    def check_order(self, earlier: tuple[Step, ...]) -> None:
+        """Refuse teaching a dense model what it knows."""
+        if not earlier and names_of(self.teachers) == [DENSE]:
+            raise RecipeError("Transfer cannot come first with teachers='dense': the student would still be its teacher; put it after Prune or LowRank, or name another teacher")
+
+    def label(self) -> str:
+        """Return such as `transfer 100 geodesic`, with the step where it was stopped."""
+        way = {"none": "KL" if self.kl_weight else "CE"}.get(self.align, self.align)
+        return f"transfer {self.transfer_steps} {way}" + (f" to step {self.transfer_stop_at}" if self.transfer_stop_at else "")
+
+
+@METHODS.register(Transfer)
+def transfer(step: Transfer, work: Work) -> Transfer:
+    """Train LoRAs of the layers that the targets pick, and fold their mean. Returns the step as it was done."""
+    layers = [layer for layer in work.choose(step) if can_adapt(layer, work)]
+    if not layers:
+        raise CompressionError(f"{step!r} finds no layer that it can adapt: all lie on a grid; put Transfer before Quantize, or Repair between them, whose terms can be adapted")
+    teachers = loaded(names_of(step.teachers), work)
+    adapted = Adapted(work.model, work.task.kind, layers)
+    lessons = Lessons(step, work, adapted, teachers)
+    lessons.prepare()
+    several, done = [], Trained(0, ended=False)
+    for index in range(step.lora_count):
+        adapters = Adapters(adapted.batches, step.lora_rank, step.lora_alpha, step.seed + index, list(lessons.projections.values()) if step.align_projection == "trained" else [])
+        done = lessons.train(adapters, index)
+        several.append(adapters)
+    adapted.fold(mean_of(several))
+    if done.ended:
+        step = dataclasses.replace(step, transfer_stop_at=done.steps)  # what was really done, and gives the same bits again
+    told(step, work, layers, several, teachers)
+    return step
+
+
+def can_adapt(layer: Layer, work: Work) -> bool:
+    """Return whether a change can be folded into a layer; if not, the report says why."""
+    if layer.grid is not None:
+        work.say(layer, f"transfer skipped: its weights lie on a {layer.grid.bits}-bit grid, which a folded LoRA would leave")
+    return layer.grid is None
+
+
+@dataclasses.dataclass
+class Lessons:
+    """What a student learns from: the loss of its answers and states; `pairs` and `projections` are filled by `prepare`."""
+
+    step: Transfer
+    work: Work
+    adapted: Adapted
+    teachers: list[nn.Module]
+    pairs: list[Pair] = dataclasses.field(default_factory=list)
+    projections: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by the student's block
+
+    def prepare(self) -> None:
+        """Find which states are compared, leave out those that no LoRA can change, and fit the projections to the calibration data.
+
+        Raises:
+            CompressionError: states that cannot be compared, or of different widths without a projection, or none downstream of a LoRA.
+
+        """
+        if self.step.align == "none":
+            return
+        self.pairs = paired_blocks(self.work.model, self.work.task.model, self.teachers[0], last=self.step.align_layers == "last")
+        self.pairs = [pair for pair in self.pairs if pair.student in self.downstream()]
+        if not self.pairs:
+            raise CompressionError(f"{self.step!r}: no hidden state lies downstream of a layer that is adapted, so align={self.step.align!r} could change nothing; widen targets, or use align='none'")
+        fits = self.fitted()
+        if self.step.align_projection != "none":
+            self.projections = {name: fit.solve() for name, fit in fits.items()}
+
+    def downstream(self) -> set[str]:
+        """Return the student's blocks whose output depends on a weight that is adapted."""
+        items = self.work.task.calibration[:1].to(next(self.work.model.parameters()).device)
+        with torch.enable_grad(), captured(self.work.model, [pair.student for pair in self.pairs]) as states:
+            self.adapted.logits(items, [torch.zeros_like(start, requires_grad=True) for start in self.adapted.starts])
+        return {name for name, state in states.items() if state.requires_grad}
+
+    @torch.no_grad()
+    def fitted(self) -> dict[str, Fit]:
+        """Return the sums for every projection, over the calibration data."""
+        task, device = self.work.task, next(self.work.model.parameters()).device
+        fits: dict[str, Fit] = {pair.student: Fit() for pair in self.pairs}
+        for start in range(0, len(task.calibration), task.batch_size):
+            self.work.progress("projections", start, len(task.calibration))
+            items = task.calibration[start : start + task.batch_size].to(device)
+            with captured(self.work.model, list(fits)) as mine, captured(self.teachers[0], self.aims()) as theirs:
+                task.kind.logits(self.work.model, items)
+                task.kind.logits(self.teachers[0], items)
+            for pair in self.pairs:
+                one, other = points(mine[pair.student], items), points(theirs[pair.teacher], items)
+                check_points(pair, one, other)
+                if self.step.align_projection == "none" and one.shape[1] != other.shape[1]:
+                    raise CompressionError(f"{self.step!r}: {pair.student!r} is {one.shape[1]} wide and {pair.teacher!r} of the teacher {other.shape[1]}; use align_projection='fixed' or 'trained'")
+                fits[pair.student].add(one, other)
+        return fits
+
+    def aims(self) -> list[str]:
+        """Return the teacher's blocks whose states are compared, each once."""
+        return list(dict.fromkeys(pair.teacher for pair in self.pairs))
+
+    def train(self, adapters: Adapters, index: int) -> Trained:
+        """Train one LoRA on its own batches; nothing else in reach of the optimizer, so everything else keeps its bits."""
+        step, work = self.step, self.work
+        inner = Work(adapters, work.task, work.statistics, work.progress, work.training, curve=work.curve)
+        advice = f"lower transfer_rate={step.transfer_rate:g}"
+        plan = Plan("transfer", "transfer", advice, step.transfer_steps, step.transfer_rate, step.transfer_batch, step.seed + index, step.transfer_stop_at, may_end=step.lora_count == 1)
+        return train(dataclasses.replace(step, targets=("*",)), inner, [], plan, lambda items: self.loss(adapters, items))
+
+    def loss(self, adapters: Adapters, items: Items) -> Tensor:
+        """Return the scalar loss of the student with `adapters` on items of the task."""
+        step, kind = self.step, self.work.task.kind
+        with captured(self.work.model, [pair.student for pair in self.pairs]) as mine:
+            logits = self.adapted.logits(items, adapters.changes())
+        total = step.ce_weight * kind.loss(logits, items.labels) if step.ce_weight else logits.new_zeros((), dtype=torch.float32)
+        if not step.kl_weight and not self.pairs:
+            return total
+        with torch.no_grad(), captured(self.teachers[0], self.aims()) as theirs:
+            asked = self.teachers if step.kl_weight else self.teachers[:1]
+            answers = [kind.logits(teacher, items) for teacher in asked]
+        if step.kl_weight:
+            wanted = together(kind, answers, step.transfer_temperature)
+            total = total + step.kl_weight * kind.soft_loss(logits, wanted, items.labels, step.transfer_temperature)
+        return total + step.align_weight * self.distance(adapters, items, mine, theirs) if self.pairs else total
+
+    def distance(self, adapters: Adapters, items: Items, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+        """Return the mean over the compared blocks of the distance between projected states and their aims."""
+        trained, found = list(adapters.projections), []
+        for index, pair in enumerate(self.pairs):
+            state = points(mine[pair.student], items)
+            projection = trained[index] if trained else self.projections.get(pair.student)
+            found.append(DISTANCES[self.step.align](state if projection is None else state @ projection, points(theirs[pair.teacher], items)))
+        return torch.stack(found).mean()
+
+
+def told(step: Transfer, work: Work, layers: list[Layer], several: list[Adapters], teachers: list[nn.Module]) -> None:
+    """Write into the report what was trained, by how many numbers, and what a target left out."""
+    count, size = sum(adapters.count() for adapters in several), sum(parameter.numel() for parameter in teachers[0].parameters())
+    way = " + ".join([*["CE"] * bool(step.ce_weight), *["KL"] * bool(step.kl_weight), *[step.align] * (step.align != "none")])
+    averaged = f", mean of {step.lora_count}," if step.lora_count > 1 else ""
+    words = f"LoRA of rank {step.lora_rank}{averaged} trained {step.transfer_stop_at or step.transfer_steps} steps by {way}, folded; trainable in all: {count:,} numbers, {count / size:.2%} of the teacher's {size:,}"
+    for layer in layers:
+        work.took(step, layer, words)

@@ -1,0 +1,121 @@
+"""The teacher's answers: computed when they are asked for, or once for each training item and kept within a stated budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.compress.inner import Seen
+from workbench.tasks.base import Items
+
+Compute = Callable[[Items], Seen]
+
+
+@dataclass
+class TeacherCache:
+    """What a teacher shows for training items, in consecutive chunks of `chunk` items that are computed at first need; mutable.
+
+    An item is always computed with the same neighbours, so that what is read does not depend on what was read before. Everything
+    lies on the teacher's device, in the type that it computes in. Where `head` is given, what is kept is its input, the last
+    hidden states, and logits are made from it again: `slice_last` leaves out the last position, as a language model's do.
+    """
+
+    compute: Compute
+    training: Items
+    chunk: int
+    head: nn.Module | None = None
+    slice_last: bool = False
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    filled: set[int] = field(default_factory=set)
+
+    @torch.no_grad()
+    def look_up(self, index: Tensor) -> Seen:
+        """Return what the teacher shows for training items `index` (int64 [N], on the CPU)."""
+        for place in sorted(set((index // self.chunk).tolist()) - self.filled):
+            self.fill(place)
+        where = index.to(next(iter(self.tables.values())).device)
+        return self.unpacked({name: table[where] for name, table in self.tables.items()})
+
+    def fill(self, place: int) -> None:
+        """Compute one chunk."""
+        start = place * self.chunk
+        stop = min(start + self.chunk, len(self.training))
+        for name, values in self.packed(self.training[start:stop]).items():
+            if name not in self.tables:
+                self.tables[name] = values.new_empty((len(self.training), *values.shape[1:]))
+            self.tables[name][start:stop] = values
+        self.filled.add(place)
+
+    def packed(self, items: Items) -> dict[str, Tensor]:
+        """Return what is kept of the teacher's answers, by name, first dimension = item."""
+        seen, states = watched(self.compute, self.head, items)
+        kept = {"logits": seen.logits} if states is None else {"states": states}
+        return kept | {f"{name}/{place}": one for name, values in seen.inside.items() for place, one in enumerate(values)}
+
+    def unpacked(self, kept: dict[str, Tensor]) -> Seen:
+        """Return the teacher's answers from what `packed` kept."""
+        logits = kept["logits"] if self.head is None else self.replay(kept["states"])
+        inside: dict[str, list[Tensor]] = {}
+        for name in kept:
+            group, slash, _ = name.partition("/")
+            if slash:
+                inside.setdefault(group, []).append(kept[name])
+        return Seen(logits, {group: tuple(values) for group, values in inside.items()})
+
+    def replay(self, states: Tensor) -> Tensor:
+        """Return the logits that the head makes of what it was given."""
+        assert self.head is not None  # noqa: S101  for the type checker: states are kept only with a head
+        logits: Tensor = self.head(states)
+        return logits[:, :-1] if self.slice_last else logits
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that are held now."""
+        return sum(table.nbytes for table in self.tables.values())
+
+
+def watched(compute: Compute, head: nn.Module | None, items: Items) -> tuple[Seen, Tensor | None]:
+    """Return what a teacher shows, and what its output head was given ([N, L, width]), None without a head."""
+    given: list[Tensor] = []
+    hook = None if head is None else head.register_forward_pre_hook(lambda _head, args: given.append(args[0]))
+    try:
+        seen = compute(items)
+    finally:
+        if hook is not None:
+            hook.remove()
+    return seen, given[-1] if given else None
+
+
+@torch.no_grad()
+def teacher_cache(compute: Compute, teacher: nn.Module, training: Items, chunk: int) -> tuple[TeacherCache, int]:
+    """Return an empty cache of what `teacher` shows for `training`, and the bytes that it will take.
+
+    Last hidden states are kept instead of logits where these are larger, as with a large vocabulary, and where the teacher's
+    output head alone makes its logits from them (no scaling or capping after it): this is tried on one item.
+    """
+    probe = training[:1]
+    plain = TeacherCache(compute, training, chunk)
+    logits = plain.packed(probe)
+    choices = [plain]
+    head = output_layer(teacher)
+    if head is not None:
+        _, states = watched(compute, head, probe)
+        if states is not None and states.shape[0] == 1 and states.nbytes < logits["logits"].nbytes:
+            for slice_last in (False, True):
+                made = TeacherCache(compute, training, chunk, head, slice_last)
+                again = made.replay(states)
+                if again.shape == logits["logits"].shape and torch.allclose(again.float(), logits["logits"].float(), rtol=1e-3, atol=1e-3):
+                    choices.insert(0, made)
+    best = choices[0]
+    return best, len(training) * sum(one.nbytes for one in best.packed(probe).values())
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the module that makes a language model's logits, None where it names none."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
