@@ -89,7 +89,7 @@ def test_every_block_has_an_aim_in_order_and_the_last_meets_the_last(student, te
     aims = [aim for _, aim in found]
     assert [block for block, _ in found] == list(range(student))
     assert aims == sorted(aims)
-    assert 0 <= aims[0]
+    assert aims[0] >= 0
     assert aims[-1] == teacher - 1
     assert all(abs((aim + 1) - (block + 1) * teacher / student) <= 0.5 or aim == 0 for block, aim in found)
 
@@ -115,3 +115,13 @@ def test_states_that_do_not_fill_their_space_still_have_a_projection():
     fit.add(mine, mine @ noise(6, 4, seed=3))
     assert torch.isfinite(fit.solve()).all()
     assert torch.allclose(mine @ fit.solve().double(), mine @ noise(6, 4, seed=3), atol=1e-3)
+
+
+def test_between_equal_widths_directions_that_were_never_seen_stay():
+    mine = noise(3, 6)  # three states cannot say what to do in six dimensions
+    fit = Fit()
+    fit.add(mine, 2 * mine)
+    projection = fit.solve().double()
+    across = torch.linalg.svd(mine).Vh[3:]
+    assert torch.allclose(mine @ projection, 2 * mine, atol=1e-4)
+    assert torch.allclose(across @ projection, across, atol=1e-4)

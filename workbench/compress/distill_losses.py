@@ -15,7 +15,9 @@ Divergence = Literal["forward", "reverse", "skewed"]
 SMALLEST = 1e-8  # of a squared length or a probability that something is divided by or the logarithm taken of
 
 
-def divergence_loss(kind: Losses, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, divergence: Divergence = "forward", skew: float = 0.1) -> Tensor:
+def divergence_loss(
+    kind: Losses, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, *, divergence: Divergence = "forward", skew: float = 0.1
+) -> Tensor:
     """Return T^2 * D(teacher, student) of their answers at temperature T, a scalar, as a `kind` of task averages it.
 
     With p the teacher's distribution and q the student's: `forward` is KL(p || q) (Hinton, Vinyals & Dean 2015), which makes the

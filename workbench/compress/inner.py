@@ -126,7 +126,7 @@ def check_shapes(mine: Tensor, yours: Tensor, what: str, other: str, option: str
         )
 
 
-def inner_loss(student: Seen, teacher: Seen, pairs: Pairs, masks: Sequence[Tensor], hidden_weight: float, attention_weight: float) -> Tensor:
+def inner_loss(student: Seen, teacher: Seen, pairs: Pairs, masks: Sequence[Tensor], *, hidden_weight: float, attention_weight: float) -> Tensor:
     """Return hidden_weight * the mean distance of hidden states + attention_weight * that of attention maps, a scalar; each mean is over its pairs."""
     total = student.logits.new_zeros((), dtype=torch.float32)
     for weight, groups, distance in ((hidden_weight, STATES, state_loss), (attention_weight, MAPS, attention_loss)):

@@ -59,10 +59,14 @@ class Fit:
         self.cross = cross if self.cross is None else self.cross + cross
 
     def solve(self) -> Tensor:
-        """Return P, float32 [width of the student, width of the teacher], that minimises |S P - T|^2 plus a tiny ridge."""
+        """Return P, float32 [width of the student, width of the teacher], that minimises |S P - T|^2 plus a tiny ridge.
+
+        The ridge pulls to the identity where both widths are equal, else to zero: directions that no state was seen in stay.
+        """
         assert self.own is not None  # noqa: S101  for the type checker: `add` came first
         assert self.cross is not None  # noqa: S101
         ridge = RIDGE * self.own.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         regular = self.own + ridge * torch.eye(len(self.own), dtype=torch.float64, device=self.own.device)
-        solved: Tensor = torch.linalg.solve(regular, self.cross)
+        middle = torch.eye(*self.cross.shape, dtype=torch.float64, device=self.own.device) * (self.own.shape == self.cross.shape)
+        solved: Tensor = middle + torch.linalg.solve(regular, self.cross - self.own @ middle)
         return solved.float()

@@ -60,11 +60,11 @@ class TeacherCache:
         """Return the teacher's answers from what `packed` kept."""
         logits = kept["logits"] if self.head is None else self.replay(kept["states"])
         inside: dict[str, list[Tensor]] = {}
-        for name in kept:
+        for name, values in kept.items():
             group, slash, _ = name.partition("/")
             if slash:
-                inside.setdefault(group, []).append(kept[name])
-        return Seen(logits, {group: tuple(values) for group, values in inside.items()})
+                inside.setdefault(group, []).append(values)
+        return Seen(logits, {group: tuple(places) for group, places in inside.items()})
 
     def replay(self, states: Tensor) -> Tensor:
         """Return the logits that the head makes of what it was given."""
