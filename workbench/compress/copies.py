@@ -34,7 +34,7 @@ def twin(model: nn.Module) -> nn.Module:
         copied = made[id(module)] = module.__class__.__new__(module.__class__)
         inside = vars(module)
         copied.__dict__.update(inside)
-        copied.__dict__.update({name: inside[name].copy() for name in own_tables(tuple(inside))})
+        copied.__dict__.update({name: inside[name].copy() for name in own_tables(tuple(inside)) if not isinstance(inside[name], bool)})  # transformers has a flag with such a name
         copied.__dict__.pop("_compiled_call_impl", None)
     for copied in made.values():
         copied._modules.update({name: made[id(child)] for name, child in copied._modules.items() if child is not None})  # noqa: SLF001  as torch's own copies do
