@@ -18,7 +18,7 @@ class Moving:
     layers: list[Layer]
     parameters: list[nn.Parameter]
     hidden: list[Hidden]
-    stored: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)  # what `widen` found
+    stored: dict[Tensor, torch.dtype] = field(default_factory=dict)  # what `widen` found
 
     @property
     def weights(self) -> list[Tensor]:
@@ -63,15 +63,14 @@ class Moving:
         return all(bool(torch.isfinite(tensor).all()) for tensor in (*self.weights, *self.steps))
 
     def widen(self, model: nn.Module) -> None:
-        """Hold all 16-bit parameters in float32 until `narrow`: a step that is small against a weight would else be rounded away (Micikevicius et al. 2018)."""
-        for parameter in model.parameters():
-            if parameter.dtype in {torch.float16, torch.bfloat16}:
-                self.stored[parameter] = parameter.dtype
-                parameter.data = parameter.data.float()
+        """Hold all 16-bit parameters and buffers in float32 until `narrow`: a step that is small against a weight would else be rounded away (Micikevicius et al. 2018)."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dtype in {torch.float16, torch.bfloat16}:
+                self.stored[tensor] = tensor.dtype
+                tensor.data = tensor.data.float()
 
     def narrow(self) -> None:
-        """Round the parameters to the types that they had."""
-        for parameter, dtype in self.stored.items():
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
+        """Round parameters and buffers to the types that they had; their gradients must be gone."""
+        for tensor, dtype in self.stored.items():
+            tensor.data = tensor.data.to(dtype)
         self.stored.clear()

@@ -1,0 +1,377 @@
+"""Training that is robust: parts of a batch, memory that runs out, losses that diverge, looks at held-out items, and going on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_tasks import SORTS, TRAINING, same, tiny_task, weights
+
+import workbench as wb
+from workbench.compress import checkpoints, compress
+from workbench.compress.inner import Seen, see
+from workbench.compress.teacher_cache import teacher_cache
+from workbench.compress.training import Run
+from workbench.errors import CompressionError, RecipeError
+from workbench.progress import Look, Training
+from workbench.recipe import Recipe
+from workbench.statistics import Statistics
+
+PRUNE = wb.Prune(sparsity=0.5)
+BOTH = (PRUNE, wb.Quantize(weight_bits=4))
+
+
+def distilled(task, *before, training=None, statistics=None, **options):
+    step = wb.Distill(**{"temperature": 2, "steps": 6, "distill_batch": 8, **options})
+    return compress(task, Recipe(*(before or (PRUNE,)), step), statistics, training=training)
+
+
+def close(left, right, atol):
+    return all(torch.allclose(a.float(), right[name].float(), atol=atol) for name, a in left.items())
+
+
+# --- parts of a batch
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_a_batch_add_up_to_the_whole(sort, device, parts):
+    """The last part of three is smaller than the others, and must count for less."""
+    task = tiny_task(sort, device)
+    whole, cut = distilled(task, hidden_weight=0.1), distilled(task, hidden_weight=0.1, accumulate=parts)
+    assert [loss for _, loss in cut.curve] == pytest.approx([loss for _, loss in whole.curve], rel=1e-3)
+    assert close(weights(whole.model), weights(cut.model), 1e-3)
+
+
+def test_windows_with_unequal_numbers_of_labels_count_by_their_labels():
+    task = tiny_task("llama")
+    task.training.labels[::2, 1:] = -100
+    whole, cut = distilled(task), distilled(task, accumulate=4)
+    assert [loss for _, loss in cut.curve] == pytest.approx([loss for _, loss in whole.curve], rel=1e-4)
+
+
+def test_more_parts_than_items_are_refused():
+    with pytest.raises(RecipeError, match="accumulate=9 parts cannot be made of distill_batch=8 items"):
+        wb.Distill(temperature=2, distill_batch=8, accumulate=9)
+
+
+# --- memory that runs out
+
+
+@pytest.fixture
+def cramped(monkeypatch):
+    """Let no more than some items fit into memory at once."""
+
+    def most(items):
+        plain = torch.nn.Module.__call__
+
+        def call(module, *args, **named):
+            pixels = named.get("pixel_values")
+            if pixels is not None and len(pixels) > items and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError(f"CUDA out of memory for {len(pixels)} images")
+            return plain(module, *args, **named)
+
+        monkeypatch.setattr(torch.nn.Module, "__call__", call)
+
+    return most
+
+
+def test_where_memory_runs_out_it_goes_on_with_smaller_parts_and_says_so(cramped):
+    task = tiny_task("vit")
+    whole = distilled(task)
+    cramped(3)
+    made = distilled(task)
+    assert made.recipe == whole.recipe
+    assert [loss for _, loss in made.curve] == pytest.approx([loss for _, loss in whole.curve], rel=1e-4)
+    assert close(weights(whole.model), weights(made.model), 1e-3)
+    assert made.warnings == (
+        "distillation ran out of memory at step 0 with 8 items at a time: it went on with 4, their gradients added up, so that a step still is made of 8",
+        "distillation ran out of memory at step 0 with 4 items at a time: it went on with 2, their gradients added up, so that a step still is made of 8",
+    )
+    assert same(weights(distilled(task, accumulate=4).model), weights(made.model))
+
+
+def test_a_single_item_that_does_not_fit_is_refused(cramped):
+    cramped(0)
+    with pytest.raises(CompressionError, match="distillation ran out of memory at step 0 with one item at a time"):
+        distilled(tiny_task("vit"))
+
+
+# --- losses that diverge
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """Make the loss of one step NaN, as often as it is tried."""
+
+    def at(step):
+        plain = Run.added
+
+        def added(run, drawn, objective):
+            return torch.tensor(torch.nan) if run.done == step else plain(run, drawn, objective)
+
+        monkeypatch.setattr(Run, "added", added)
+
+    return at
+
+
+def test_a_training_that_diverges_keeps_the_best_and_says_where(breaking):
+    task = tiny_task("vit")
+    breaking(37)
+    made = distilled(task, *BOTH, steps=50)
+    kept = made.recipe.get("distill").stop_at
+    assert kept in {10, 20, 30}
+    assert made.warnings[0].startswith(f"distillation diverged at step 37 of 50: loss nan; the weights after step {kept} are kept, where training loss was lowest (")
+    assert "lower learning_rate=0.0005" in made.warnings[0]
+    assert len(made.curve) == 37
+    assert same(weights(compress(task, made.recipe).model), weights(made.model))
+
+
+def test_with_looks_the_best_look_is_kept(breaking):
+    task = tiny_task("vit")
+    breaking(11)
+    made = distilled(task, steps=50, look_every=4)
+    assert made.recipe.get("distill").stop_at in {4, 8}
+    assert "held-out loss was lowest" in made.warnings[0]
+    assert same(weights(compress(task, made.recipe).model), weights(made.model))
+
+
+def test_a_training_that_diverges_before_anything_is_worth_keeping_is_refused(breaking):
+    breaking(7)
+    with pytest.raises(CompressionError, match=r"distillation diverged at step 7 of 50: loss nan; lower learning_rate=0\.0005"):
+        distilled(tiny_task("vit"), steps=50)
+
+
+def test_a_rate_far_too_high_ends_with_finite_weights():
+    """Adam at rate 1 on every weight: whatever comes of it, it is finite and its promises hold."""
+    made = distilled(tiny_task("vit"), *BOTH, steps=40, learning_rate=1.0)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(made.model).values())
+
+
+# --- looks at held-out items
+
+
+def test_looks_are_at_items_that_are_not_trained_on():
+    task = tiny_task("vit")
+    seen: list[Look] = []
+    made = distilled(task, steps=9, look_every=3, training=Training(looked=lambda looks: seen.append(looks[-1])))
+    assert [look.step for look in seen] == [0, 3, 6, 9]
+    assert {look.items for look in seen} == {TRAINING // 10}
+    assert all(look.low <= look.value <= look.high and look.metric == "accuracy" for look in seen)
+    assert seen[0].confidence == 0.95
+    best = min(seen, key=lambda look: look.loss)
+    assert f"kept as after step {best.step}: held-out accuracy" in made.report[0].outcome
+
+
+def test_held_out_items_are_never_drawn(monkeypatch):
+    task = tiny_task("vit")
+    seen = []
+    plain = Run.added
+    monkeypatch.setattr(Run, "added", lambda run, drawn, objective: seen.extend(drawn.index.tolist()) or plain(run, drawn, objective))
+    distilled(task, steps=20, look_every=10)
+    assert max(seen) < TRAINING - TRAINING // 10
+
+
+def test_what_is_kept_is_the_best_look():
+    """A rate that does harm after a while: the best look is not the last, and its weights are what is there."""
+    task = tiny_task("vit")
+    seen: list[Look] = []
+    options = {"steps": 30, "look_every": 3, "learning_rate": 0.1}
+    made = distilled(task, *BOTH, training=Training(looked=lambda looks: seen.append(looks[-1])), **options)
+    best = min(seen, key=lambda look: look.loss)
+    assert 0 <= best.step < 30
+    held = task.training[TRAINING - TRAINING // 10 :]
+    assert float(task.kind.score(made.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
+    assert made.recipe.get("distill").stop_at == 0
+    assert same(weights(distilled(task, *BOTH, **options).model), weights(made.model))
+
+
+def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again():
+    task = tiny_task("vit")
+    count = []
+    training = Training(lambda curve, steps: count.append(steps), lambda: len(count) == 8)
+    made = distilled(task, steps=30, look_every=3, learning_rate=0.1, training=training)
+    assert made.recipe.get("distill").stop_at == 8
+    again = compress(task, made.recipe)
+    assert same(weights(again.model), weights(made.model))
+    assert again.curve == made.curve
+
+
+def test_too_few_items_to_hold_out_are_refused():
+    task = tiny_task("vit")
+    object.__setattr__(task, "training", task.training[:19])
+    with pytest.raises(CompressionError, match="look_every=2 needs at least 20 training items, of which a tenth is held out; 'noise' has 19"):
+        distilled(task, look_every=2)
+
+
+# --- the teacher's answers, computed once
+
+
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 1.0}], ids=["answers", "hidden states"])
+def test_kept_answers_teach_what_computed_ones_do(sort, device, more):
+    task = tiny_task(sort, device)
+    plain, kept = distilled(task, **more), distilled(task, teacher_cache_mb=16, **more)
+    assert kept.warnings == ()
+    assert [loss for _, loss in kept.curve] == pytest.approx([loss for _, loss in plain.curve], rel=1e-3)
+    assert close(weights(plain.model), weights(kept.model), 1e-2)
+
+
+def test_each_item_is_computed_once_for_all_recipes(monkeypatch):
+    task = tiny_task("vit")
+    statistics, read = Statistics(task), []
+    plain = type(task.kind).logits
+
+    def counted(kind, model, items):
+        if model is task.model:
+            read.append(len(items))
+        return plain(kind, model, items)
+
+    monkeypatch.setattr(type(task.kind), "logits", counted)
+    first = distilled(task, steps=20, teacher_cache_mb=16, statistics=statistics)
+    assert sum(read) == TRAINING + 1  # and one item to measure its size
+    distilled(task, wb.Prune(sparsity=0.7), steps=20, teacher_cache_mb=16, statistics=statistics)
+    assert sum(read) == TRAINING + 1
+    assert same(weights(distilled(task, steps=20, teacher_cache_mb=16).model), weights(first.model))  # what was read before does not matter
+
+
+def test_a_language_models_last_hidden_states_are_kept_instead_of_its_logits():
+    task = tiny_task("llama")  # 16 numbers a token instead of 64
+
+    def answers(items):
+        return see(task.kind, task.model, items)
+
+    cache, size = teacher_cache(answers, task.model, task.training, 16)
+    assert size == TRAINING * 8 * 16 * 4
+    index = torch.tensor([5, 39, 0, 5])
+    assert torch.allclose(cache.look_up(index).logits, task.kind.logits(task.model, task.training[index]), atol=1e-5)
+    assert cache.nbytes == size
+
+
+def test_a_head_that_something_follows_is_not_replayed():
+    """Scaled logits (as Cohere's and Granite's) are not what the head alone makes: they are kept as they are."""
+    task = tiny_task("llama")
+
+    def answers(items):
+        return Seen(task.kind.logits(task.model, items) / 8)
+
+    cache, size = teacher_cache(answers, task.model, task.training, 16)
+    assert cache.head is None
+    assert size == TRAINING * 7 * 64 * 4
+
+
+def test_answers_beyond_the_budget_are_computed_anew_and_that_is_said():
+    task = tiny_task("vit")
+    plain = distilled(task, hidden_weight=1)
+    import workbench.compress.distill as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MB", 1000)
+        made = distilled(task, hidden_weight=1, teacher_cache_mb=5)
+    assert made.warnings == ("teacher_cache_mb=5 is too little for the teacher's answers to 40 training items, 39 MB: they are computed at each step",)
+    assert same(weights(made.model), weights(plain.model))
+
+
+def test_a_cache_that_would_read_more_than_the_training_is_not_used():
+    made = distilled(tiny_task("vit"), steps=2, teacher_cache_mb=5)
+    assert made.warnings == ("teacher_cache_mb=5 is not used: 2 steps of 8 items read fewer than the 40 training items",)
+
+
+# --- going on exactly
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from tiny_tasks import tiny_task
+import workbench as wb
+from workbench.compress import compress
+from workbench.progress import Training
+from workbench.recipe import Recipe
+
+def watch(curve, steps):
+    if len(curve) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+compress(tiny_task({sort!r}), Recipe.from_json(sys.argv[1]), training=Training(watch))
+"""
+
+
+@pytest.mark.parametrize("sort", ["vit", "llama"])
+def test_a_killed_training_goes_on_to_the_same_bits(cache, sort):
+    recipe = Recipe(*BOTH, wb.Distill(temperature=2, steps=12, distill_batch=8, look_every=5, checkpoint_every=3))
+    task = tiny_task(sort)
+    plain = compress(task, Recipe(*BOTH, wb.Distill(temperature=2, steps=12, distill_batch=8, look_every=5)))
+    script = KILLED.format(tests=str(Path(__file__).parent), sort=sort)
+    ended = subprocess.run([sys.executable, "-c", script, recipe.to_json()], env=os.environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(list(checkpoints.folder().glob("*.pt"))) == 1
+    made = compress(task, recipe)
+    assert made.warnings == ("distillation went on from step 6 of 12, where it was saved",)
+    assert made.curve == plain.curve
+    assert same(weights(made.model), weights(plain.model))
+    assert list(checkpoints.folder().iterdir()) == []
+
+
+def test_a_training_that_was_ended_can_be_taken_up_again(cache):
+    task = tiny_task("vit")
+    options = {"steps": 12, "checkpoint_every": 5}
+    ended = distilled(task, training=Training(enough=lambda: True), **options)
+    assert ended.recipe.get("distill").stop_at == 1
+    made = distilled(task, **options)
+    assert made.warnings == ("distillation went on from step 1 of 12, where it was saved",)
+    assert same(weights(made.model), weights(distilled(task, steps=12).model))
+
+
+def test_other_options_data_or_weights_do_not_go_on_from_it(cache):
+    task = tiny_task("vit")
+    distilled(task, steps=12, stop_at=4, checkpoint_every=2)
+    for other in ({"alpha": 0.5}, {"seed": 1}, {"distill_batch": 4}):
+        assert distilled(task, steps=12, stop_at=6, checkpoint_every=2, **other).warnings == ()
+    assert distilled(task, wb.Prune(sparsity=0.6), steps=12, stop_at=6, checkpoint_every=2).warnings == ()
+    assert distilled(task, steps=12, stop_at=2, checkpoint_every=2).warnings == ()  # it was saved beyond
+    assert len(list(checkpoints.folder().glob("*.pt"))) <= checkpoints.MOST
+
+
+def test_a_damaged_checkpoint_starts_anew(cache):
+    task = tiny_task("vit")
+    distilled(task, steps=12, stop_at=4, checkpoint_every=2)
+    (path,) = checkpoints.folder().glob("*.pt")
+    path.write_bytes(path.read_bytes()[:100])
+    made = distilled(task, steps=12, checkpoint_every=2)
+    assert made.warnings == ()
+    assert same(weights(made.model), weights(distilled(task, steps=12).model))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(cache):
+    (cache / "compression-workbench").write_text("a file")
+    with pytest.raises(CompressionError, match="no checkpoint can be written to .*; free space there, or set checkpoint_every=0"):
+        distilled(tiny_task("vit"), checkpoint_every=2)
+
+
+# --- mixed precision
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_small_steps_are_not_rounded_away(sort, device):
+    """At a rate of 5e-4 a bfloat16 weight of 1, next to which stands 0.996, stays; held in float32 meanwhile, it gets there in a few steps."""
+    task = tiny_task(sort, device, torch.bfloat16)
+    start = weights(compress(task, Recipe(*BOTH)).model)
+    moved = []
+    for precision in ("model", "mixed"):
+        made = distilled(task, *BOTH, steps=60, learning_rate=5e-4, train_precision=precision)
+        after = weights(made.model)
+        assert {tensor.dtype for tensor in made.model.parameters()} == {torch.bfloat16}
+        moved.append(sum(int(((tensor == 1) & (after[name] != 1)).sum()) for name, tensor in start.items() if tensor.ndim == 1))
+        if device == "cpu" and precision == "mixed":
+            assert made.warnings == ("train_precision='mixed' saves nothing on cpu: weights are held, and the arithmetic is done, in float32",)
+    assert moved[0] == 0 < moved[1]
