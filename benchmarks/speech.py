@@ -4,8 +4,8 @@
     python benchmarks/speech.py --student depth --steps 400 --device cuda --out benchmarks/results/speech-whisper-base-depth
 
 Losses: cross entropy; + KL; + KL + hidden MSE; + KL + cosine; + KL + geodesic (2606.00771). Only the decoder is compressed and
-taught, so the encoder runs once for all: what it heard is kept, cut after `--frames` (50 a second; 300 are 6 s), and only
-utterances that fit and have up to 32 tokens are used. Evaluation utterances are never trained on; all are by one speaker. Writes
+taught, so the encoder runs once for all: what it heard is kept, cut after `--frames` (50 a second; 300 are 6 s, 1500 all), and
+only utterances that end two seconds before and have up to 32 tokens are used. Evaluation utterances are never trained on; all are by one speaker. Writes
 a .json with every figure and a .md with the table. Word errors are averaged over seeds before utterances are drawn again, so
 intervals are those of utterances, not of seeds; the spread over seeds stands beside them.
 """
@@ -42,6 +42,7 @@ from workbench.zoo import load_task
 DECODER = ("re:^model.decoder.layers",)
 TOKENS = 32  # of words and the end
 LENGTH = TOKENS + 3  # and those before the words
+SILENCE = 200  # hundredths of a second that stay after the last word: with none, even the teacher goes on without an end
 LOSSES: dict[str, dict[str, Any]] = {
     "CE": {"kl_weight": 0, "align": "none"}, "CE + KL": {"align": "none"}, "CE + KL + MSE": {"align": "mse"},
     "CE + KL + cosine": {"align": "cosine"}, "CE + KL + geodesic": {"align": "geodesic"},
@@ -64,7 +65,7 @@ class Heard(SpeechRecognition):
 @torch.inference_mode()
 def heard(task: Task, items: Items, frames: int, device: torch.device) -> Items:
     """Return the items that fit, with the encoder's output in the place of sound."""
-    short = (items.inputs["attention_mask"].sum(1) <= 2 * frames) & ((items.labels != -100).sum(1) <= TOKENS)
+    short = (items.inputs["attention_mask"].sum(1) <= 2 * frames - SILENCE) & ((items.labels != -100).sum(1) <= TOKENS)
     kept = items[short.nonzero().flatten()]
     encoded = torch.cat([encode(task.model, part.to(device))[:, :frames].cpu() for part in kept.batches(8)])
     return Items({"encoded": encoded.clone(), "decoder_input_ids": kept.inputs["decoder_input_ids"][:, :LENGTH]}, kept.labels[:, :LENGTH])

@@ -14,6 +14,7 @@ from widgets.session import Session
 from widgets.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
 from workbench.errors import RecipeError
 from workbench.predict import Predictor
+from workbench.progress import Look
 
 LONG = wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=100_000, distill_batch=8))
 
@@ -45,6 +46,17 @@ def test_the_words_say_whether_it_runs_ended_or_was_stopped():
     assert "training, step 2 of 4: loss 2 \N{RIGHTWARDS ARROW} 1" in curve_html([(0, 2.0), (1, 1.0)], 4, running=True)
     assert "training stopped, step 2 of 4" in curve_html([(0, 2.0), (1, 1.0)], 4, running=False)
     assert ">trained, step 2 of 2" in curve_html([(0, 2.0), (1, 1.0)], 2, running=False)
+
+
+def test_the_newest_look_stands_in_the_words_and_the_best_one():
+    looks = [Look(step, loss, "accuracy", 0.9, value, value - 0.1, value + 0.1, 64, 0.95) for step, loss, value in ((0, 2.0, 0.5), (5, 0.5, 0.8), (10, 0.7, 0.75))]
+    assert "held-out accuracy 0.8 [0.7, 0.9] after step 5 on 64 items, dense 0.9<" in curve_html([(0, 1.0)], 9, running=True, looks=looks[:2])
+    assert "held-out accuracy 0.75 [0.65, 0.85] after step 10 on 64 items, dense 0.9; best after step 5: 0.8" in curve_html([(0, 1.0)], 9, running=True, looks=looks)
+
+
+def test_looks_reach_the_panel(session):
+    session.run(wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)))
+    assert [look.step for look in session.live.looks] == [0, 2, 4]
 
 
 def test_it_is_hidden_without_training_and_its_button_while_nothing_runs():

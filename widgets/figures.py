@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from workbench.measure.measurement import Measurement
 from workbench.measure.metrics import metric_named
+from workbench.soften import Softened
 from workbench.tradeoff import Tradeoff, TradeoffPoint
 from workbench.words import size
 
@@ -166,6 +167,15 @@ def curve_figure(point: Measurement) -> go.Figure:
     """Return the training loss of the distillation step."""
     steps, losses = zip(*point.curve, strict=True)
     return layout(go.Figure(go.Scatter(x=steps, y=losses, mode="lines", line={"color": BLUE})), "distillation", "step", "loss", height=300)
+
+
+def softened_figure(record: Softened) -> go.Figure:
+    """Return what each temperature makes of one answer: bars by answer, a colour each temperature."""
+    figure = go.Figure()
+    for temperature, line, entropy in zip(record.temperatures, record.probabilities, record.entropy, strict=True):
+        figure.add_bar(x=list(record.answers), y=list(line), name=f"T = {temperature:g} ({entropy:.2f} nats)")
+    title = f"What T does to one answer: the dense model on training item {record.item}, in truth {record.truth}"
+    return layout(figure, title, "answer", "probability that the student is taught", 320)
 
 
 def use_offline_renderer() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from workbench.measure.measurement import Measurement
 from workbench.predict import Prediction
+from workbench.progress import Look
 from workbench.recipe import Recipe
 from workbench.tradeoff import Cost, cost_of, quality_of
 
@@ -24,6 +25,7 @@ class Live:
     state: str = "ready"  # loading, training, measuring, measured, cancelled, failed
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of the recipe, as far as it has come
     curve_steps: int = 0  # training steps planned
+    looks: tuple[Look, ...] = ()  # at held-out items while it was trained
 
 
 def thin(rows: Sequence[Measurement], cost: Cost, most: int = MOST, *, metric: str | None = None, keep: Collection[str] = ()) -> list[Measurement]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from workbench.descend import Trial, descend
 from workbench.errors import Cancelled, ModelError, RecipeError
 from workbench.measure.measurement import Measurement
 from workbench.predict import Predictor, comparable
-from workbench.progress import Curve, Training
+from workbench.progress import Curve, Look, Training
 from workbench.recipe import Recipe
 
 CURVE_SECONDS = 0.1  # between two pictures of a training curve
@@ -140,7 +140,7 @@ class Session:
             self.breathe()
             self.compressed = None  # never two compressed models at once
             stop = self.enough = threading.Event()
-            training = Training(lambda curve, steps: self.trained(stale, curve, steps), stop.is_set)
+            training = Training(lambda curve, steps: self.trained(stale, curve, steps), stop.is_set, lambda looks: self.looked_at(stale, looks))
             yield from bench.stream(recipe, cancelled=stale, on_compressed=self.take, training=training)
             if self.compressed is not None:
                 yield from self.follow_up(bench, self.compressed)
@@ -196,6 +196,13 @@ class Session:
         with self.measurer.changed:
             if not stale():
                 self.live = replace(self.live, state="training" if len(curve) < steps else "measuring", curve=tuple(curve), curve_steps=steps)
+                self.on_live()
+
+    def looked_at(self, stale: Stale, looks: Sequence[Look]) -> None:
+        """Take over the looks at held-out items."""
+        with self.measurer.changed:
+            if not stale():
+                self.live = replace(self.live, looks=tuple(looks))
                 self.on_live()
 
     def stop_training(self) -> None:

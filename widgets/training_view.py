@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ipywidgets as ipw
 
 from widgets.live import Live
-from workbench.progress import Curve
+from workbench.progress import Curve, Look
 
 WIDTH, HEIGHT = 360, 54  # of the picture, in its own units
 
@@ -29,15 +29,24 @@ class TrainingView(ipw.HBox):
         self.layout.display = None if live.curve else "none"
         if live.curve:
             self.button.layout.visibility = "visible" if live.state == "training" else "hidden"
-            self.picture.value = curve_html(live.curve, live.curve_steps, running=live.state == "training")
+            self.picture.value = curve_html(live.curve, live.curve_steps, running=live.state == "training", looks=live.looks)
 
 
-def curve_html(curve: Curve, steps: int, *, running: bool) -> str:
+def curve_html(curve: Curve, steps: int, *, running: bool, looks: Sequence[Look] = ()) -> str:
     """Return the curve as a picture with its numbers in words. curve: (step, loss), finite losses; steps: how many were planned."""
     losses = [loss for _, loss in curve]
     words = f"step {len(curve):,} of {steps:,}: loss {losses[0]:.3g} \N{RIGHTWARDS ARROW} {losses[-1]:.3g}"
     lead = "training" if running else "trained" if len(curve) >= steps else "training stopped"
-    return f"<div class='wb-curve'>{curve_svg(curve, steps)}<span role='status'>{lead}, {words}</span></div>"
+    return f"<div class='wb-curve'>{curve_svg(curve, steps)}<span role='status'>{lead}, {words}{look_words(looks)}</span></div>"
+
+
+def look_words(looks: Sequence[Look]) -> str:
+    """Return the newest look at held-out items in words, and which one was the best; nothing without looks."""
+    if not looks:
+        return ""
+    last, best = looks[-1], min(looks, key=lambda look: look.loss)
+    words = f"; held-out {last.metric} {last.value:.4g} [{last.low:.4g}, {last.high:.4g}] after step {last.step} on {last.items} items, dense {last.dense:.4g}"
+    return words if best is last else f"{words}; best after step {best.step}: {best.value:.4g}"
 
 
 def curve_svg(curve: Curve, steps: int) -> str:

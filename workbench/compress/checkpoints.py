@@ -73,5 +73,3 @@ def load(path: Path) -> dict[str, Any] | None:
     except Exception:  # noqa: BLE001  a damaged file raises many kinds of errors; the training then starts anew
         return None
     return state
-
-

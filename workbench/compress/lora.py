@@ -84,6 +84,15 @@ class Adapted(nn.Module):
             batch.write(stack.detach())
 
 
+def without_gradients(model: nn.Module) -> None:
+    """Make every parameter one that no gradient is computed for; the values stay where they are, and other models that share them as they are."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001  no public way replaces a parameter by one that is tied
+            if parameter is not None and parameter.requires_grad:
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))  # noqa: SLF001
+
+
 def masks_of(batch: Batch) -> Tensor | None:
     """Return the masks of a batch's layers, bool [layers, outputs, inputs], None where they have none."""
     masks = [layer.mask for layer in batch.layers if layer.mask is not None]

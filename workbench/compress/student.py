@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from workbench.compress.layers import Layer
-from workbench.compress.lora import Adapted, Adapters, mean_of
+from workbench.compress.lora import Adapted, Adapters, mean_of, without_gradients
 from workbench.compress.manifold import DISTANCES, Fit
 from workbench.compress.student_states import Pair, captured, check_points, paired_blocks, points
 from workbench.compress.student_teachers import DENSE, loaded, names_of, together
@@ -94,6 +94,7 @@ def transfer(step: Transfer, work: Work) -> Transfer:
     if not layers:
         raise CompressionError(f"{step!r} finds no layer that it can adapt: all lie on a grid; put Transfer before Quantize, or Repair between them, whose terms can be adapted")
     teachers = loaded(names_of(step.teachers), work)
+    without_gradients(work.model)  # a model as it is loaded computes them all
     adapted = Adapted(work.model, work.task.kind, layers)
     lessons = Lessons(step, work, adapted, teachers)
     lessons.prepare()

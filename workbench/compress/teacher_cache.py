@@ -97,21 +97,16 @@ def teacher_cache(compute: Compute, teacher: nn.Module, training: Items, chunk: 
     Last hidden states are kept instead of logits where these are larger, as with a large vocabulary, and where the teacher's
     output head alone makes its logits from them (no scaling or capping after it): this is tried on one item.
     """
-    probe = training[:1]
-    plain = TeacherCache(compute, training, chunk)
-    logits = plain.packed(probe)
-    choices = [plain]
     head = output_layer(teacher)
-    if head is not None:
-        _, states = watched(compute, head, probe)
-        if states is not None and states.shape[0] == 1 and states.nbytes < logits["logits"].nbytes:
-            for slice_last in (False, True):
-                made = TeacherCache(compute, training, chunk, head, slice_last)
-                again = made.replay(states)
-                if again.shape == logits["logits"].shape and torch.allclose(again.float(), logits["logits"].float(), rtol=1e-3, atol=1e-3):
-                    choices.insert(0, made)
-    best = choices[0]
-    return best, len(training) * sum(one.nbytes for one in best.packed(probe).values())
+    seen, states = watched(compute, head, training[:1])
+    inside = sum(one.nbytes for values in seen.inside.values() for one in values)
+    if states is not None and states.shape[0] == 1 and states.nbytes < seen.logits.nbytes:
+        for slice_last in (False, True):
+            made = TeacherCache(compute, training, chunk, head, slice_last)
+            again = made.replay(states)
+            if again.shape == seen.logits.shape and torch.allclose(again.float(), seen.logits.float(), rtol=1e-3, atol=1e-3):
+                return made, len(training) * (states.nbytes + inside)
+    return TeacherCache(compute, training, chunk), len(training) * (seen.logits.nbytes + inside)
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

@@ -1,0 +1,144 @@
+"""How much of what compression lost distillation brings back, against plain fine-tuning at the same steps, and what T and a cached teacher do.
+
+    python benchmarks/distillation.py fashion-cnn --out benchmarks/results/distillation-fashion-cnn.json
+
+`recovered` is the share of the lost accuracy that came back: 1 - drop after / drop before, mean over seeds. Its interval is a paired
+bootstrap over evaluation items (1,000 draws, 95%), averaged over the seeds of one draw: it says how sure the items make it; the
+spread over seeds stands beside it. Writes JSON and the same as a page (.md) beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import workbench as wb
+from workbench.bench import versions
+from workbench.compress import compress
+from workbench.device import describe
+from workbench.tasks import score
+from workbench.tasks.base import Scores
+
+DAMAGE = {
+    "80% sparsity": [wb.Prune(sparsity=0.8)],
+    "rank 0.25": [wb.LowRank(rank_ratio=0.25)],
+    "2 bits": [wb.Quantize(weight_bits=2)],
+}
+STRUCTURE = {"fashion-vit": "neurons", "fashion-cnn": "channels"}
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+
+
+def correct(bench, recipe) -> tuple[torch.Tensor, list]:
+    """Return which evaluation items are right, float64 [N], and the warnings."""
+    made = compress(bench.task, recipe, bench.statistics, shared=True)
+    return Scores.join([score(bench.task.kind, made.model, part) for part in bench.evaluation.batches(256)]).correct, list(made.warnings)
+
+
+def recovery(dense, before, after: list[torch.Tensor], draws: int = 1000) -> dict:
+    """Return the recovered share of the loss with its interval, and each seed's."""
+    lost, won = dense - before, torch.stack([one - before for one in after])
+    index = torch.randint(len(dense), (draws, len(dense)), generator=torch.Generator().manual_seed(0))
+    shares = (won.mean(0)[index].mean(1) / lost[index].mean(1)).sort().values
+    each = [float(one.mean() / lost.mean()) for one in won]
+    return {"recovered": sum(each) / len(each), "low": float(shares[int(0.025 * draws)]), "high": float(shares[int(0.975 * draws) - 1]), "seeds": each,
+            "accuracy": [float(one.mean()) for one in after]}  # fmt: skip
+
+
+def trained(bench, steps, options, *, seeds, dense, before) -> dict:
+    start = time.perf_counter()
+    after = [correct(bench, wb.Recipe(*steps, wb.Distill(seed=seed, teacher_cache_mb=256, **options)))[0] for seed in range(seeds)]
+    return recovery(dense, before, after) | {"seconds_each": (time.perf_counter() - start) / seeds}
+
+
+def model_results(found: dict, arguments) -> None:
+    """Add all numbers of one model to `found`, written as they come."""
+    name = arguments.model
+    bench = wb.Bench(name, offline=True, device=arguments.device, progress=False)
+    dense = Scores.join([score(bench.task.kind, bench.task.model, part) for part in bench.evaluation.batches(256)]).correct
+    options = {"steps": arguments.steps, "learning_rate": arguments.rate}
+    found |= {"dense": float(dense.mean()), "items": len(dense), "damage": {}, "temperature": {}, "cache": {}}
+    given: dict = {}
+    for label, steps in {**DAMAGE, "50% structure": [wb.Prune(sparsity=0.5, pattern=STRUCTURE[name])]}.items():
+        before = correct(bench, wb.Recipe(*steps))[0]
+        given = {"seeds": arguments.seeds, "dense": dense, "before": before}
+        row = {"before": float(before.mean()), "recipe": repr(wb.Recipe(*steps))}
+        row["distillation"] = trained(bench, steps, {"temperature": 4.0, "alpha": 0.9, **options}, **given)
+        row["fine-tuning"] = trained(bench, steps, {"temperature": 4.0, "alpha": 0.0, **options}, **given)
+        found["damage"][label] = row
+        write(found, arguments.out)
+        print(name, label, f"{row['before']:.4f}", {way: f"{row[way]['recovered']:.1%} [{row[way]['low']:.1%}, {row[way]['high']:.1%}]" for way in ("distillation", "fine-tuning")}, flush=True)
+    given |= {"before": correct(bench, wb.Recipe(*DAMAGE["80% sparsity"]))[0]}
+    for t in TEMPERATURES:
+        found["temperature"][str(t)] = trained(bench, DAMAGE["80% sparsity"], {"temperature": t, "alpha": 1.0, **options}, **given)
+        write(found, arguments.out)
+    print(name, "T", {t: f"{row['recovered']:.1%}" for t, row in found["temperature"].items()}, flush=True)
+    found["cache"] = cache_ratio(bench)
+    print(name, "cache", found["cache"], flush=True)
+    write(found, arguments.out)
+
+
+def write(found: dict, path: Path) -> None:
+    """Write the numbers as JSON, and the page beside it."""
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(found))
+
+
+def cache_ratio(bench, steps: int = 90, pairs: int = 3) -> dict:
+    """Return the time of a training with the teacher computed anew over that with its answers kept, and over that where they were kept before; interleaved."""
+    seconds: dict[str, list[float]] = {"computed": [], "first": [], "kept": []}
+    for _ in range(pairs):
+        bench.statistics.kept.pop(("teacher's answers", False, False, False), None)
+        for way, budget in (("computed", 0), ("first", 256), ("kept", 256)):
+            start = time.perf_counter()
+            compress(bench.task, wb.Recipe(*DAMAGE["80% sparsity"], wb.Distill(temperature=2, steps=steps, teacher_cache_mb=budget)), bench.statistics, shared=True)
+            seconds[way].append(time.perf_counter() - start)
+    middle = {way: sorted(values)[pairs // 2] for way, values in seconds.items()}
+    return {"steps": steps, "seconds": middle, "computed / first": middle["computed"] / middle["first"], "computed / kept": middle["computed"] / middle["kept"]}
+
+
+def page(found: dict) -> str:
+    """Return the numbers as Markdown."""
+    lines = [
+        f"# Distillation of {found['model']}", "",
+        f"{found['device']}; {', '.join(f'{name} {version}' for name, version in found['versions'].items())}; {found['date']}; `{found['command']}`", "",
+        f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of 64 items at rate {found['learning_rate']:g}. Distillation: T=4, alpha=0.9; fine-tuning: alpha=0.", "",
+        "| | accuracy before | after distillation | recovered [95%] | seeds | fine-tuned recovered [95%] | seeds | s a run |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for label, row in found["damage"].items():
+        ways = [row[way] for way in ("distillation", "fine-tuning")]
+        cells = [f"{way['recovered']:.1%} [{way['low']:.1%}, {way['high']:.1%}] | {', '.join(f'{one:.1%}' for one in way['seeds'])}" for way in ways]
+        mean = sum(ways[0]["accuracy"]) / len(ways[0]["accuracy"])
+        lines.append(f"| {label} | {row['before']:.4f} | {mean:.4f} | {cells[0]} | {cells[1]} | {ways[0]['seconds_each']:.0f} |")
+    lines += ["", "Temperature at 80% sparsity, alpha 1:", "", "| T | recovered [95%] | seeds |", "|---|---|---|"]
+    lines += [f"| {t} | {row['recovered']:.1%} [{row['low']:.1%}, {row['high']:.1%}] | {', '.join(f'{one:.1%}' for one in row['seeds'])} |" for t, row in found["temperature"].items()]
+    cache = found["cache"]
+    if not cache:
+        return "\n".join([*lines, ""])
+    ratios = f"{cache['computed / first']:.2f}x faster the first time, {cache['computed / kept']:.2f}x once its answers are there"
+    lines += ["", f"Teacher computed at each of {cache['steps']} steps against kept (teacher_cache_mb), same run, medians of 3: {ratios}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=sorted(STRUCTURE))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default=None)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = {"command": " ".join(["python", *sys.argv]), "device": describe(device), "versions": versions(), "date": dt.datetime.now(dt.UTC).date().isoformat(),
+             "model": arguments.model, "steps": arguments.steps, "learning_rate": arguments.rate}  # fmt: skip
+    model_results(found, arguments)
+
+
+if __name__ == "__main__":
+    main()
