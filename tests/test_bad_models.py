@@ -54,7 +54,7 @@ def test_the_model_is_fine_untouched(model, text):
 @pytest.mark.parametrize(("name", "message"), [
     ("fashion-vt", "unknown model 'fashion-vt'; nearest: fashion-vit"),
     ("smollm", "unknown model 'smollm'; nearest: smollm2-135m"),
-    ("zzzz", "unknown model 'zzzz'; known: fashion-vit, fashion-cnn, smollm2-135m; or give a local folder, or a hub id"),
+    ("zzzz", "unknown model 'zzzz'; known: fashion-vit, fashion-cnn, smollm2-135m, all-MiniLM-L6-v2, whisper-tiny.en, whisper-base; or give a local folder, or a hub id"),
     ("./not/here", "unknown model './not/here'"),
     ("", "unknown model ''"),
 ])  # fmt: skip

@@ -124,7 +124,7 @@ def test_papermill_command_refuses_bad_parameters_before_any_work(tmp_path: Path
     command = [sys.executable, "-m", "papermill", str(notebook_path()), str(tmp_path / "out.ipynb"), "-p", "model", "fashion-cnn", "-p", "weight_bits", "33"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert run.returncode == 1
-    assert "Quantize(weight_bits=33) is refused: input should be less than or equal to 8" in run.stderr
+    assert "Quantize(weight_bits=33) is refused: input should be less than or equal to 16" in run.stderr
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     assert not [cell for cell in cells if "job.bench()" in "".join(cell["source"]) and cell["execution_count"] is not None]
 

@@ -71,7 +71,7 @@ def test_around_a_fixed_pattern_leaves_the_pattern_where_it_cannot_be() -> None:
 
 def test_around_nothing_has_no_distillation_and_unknown_sliders_are_refused() -> None:
     assert around(wb.Recipe(), "temperature") == ()
-    with pytest.raises(RecipeError, match="no slider 'bits'; known: rank_ratio, sparsity, weight_bits, repair_ratio, temperature"):
+    with pytest.raises(RecipeError, match="no slider 'bits'; known: rank_ratio, sparsity, transfer_steps, activation_bits, weight_bits, kv_bits, repair_ratio, qat_steps, temperature"):
         around(wb.Recipe(), "bits")
 
 

@@ -55,7 +55,7 @@ def sweep(bench: Bench, trials: int = 50, *, sliders: tuple[str, ...] | None = N
     Args:
         bench: what to measure on.
         trials: how many recipes to propose.
-        sliders: which to move; None moves all but distillation, whose training takes longest.
+        sliders: which to move; None moves rank, sparsity and bits; distillation takes longest, and what complements these (`Step.aside`) fits few recipes.
         seed: of the sampler.
         cancelled: asked between batches; True stops with `Cancelled`, what was measured stays in the ledger.
 
@@ -67,7 +67,7 @@ def sweep(bench: Bench, trials: int = 50, *, sliders: tuple[str, ...] | None = N
     import optuna
 
     steps = {step.slider: step for step in METHODS.steps() if step.stops}
-    chosen = sliders or tuple(name for name in steps if name != "temperature")
+    chosen = sliders or tuple(name for name, step in steps.items() if not step.aside and name != "temperature")
     unknown = [name for name in chosen if name not in steps]
     if unknown or trials < 1:
         raise RecipeError(f"sweep(sliders={chosen!r}, trials={trials}) is refused: sliders are {', '.join(steps)}; trials is at least 1")
