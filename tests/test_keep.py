@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import optuna
 import pandas as pd
@@ -141,10 +140,10 @@ def test_two_processes_write_notes_and_one_is_killed(tmp_path, rows):
         ledger.add(row)
     writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(where), rows[i].key, f"writer{i}"], stdout=subprocess.PIPE, text=True) for i in range(2)]
     assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
-    time.sleep(0.4)
+    first = [[writer.stdout.readline() for _ in range(5)] for writer in writers]  # both are at it, however slow the machine
     for writer in writers:
         writer.send_signal(signal.SIGKILL)
-    last = [int(writer.communicate()[0].split()[-1]) for writer in writers]
+    last = [int(("".join(read) + writer.communicate()[0]).split()[-1]) for read, writer in zip(first, writers, strict=True)]
     ledger.annotate(rows[2].key, note="mine")  # no lock was left behind
     found = Ledger(where).annotations()
     for index, number in enumerate(last):
