@@ -39,7 +39,7 @@ def open_lab(tmp_path_factory):
         start(opened, url)
         opened.drag("sparsity", 0.4)
         opened.settled_on(r"^Recipe\(Prune\(sparsity=0\.\d+\)\)$")
-        opened.drag("bits", 0.2)
+        opened.drag("bits", 1 / 6)
         opened.settled_on(r"Quantize\(weight_bits=3\)")
         yield opened, folder
         chromium.close()
