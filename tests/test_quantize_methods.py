@@ -379,3 +379,8 @@ def test_batches_of_any_size_give_the_same_bits(sort, monkeypatch):
             alone = compress(task, Recipe(way))
         assert same(weights(whole.model), weights(alone.model))
     assert len(Batch(tuple(whole.layers)[:1]).layers) == 1
+
+
+def test_an_average_width_where_no_group_fits_is_refused_with_the_reason():
+    with pytest.raises(CompressionError, match="fits no layer.*group_size 11 does not divide"):
+        compress(tiny_task("vit"), Recipe(wb.Quantize(weight_bits=3.4, group_size=11)))

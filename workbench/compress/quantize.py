@@ -154,7 +154,7 @@ def divides(step: Quantize, layer: Layer, work: Work) -> bool:
 
 def by_width(step: Quantize, layers: list[Layer], work: Work) -> dict[int, list[Layer]]:
     """Return the layers of each width."""
-    if not step.mixed:
+    if not step.mixed or not layers:
         return {int(step.weight_bits): layers}
     sizes = {layer.name: layer.parameter.numel() for layer in layers}
     chosen = mixed.allocate(mixed.costs(layers, step.spec(0), work), sizes, step.weight_bits)
