@@ -82,7 +82,8 @@ def rows(shape: str, device: torch.device, mode: str, names: list[str], speed: f
         try:
             made = compress(task, RECIPES[name], shared=True)
             planned = plan(made, "cuda")
-            model, warnings = with_kernels(made, planned, kind, items)
+            built = with_kernels(made, planned, kind, items)
+            model, warnings = built.model, built.warnings
             if model is made.model:
                 yield row | {"failed": "; ".join([*planned.no_kernel, *warnings])[:300]}
                 continue
@@ -91,7 +92,7 @@ def rows(shape: str, device: torch.device, mode: str, names: list[str], speed: f
                 apart = float((model(input_ids=ids[16], use_cache=False).logits.float() - wanted).norm() / wanted.norm())
             del wanted
             read, running = weights_read(model), MODES[mode](model)
-            row |= {"kernels": list(planned.kernels), "no_kernel": list(planned.no_kernel), "warnings": list(warnings), "apart": apart, "bytes": read, "dense_bytes": weights_read(task.model)}
+            row |= {"kernels": list(built.kernels), "no_kernel": list(planned.no_kernel), "warnings": list(warnings), "apart": apart, "bytes": read, "dense_bytes": weights_read(task.model)}
             for count in TOKENS:
                 before, after, faster = ratio(dense, running, ids[count])
                 row |= {f"dense_ms_{count}": before, f"ms_{count}": after, f"ratio_{count}": faster}
@@ -100,7 +101,7 @@ def rows(shape: str, device: torch.device, mode: str, names: list[str], speed: f
         except (RuntimeError, WorkbenchError) as error:
             yield row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         finally:
-            made = model = running = None
+            made = model = running = built = None
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -96,6 +96,8 @@ def test_a_kernel_that_fails_costs_its_speed_and_never_the_point(way, monkeypatc
     words = " ".join(point.warnings)
     assert {"build": "no such instruction", "run": "illegal memory access", "nan": "nan apart", "wrong": "gives other products"}[way] in words
     assert "floats" in words or "left out" in words
+    assert point.kernels == ()  # what was planned is not said to have run
+    assert len([warning for warning in point.warnings if "floats" in warning]) <= 2  # one line for all layers of one reason
 
 
 def test_a_whole_runtime_that_fails_falls_back_for_both_models(monkeypatch, tmp_path):

@@ -325,7 +325,8 @@ class Partial:
         dense_peak = attempt("peak memory", missing, lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)))
         peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
         cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
-        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, cache=cache, missing=missing, warnings=(*point.warnings, *run.warnings))
+        warnings = (*point.warnings, *run.warnings)
+        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, cache=cache, missing=missing, kernels=run.kernels, warnings=warnings)
 
     def cache(self) -> CacheBytes:
         """Return the bytes that both models keep of the tokens of one window."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +44,14 @@ class Plan:
 class Realised:
     """What is run and timed, the dense model in the same way. `held` is the torch model with its kernels, whose memory counts.
 
-    `warnings` say what was to run and could not.
+    `kernels` say what really runs it, which is what was planned but for what `warnings` say could not.
     """
 
     model: nn.Module
     dense: nn.Module
     plan: Plan
     held: nn.Module
+    kernels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -95,8 +96,12 @@ def plan_layers(layers: Iterable[Layer], pattern: str | None, device: str, runti
         found.append(f"no {'/'.join(map(str, widths))}-bit kernel on {where} for {counted(reasons)}: weights are unpacked before the product")
     if served.inputs:
         found.append(f"no kernel multiplies rounded inputs on {where} for {counted(served.inputs)}: the rounding is simulated, which costs time")
-    words = tuple(f"{count} {'layer' if count == 1 else 'layers'} by {name}" for name, count in sorted(served.words.items()))
-    return Plan(served.engines, words, tuple(found))
+    return Plan(served.engines, by_name(served.words), tuple(found))
+
+
+def by_name(layers: Counter[str]) -> tuple[str, ...]:
+    """Return how many layers each engine runs, in words."""
+    return tuple(f"{count} {'layer' if count == 1 else 'layers'} by {name}" for name, count in sorted(layers.items()))
 
 
 def counted(reasons: Counter[str]) -> str:
@@ -161,46 +166,60 @@ def realise(
     if kind is None or items is None:
         return Realised(compressed.model, original, made, compressed.model)
     keep: Once = once or (lambda _key, compute: compute())
-    model, said = with_kernels(compressed, made, kind, items)
+    built = with_kernels(compressed, made, kind, items)
+    step_by_step = Realised(built.model, original, made, built.model, built.kernels, built.warnings)
     if runtime in {"auto", "torch"}:
-        return Realised(model, original, made, model, said)
+        return step_by_step
     try:
-        running = runner(model, compressed.layers, runtime, kind=kind, items=items, once=keep)
-        check_agreement(running, model, kind, items, runtime)
+        running = runner(built.model, compressed.layers, runtime, kind=kind, items=items, once=keep)
+        check_agreement(running, built.model, kind, items, runtime)
         reference = keep(("dense runner", runtime, len(items)), lambda: runner(original, (), runtime, kind=kind, items=items, once=keep)) if original is not compressed.model else running
     except RuntimeRefused as error:
-        return Realised(model, original, made, model, (*said, f"timed step by step in torch: {error}"))
-    return Realised(running, reference, made, model, said)
+        return replace(step_by_step, warnings=(*built.warnings, f"timed step by step in torch: {error}"))
+    return replace(step_by_step, model=running, dense=reference, kernels=built.kernels or made.kernels)
 
 
-def with_kernels(compressed: Compressed, made: Plan, kind: Kind, items: Items) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the model with the planned kernels in place, checked on the items, and what had to be left out."""
+@dataclass(frozen=True)
+class Built:
+    """A model with kernels in place: how many layers each runs, and what had to be left out."""
+
+    model: nn.Module
+    kernels: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def with_kernels(compressed: Compressed, made: Plan, kind: Kind, items: Items) -> Built:
+    """Return the model with the planned kernels in place, checked layer by layer and on the items."""
     if not made.engines:
-        return compressed.model, ()
-    model, said = sharing_copy(compressed.model), list[str]()
+        return Built(compressed.model)
+    model, left_out = sharing_copy(compressed.model), dict[str, list[str]]()
+    built: dict[str, nn.Module] = {}
     distances: dict[str, Tensor] = {}
     for layer in compressed.layers:
         engine = made.engines.get(layer.name)
         if engine is None:
             continue
         try:
-            built = engine.build(layer).eval()
-            distances[layer.name] = distance(built, layer)
+            module = engine.build(layer).eval()
+            distances[layer.name] = distance(module, layer)
+            built[layer.name] = module
         except Exception as error:  # noqa: BLE001  a kernel that cannot be made costs its speed, never the panel
-            said.append(f"{layer.name}: {engine.name} cannot be used ({one_line(error)}), so it is multiplied as floats")
-            continue
-        replace_module(model, layer.name, built)
-    originals = {layer.name: layer.module for layer in compressed.layers}
+            left_out.setdefault(f"{engine.name} cannot be used ({one_line(error)})", []).append(layer.name)
     for name, apart in zip(distances, torch.stack(list(distances.values())).tolist() if distances else [], strict=True):
-        if not apart <= NEAR:
-            replace_module(model, name, originals[name])
-            said.append(f"{name}: {made.engines[name].name} gives other products ({apart:.2g} apart, relative to their size; {NEAR} is allowed), so it is multiplied as floats")
+        if apart <= NEAR:
+            replace_module(model, name, built[name])
+        else:
+            left_out.setdefault(f"{made.engines[name].name} gives other products (such as {apart:.2g} apart, relative to their size; {NEAR} is allowed)", []).append(name)
+            del built[name]
+    said = tuple(f"{names[0]}{f' and {len(names) - 1} more layers' * (len(names) > 1)}: {reason}, so multiplied as floats" for reason, names in left_out.items())
+    if not built:
+        return Built(compressed.model, (), said)
     join_siblings(model)
     try:
         check_answers(model, compressed.model, kind, items)
     except RuntimeRefused as error:
-        return compressed.model, (*said, f"kernels left out: {error}")
-    return model, tuple(said)
+        return Built(compressed.model, (), (*said, f"kernels left out: {error}"))
+    return Built(model, by_name(Counter(made.engines[name].name for name in built)), said)
 
 
 @torch.inference_mode()

@@ -13,11 +13,6 @@ from torch import Tensor
 UNIT = 32  # codes in a unit
 
 
-def units_of(inputs: int) -> int:
-    """Return how many units a row of so many codes takes."""
-    return -(-inputs // UNIT)
-
-
 def pack_units(codes: Tensor, bits: int) -> Tensor:
     """Return codes (uint8 [outputs, inputs], below 2^bits) as int32 [units, bits, outputs]; the last unit is filled up with zeros.
 
