@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe
 from workbench.errors import CompressionError
@@ -24,6 +23,7 @@ from workbench.measure.kv_cache import cache_bytes, context_of
 from workbench.measure.quality import quality
 from workbench.measure.size import sizes
 from workbench.tasks import score
+from workbench.versions import versions
 
 TENSOR = {"activation_granularity": "tensor"}
 STATIC = {"activation_scaling": "static", **TENSOR}

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe
 from workbench.tasks import score
 from workbench.tasks.base import Scores
+from workbench.versions import versions
 
 DAMAGE = {
     "80% sparsity": [wb.Prune(sparsity=0.8)],

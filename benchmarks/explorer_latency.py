@@ -28,9 +28,9 @@ import numpy as np
 from playwright.sync_api import sync_playwright
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.device import describe, pick
 from workbench.measure.measurement import Measurement
+from workbench.versions import versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

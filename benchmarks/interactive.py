@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe, pick
 from workbench.tasks import score
+from workbench.versions import versions
 from workbench.zoo import load_task
 
 

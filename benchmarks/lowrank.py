@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe
 from workbench.errors import CompressionError
 from workbench.measure.quality import quality
 from workbench.measure.size import sizes
 from workbench.tasks import score
+from workbench.versions import versions
 
 RANKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -22,11 +22,11 @@ import torch
 from moves import SHAPES, random_task
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe, pick
 from workbench.statistics import Statistics
 from workbench.tasks.base import Task
+from workbench.versions import versions
 
 
 def moves(count: int) -> dict[str, list[wb.Recipe]]:

@@ -22,10 +22,10 @@ import torch
 import workbench as wb
 from widgets.choice import Choice
 from widgets.session import Session
-from workbench.bench import versions
 from workbench.device import describe, pick
 from workbench.tasks.base import Task
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING, window_items
+from workbench.versions import versions
 
 SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary, tied
     "tiny": (64, 2, 4, 2, 128, 512, True),

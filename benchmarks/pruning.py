@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe, pick
 from workbench.measure.quality import Quality, quality
 from workbench.statistics import Statistics
 from workbench.tasks import score
 from workbench.tasks.base import Scores, Task
+from workbench.versions import versions
 from workbench.zoo import load_task
 
 CRITERIA = ("random", "magnitude", "taylor", "fisher", "wanda", "sparsegpt")

@@ -22,7 +22,6 @@ import torch
 from pruning import flat, redrawn, scores_of, verdict
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import Compressed, compress
 from workbench.device import describe, pick
 from workbench.errors import CompressionError
@@ -30,6 +29,7 @@ from workbench.measure.quality import quality
 from workbench.measure.size import sizes
 from workbench.statistics import Statistics
 from workbench.tasks.base import Scores
+from workbench.versions import versions
 from workbench.zoo import load_task
 
 Name = tuple[str, int, float]  # method, group size, bits

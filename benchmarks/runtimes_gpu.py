@@ -24,13 +24,13 @@ from moves import SHAPES, random_task
 from torch import nn
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import Clock, describe, pick
 from workbench.errors import WorkbenchError
 from workbench.measure.memory import unique_bytes
 from workbench.runtime.execution import Captured, Compiled
 from workbench.runtime.realise import plan, with_kernels
+from workbench.versions import versions
 
 TOKENS = (1, 16, 256)
 RECIPES = {

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import compress
 from workbench.device import describe, pick
 from workbench.measure.estimate import Estimate
@@ -37,6 +36,7 @@ from workbench.tasks.base import Items, Scores, Task
 from workbench.tasks.choosing import likelihoods
 from workbench.tasks.speech_recognition import SpeechRecognition, encode, greedy, longest
 from workbench.tasks.spoken_words import spoken_scores
+from workbench.versions import versions
 from workbench.zoo import load_task
 
 DECODER = ("re:^model.decoder.layers",)

@@ -23,13 +23,13 @@ import torch
 from moves import random_task
 
 import workbench as wb
-from workbench.bench import versions
 from workbench.compress import Compressed, compress
 from workbench.device import describe, pick
 from workbench.measure.latency import Latency, measure_latency
 from workbench.measure.predicted_size import Outline
 from workbench.measure.size import counted_sizes
 from workbench.predict import positions
+from workbench.versions import versions
 
 PATTERNS = {"fashion-cnn": ("channels",), "fashion-vit": ("heads", "neurons", "layers"), "llama-135m": ("heads", "neurons", "layers"), "llama-1.1b": ("heads", "neurons", "layers")}
 SPARSITIES = (0.25, 0.5, 0.75)

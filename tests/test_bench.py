@@ -161,8 +161,8 @@ def test_again_measures_anew_and_keeps_one_point(bench):
 
 def test_what_does_not_depend_on_the_recipe_is_done_once(bench, monkeypatch):
     scored: list[bool] = []
-    monkeypatch.setattr("workbench.bench.score", lambda kind, model, items: (scored.append(model is bench.task.model), score(kind, model, items))[1])
-    monkeypatch.setattr("workbench.bench.measure_latency", lambda *_, **__: None)
+    monkeypatch.setattr("workbench.measure.evaluator.score", lambda kind, model, items: (scored.append(model is bench.task.model), score(kind, model, items))[1])
+    monkeypatch.setattr("workbench.looks.measure_latency", lambda *_, **__: None)
     passes: list[int] = []
     bench.task.model.register_forward_pre_hook(lambda module, _: passes.append(1) if module is bench.task.model else None)
     bench.measure(Recipe(wb.LowRank(rank_ratio=0.3)))
@@ -229,7 +229,7 @@ def test_a_timer_that_fails_costs_its_own_figure_and_nothing_else(function: str,
     bench = Bench(tiny_task("vit", "cpu"), ledger=tmp_path / "points.journal", progress=False)
     whole = bench.measure(wb.Recipe(wb.Quantize(weight_bits=4)))
     assert whole.missing == {}
-    monkeypatch.setattr(f"workbench.bench.{function}", broken)
+    monkeypatch.setattr(f"workbench.looks.{function}", broken)
     point = bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))
     assert point.complete
     assert point.missing == {what: "OutOfMemoryError: tried to allocate 2 GiB"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime as dt
 import importlib.metadata
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,33 +15,25 @@ from workbench.compress.layers import Progress, no_progress
 from workbench.device import describe, pick
 from workbench.errors import Cancelled, LedgerError, RuntimeRefused
 from workbench.ledger import Ledger, default_path
+from workbench.looks import LOOKS, Partial
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
-from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
-from workbench.measure.latency import measure_latency
-from workbench.measure.measurement import Context, Measurement, Provenance
-from workbench.measure.memory import peak_memory_bytes
-from workbench.measure.quality import flips, quality
-from workbench.measure.size import Sizes, counted_sizes, sizes
+from workbench.measure.evaluator import Evaluator
+from workbench.measure.measurement import Context, Measurement
+from workbench.measure.size import Sizes, sizes
 from workbench.measure.weights import WeightChange, weight_changes
 from workbench.progress import Bar, Training
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
-from workbench.runtime.realise import plan, realise
 from workbench.statistics import Statistics
-from workbench.tasks import score
 from workbench.tasks.base import Scores, Task
 from workbench.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from workbench.sensitivity import LayerSensitivity
 
 T = TypeVar("T")
-
-LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
-
 
 class Bench:
     """A model on its data, ready to be compressed and measured.
@@ -109,6 +99,7 @@ class Bench:
             )
         )  # fmt: skip
         self.evaluation = self.task.evaluation.to(self.device)
+        self.evaluator = Evaluator(self.task, self.evaluation)
         self.confidence = confidence
         self.latency_items = self.evaluation[: latency_batch or self.task.kind.latency_items]
         self.context = Context(
@@ -257,91 +248,11 @@ class Bench:
 
     def dense_scores(self, count: int, progress: Progress = no_progress) -> Scores:
         """Return the dense model's scores on the first `count` evaluation items, computed once."""
-        return self.scores_up_to(self.task.model, self.statistics.once("dense scores", list), count, progress)
+        return self.evaluator.scores(self.task.model, self.statistics.once("dense scores", list), count, progress)
 
     def dense_sizes(self) -> Sizes:
         """Return the dense model's sizes, computed once."""
         return self.statistics.once("dense sizes", lambda: sizes(self.task.model))
-
-    def scores_up_to(self, model: nn.Module, parts: list[Scores], count: int, progress: Progress) -> Scores:
-        """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`."""
-        done = sum(map(len, parts))
-        total = len(self.evaluation)
-        while done < count:
-            progress("evaluate", done, total)
-            upto = min(count, done + self.task.batch_size)
-            parts.append(score(self.task.kind, model, self.evaluation[done:upto]))
-            done = upto
-        joined = Scores.join(parts)
-        parts[:] = [joined]
-        return joined.first(count)
-
-
-class Partial:
-    """A measurement in progress: one compressed model, scored look by look."""
-
-    def __init__(self, bench: Bench, compressed: Compressed, looks: int, progress: Progress, compress_seconds: float) -> None:
-        """Compute what needs no evaluation: sizes and which kernels there are."""
-        self.bench, self.compressed, self.looks, self.progress = bench, compressed, looks, progress
-        self.compress_seconds = compress_seconds
-        self.start = time.perf_counter()
-        self.scores: list[Scores] = []
-        self.plan = plan(compressed, bench.device.type, bench.runtime)
-        self.sizes = counted_sizes(compressed.model, compressed.layers)
-
-    def look(self, count: int) -> Measurement:
-        """Return the measurement after the first `count` evaluation items, without latency."""
-        bench = self.bench
-        dense = bench.dense_scores(count, self.progress)
-        mine = bench.scores_up_to(self.compressed.model, self.scores, count, self.progress)
-        task = bench.task
-        return Measurement(
-            key=bench.context.key(self.compressed.recipe),
-            recipe=self.compressed.recipe,
-            context=bench.context,
-            quality=quality(task.kind.primary, dense, mine, bench.confidence, self.looks),
-            flips=flips(dense, mine, bench.confidence, self.looks),
-            items=count,
-            items_total=len(bench.evaluation),
-            sizes=self.sizes,
-            dense_sizes=bench.dense_sizes(),
-            layers=self.compressed.report,
-            provenance=Provenance(bench.statistics.once("versions", versions), bench.statistics.once("git revision", git_revision), now(), self.compress_seconds, time.perf_counter() - self.start, len(task.calibration), len(task.training)),
-            kernels=self.plan.kernels,
-            no_kernel=self.plan.no_kernel,
-            warnings=(*task.notes, *self.compressed.warnings),
-            curve=self.compressed.curve,
-        )
-
-    def finish(self) -> Measurement:
-        """Return the complete measurement: all items, latency, memory. Quality that has been read survives a failing timer."""
-        bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
-        self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
-        point = self.look(len(bench.evaluation))
-        dense, items = bench.task.model, bench.latency_items
-        self.progress("prepare", 0, 1)
-        run = realise(self.compressed, bench.device.type, bench.runtime, dense=dense, kind=kind, items=items, once=bench.statistics.once)
-        latency = attempt("latency", missing, lambda: measure_latency(kind, run.dense, run.model, items, progress=self.progress))
-        dense_peak = attempt("peak memory", missing, lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)))
-        peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
-        cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
-        warnings = (*point.warnings, *run.warnings)
-        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, cache=cache, missing=missing, kernels=run.kernels, warnings=warnings)
-
-    def cache(self) -> CacheBytes:
-        """Return the bytes that both models keep of the tokens of one window."""
-        bench, window = self.bench, self.bench.evaluation[:1]
-        dense = bench.statistics.once("dense cache", lambda: cache_bytes(bench.task.model, window))
-        return CacheBytes(context_of(window), dense, cache_bytes(self.compressed.model, window))
-
-
-def attempt(what: str, missing: dict[str, str], measure: Callable[[], T]) -> T | None:
-    """Return `measure()`, or None with the reason noted in `missing` where this device or version cannot (out of memory, no profiler)."""
-    try:
-        return measure()
-    except (RuntimeError, MemoryError, AttributeError) as error:  # torch's own errors are RuntimeErrors; `Cancelled` goes on
-        missing[what] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return None
 
 
 def on_device(task: Task, device: torch.device) -> Task:
@@ -362,24 +273,3 @@ def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progr
         progress(what, done, total)
 
     return report
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    import platform
-
-    return {name: importlib.metadata.version(name) for name in ("compression-workbench", "torch", "transformers")} | {"python": platform.python_version()}
-
-
-def git_revision() -> str | None:
-    """Return the revision of the git work tree that the process runs in, with a + if it has changes; None outside one."""
-    try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=5, check=True)  # noqa: S607
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return run.stdout.strip() or None
-
-
-def now() -> str:
-    """Return the time in UTC, ISO 8601, to the second."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

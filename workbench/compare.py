@@ -221,7 +221,7 @@ def paired_test(bench: Bench, first: Recipe, others: Sequence[Recipe], *, cancel
 
         def scores(recipe: Recipe) -> Scores:
             compressed = compress(bench.task, recipe, bench.statistics_with(progress), progress)
-            return bench.scores_up_to(compressed.model, [], len(bench.evaluation), progress)
+            return bench.evaluator.scores(compressed.model, [], len(bench.evaluation), progress)
 
         base = scores(first)
         return tuple(quality(bench.task.kind.primary, base, scores(recipe), bench.confidence, len(others))[0] for recipe in others)

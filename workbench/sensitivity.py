@@ -102,7 +102,7 @@ def measured(bench: Bench, name: str, part: Recipe, count: int, progress: Progre
     except CompressionError as error:
         return LayerSensitivity(name, part, task.kind.primary, count, None, None, 0, str(error))
     dense = bench.dense_scores(count, progress)
-    mine = bench.scores_up_to(compressed.model, [], count, progress)
+    mine = bench.evaluator.scores(compressed.model, [], count, progress)
     found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, bench.confidence)}
     main = found[task.kind.primary]
     loss = found["loss"].change if "loss" in found else logarithm(main.change) if main.metric == "perplexity" else None

@@ -1,0 +1,94 @@
+"""A measurement in progress: looks at growing numbers of items, then everything else that is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from workbench.compress import Compressed
+from workbench.compress.layers import Progress
+from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
+from workbench.measure.latency import measure_latency
+from workbench.measure.measurement import Measurement, Provenance
+from workbench.measure.memory import peak_memory_bytes
+from workbench.measure.quality import flips, quality
+from workbench.measure.size import counted_sizes, sizes
+from workbench.runtime.realise import plan, realise
+from workbench.tasks.base import Scores
+from workbench.tasks.language_modelling import LanguageModelling
+from workbench.versions import git_revision, now, versions
+
+if TYPE_CHECKING:
+    from workbench.bench import Bench
+
+T = TypeVar("T")
+
+LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
+
+class Partial:
+    """A measurement in progress: one compressed model, scored look by look."""
+
+    def __init__(self, bench: Bench, compressed: Compressed, looks: int, progress: Progress, compress_seconds: float) -> None:
+        """Compute what needs no evaluation: sizes and which kernels there are."""
+        self.bench, self.compressed, self.looks, self.progress = bench, compressed, looks, progress
+        self.compress_seconds = compress_seconds
+        self.start = time.perf_counter()
+        self.scores: list[Scores] = []
+        self.plan = plan(compressed, bench.device.type, bench.runtime)
+        self.sizes = counted_sizes(compressed.model, compressed.layers)
+
+    def look(self, count: int) -> Measurement:
+        """Return the measurement after the first `count` evaluation items, without latency."""
+        bench = self.bench
+        dense = bench.dense_scores(count, self.progress)
+        mine = bench.evaluator.scores(self.compressed.model, self.scores, count, self.progress)
+        task = bench.task
+        return Measurement(
+            key=bench.context.key(self.compressed.recipe),
+            recipe=self.compressed.recipe,
+            context=bench.context,
+            quality=quality(task.kind.primary, dense, mine, bench.confidence, self.looks),
+            flips=flips(dense, mine, bench.confidence, self.looks),
+            items=count,
+            items_total=len(bench.evaluation),
+            sizes=self.sizes,
+            dense_sizes=bench.dense_sizes(),
+            layers=self.compressed.report,
+            provenance=Provenance(bench.statistics.once("versions", versions), bench.statistics.once("git revision", git_revision), now(), self.compress_seconds, time.perf_counter() - self.start, len(task.calibration), len(task.training)),
+            kernels=self.plan.kernels,
+            no_kernel=self.plan.no_kernel,
+            warnings=(*task.notes, *self.compressed.warnings),
+            curve=self.compressed.curve,
+        )
+
+    def finish(self) -> Measurement:
+        """Return the complete measurement: all items, latency, memory. Quality that has been read survives a failing timer."""
+        bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
+        self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
+        point = self.look(len(bench.evaluation))
+        dense, items = bench.task.model, bench.latency_items
+        self.progress("prepare", 0, 1)
+        run = realise(self.compressed, bench.device.type, bench.runtime, dense=dense, kind=kind, items=items, once=bench.statistics.once)
+        latency = attempt("latency", missing, lambda: measure_latency(kind, run.dense, run.model, items, progress=self.progress))
+        dense_peak = attempt("peak memory", missing, lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)))
+        peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
+        cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+        warnings = (*point.warnings, *run.warnings)
+        return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, cache=cache, missing=missing, kernels=run.kernels, warnings=warnings)
+
+    def cache(self) -> CacheBytes:
+        """Return the bytes that both models keep of the tokens of one window."""
+        bench, window = self.bench, self.bench.evaluation[:1]
+        dense = bench.statistics.once("dense cache", lambda: cache_bytes(bench.task.model, window))
+        return CacheBytes(context_of(window), dense, cache_bytes(self.compressed.model, window))
+
+
+def attempt(what: str, missing: dict[str, str], measure: Callable[[], T]) -> T | None:
+    """Return `measure()`, or None with the reason noted in `missing` where this device or version cannot (out of memory, no profiler)."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError, AttributeError) as error:  # torch's own errors are RuntimeErrors; `Cancelled` goes on
+        missing[what] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return None
