@@ -168,10 +168,11 @@ def test_what_does_not_depend_on_the_recipe_is_done_once(bench, monkeypatch):
     bench.measure(Recipe(wb.LowRank(rank_ratio=0.3)))
     batches = -(-300 // 16)
     assert sorted(scored) == [False] * batches + [True] * batches
-    assert len(passes) == batches + 2 + 1  # evaluation, calibration, memory
+    once = len(passes)
+    assert once == batches + 2 + (2 if bench.device.type == "cuda" else 1)  # evaluation, calibration, memory: on a GPU a first pass goes before the one that counts
     bench.measure(Recipe(wb.LowRank(rank_ratio=0.4)))
     assert len(scored) == 3 * batches
-    assert len(passes) == batches + 2 + 1
+    assert len(passes) == once
 
 
 def test_language_models_are_measured_in_perplexity(tmp_path):

@@ -38,11 +38,11 @@ def form(matrix: torch.Tensor, spec: Spec):
 def forms(matrix: torch.Tensor, kept: torch.Tensor | None = None):
     """Return every form of a matrix, those that methods make included."""
     made = {name: form(matrix, spec) for name, spec in SPECS.items()}
-    codes = torch.randint(8, matrix.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    codes = torch.randint(8, matrix.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8).to(matrix.device)
     groups = matrix.shape[1] // 8
-    made["offset"] = OffsetGrid(codes, gaussian(len(matrix), groups).abs().half(), gaussian(len(matrix), groups, seed=2).half() + 3, 3, kept)
-    made["scaled"] = InputScaled(form(matrix, SPECS["group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half())
-    made["scaled nf4"] = InputScaled(form(matrix, SPECS["nf4 group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half())
+    made["offset"] = OffsetGrid(codes, gaussian(len(matrix), groups).abs().half().to(matrix.device), gaussian(len(matrix), groups, seed=2).half().to(matrix.device) + 3, 3, kept)
+    made["scaled"] = InputScaled(form(matrix, SPECS["group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device))
+    made["scaled nf4"] = InputScaled(form(matrix, SPECS["nf4 group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device))
     return made
 
 

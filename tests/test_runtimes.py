@@ -22,7 +22,7 @@ from workbench.recipe import Recipe
 from workbench.runtime import engines, execution
 from workbench.runtime import realise as module
 from workbench.runtime.engines import layer_engines, model_engines
-from workbench.runtime.execution import WORDS, Captured, Compiled, chosen, runner, why_not
+from workbench.runtime.execution import WORDS, Captured, Compiled, chosen, repeated, runner, why_not
 from workbench.runtime.int8 import wide_bytes
 from workbench.runtime.int8_torch import Int8Linear
 from workbench.runtime.onnx_engine import Session
@@ -233,12 +233,24 @@ def test_a_prediction_says_what_the_model_waits_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_answers_as_it_did():
-    task = tiny_task("vit")
+@pytest.mark.parametrize(("sort", "blocks"), [("vit", 2), ("llama", 2), ("resnet", 2)])
+def test_a_compiled_model_answers_as_it_did_and_the_given_one_is_left_alone(sort, blocks):
+    task = tiny_task(sort)
     made = runner(task.model, (), "compiled", kind=task.kind, items=task.evaluation[:4], once=lambda _key, compute: compute())
     assert isinstance(made, Compiled)
+    assert len(repeated(made.model)) == blocks
+    assert all(module._compiled_call_impl is None for module in task.model.modules())
     with torch.inference_mode():
         assert torch.allclose(task.kind.logits(made, task.evaluation[:4]), task.kind.logits(task.model, task.evaluation[:4]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_blocks_that_are_alike_are_compiled_once():
+    task = tiny_task("llama")
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    runner(task.model, (), "compiled", kind=task.kind, items=task.evaluation[:4], once=lambda _key, compute: compute())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 
 @pytest.mark.gpu

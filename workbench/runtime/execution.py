@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.copies import sharing_copy
 from workbench.errors import RuntimeRefused
 from workbench.runtime.engines import ModelEngine, Once, model_engines
 from workbench.runtime.names import Runtime
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from workbench.compress.layers import Layer
     from workbench.tasks.base import Items, Kind
 
+VARIANTS = 64  # kinds of blocks that one model may have compiled: torch's own limit of 8 is less than widths and ranks make
 WORDS = {
     "auto": "torch, step by step, with the best kernel for each layer that one serves",
     "torch": "torch, step by step, no kernels: every weight is unpacked",
     "onnx": "the whole model in ONNX Runtime, on the CPU",
     "graph": "as auto, captured once as a CUDA graph and replayed: no time between kernels",
-    "compiled": "as auto, compiled by torch.compile",
+    "compiled": "as auto, its repeated blocks compiled by torch.compile",
 }
 
 
@@ -127,18 +129,33 @@ class Captured(nn.Module):
 
 
 class Compiled(nn.Module):
-    """A model compiled by torch.compile for the shapes that it is called with."""
+    """A model compiled by torch.compile for the shapes that it is called with.
+
+    Of a model made of repeated blocks, the blocks are compiled: all that are alike share one compilation, which takes seconds where
+    the whole takes minutes; what lies around them runs step by step. Any other model is compiled whole. The given model stays as it is.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Wrap the model; nothing is compiled before the first call."""
         super().__init__()
-        self.model = model
-        with warnings.catch_warnings():  # of the compiler's own libraries
-            warnings.simplefilter("ignore")
-            self.compiled: Any = torch.compile(model, dynamic=False)
+        self.model = sharing_copy(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler's own libraries
+            for module in repeated(self.model) or [self.model]:
+                module.compile(dynamic=False)
 
     def forward(self, **given: Any) -> Any:
         """Return the model's outputs."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=VARIANTS):
             warnings.simplefilter("ignore")
-            return self.compiled(**given)
+            return self.model(**given)
+
+
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a model is made of: the modules of every outermost list of two or more of one class."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        blocks = list(child.children()) if isinstance(child, nn.ModuleList) else []
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        found += blocks if alike else repeated(child)
+    return found
