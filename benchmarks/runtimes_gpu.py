@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -32,7 +33,7 @@ from workbench.runtime.execution import Captured, Compiled
 from workbench.runtime.realise import plan, with_kernels
 from workbench.versions import versions
 
-TOKENS = (1, 16, 256)
+TOKENS = (1, 16, 256, 2048)
 RECIPES = {
     "W8 g64": wb.Recipe(wb.Quantize(weight_bits=8, group_size=64, scale_search=False)),
     "W6 g64": wb.Recipe(wb.Quantize(weight_bits=6, group_size=64, scale_search=False)),
@@ -71,11 +72,11 @@ def weights_read(model: nn.Module) -> int:
     return unique_bytes(tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in tables)
 
 
-def rows(shape: str, device: torch.device, mode: str, names: list[str], speed: float) -> Iterator[dict]:
-    """Yield the figures of one shape."""
+def rows(shape: str, device: torch.device, mode: str, names: list[str], *, tokens: list[int], speed: float) -> Iterator[dict]:
+    """Yield the figures of one shape in one mode."""
     task = random_task(shape, device, 64, 2)
     kind, items = task.kind, task.evaluation[:1].to(device)
-    ids = {count: torch.randint(SHAPES[shape][5], (1, count), device=device) for count in TOKENS}
+    ids = {count: torch.randint(SHAPES[shape][5], (1, count), device=device) for count in {16, *tokens}}
     dense = MODES[mode](task.model)
     for name in names:
         row = {"shape": shape, "recipe": name, "mode": mode}
@@ -93,7 +94,7 @@ def rows(shape: str, device: torch.device, mode: str, names: list[str], speed: f
             del wanted
             read, running = weights_read(model), MODES[mode](model)
             row |= {"kernels": list(built.kernels), "no_kernel": list(planned.no_kernel), "warnings": list(warnings), "apart": apart, "bytes": read, "dense_bytes": weights_read(task.model)}
-            for count in TOKENS:
+            for count in tokens:
                 before, after, faster = ratio(dense, running, ids[count])
                 row |= {f"dense_ms_{count}": before, f"ms_{count}": after, f"ratio_{count}": faster}
             row |= {"floor_ms": 1000 * read / speed, "of_floor": 1000 * read / speed / row["ms_1"], "dense_of_floor": 1000 * row["dense_bytes"] / speed / row["dense_ms_1"]}
@@ -115,7 +116,7 @@ def page(result: dict) -> str:
         if "failed" in row:
             lines.append(f"| {row['shape']} | {row['mode']} | {row['recipe']} | " + "| " * len(TOKENS) + f"| | | | {row['failed']} |")
             continue
-        cells = " | ".join(f"**{row[f'ratio_{count}']:.2f}x** ({row[f'dense_ms_{count}']:.2f} to {row[f'ms_{count}']:.2f} ms)" for count in TOKENS)
+        cells = " | ".join(f"**{row[f'ratio_{count}']:.2f}x** ({row[f'dense_ms_{count}']:.2f} to {row[f'ms_{count}']:.2f} ms)" if f"ratio_{count}" in row else "" for count in TOKENS)
         lines.append(f"| {row['shape']} | {row['mode']} | {row['recipe']} | {cells} | {row['of_floor']:.0%} ({row['dense_of_floor']:.0%}) | {row['bytes'] / row['dense_bytes']:.0%} | {row['apart']:.1e} | {'; '.join(row['kernels'])} |")
     return "\n".join([*lines, ""])
 
@@ -125,15 +126,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["135m"])
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--mode", choices=list(MODES), default="graph")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["graph"])
+    parser.add_argument("--tokens", nargs="+", type=int, choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--add", action="store_true", help="keep the rows that the file has, but for those measured now")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = pick("cuda")
     speed = bandwidth(device)
     result = {"device": describe(device), "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "command": " ".join(["python", *sys.argv]), "versions": versions(), "bandwidth": speed, "rows": []}
-    for shape in options.shapes:
-        for row in rows(shape, device, options.mode, options.recipes, speed):
-            result["rows"].append(row)
+    if options.add and options.out and options.out.exists():
+        result |= {"rows": json.loads(options.out.read_text())["rows"]}
+    for shape, mode in itertools.product(options.shapes, options.modes):
+        for row in rows(shape, device, mode, options.recipes, tokens=options.tokens, speed=speed):
+            result["rows"] = [old for old in result["rows"] if any(old[name] != row[name] for name in ("shape", "mode", "recipe"))] + [row]
             print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items() if key not in {"kernels", "no_kernel"}}, flush=True)
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -146,7 +146,7 @@ class Compiled(nn.Module):
 
     def forward(self, **given: Any) -> Any:
         """Return the model's outputs."""
-        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=VARIANTS):  # noqa: SLF001  where torch keeps it
             warnings.simplefilter("ignore")
             return self.model(**given)
 

@@ -218,8 +218,8 @@ def multiply_one(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
     part = torch.empty(split * rows if split > 1 else 1, dtype=torch.float32, device=x.device)
     kernels.one_row[(blocks, split)](
-        x.contiguous(), weight.words, weight.scale, weight.zeros, out, part, lock, rows, weight.inputs, units, weight.units_a_group, weight.stride,
-        weight.bits, weight.zero_point is not None, weight.inputs % UNIT == 0, split, block, together, num_warps=8,
+        x.contiguous(), weight.words, weight.scale, weight.zeros, out, part, lock, rows, weight.inputs, units, weight.units_a_group, weight.stride, split,
+        weight.bits, weight.zero_point is not None, weight.inputs % UNIT == 0, block, together, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -235,8 +235,8 @@ def multiply_some(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     out = torch.empty(count, rows, dtype=x.dtype, device=x.device)
     part = torch.empty(split * count * rows if split > 1 else 1, dtype=torch.float32, device=x.device)
     kernels.some_rows[(blocks, 1, split)](
-        turned, weight.words, weight.scale, weight.zeros, out, part, lock, count, rows, units, weight.units_a_group, weight.stride,
-        weight.bits, weight.zero_point is not None, split, block, block_rows, together, "ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
+        turned, weight.words, weight.scale, weight.zeros, out, part, lock, count, rows, units, weight.units_a_group, weight.stride, split,
+        weight.bits, weight.zero_point is not None, block, block_rows, together, "ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     return out
 

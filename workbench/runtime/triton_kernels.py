@@ -51,18 +51,18 @@ def left_over(words, rest_code, WORD: tl.constexpr, NUMBER: tl.constexpr, BITS: 
     return rest_code
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "split"])
 def one_row(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, out_ptr, part_ptr, lock_ptr, rows, inputs, units, units_a_group, stride,
-    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, out_ptr, part_ptr, lock_ptr, rows, inputs, units, units_a_group, stride, split,
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one vector: out[row] = sum over inputs of x * weight. Programs share a block of rows SPLIT ways; the last one adds up."""
+    """Multiply one vector: out[row] = sum over inputs of x * weight. Programs share a block of rows `split` ways; the last one adds up."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mine = tl.program_id(1)
     EACH: tl.constexpr = 32 // BITS
     acc = tl.zeros((BLOCK_UNITS, BLOCK_ROWS), dtype=tl.float32)
-    for step in tl.range(tl.cdiv(units, SPLIT * BLOCK_UNITS), num_stages=1):
-        unit = (step * SPLIT + mine) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
+    for step in tl.range(tl.cdiv(units, split * BLOCK_UNITS), num_stages=1):
+        unit = (step * split + mine) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
         inside = (unit < units)[:, None] & (row < rows)[None, :]
         group = (unit // units_a_group)[:, None] * stride + row[None, :]
         scale = tl.load(scale_ptr + group, mask=inside, other=0.0).to(tl.float32)
@@ -91,23 +91,23 @@ def one_row(
             part += field(code, 0, BITS) * lift(x, 0, BITS)[:, None]
         acc += scale * (part * 2.0**60 - total[:, None] * zero)
     result = tl.sum(acc, axis=0)
-    if SPLIT == 1:
+    if split == 1:
         tl.store(out_ptr + row, result.to(out_ptr.dtype.element_ty), mask=row < rows)
     else:
         tl.store(part_ptr + mine * rows + row, result, mask=row < rows)
         tl.debug_barrier()  # every thread's part is written before it is counted
-        if tl.atomic_add(lock_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT - 1:
+        if tl.atomic_add(lock_ptr + tl.program_id(0), 1, sem="acq_rel") == split - 1:
             result = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-            for other in range(SPLIT):  # always in this order: the same bits every time
+            for other in range(split):  # always in this order: the same bits every time
                 result += tl.load(part_ptr + other * rows + row, mask=row < rows, other=0.0, cache_modifier=".cg")
             tl.store(out_ptr + row, result.to(out_ptr.dtype.element_ty), mask=row < rows)
             tl.store(lock_ptr + tl.program_id(0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "split"])
 def some_rows(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, out_ptr, part_ptr, lock_ptr, count, rows, units, units_a_group, stride,
-    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, out_ptr, part_ptr, lock_ptr, count, rows, units, units_a_group, stride, split,
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiply `count` vectors, out [count, rows]. x is [count, 32, units]: place within the unit first, so that a tile of units is read in line."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -115,8 +115,8 @@ def some_rows(
     mine = tl.program_id(2)
     EACH: tl.constexpr = 32 // BITS
     acc = tl.zeros((BLOCK, BLOCK_ROWS), dtype=tl.float32)
-    for step in tl.range(tl.cdiv(units, SPLIT * BLOCK_UNITS), num_stages=1):
-        unit = (step * SPLIT + mine) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
+    for step in tl.range(tl.cdiv(units, split * BLOCK_UNITS), num_stages=1):
+        unit = (step * split + mine) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
         inside = (unit < units)[:, None] & (row < rows)[None, :]
         group = (unit // units_a_group)[:, None] * stride + row[None, :]
         scale = tl.load(scale_ptr + group, mask=inside, other=0.0).to(tl.float32)
@@ -144,15 +144,15 @@ def some_rows(
             acc = tl.dot(x, weight.to(x.dtype), acc, input_precision=PRECISION)
     place = item[:, None] * rows + row[None, :]
     wanted = (item < count)[:, None] & (row < rows)[None, :]
-    if SPLIT == 1:
+    if split == 1:
         tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=wanted)
     else:
         tl.store(part_ptr + mine * count * rows + place, acc, mask=wanted)
         tl.debug_barrier()
         lock = lock_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(lock, 1, sem="acq_rel") == SPLIT - 1:
+        if tl.atomic_add(lock, 1, sem="acq_rel") == split - 1:
             acc = tl.zeros((BLOCK, BLOCK_ROWS), dtype=tl.float32)
-            for other in range(SPLIT):
+            for other in range(split):
                 acc += tl.load(part_ptr + other * count * rows + place, mask=wanted, other=0.0, cache_modifier=".cg")
             tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=wanted)
             tl.store(lock, 0)
