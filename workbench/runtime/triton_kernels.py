@@ -107,7 +107,7 @@ def one_row(
 @triton.jit(do_not_specialize=["count", "split"])
 def some_rows(
     x_ptr, words_ptr, scale_ptr, zero_ptr, out_ptr, part_ptr, lock_ptr, count, rows, units, units_a_group, stride, split,
-    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_UNITS: tl.constexpr,
 ):  # fmt: skip
     """Multiply `count` vectors, out [count, rows]. x is [count, 32, units]: place within the unit first, so that a tile of units is read in line."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -131,7 +131,7 @@ def some_rows(
             for place in tl.static_range(EACH):
                 x = tl.load(x_tile + (word * EACH + place) * units, mask=x_inside, other=0.0)
                 weight = one_and(packed, place * BITS, BITS) * slope + offset
-                acc = tl.dot(x, weight.to(x.dtype), acc, input_precision=PRECISION)
+                acc = tl.dot(x, weight.to(x.dtype), acc)
             if EACH * BITS < 32:
                 rest_0 = left_over(packed, rest_0, word, 0, BITS)
                 rest_1 = left_over(packed, rest_1, word, 1, BITS)
@@ -141,7 +141,7 @@ def some_rows(
             code = rest_0 if number == 0 else (rest_1 if number == 1 else (rest_2 if number == 2 else rest_3))
             x = tl.load(x_tile + (EACH * BITS + number) * units, mask=x_inside, other=0.0)
             weight = one_and(code, 0, BITS) * slope + offset
-            acc = tl.dot(x, weight.to(x.dtype), acc, input_precision=PRECISION)
+            acc = tl.dot(x, weight.to(x.dtype), acc)
     place = item[:, None] * rows + row[None, :]
     wanted = (item < count)[:, None] & (row < rows)[None, :]
     if split == 1:
