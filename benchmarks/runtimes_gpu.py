@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from moves import SHAPES, random_task
+from shapes import SHAPES, random_task
 from torch import nn
 
 import workbench as wb
@@ -118,7 +118,7 @@ def page(result: dict) -> str:
             continue
         cells = " | ".join(f"**{row[f'ratio_{count}']:.2f}x** ({row[f'dense_ms_{count}']:.2f} to {row[f'ms_{count}']:.2f} ms)" if f"ratio_{count}" in row else "" for count in TOKENS)
         lines.append(f"| {row['shape']} | {row['mode']} | {row['recipe']} | {cells} | {row['of_floor']:.0%} ({row['dense_of_floor']:.0%}) | {row['bytes'] / row['dense_bytes']:.0%} | {row['apart']:.1e} | {'; '.join(row['kernels'])} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *(f"{note}\n" for note in result.get("notes", []))])
 
 
 def main() -> None:
@@ -135,7 +135,8 @@ def main() -> None:
     speed = bandwidth(device)
     result = {"device": describe(device), "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "command": " ".join(["python", *sys.argv]), "versions": versions(), "bandwidth": speed, "rows": []}
     if options.add and options.out and options.out.exists():
-        result |= {"rows": json.loads(options.out.read_text())["rows"]}
+        before = json.loads(options.out.read_text())
+        result |= {"rows": before["rows"], "notes": before.get("notes", [])}
     for shape, mode in itertools.product(options.shapes, options.modes):
         for row in rows(shape, device, mode, options.recipes, tokens=options.tokens, speed=speed):
             result["rows"] = [old for old in result["rows"] if any(old[name] != row[name] for name in ("shape", "mode", "recipe"))] + [row]

@@ -26,10 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory: pytest.TempPathFactory):
-    """Keep the user's own ledgers out of it: the default ledger lies in a temporary directory, for child processes too."""
+    """Keep the user's own ledgers and cache out of it: both lie in temporary directories, for child processes too."""
     home = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(home))
+        patch.setenv("WORKBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TQDM_DISABLE", os.environ.get("TQDM_DISABLE", "1"))
         yield home
 

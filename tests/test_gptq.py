@@ -167,10 +167,11 @@ def test_factors_are_kept_for_the_next_width_and_change_nothing(sort):
         recipe = Recipe(wb.Quantize(weight_bits=bits, rounding="gptq"))
         assert same(weights(compress(task, recipe, kept).model), weights(compress(task, recipe).model))
     assert calls.count("calibration") == 1 + -(-len(task.calibration) // task.batch_size)
-    orders = [key for key in kept.kept if key[0] == "gptq order"]
-    moments = {id(matrix) for matrix in kept.moments().matrices.values()}
-    assert {key[-1] for key in orders} <= moments
-    assert len(orders) == len({key[-1] for key in orders})
+    readers = kept.moments().readers
+    orders = [name for key in kept.kept if isinstance(key, tuple) and key[0] == ("gptq order", 0.01, True) for name in key[1]]
+    assert orders
+    assert set(orders) <= set(readers.values())
+    assert len(orders) == len(set(orders))
 
 
 def test_an_embedding_is_rounded_to_nearest_and_the_report_says_so():

@@ -140,6 +140,17 @@ def test_kernels_agree_with_float64_on_fresh_inputs(bits, rows, inputs, group, z
 
 
 @pytest.mark.gpu
+def test_many_vectors_are_multiplied_part_by_part(monkeypatch):
+    monkeypatch.setattr("workbench.runtime.packed_linear.CHUNK", 64 * 512 * 2)
+    grid = random_grid(300, 512, 4, 64, device="cuda")
+    x = torch.randn(1100, 512, device="cuda", dtype=torch.bfloat16)
+    wanted = reference(grid, x)
+    for weight in (packed_weight(grid), packed_weight(grid).part(32, 300)):
+        made = multiply(x, weight, torch.zeros(64, dtype=torch.int32, device="cuda"))
+        assert float((made.double() - wanted[:, -weight.rows :]).norm() / wanted.norm()) < 8e-3
+
+
+@pytest.mark.gpu
 def test_large_activations_do_not_overflow_and_small_ones_do_not_vanish():
     grid = random_grid(64, 256, 4, 64, device="cuda")
     weight, lock = packed_weight(grid), torch.zeros(64, dtype=torch.int32, device="cuda")

@@ -17,7 +17,7 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.compress import awq, compress, hqq, mixed
 from workbench.compress.batch import Batch
-from workbench.compress.scales import Scales, Shelf, Spec, fit, form_of
+from workbench.compress.scales import Spec, fit, form_of
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.predicted_size import Outline
 from workbench.measure.size import counted_sizes, sizes
@@ -275,19 +275,6 @@ def test_scales_are_kept_for_the_next_visit_and_change_nothing(sort, monkeypatch
     compress(task, Recipe(wb.Prune(sparsity=0.5), Q(weight_bits=3)), kept)  # other weights: fitted anew
     assert len(calls) > batches
     assert compress(task, Recipe(Q(weight_bits=3, grid="symmetric")), kept).report != first.report
-
-
-def test_the_shelf_throws_the_oldest_away(monkeypatch):
-    monkeypatch.setattr(sys.modules["workbench.compress.scales"], "KEPT_BYTES", 100)
-    shelf, made = Shelf(), []
-
-    def compute(name):
-        return lambda: made.append(name) or Scales(torch.zeros(10), None, (True,))
-
-    for name in ("a", "b", "a", "c", "a", "b"):
-        shelf.once(name, compute(name))
-    assert made == ["a", "b", "c", "b"]
-    assert list(shelf.kept) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("options", "message"), [

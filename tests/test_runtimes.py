@@ -266,6 +266,17 @@ def test_a_captured_model_answers_as_it_did_on_other_inputs_too(sort):
     assert len(made.graphs) == 2
 
 
+@pytest.mark.gpu
+def test_a_compiled_model_can_be_captured():
+    task = tiny_task("llama", "cuda")
+    items = task.evaluation.to("cuda")
+    made = Captured(Compiled(task.model))
+    with torch.inference_mode():
+        for part in (items[:4], items[4:8]):
+            assert torch.allclose(task.kind.logits(made, part), task.kind.logits(task.model, part), atol=1e-4)
+    assert not torch.cuda.is_current_stream_capturing()
+
+
 def test_names_are_checked_wherever_they_come_from():
     assert chosen(None) == "auto"
     assert chosen("onnx") == "onnx"

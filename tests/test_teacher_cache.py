@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_tasks import TRAINING, same, tiny_task, weights
 import workbench as wb
 from workbench.compress.inner import Seen, see
 from workbench.compress.teacher_cache import teacher_cache
+from workbench.compress.teacher_tables import DiskTable, disk_folder, free_bytes
 from workbench.statistics import Statistics
 
 
@@ -79,3 +81,95 @@ def test_answers_beyond_the_budget_are_computed_anew_and_that_is_said(monkeypatc
 def test_a_cache_that_would_read_more_than_the_training_is_not_used():
     made = distilled(tiny_task("vit"), steps=2, teacher_cache_mb=5)
     assert made.warnings == ("teacher_cache_mb=5 is not used: 2 steps of 8 items read fewer than the 40 training items",)
+
+
+# --- on disk
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return disk_folder()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Let a "megabyte" be 1,000 bytes, so that tiny answers exceed budgets."""
+    monkeypatch.setattr(importlib.import_module("workbench.compress.distill"), "MB", 1000)
+
+
+@pytest.mark.parametrize("more", [{}, {"hidden_weight": 1.0}, {"train_precision": "mixed"}], ids=["answers", "hidden states", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_answers_on_disk_give_the_bits_of_those_in_memory_and_leave_no_file(sort, device, dtype, more, folder):
+    task = tiny_task(sort, device, dtype)
+    kept, read = distilled(task, teacher_cache_mb=16, **more), distilled(task, teacher_cache_disk_mb=16, **more)
+    assert [one for one in read.warnings if "cache" in one] == []
+    assert read.curve == kept.curve
+    assert same(weights(read.model), weights(kept.model))
+    assert list(folder.iterdir()) == []  # the file has no name
+
+
+def test_disk_is_used_where_memory_is_too_little(few, folder, monkeypatch):
+    made = []
+    plain = DiskTable.put
+    monkeypatch.setattr(DiskTable, "put", lambda table, start, values: made.append(start) or plain(table, start, values))
+    task = tiny_task("vit")
+    assert distilled(task, hidden_weight=1, teacher_cache_mb=39, teacher_cache_disk_mb=41).warnings == ()
+    assert made
+    made.clear()
+    assert distilled(task, hidden_weight=1, teacher_cache_mb=41, teacher_cache_disk_mb=41).warnings == ()
+    assert not made
+
+
+def test_answers_beyond_both_budgets_are_computed_anew_and_that_is_said(few, folder):
+    task = tiny_task("vit")
+    plain, made = distilled(task, hidden_weight=1), distilled(task, hidden_weight=1, teacher_cache_mb=5, teacher_cache_disk_mb=6)
+    assert made.warnings == ("teacher_cache_mb=5 and teacher_cache_disk_mb=6 are too little for the teacher's answers to 40 training items, 40 MB: they are computed at each step",)
+    assert same(weights(made.model), weights(plain.model))
+    assert not folder.exists()
+
+
+def test_a_disk_without_room_is_not_filled(folder, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("workbench.compress.distill"), "free_bytes", lambda _: 10)
+    task = tiny_task("vit")
+    plain, made = distilled(task), distilled(task, teacher_cache_disk_mb=5)
+    assert made.warnings == (f"teacher_cache_disk_mb=5 is not used: the teacher's answers take 1 MB, and {folder} has 0 MB free; they are computed at each step",)
+    assert same(weights(made.model), weights(plain.model))
+
+
+def test_a_disk_that_fills_up_on_the_way_costs_a_warning_not_the_training(folder, monkeypatch):
+    task, statistics = tiny_task("vit"), None
+    plain = DiskTable.put
+
+    def full(table, start, values):
+        if start:
+            raise OSError(28, "No space left on device")
+        plain(table, start, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTable, "put", full)
+        statistics = Statistics(task)
+        made = distilled(task, teacher_cache_disk_mb=5, statistics=statistics)
+    assert made.warnings == (f"the teacher's answers can no longer be kept in {folder}: No space left on device; from here on they are computed at each step",)
+    assert [loss for _, loss in made.curve] == pytest.approx([loss for _, loss in distilled(task).curve], rel=1e-3)
+    assert distilled(task, teacher_cache_disk_mb=5, statistics=statistics).warnings == ()  # there is room again
+
+
+def test_a_table_on_disk_gives_back_every_bit_in_any_order(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = torch.randn(7, 3, 5).to(dtype)
+        table = DiskTable.like(tmp_path / "made", values, 9)
+        table.put(2, values)
+        index = torch.tensor([8, 2, 2, 5])
+        assert torch.equal(table.take(index), values[index - 2])
+        assert table.nbytes == 9 * 15 * dtype.itemsize
+    assert free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_a_file_is_closed_when_its_table_goes(tmp_path):
+    table = DiskTable.like(tmp_path, torch.zeros(2, 3), 2)
+    file = table.file
+    assert not file.closed
+    del table
+    assert file.closed
+    assert list(Path(tmp_path).iterdir()) == []

@@ -26,7 +26,7 @@ BOTH = (PRUNE, wb.Quantize(weight_bits=4))
 
 
 def distilled(task, *before, training=None, statistics=None, **options):
-    step = wb.Distill(**{"temperature": 2, "steps": 6, "distill_batch": 8, **options})
+    step = wb.Distill(**{"temperature": 2, "steps": 6, "distill_batch": 8, "look_every": 0, **options})
     return compress(task, Recipe(*(before or (PRUNE,)), step), statistics, training=training)
 
 
@@ -222,11 +222,23 @@ def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again():
     assert again.curve == made.curve
 
 
-def test_too_few_items_to_hold_out_are_refused():
+def test_too_few_items_to_hold_out_are_said_and_the_last_step_is_kept():
     task = tiny_task("vit")
     object.__setattr__(task, "training", task.training[:19])
-    with pytest.raises(CompressionError, match="look_every=2 needs at least 20 training items, of which a tenth is held out; 'noise' has 19"):
-        distilled(task, look_every=2)
+    made = distilled(task, look_every=2)
+    assert made.warnings == ("look_every=2 is left out: it needs 20 training items, of which a tenth is held out, and 'noise' has 19; the last step is kept",)
+    assert made.looks == ()
+    assert same(weights(made.model), weights(distilled(task).model))
+
+
+def test_looks_of_two_trainings_stand_one_after_the_other_on_the_curve():
+    task = tiny_task("vit")
+    found: list[int] = []
+    training = Training(looked=lambda looks: found.append(len(looks)))
+    made = compress(task, Recipe(*BOTH, wb.QAT(qat_steps=5, qat_batch=8), wb.Distill(temperature=2, steps=6, distill_batch=8, look_every=3)), training=training)
+    assert [look.step for look in made.looks] == [5, 8, 11]
+    assert found == [1, 2, 3]
+    assert len(made.curve) == 11
 
 
 # --- going on exactly

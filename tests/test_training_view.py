@@ -9,6 +9,7 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
+from widgets.figures import curve_figure
 from widgets.live import Live
 from widgets.session import Session
 from widgets.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
@@ -54,9 +55,42 @@ def test_the_newest_look_stands_in_the_words_and_the_best_one():
     assert "held-out accuracy 0.75 [0.65, 0.85] after step 10 on 64 items, dense 0.9; best after step 5: 0.8" in curve_html([(0, 1.0)], 9, running=True, looks=looks)
 
 
-def test_looks_reach_the_panel(session):
-    session.run(wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)))
-    assert [look.step for look in session.live.looks] == [0, 2, 4]
+def look(step, value, low, high, dense=0.9):
+    return Look(step, 1.0, "accuracy", dense, value, low, high, 64, 0.95)
+
+
+def test_looks_stand_on_the_curve_with_their_intervals():
+    svg = curve_svg([(i, 1.0) for i in range(11)], 11, [look(0, 0.5, 0.4, 0.6), look(10, 0.8, 0.7, 0.9)])
+    bars = [tuple(map(float, found)) for found in re.findall(r"<line class='wb-look' x1='([\d.]+)' x2='[\d.]+' y1='([\d.]+)' y2='([\d.]+)'/>", svg)]
+    span = HEIGHT - 6  # 0.4 lies at the bottom and 0.9, the dense model, at the top
+    assert bars == [(0, HEIGHT - 3, pytest.approx(3 + span * 0.6, abs=0.1)), (WIDTH, pytest.approx(3 + span * 0.4, abs=0.1), 3)]
+    assert re.search(r"class='wb-look' points='0.0,([\d.]+) 360.0,([\d.]+)'", svg).groups() == (f"{3 + span * 0.8:.1f}", f"{3 + span * 0.2:.1f}")
+    assert "class='wb-dense' x1='0' x2='360' y1='3.0' y2='3.0'" in svg
+
+
+def test_a_look_that_is_not_finite_is_left_out_of_the_picture():
+    assert "wb-look" not in curve_svg([(0, 1.0)], 5, [look(0, float("inf"), 1.0, float("inf"))])
+
+
+def test_looks_reach_the_panel_and_stay_with_the_point(session):
+    recipe = wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8))
+    point = session.run(recipe)
+    assert [found.step for found in session.live.looks] == [0, 2, 4]
+    assert point.held_out == session.live.looks
+    session.live = Live(recipe)
+    assert session.run(recipe) == point  # from the ledger
+    assert session.live.looks == point.held_out
+
+
+def test_the_figure_of_a_point_shows_quality_at_each_look(session):
+    point = session.run(wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)))
+    loss, quality, dense = curve_figure(point).data
+    assert list(loss.y) == [value for _, value in point.curve]
+    assert list(quality.x) == [0, 2, 4]
+    assert list(quality.y) == [found.value for found in point.held_out]
+    assert [y + up for y, up in zip(quality.y, quality.error_y.array, strict=True)] == pytest.approx([found.high for found in point.held_out])
+    assert [y - down for y, down in zip(quality.y, quality.error_y.arrayminus, strict=True)] == pytest.approx([found.low for found in point.held_out])
+    assert set(dense.y) == {point.held_out[0].dense}
 
 
 def test_it_is_hidden_without_training_and_its_button_while_nothing_runs():

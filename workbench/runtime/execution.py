@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -118,7 +120,7 @@ class Captured(nn.Module):
         device = next(iter(inputs.values())).device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), torch.inference_mode():
+        with torch.cuda.stream(side), torch.inference_mode(), as_if_captured():
             for _ in range(3):
                 self.model(**inputs, **others)
         torch.cuda.current_stream(device).wait_stream(side)
@@ -126,6 +128,20 @@ class Captured(nn.Module):
         with torch.inference_mode(), torch.cuda.graph(graph):
             outputs = self.model(**inputs, **others)
         return graph, inputs, outputs
+
+
+@contextmanager
+def as_if_captured() -> Iterator[None]:
+    """Answer yes to models that ask whether they are being captured: the runs before the capture then take the path that is captured, and compile it.
+
+    Transformers asks before it looks into a mask, which cannot be done while capturing.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
 
 
 class Compiled(nn.Module):

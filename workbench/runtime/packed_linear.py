@@ -16,6 +16,8 @@ from workbench.runtime.grid import Grid
 from workbench.runtime.units import UNIT, pack_units, unpack_units
 
 MANY = 64  # vectors beyond which unpacking once and a dense product is quicker
+LONG = 1024  # vectors from which on parts of a weight keep the whole GPU busy
+CHUNK = 2**24  # bytes of such a part: a third of the second-level cache of a large GPU
 LARGE = 2**22  # weights below which it is quicker from two vectors on: there is too little to read for the kernel that unpacks as it goes
 LEAST_ROWS = 32  # the smallest block of rows of any kernel: so many locks are enough
 
@@ -200,7 +202,19 @@ def multiply(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
         return multiply_one(x, weight, lock)
     if len(x) <= MANY and weight.rows * weight.inputs >= LARGE and x.dtype != torch.float32:  # whose exact products have no matrix units to run on
         return multiply_some(x, weight, lock)
-    return torch.mm(x, unpacked(weight, x.dtype))
+    return multiply_many(x, weight)
+
+
+def multiply_many(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Return the product with many vectors, [vectors, rows]: the weight is unpacked, so much at a time that it is multiplied while it lies in the GPU's cache."""
+    step = weight.rows if len(x) < LONG else max(UNIT, CHUNK // (weight.inputs * x.element_size()) // UNIT * UNIT)
+    if step >= weight.rows:
+        return torch.mm(x, unpacked(weight, x.dtype))
+    out = x.new_empty(len(x), weight.rows)
+    for start in range(0, weight.rows, step):
+        end = min(start + step, weight.rows)
+        torch.mm(x, unpacked(weight.part(start, end), x.dtype), out=out[:, start:end])
+    return out
 
 
 def power_of_two(count: int, most: int) -> int:
