@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import structure_models
@@ -18,7 +22,7 @@ from workbench.compress import compress
 from workbench.compress.activations import Activations
 from workbench.compress.layers import find_layers
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.fused import Headless, head_classes
+from workbench.measure.fused import Head, Headless, find_head
 from workbench.measure.lengths import ordered, text_spans, trimmed
 from workbench.measure.prefix import Kept, find_chain
 from workbench.measure.stand_ins import with_stand_ins
@@ -63,7 +67,7 @@ def test_losses_agree_with_whole_logits_in_float64(name, device):
         logits = exact(input_ids=task.evaluation.inputs["input_ids"].to(device)).logits[:, :-1].cpu()
     labels = task.evaluation.labels
     loss = torch.logsumexp(logits, -1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    assert torch.allclose(found.loss, loss.mean(1), rtol=1e-6, atol=0)
+    assert torch.allclose(found.loss, loss.mean(1), rtol=1e-6 if device == "cpu" else 5e-6, atol=0)
     assert torch.equal(found.answers, logits.argmax(-1))
     assert torch.equal(found.correct, (logits.argmax(-1) == labels).double().mean(1))
 
@@ -73,7 +77,7 @@ def test_the_model_is_run_without_its_head_and_logits_come_in_chunks(name, monke
     task = structure_models.task_of(name)
     evaluator, shapes = evaluator_of(task), []
     head = task.model.get_output_embeddings()
-    assert evaluator.head_classes(task.model) == VOCABULARY
+    assert evaluator.head(type(task.model)) == Head("lm_head", VOCABULARY)
     monkeypatch.setattr("workbench.tasks.choosing.CHUNK", 20 * VOCABULARY)
     monkeypatch.setattr(type(head), "forward", lambda self, given, real=type(head).forward: (shapes.append(tuple(given.shape)) if self is head else None, real(self, given))[1])
     evaluator.scores(task.model, [], 16)
@@ -100,7 +104,7 @@ def test_what_is_done_after_the_head_keeps_the_models_own_logits():
     task = tiny_task("llama")
     capped = Capped(task.model.config).eval()
     task = dataclasses.replace(task, model=spread(capped).requires_grad_(False))
-    assert head_classes(task.model, task.evaluation) == 0
+    assert find_head(task.model, task.evaluation) is None
     assert same(evaluator_of(task).scores(task.model, [], 48), plain(task, task.model))
 
 
@@ -110,7 +114,7 @@ def test_gemma_caps_its_logits():
     config = Gemma2Config(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
                           head_dim=8, max_position_embeddings=64, final_logit_softcapping=3.0, sliding_window=4)  # fmt: skip
     task = tiny_task("llama", model=spread(Gemma2ForCausalLM(config)))
-    assert head_classes(task.model, task.evaluation) == 0
+    assert find_head(task.model, task.evaluation) is None
     name = next(name for name in find_layers(task.model)[0] if ".layers.3." in name)
     evaluator, model = evaluator_of(task), alone(task, name)
     assert evaluator.unchanged_blocks(model) == 3
@@ -124,7 +128,7 @@ def test_a_head_that_rounds_its_inputs_together_is_not_taken_apart(bias):
     together = Activations(targets=("lm_head",), activation_granularity="tensor") if bias else Activations(targets=("lm_head",))
     model = compress(task, wb.Recipe(together), shared=True).model
     evaluator = evaluator_of(task)
-    assert (evaluator.head_classes(model) == 0) is bias
+    assert (evaluator.prepared(model) is model) is bias
     assert torch.allclose(evaluator.scores(model, [], 48).loss, plain(task, model).loss, rtol=1e-6)
 
 
@@ -137,7 +141,7 @@ def test_logits_to_be_made_are_sliced_as_made_ones():
 def test_taking_the_head_off_leaves_the_model_as_it_is():
     task = tiny_task("llama")
     before, modules = tiny_tasks.weights(task.model), list(task.model.modules())
-    headless = Headless(task.model, VOCABULARY)
+    headless = Headless(task.model, Head("lm_head", VOCABULARY))
     headless(input_ids=task.evaluation.inputs["input_ids"][:2])
     assert list(task.model.modules()) == modules
     assert tiny_tasks.same(before, tiny_tasks.weights(task.model))
@@ -150,10 +154,10 @@ def test_taking_the_head_off_leaves_the_model_as_it_is():
 @pytest.mark.parametrize("name", ALL)
 def test_every_single_layer_scores_the_same_bits(name, device):
     task = structure_models.task_of(name, device)
-    used, evaluator = [], evaluator_of(task)
+    used, evaluator = [], evaluator_of(task, graphs=False)
     for layer in find_layers(task.model)[0]:
         model = alone(task, layer)
-        whole = evaluator_of(task, budget=0).scores(model, [], 48)
+        whole = evaluator_of(task, budget=0, graphs=False).scores(model, [], 48)
         for _ in range(2):  # what the first run kept, the second one starts from
             found = evaluator.scores(model, [], 48)
             assert same(found, whole), layer
@@ -334,7 +338,7 @@ def test_a_model_that_reads_its_padding_is_read_padded():
             super().__init__()
             self.table = nn.Embedding(VOCABULARY, CLASSES)
 
-        def forward(self, input_ids, attention_mask):  # noqa: ARG002  as it is called
+        def forward(self, input_ids, attention_mask):
             return type("Output", (), {"logits": self.table(input_ids).sum(1)})
 
     task = padded_task()
@@ -360,3 +364,17 @@ def test_pairs_of_texts_are_as_long_as_the_longer_one():
 def test_left_and_right_padding_are_told_apart():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
     assert text_spans(Items({"attention_mask": mask}, torch.zeros(3))).tolist() == [[2, 4], [0, 2], [0, 4]]
+
+
+# --- the benchmark
+
+
+def test_the_benchmark_runs_on_a_tiny_shape(tmp_path):
+    out = tmp_path / "evaluation.json"
+    command = [sys.executable, "benchmarks/evaluation.py", "--shape", "tiny", "--device", "cpu", "--context", "16", "--windows", "20", "--repeats", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(out.read_text())["costs"]
+    assert list(costs) == ["whole", "fused", "fused, last quarter", "from block, last quarter"]
+    assert all(cost["largest_difference"] < 1e-5 for cost in costs.values())
+    assert "times the floor" in out.with_suffix(".md").read_text()

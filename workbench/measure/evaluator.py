@@ -1,31 +1,157 @@
-"""Scores of evaluation items, as many as are asked for: what was read before is not read again."""
+"""Scores of evaluation items, as many as are asked for: what was read before is not read again, and what is known is not computed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from workbench.compress.layers import Progress, no_progress
+from workbench.device import free_fraction
+from workbench.measure.fused import Head, find_head
+from workbench.measure.graphed import Graphs, Read
+from workbench.measure.lengths import in_place, ordered, text_spans, trimmed, trims
+from workbench.measure.prefix import Kept, Prefix
+from workbench.streaming import streaming
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.choosing import tally
+from workbench.tasks.language_modelling import LanguageModelling
+
+HOST_BYTES = 256 * 2**20  # of hidden states kept in a CPU's memory
+GPU_SHARE = 0.05  # of a GPU's memory, and of what is free of it, for the same
+PREFERRED = 0.6  # of the blocks known: from there on starting in the middle is quicker than a graph of the whole model
+SORTED = 16  # batches sorted by length together
 
 
 @dataclass
 class Evaluator:
-    """Scores models on a task's evaluation items, which lie on the model's device; holds what does not depend on the model that is scored."""
+    """Scores models on a task's evaluation items, which lie on the model's device; holds what does not depend on the model that is scored.
+
+    Dense and compressed models take the same way: logits of a large vocabulary are reduced piece by piece, padded texts are
+    read in batches of like length, and blocks that are the dense model's own start from its hidden states, of which at most
+    `budget` bytes are kept (None: 256 MB on a CPU, a twentieth of a GPU's memory). On a GPU, models whose weights alone changed
+    are replayed as one graph, unless `graphs` is False (see `workbench.measure.graphed`). Where a model does not allow one of
+    these, which is tried once, it is run as it is.
+    """
 
     task: Task
     items: Items
+    budget: int | None = None
+    heads: dict[type[nn.Module], Head | None] = field(default_factory=dict)  # by class of model, None where it cannot be taken off
+    spans: list[Tensor | None] = field(default_factory=list)  # one entry, when known: where texts begin and end, None to read them padded
+    prefix: Prefix | None = None
+    graphs: Graphs | bool = True
+    last: tuple[weakref.ref[nn.Module], int] | None = None  # the model that was read last, and its unchanged blocks
 
     def scores(self, model: nn.Module, parts: list[Scores], count: int, progress: Progress = no_progress) -> Scores:
         """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`."""
         done = sum(map(len, parts))
-        while done < count:
-            progress("evaluate", done, len(self.items))
-            upto = min(count, done + self.task.batch_size)
-            parts.append(score(self.task.kind, model, self.items[done:upto]))
-            done = upto
+        with streaming(self.task.model), streaming(model):
+            blocks = None if done >= count else self.blocks(model, again=done > 0)
+            with self.replayed(model, blocks, again=done > 0) as replay:
+                while done < count:
+                    together = SORTED if self.text_spans() is not None or replay is not None else 1
+                    upto = min(count, done + self.task.batch_size * together)
+                    parts.append(self.read(model, done, upto, blocks or 0, progress) if replay is None else self.replay(replay, done, upto, progress))
+                    done = upto
         joined = Scores.join(parts)
         parts[:] = [joined]
         return joined.first(count)
+
+    def read(self, model: nn.Module, start: int, stop: int, blocks: int, progress: Progress) -> Scores:
+        """Return the scores of the items from `start` to `stop`; the first `blocks` blocks are known to be the dense model's."""
+        spans, found = self.text_spans(), list[Scores]()
+        order = None if spans is None else ordered(spans, start, stop)
+        for batch, items in self.batches(start, stop, spans, order):
+            progress("evaluate", start + sum(map(len, found)), len(self.items))
+            found.append(self.score(model, items, blocks, batch))
+        joined = Scores.join(found)
+        return joined if order is None else in_place(joined, order - start)
+
+    @contextmanager
+    def replayed(self, model: nn.Module, blocks: int | None, *, again: bool) -> Iterator[Read | None]:
+        """Give what replays batches of a model as a graph, None where it is run as it is; `blocks` are known, None if nothing is read."""
+        known = 0 if self.prefix is None or self.prefix.chain is None else len(self.prefix.chain.blocks)
+        if blocks is None or self.graphs is False or self.items.labels.device.type != "cuda" or (blocks and blocks >= PREFERRED * known):
+            yield None
+            return
+        if self.graphs is True:
+            self.graphs = Graphs(self.task.kind, self.task.model, self.task.batch_size, self.prepared)
+        with self.graphs.loaded(model, again=again) as replay:
+            yield replay
+
+    @torch.inference_mode()
+    def replay(self, replay: Read, start: int, stop: int, progress: Progress) -> Scores:
+        """Return the scores of the items from `start` to `stop`; waits for the device once, at the end."""
+        spans, found = self.text_spans(), list[tuple[Tensor, Tensor]]()
+        order = None if spans is None else ordered(spans, start, stop)
+        for done, (_, items) in enumerate(self.batches(start, stop, spans, order)):
+            progress("evaluate", start + done * self.task.batch_size, len(self.items))
+            found.append(replay(items))
+        loss, answers = (torch.cat([one[part] for one in found]) for part in (0, 1))
+        labels = self.items.labels[start:stop] if order is None else self.items.labels[order.to(self.items.labels.device)]
+        scores = tally(loss, answers, labels)
+        return scores if order is None else in_place(scores, order - start)
+
+    def batches(self, start: int, stop: int, spans: Tensor | None, order: Tensor | None) -> Iterator[tuple[Hashable, Items]]:
+        """Iterate over batches with what names each: the same name, the same inputs."""
+        for first in range(start, stop, self.task.batch_size):
+            last = min(stop, first + self.task.batch_size)
+            if spans is None or order is None:
+                yield (first, last), self.items[first:last]
+            else:
+                index = order[first - start : last - start]
+                yield (start, stop, first), trimmed(self.items[index.to(self.items.labels.device)], spans[index])
+
+    def score(self, model: nn.Module, items: Items, blocks: int, batch: Hashable) -> Scores:
+        """Return what a model does on one batch."""
+        if self.prefix is None:
+            return self.run(model, items)
+        return self.prefix.score(model, blocks, batch, lambda other: self.run(other, items))
+
+    def run(self, model: nn.Module, items: Items) -> Scores:
+        """Return what a model does on one batch, with the output head taken off where that gives the same."""
+        return score(self.task.kind, self.prepared(model), items)
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """Return what is called for a model: itself, or without its output head where that gives the same."""
+        head = self.head(type(model))
+        return model if head is None else head.off(model)
+
+    def head(self, make: type[nn.Module]) -> Head | None:
+        """Return the output head of language models of a class, None where they must make their logits themselves."""
+        if make not in self.heads:
+            tried = isinstance(self.task.kind, LanguageModelling) and make is type(self.task.model)
+            self.heads[make] = find_head(self.task.model, self.items) if tried else None
+        return self.heads[make]
+
+    def blocks(self, model: nn.Module, *, again: bool) -> int:
+        """Return `unchanged_blocks`, looked for once while a model is read on: `again` says that some of its scores are there."""
+        if not again or self.last is None or self.last[0]() is not model:
+            self.last = weakref.ref(model), self.unchanged_blocks(model)
+        return self.last[1]
+
+    def unchanged_blocks(self, model: nn.Module) -> int:
+        """Return how many of a model's first blocks, and all before them, are the dense model's own."""
+        if self.prefix is None:
+            self.prefix = Prefix(self.task.model, Kept(self.room() if self.budget is None else self.budget))
+        return self.prefix.unchanged(model, self.run, self.items[:1])
+
+    def room(self) -> int:
+        """Return how many bytes of hidden states may be kept."""
+        device = self.items.labels.device
+        if device.type != "cuda":
+            return HOST_BYTES
+        return int(GPU_SHARE * min(1.0, 2 * free_fraction(device)) * torch.cuda.get_device_properties(device).total_memory)
+
+    def text_spans(self) -> Tensor | None:
+        """Return where the text of each item begins and ends (int64 [N, 2]), None where items are read as they are."""
+        if not self.spans:
+            spans = text_spans(self.items)
+            self.spans.append(spans if spans is not None and trims(self.task.kind, self.task.model, self.items, spans) else None)
+        return self.spans[0]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.compress.copies import sharing_copy
 from workbench.errors import RuntimeRefused
+from workbench.runtime.capturing import as_if_captured, one_sequence_each
 from workbench.runtime.engines import ModelEngine, Once, model_engines
 from workbench.runtime.names import Runtime
 
@@ -120,28 +119,14 @@ class Captured(nn.Module):
         device = next(iter(inputs.values())).device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), torch.inference_mode(), as_if_captured():
+        with torch.cuda.stream(side), torch.inference_mode(), one_sequence_each(), as_if_captured():
             for _ in range(3):
                 self.model(**inputs, **others)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph):
+        with torch.inference_mode(), one_sequence_each(), torch.cuda.graph(graph):
             outputs = self.model(**inputs, **others)
         return graph, inputs, outputs
-
-
-@contextmanager
-def as_if_captured() -> Iterator[None]:
-    """Answer yes to models that ask whether they are being captured: the runs before the capture then take the path that is captured, and compile it.
-
-    Transformers asks before it looks into a mask, which cannot be done while capturing.
-    """
-    asked = torch.cuda.is_current_stream_capturing
-    torch.cuda.is_current_stream_capturing = lambda: True
-    try:
-        yield
-    finally:
-        torch.cuda.is_current_stream_capturing = asked
 
 
 class Compiled(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from workbench.errors import ModelError
+from workbench.streaming import streaming, streams_to
 from workbench.tasks.base import Items, Kind, Scores
 from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
@@ -36,7 +37,7 @@ def score(kind: Kind, model: nn.Module, items: Items) -> Scores:
 
     A destroyed model still gets a number: where nothing finite comes out, the answer counts as the worst there is.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), streaming(model):
         return kind.score(model, items.to(_device(model, items)))
 
 
@@ -104,4 +105,4 @@ def _kinds_of_type(model_type: str) -> list[Kind]:
 def _device(model: nn.Module, items: Items) -> torch.device:
     """Return where the model's tensors are; where the items are, for a model without any."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), items.labels)
-    return tensor.device
+    return streams_to(model) or tensor.device

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +14,25 @@ from torch.nn.functional import cross_entropy
 from workbench.tasks.base import Items, Scores
 
 CHUNK = 2**24  # logits reduced at a time: 64 MB in float32
+CUDA_CHUNK = 2**26  # the same on a GPU, where few large kernels are quicker than many small ones: 0.4 GB with its float32 copy
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """Logits [..., classes] that are not made yet: what the output head is to be given, `states` [..., width], and the head."""
+
+    states: Tensor
+    head: nn.Module
+    classes: int
+
+    def __getitem__(self, index: Any) -> Unprojected:
+        """Return some of them; the last dimension cannot be sliced."""
+        return replace(self, states=self.states[index])
+
+    def chunks(self, rows: int) -> Iterator[Tensor]:
+        """Iterate over the logits of consecutive rows, [at most `rows`, classes]."""
+        for some in torch.split(self.states.reshape(-1, self.states.shape[-1]), rows):
+            yield self.head(some)
 
 
 class Choosing:
@@ -54,14 +77,18 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits[scored].float(), labels[scored])
 
 
-def likelihoods(logits: Tensor, labels: Tensor) -> Scores:
+def likelihoods(logits: Tensor | Unprojected, labels: Tensor) -> Scores:
     """Return the scores of logits [N, classes] or [N, L, vocabulary] against labels [N] or [N, L].
 
     Log-likelihoods are computed in float32 whatever the model computes in, and averaged over an item's labels in float64.
     A destroyed model still gets a number: where the likelihood is not finite, the loss is inf and the answer counts as
     wrong.
     """
-    loss, answers = token_loss(logits, labels)
+    return tally(*token_loss(logits, labels), labels)
+
+
+def tally(loss: Tensor, answers: Tensor, labels: Tensor) -> Scores:
+    """Return the scores of items from the loss and the answer of each label, as `token_loss` gives them: [N] or [N, L]."""
     scored = labels != -100
     lost = torch.isposinf(loss) & scored
     correct = (answers == labels) & scored & ~lost
@@ -76,15 +103,18 @@ def likelihoods(logits: Tensor, labels: Tensor) -> Scores:
     )
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(logits: Tensor | Unprojected, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss (nats, 0 where a label is -100, inf where not finite) and the answer of each label: both as `labels`.
 
-    logits: [..., classes], labels: [...]. Reduced by chunks, so that no second copy of a large vocabulary's logits is made.
+    logits: [..., classes], labels: [...]. Reduced by chunks, so that no second copy of a large vocabulary's logits is made;
+    logits that are not made yet are made by chunks too, and never stand in memory together.
     """
-    flat, target = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    rows = max(1, CHUNK // flat.shape[-1])
-    parts = [(cross_entropy(some.float(), wanted, ignore_index=-100, reduction="none"), some.argmax(-1))
-             for some, wanted in zip(torch.split(flat, rows), torch.split(target, rows), strict=True)]  # fmt: skip
+    target = labels.reshape(-1)
+    classes = logits.classes if isinstance(logits, Unprojected) else logits.shape[-1]
+    rows = max(1, (CUDA_CHUNK if labels.is_cuda else CHUNK) // classes)
+    chunks = logits.chunks(rows) if isinstance(logits, Unprojected) else torch.split(logits.reshape(-1, classes), rows)
+    parts = [(F.nll_loss(some.log_softmax(-1, dtype=torch.float32), wanted, ignore_index=-100, reduction="none"), some.argmax(-1))
+             for some, wanted in zip(chunks, torch.split(target, rows), strict=True)]  # fmt: skip
     loss = torch.cat([part[0] for part in parts]).reshape(labels.shape)
     answers = torch.cat([part[1] for part in parts]).reshape(labels.shape)
     return torch.where(torch.isfinite(loss), loss, torch.inf), answers

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class SentenceSimilarity(Choosing):
     name: str = "sentence similarity"
     auto_class: str = "AutoModel"
     primary: str = "rank correlation"
+    masked_texts: ClassVar[bool] = True  # what the mask leaves out changes no answer
     pooling: str = "mean"
     tokenizer: Any = field(default=None, compare=False, repr=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class TextClassification(Choosing):
     name: str = "text classification"
     auto_class: str = "AutoModelForSequenceClassification"
     primary: str = "accuracy"
+    masked_texts: ClassVar[bool] = True  # what the mask leaves out changes no answer
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, classes] for `input_ids` and `attention_mask`, both [N, L]."""

@@ -1,0 +1,238 @@
+"""One captured copy of the dense model serves every point whose weights alone changed; anything else is run as it is, with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import structure_models
+import torch
+from tiny_tasks import tiny_task, weights
+
+import workbench as wb
+from workbench.compress import compress
+from workbench.compress.activations import Activations
+from workbench.measure import graphed
+from workbench.measure.evaluator import Evaluator
+from workbench.measure.graphed import Captured, Graphs, alike, shared
+from workbench.tasks import score
+from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.choosing import tally, token_loss
+
+VALUES = [wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=3)), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))]
+FORMS = [wb.Recipe(wb.LowRank(rank_ratio=0.3)), wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")), wb.Recipe(Activations())]
+
+
+class Replayed:
+    """What a graph does, step by step: reads its own inputs, overwrites its own outputs."""
+
+    def __init__(self, graphs: Graphs, inputs: Items) -> None:
+        self.graphs, self.inputs, self.replays = graphs, inputs, 0
+        self.loss, self.answers = graphs.evaluate(inputs)
+
+    def replay(self) -> None:
+        self.replays += 1
+        loss, answers = self.graphs.evaluate(self.inputs)
+        self.loss.copy_(loss)
+        self.answers.copy_(answers)
+
+
+@pytest.fixture
+def stepwise(monkeypatch):
+    """Let the CPU stand in for a GPU: the captured copy is run step by step."""
+
+    def capture(self: Graphs, items: Items) -> Captured:
+        made = Replayed(self, Items({name: tensor.clone() for name, tensor in items.inputs.items()}, items.labels.clone()))
+        return Captured(made, made.inputs, made.loss, made.answers)
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    monkeypatch.setattr(Graphs, "why_not", lambda self: "")
+
+
+def graphs_of(task: Task) -> Graphs:
+    return Graphs(task.kind, task.model, task.batch_size, lambda model: model)
+
+
+def read(graphs: Graphs, model, items: Items) -> Scores:
+    with graphs.loaded(model) as replay:
+        assert replay is not None
+        with torch.inference_mode():
+            found = [replay(part) for part in items.batches(16)]
+    return tally(*(torch.cat(parts) for parts in zip(*found, strict=True)), items.labels)
+
+
+def test_every_point_whose_weights_alone_changed_is_read_by_one_copy(sort, stepwise):
+    task = tiny_task(sort)
+    graphs, before = graphs_of(task), weights(task.model)
+    dense = read(graphs, task.model, task.evaluation)
+    for recipe in VALUES:
+        model = compress(task, recipe, shared=True).model
+        found, expected = read(graphs, model, task.evaluation), Scores.join([score(task.kind, model, items) for items in task.evaluation.batches(16)])
+        assert torch.equal(found.loss, expected.loss)
+        assert torch.equal(found.answers, expected.answers)
+        assert not torch.equal(found.loss, dense.loss)
+    assert torch.equal(read(graphs, task.model, task.evaluation).loss, dense.loss)  # the dense weights come back
+    assert len(graphs.captured) == 1
+    assert graphs.refused == ""
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(task.model).items())
+    assert not {tensor.data_ptr() for tensor in graphs.slots} & {tensor.data_ptr() for tensor in task.model.parameters()}
+
+
+@pytest.mark.parametrize("recipe", FORMS, ids=lambda recipe: recipe.label())
+def test_other_forms_are_run_as_they_are(recipe, stepwise):
+    task = structure_models.task_of("grouped")
+    graphs = graphs_of(task)
+    with graphs.loaded(compress(task, recipe, shared=True).model) as replay:
+        assert replay is None
+    assert graphs.refused == ""  # the next point may be served
+
+
+def test_only_moved_weights_are_copied(stepwise, monkeypatch):
+    task, counts = structure_models.task_of("grouped"), []
+    one = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.0.mlp.up_proj",))), shared=True).model
+    two = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.1.mlp.up_proj",))), shared=True).model
+    graphs, real = graphs_of(task), torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda into, values: (counts.append(len(into)), real(into, values))[1])
+    for model in (task.model, one, one, two, task.model):
+        read(graphs, model, task.evaluation)
+    assert counts == [1, 1, 2, 1]
+
+
+def test_weights_are_loaded_again_only_if_another_model_came_between(stepwise, monkeypatch):
+    task = structure_models.task_of("grouped")
+    graphs, loads, real = graphs_of(task), [], Graphs.load
+    monkeypatch.setattr(Graphs, "load", lambda self, model: (loads.append(model), real(self, model))[1])
+    one, two = (compress(task, recipe, shared=True).model for recipe in VALUES[:2])
+    for model, again in ((one, False), (one, True), (two, False), (one, True), (one, True), (one, False)):
+        with graphs.loaded(model, again=again) as replay:
+            assert replay is not None
+            with torch.inference_mode():
+                loss, _ = replay(task.evaluation[:16])
+        assert torch.allclose(loss.double().mean(1), score(task.kind, model, task.evaluation[:16]).loss, rtol=1e-6)
+    assert [model is one for model in loads] == [True, False, True, True]
+
+
+def test_a_short_batch_is_captured_when_it_comes_again_and_few_shapes_are(stepwise, monkeypatch):
+    monkeypatch.setattr(graphed, "SHAPES", 2)
+    task = tiny_task("llama")
+    graphs = graphs_of(task)
+    counts = []
+    for _ in range(3):
+        read(graphs, task.model, task.evaluation[:40])
+        counts.append([(len(one.inputs), one.graph.replays) for one in graphs.captured.values()])
+    assert counts == [[(16, 2)], [(16, 4), (8, 1)], [(16, 6), (8, 2)]]
+    for _ in range(3):
+        read(graphs, task.model, Items({"input_ids": task.evaluation.inputs["input_ids"][:16, :6]}, task.evaluation.labels[:16, :5]))
+    assert len(graphs.captured) == 2
+
+
+def test_a_failed_capture_is_said_once_and_the_point_is_measured(monkeypatch):
+    task = tiny_task("vit")
+    tries = []
+
+    def capture(self, items):
+        tries.append(items)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    monkeypatch.setattr(Graphs, "why_not", lambda self: "")
+    graphs = graphs_of(task)
+    found = read(graphs, task.model, task.evaluation)
+    assert torch.allclose(found.loss, score(task.kind, task.model, task.evaluation).loss)
+    assert graphs.refused == "capture failed: RuntimeError: operation not permitted when stream is capturing"
+    assert len(tries) == 1
+    with graphs.loaded(task.model) as replay:
+        assert replay is None
+
+
+def test_a_second_reader_goes_its_own_way(stepwise):
+    task = tiny_task("vit")
+    graphs = graphs_of(task)
+    with graphs.loaded(task.model) as first, graphs.loaded(task.model) as second:
+        assert first is not None
+        assert second is None
+    with graphs.loaded(task.model) as third:
+        assert third is not None
+
+
+def test_on_a_cpu_there_are_none_and_the_reason_is_said():
+    task = tiny_task("vit")
+    graphs = graphs_of(task)
+    with graphs.loaded(task.model) as replay:
+        assert replay is None
+    assert graphs.refused == "CUDA graphs need a CUDA GPU"
+    evaluator = Evaluator(task, task.evaluation)
+    evaluator.scores(task.model, [], 48)
+    assert evaluator.graphs is True  # not even made
+
+
+def test_a_change_of_ties_types_or_numbers_is_no_change_of_values():
+    task = tiny_task("llama")
+    model = compress(task, VALUES[0], shared=True).model
+    assert alike(task.model, model)
+    assert shared(task.model) == shared(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    assert shared(task.model) != shared(model)
+    model.model.layers[0].self_attn.scaling = 2.0
+    assert not alike(task.model, model)
+    other = compress(task, VALUES[0], shared=True).model
+    other.model.norm.weight = torch.nn.Parameter(other.model.norm.weight.detach().double(), requires_grad=False)
+    assert not alike(task.model, other)
+    hooked = compress(task, VALUES[0], shared=True).model
+    hooked.model.norm.register_forward_hook(lambda module, given, made: made)
+    assert not alike(task.model, hooked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["vit", "resnet", "llama", "gpt2", "bert", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_score_as_the_model_itself_does(name, dtype):
+    task = structure_models.task_of(name, "cuda", dtype)
+    items = task.evaluation.to("cuda")
+    quick, slow = Evaluator(task, items), Evaluator(task, items, graphs=False)
+    for model in (task.model, *(compress(task, recipe, shared=True).model for recipe in [*VALUES, *FORMS[:1]]), task.model):
+        found, expected = quick.scores(model, [], 48), slow.scores(model, [], 48)
+        assert torch.allclose(found.loss, expected.loss, rtol=1e-5 if dtype == torch.float32 else 2e-2)
+        assert (found.answers == expected.answers).double().mean() > (0.99 if dtype == torch.float32 else 0.9)
+    assert isinstance(quick.graphs, Graphs)
+    if name == "bert":  # without a graph, a mask that masks nothing is left out
+        assert quick.graphs.refused in {"", "capture failed: RuntimeError: a replay gives other bits than the model run step by step"}
+        return
+    assert quick.graphs.refused == ""
+    assert len(quick.graphs.captured) == 1
+
+
+def test_looking_for_packed_sequences_comes_back():
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    task = tiny_task("llama")
+    wanted = score(task.kind, task.model, task.evaluation)
+    with graphed.one_sequence_each():
+        assert masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0, 1]])) is None
+        assert torch.equal(score(task.kind, task.model, task.evaluation).loss, wanted.loss)
+    assert masking_utils.find_packed_sequence_indices is look
+
+
+@pytest.mark.gpu
+def test_the_copy_stays_within_its_share_of_the_memory(monkeypatch):
+    monkeypatch.setattr(graphed, "SHARE", 1e-9)
+    task = tiny_task("llama", "cuda")
+    evaluator = Evaluator(task, task.evaluation.to("cuda"))
+    evaluator.scores(task.model, [], 48)
+    assert "of the GPU's memory" in evaluator.graphs.refused
+    assert evaluator.graphs.copy is None
+
+
+def test_reading_by_graph_puts_sorted_texts_back(stepwise):
+    task = tiny_task("bert")
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.arange(16) < torch.randint(1, 17, (48, 1), generator=generator)).long()
+    items = Items({"input_ids": torch.randint(64, (48, 16), generator=generator), "attention_mask": mask}, task.evaluation.labels)
+    task = dataclasses.replace(task, evaluation=items)
+    evaluator = Evaluator(task, items)
+    expected = evaluator.scores(task.model, [], 48)
+    with torch.inference_mode():
+        found = evaluator.replay(lambda some: token_loss(task.kind.logits(task.model, some), some.labels), 0, 48, lambda *_: None)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.answers, expected.answers)

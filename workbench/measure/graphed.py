@@ -1,0 +1,209 @@
+"""Batches of evaluation items through one CUDA graph: no time between kernels, whichever point is scored.
+
+A graph reads fixed addresses, and every point has tensors of its own. So one copy of the dense model is captured once for each
+shape of batch, and a point's weights are copied into it (2 ms for 1.1 billion parameters) before its batches are replayed. That
+serves every point that differs from the dense model in the values of its tensors alone: pruned and quantized weights, not
+factors, removed structure or rounded inputs, which are run as they are. A graph is used only if it gives the bits of the model
+run step by step, so that points read either way can be compared. The copy stays on the GPU, with the intermediate values of
+one batch: see `SHARE`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from workbench.compress.copies import TABLES, holds_modules, own_parameters, twin
+from workbench.device import free_fraction
+from workbench.runtime.capturing import one_sequence_each
+from workbench.tasks.base import Items, Kind
+from workbench.tasks.choosing import Choosing, token_loss
+
+SHARE = 0.05  # of a GPU's memory that the copy may take: larger models keep a GPU busy without a graph
+SHAPES = 6  # of batches that are captured, looks of few items among them; texts of many lengths are run as they are
+WARM = 2  # runs before a capture, in which libraries set themselves up
+
+Read: TypeAlias = Callable[[Items], tuple[Tensor, Tensor]]  # loss and answer of every label, as `token_loss` gives them
+
+
+@dataclass
+class Captured:
+    """One graph: `inputs` are copied in before it is replayed, `loss` and `answers` are overwritten by the next replay."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Items
+    loss: Tensor
+    answers: Tensor
+
+
+@dataclass
+class Graphs:
+    """Graphs of one dense model on batches of `size` items; `refused` says why there are none. Mutable; one thread at a time.
+
+    Whole batches are captured at once, smaller ones when they come again. `prepared` turns a model into what is called (its head taken off).
+    """
+
+    kind: Kind
+    dense: nn.Module
+    size: int
+    prepared: Callable[[nn.Module], nn.Module]
+    refused: str = ""
+    copy: nn.Module | None = None
+    slots: list[Tensor] = field(default_factory=list)  # the copy's tensors
+    pristine: list[bool] = field(default_factory=list)  # whether they hold the dense model's values
+    holds: weakref.ref[nn.Module] | None = None  # the model whose weights the copy has now
+    captured: dict[object, Captured] = field(default_factory=dict)
+    seen: set[object] = field(default_factory=set)  # shapes
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def loaded(self, model: nn.Module, *, again: bool = False) -> Iterator[Read | None]:
+        """Give what reads batches with a model's weights, None if this model must be run as it is, or another thread is reading.
+
+        `again` says that the model is the same as when it was last given: its weights are still there if no other came between.
+        """
+        if not self.lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            there = again and not self.refused and self.holds is not None and self.holds() is model
+            yield self.read if there or self.load(model) else None
+        finally:
+            self.lock.release()
+
+    def load(self, model: nn.Module) -> bool:
+        """Copy a model's tensors into the captured copy, those of the dense model once; return whether they fit."""
+        if self.copy is None and not self.refused:
+            self.refused = self.why_not()
+            if not self.refused:
+                self.copy = twin(self.dense)
+                own_parameters(self.copy)
+                self.slots = tensors(self.copy)
+                self.pristine = [True] * len(self.slots)
+        self.holds = None
+        if self.refused or self.copy is None or not alike(self.dense, model):
+            return False
+        if shared(model) != shared(self.dense):  # tensors that were one are two now
+            return False
+        values, ours = tensors(model), tensors(self.dense)
+        moved = [index for index, (value, own) in enumerate(zip(values, ours, strict=True)) if value is not own or not self.pristine[index]]
+        if moved:
+            with torch.inference_mode():
+                torch._foreach_copy_([self.slots[index] for index in moved], [values[index] for index in moved])
+        for index in moved:
+            self.pristine[index] = values[index] is ours[index]
+        self.holds = weakref.ref(model)
+        return True
+
+    def why_not(self) -> str:
+        """Return why the dense model is not captured, "" if it can be tried."""
+        found = tensors(self.dense)
+        device = found[0].device if found else torch.device("cpu")
+        if device.type != "cuda":
+            return "CUDA graphs need a CUDA GPU"
+        if not isinstance(self.kind, Choosing) or type(self.kind).score is not Choosing.score:
+            return f"{self.kind.name} is not scored by one forward pass"
+        if any(tensor.device != device for tensor in found):
+            return "the model lies on several devices"
+        if any(holds_modules(module) or hooked(module) for module in self.dense.modules()):
+            return "a module has hooks, or holds others outside the module tree"
+        size, total = sum(tensor.nbytes for tensor in found), torch.cuda.get_device_properties(device).total_memory
+        if size > SHARE * total or size > free_fraction(device) * total / 4:
+            return f"one more copy of the model takes {size / 2**30:.1f} GiB: at most {SHARE:.0%} of the GPU's memory and a quarter of what is free are used"
+        return ""
+
+    def read(self, items: Items) -> tuple[Tensor, Tensor]:
+        """Return the loss and the answer of every label of a batch; waits for nothing."""
+        assert self.copy is not None  # noqa: S101  for the type checker: `load` came first
+        shape = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in {**items.inputs, "labels": items.labels}.items())
+        due = shape in self.seen or len(items) == self.size
+        self.seen.add(shape)
+        if due and shape not in self.captured and len(self.captured) < SHAPES and not self.refused:
+            try:
+                self.captured[shape] = self.capture(items)
+            except Exception as error:  # noqa: BLE001  drivers and models raise what they like; the point is measured without a graph
+                self.refused = f"capture failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        found = self.captured.get(shape)
+        if found is None:
+            return self.evaluate(items)
+        for name, tensor in items.inputs.items():
+            found.inputs.inputs[name].copy_(tensor)
+        found.inputs.labels.copy_(items.labels)
+        found.graph.replay()
+        return found.loss.clone(), found.answers.clone()
+
+    def evaluate(self, items: Items) -> tuple[Tensor, Tensor]:
+        """Run the copy, step by step."""
+        assert self.copy is not None  # noqa: S101  for the type checker
+        return token_loss(self.kind.logits(self.prepared(self.copy), items), items.labels)
+
+    def capture(self, items: Items) -> Captured:
+        """Run a batch beside the main stream, then capture one run. Another thread's use of the GPU does not break it.
+
+        Raises:
+            RuntimeError: a replay does not give the bits of the model run step by step, as where it chooses another kernel.
+
+        """
+        device = items.labels.device
+        inputs = Items({name: tensor.clone() for name, tensor in items.inputs.items()}, items.labels.clone())
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM):
+                stepwise = self.evaluate(inputs)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with one_sequence_each(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            loss, answers = self.evaluate(inputs)
+        graph.replay()
+        if not (torch.equal(loss, stepwise[0]) and torch.equal(answers, stepwise[1])):
+            raise RuntimeError("a replay gives other bits than the model run step by step")
+        return Captured(graph, inputs, loss, answers)
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers, each once, in the order of their first place."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def shared(model: nn.Module) -> list[int]:
+    """Return for each place of a tensor, in order, the first place that holds the same one."""
+    first: dict[int, int] = {}
+    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [first.setdefault(id(tensor), place) for place, (_, tensor) in enumerate(places)]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Return whether a module has hooks."""
+    return any("hooks" in name and bool(value) and not isinstance(value, bool) for name, value in vars(module).items())
+
+
+def alike(dense: nn.Module, model: nn.Module) -> bool:
+    """Return whether a model differs from the dense one in the values of its tensors alone: same modules, numbers, shapes and types."""
+    ours, theirs = dict(dense.named_modules(remove_duplicate=False)), dict(model.named_modules(remove_duplicate=False))
+    return ours.keys() == theirs.keys() and all(same_but_values(module, theirs[name]) for name, module in ours.items())
+
+
+def same_but_values(dense: nn.Module, other: nn.Module) -> bool:
+    """Return whether a module is the dense one but for the values of its tensors, children apart."""
+    ours, theirs = vars(dense), vars(other)
+    if type(dense) is not type(other) or ours.keys() != theirs.keys() or hooked(other):
+        return False
+    if any(value is not theirs[name] for name, value in ours.items() if name not in TABLES and "hooks" not in name):
+        return False
+    return all(same_form(one, two) for table in ("_parameters", "_buffers") for one, two in [(ours[table], theirs[table])])
+
+
+def same_form(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> bool:
+    """Return whether two tables name tensors of the same shapes, types and devices."""
+    if ours.keys() != theirs.keys():
+        return False
+    pairs = [(one, theirs[name]) for name, one in ours.items()]
+    return all((one is None) is (two is None) and (one is None or two is None or (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)) for one, two in pairs)

@@ -1,0 +1,42 @@
+"""What transformers has to be told while a model is captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def one_sequence_each() -> Iterator[None]:
+    """Within, transformers does not look for several sequences packed into one window.
+
+    That asks the GPU, which a capture cannot; told that a graph is captured, transformers takes for granted that there are some
+    and gives attention a mask, which makes it choose another kernel. The windows that are timed and evaluated hold one sequence each.
+    """
+    from transformers import masking_utils
+
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if look is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005  as it is called
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
+@contextmanager
+def as_if_captured() -> Iterator[None]:
+    """Answer yes to models that ask whether they are being captured: the runs before the capture then take the path that is captured, and compile it.
+
+    Transformers asks before it looks into a mask, which cannot be done while capturing.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
