@@ -13,9 +13,13 @@ import tiny_tasks
 from pydantic import Field
 
 import workbench as wb
+from workbench.measure.evaluator import Evaluator
 from workbench.measure.predicted_size import Outline
 from workbench.measure.size import sizes
-from workbench.predict import Known, Predictor, conformal, coordinates, local_fit
+from workbench.predict import Predictor, coordinates, spot_of
+from workbench.predict_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
+from workbench.predict_prior import KINDS, Link, prior_of
+from workbench.predict_quality import Spot, history
 from workbench.recipe import METHODS, Step, configuration
 from workbench.statistics import Statistics
 
@@ -160,9 +164,10 @@ def made_up(count, seed):
 def test_the_interval_covers_what_is_then_measured(count):
     known, fresh = made_up(count, 1), made_up(200, 2)
     hits = [abs(local_fit(known, x, m).value - y) <= local_fit(known, x, m).half for x, m, y in zip(fresh.places, fresh.marks, fresh.values, strict=True)]
-    assert 0.72 <= np.mean(hits) <= 0.97
-    widths = [local_fit(known, x, m).half for x, m in zip(fresh.places, fresh.marks, strict=True)]
-    assert np.median(widths) < 0.06
+    assert 0.84 <= np.mean(hits) <= 1
+    widths = np.array([local_fit(known, x, m).half for x, m in zip(fresh.places, fresh.marks, strict=True)])
+    assert np.median(widths[np.isfinite(widths)]) < 0.06
+    assert np.isfinite(widths).mean() > (0.9 if count == 300 else 0.2)  # 40 points are few
 
 
 def test_too_few_neighbours_give_an_infinite_interval():
@@ -186,8 +191,112 @@ def coordinates_of(kind, stop):
     return coordinates(wb.Recipe(*before, kind(**{kind.slider: stop})))
 
 
+def ledgers(count, seed, *, wrong=1.0, noise=0.15):
+    """Return spots and values as a link makes them, with noise in proportion to its doubt; contributions are off by a factor."""
+    random = np.random.default_rng(seed)
+    link = Link.usual(0.8, ratio=False)
+    strengths = random.uniform(0, 1, (count, 2))
+    contributions = np.zeros((count, len(KINDS)))
+    contributions[:, 0], contributions[:, 2] = 0.6 * strengths[:, 0] ** 4, 0.3 * strengths[:, 1] ** 4
+    true = link.at(contributions)
+    values = np.clip(true + noise * link.doubt(true) * random.standard_normal(count), 0, 0.8)
+    spots = [Spot((*place, 0.0), (int(place[0] > 0), int(place[1] > 0), 0), wrong * row) for place, row in zip(strengths, contributions, strict=True)]
+    return [Spot((0.0, 0.0, 0.0), (0, 0, 0), np.zeros(len(KINDS))), *spots], [0.0, *values], link
+
+
+def replayed(spots, values, link, first=10):
+    """Return (error, held, wide) of each point after the first ones, predicted from those before it."""
+    found = []
+    for count in range(first + 1, len(spots)):
+        guess = history(spots[:count], values[:count], link).guess(spots[count])
+        found.append((abs(guess.value - values[count]), abs(guess.value - values[count]) <= guess.half, guess.wide))
+    return np.array(found, dtype=float)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.3, 1.0])
+def test_intervals_of_residuals_cover_on_simulated_ledgers(noise):
+    held = np.concatenate([replayed(*ledgers(90, seed, noise=noise)) for seed in range(4)])[:, 1]
+    assert np.mean(held) >= LEVEL - 0.03
+
+
+def test_a_wrong_prior_is_corrected_by_the_ledger():
+    spots, values, link = ledgers(90, 0, wrong=8.0)
+    before = [abs(float(link.at(spot.contributions[None])[0]) - value) for spot, value in zip(spots, values, strict=True)]
+    after = replayed(spots, values, link, first=40)
+    assert np.mean(before) > 0.2
+    assert np.mean(after[:, 0]) < 0.05
+    assert np.mean(after[:, 1]) >= LEVEL - 0.08
+
+
+def test_a_prior_that_knows_nothing_does_not_spoil_what_neighbours_say():
+    spots, values, link = ledgers(120, 1)
+    order = np.random.default_rng(0).permutation(len(spots))
+    shuffled = [Spot(spot.place, spot.mark, spots[order[index]].contributions) for index, spot in enumerate(spots)]
+    shuffled[0] = spots[0]
+    found = replayed(shuffled, values, link, first=60)
+    assert np.mean(found[:, 0]) < 0.7 * np.mean(np.abs(np.array(values[61:]) - np.median(values[:61])))
+    assert np.mean(found[:, 1]) >= LEVEL - 0.08
+
+
+def test_a_good_prior_needs_fewer_points_than_the_sliders_alone():
+    spots, values, link = ledgers(40, 2, noise=0.1)
+    assert np.mean(replayed(spots, values, link)[:, 0]) < 0.6 * np.mean(replayed(spots, values, None)[:, 0])
+
+
+def test_few_points_are_said_to_be_few_and_have_an_interval_all_the_same():
+    spots, values, link = ledgers(60, 3)
+    first, late = (history(spots[:count], values[:count], link).guess(spots[-1]) for count in (2, 60))
+    assert first.wide
+    assert math.isfinite(first.half)
+    assert not late.wide
+    assert late.half < first.half
+    nothing = Known(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros(0))
+    assert residual_fit(nothing, kernel_for(nothing), np.zeros(3), np.zeros(3, int)).half == UNKNOWN
+
+
+def test_residuals_are_fitted_as_a_gaussian_process():
+    known = Known(np.array([[0.0], [0.3], [0.5], [0.9]]), np.zeros((4, 1), int), np.array([0.5, -0.2, 0.4, 1.0]))
+    kernel = kernel_for(known)
+    at = np.array([0.4])
+    gram = [[math.exp(-((a - b) ** 2) / (2 * kernel.width**2)) + (a == b) * kernel.noise for b in known.places[:, 0]] for a in known.places[:, 0]]
+    shared = [math.exp(-((a - 0.4) ** 2) / (2 * kernel.width**2)) for a in known.places[:, 0]]
+    assert residual_fit(known, kernel, at, np.zeros(1, int)).value == pytest.approx(float(np.dot(shared, np.linalg.solve(gram, known.values))))
+
+
+def test_points_without_a_table_leave_the_prediction_to_the_sliders():
+    spots, values, link = ledgers(40, 4)
+    blind = dataclasses.replace(spots[-1], contributions=None)
+    made = history(spots[:-1], values[:-1], link)
+    assert made.guess(blind) == local_fit(made.known, np.array(blind.place), np.array(blind.mark))
+
+
+@pytest.mark.parametrize("sort", tiny_tasks.SORTS)
+def test_preparing_gives_a_prior_and_changes_nothing_before(sort, ledger):
+    made = wb.Bench(tiny_tasks.tiny_task(sort), ledger=ledger, progress=False, device="cpu")
+    predictor, recipe = Predictor(made), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
+    made.measure(wb.Recipe())
+    before = predictor.predict(recipe)
+    assert any(note.startswith("quality is a guess") for note in before.notes)
+    assert predictor.prepare(recipe)
+    after = predictor.predict(recipe)
+    assert any(note.startswith("quality follows from the layers' sensitivities alone") for note in after.notes)
+    assert after.quality.low <= after.quality.value <= after.quality.high
+    assert after.wide
+    worse = predictor.predict(wb.Recipe(wb.Prune(sparsity=0.9), wb.Quantize(weight_bits=3)))
+    assert (worse.quality.value < after.quality.value) is (after.metric == "accuracy")
+    assert after.file_bytes == before.file_bytes
+
+
+def test_a_model_that_is_too_large_is_predicted_as_before(bench, monkeypatch):
+    monkeypatch.setattr("workbench.predict_prior.MOST_WEIGHTS", {"cpu": 100})
+    predictor = Predictor(bench)
+    assert not predictor.prepare(wb.Recipe(wb.Prune()))
+    assert "too large" in predictor.no_prior
+    assert predictor.prior is None
+
+
 @pytest.mark.slow
-def test_a_prediction_takes_less_than_50_ms_with_5000_points(ledger):
+def test_a_prediction_takes_less_than_50_ms_of_a_processor_with_5000_points(ledger):
     bench = wb.Bench("fashion-vit", ledger=ledger, progress=False, device="cpu", evaluation_items=64, offline=True)
     point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
     for index in range(5000):
@@ -197,7 +306,29 @@ def test_a_prediction_takes_less_than_50_ms_with_5000_points(ledger):
     predictor.predict(wb.Recipe())
     times = []
     for index in range(30):
-        start = time.perf_counter()
+        start = time.process_time()
         predictor.predict(wb.Recipe(wb.Prune(sparsity=0.01 * index), wb.Quantize(weight_bits=4)))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert np.median(times) < 0.05, times
+
+
+@pytest.mark.slow
+def test_predictions_hold_on_a_real_model(fashion_cnn):
+    """A small version of `benchmarks/prediction.py`: recipes in random order, each predicted before it is added."""
+    random = np.random.default_rng(0)
+    statistics = Statistics(fashion_cnn)
+    evaluator = Evaluator(fashion_cnn, fashion_cnn.evaluation[:500])
+    dense = float(evaluator.scores(fashion_cnn.model, [], 500).correct.mean())
+    prior, spots, drops = prior_of(statistics), [], []
+    for _ in range(36):
+        steps = (wb.Prune(sparsity=round(random.uniform(0.2, 0.85), 2)), wb.Quantize(weight_bits=int(random.integers(3, 8))))
+        recipe = wb.Recipe(*(step for step in steps if random.random() < 0.75))
+        prior.prepare(statistics, [recipe])
+        made = wb.compress(fashion_cnn, recipe, statistics, shared=True)
+        spots.append(spot_of(recipe, prior))
+        drops.append(dense - float(evaluator.scores(made.model, [], 500).correct.mean()))
+    zero = spot_of(wb.Recipe(), prior)
+    new = replayed([zero, *spots], [0.0, *drops], Link.usual(dense - 0.1, ratio=False))
+    old = replayed([zero, *spots], [0.0, *drops], None)
+    assert new[:, 1].mean() >= 0.8  # of 26: at 90% fewer than 21 are seen once in 100 times
+    assert new[:, 0].mean() < old[:, 0].mean()

@@ -1,10 +1,10 @@
 """What a recipe will probably do, within milliseconds and without running the model. Never shown as measured.
 
-File bytes follow from shapes (`workbench.measure.predicted_size`). Quality is a local linear regression over the sliders on
-the points of the ledger; its interval is a weighted quantile of leave-one-out residuals that counts the unknown point as one
-more (weighted conformal prediction, Tibshirani et al. 2019), so that too few neighbours give the widest interval, and the
-note says so. Speed is 1.0 where no kernel exists, with the reason; for low rank it follows from measured neighbours, or from
-multiply-adds where there are none.
+File bytes follow from shapes (`workbench.measure.predicted_size`). Quality follows from the layers' sensitivities once
+`Predictor.prepare` has found them (`workbench.predict_prior`), corrected by the points of the ledger; before that, and for speed,
+it is a local linear regression over the sliders on those points (`workbench.predict_fit`, where intervals come from too). With
+too few neighbours the interval is wide, and the note says so. Speed is 1.0 where no kernel exists, with the reason; for low
+rank it follows from measured neighbours, or from multiply-adds where there are none.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from workbench.compress.layers import Progress, no_progress
+from workbench.errors import CompressionError
+from workbench.looks import LOOKS
 from workbench.measure.metrics import metric_named
 from workbench.measure.predicted_size import Outline
 from workbench.measure.predicted_structure import Anatomy
 from workbench.measure.quality import Estimate, Quality
+from workbench.predict_fit import LEVEL, Guess
+from workbench.predict_prior import Link, Prior, fits, prior_of
+from workbench.predict_quality import History, Spot, history
+from workbench.prediction_score import FEWEST, Predicted, PredictionScore, score
 from workbench.recipe import METHODS, Recipe, Step
 from workbench.runtime.realise import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
+from workbench.streaming_forecast import forecast
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from workbench.bench import Bench
     from workbench.measure.measurement import Context, Measurement
 
-LEVEL = 0.8  # of the prediction's intervals
-NEAREST = 48  # points that a local fit looks at
-WIDTHS = (0.1, 0.2, 0.4)  # of the neighbourhood, in slider coordinates; leave-one-out chooses
+LARGEST_RATIO = 8.0  # nats that a destroyed language model loses, about: from a good one to guessing among its tokens
 COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as strong as it gets
     "sparsity": lambda s: s,
     "rank_ratio": lambda r: 1 - r,
@@ -70,24 +73,6 @@ class Prediction:
     roof: Roof | None = None
 
 
-@dataclass(frozen=True)
-class Known:
-    """Measured points as arrays: slider coordinates [n, d], marks of the other choices [n, d], values [n]."""
-
-    places: NDArray[np.float64]
-    marks: NDArray[np.int64]
-    values: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Guess:
-    """A local fit: `half` is half the interval, infinite if too few of the `near` points are close."""
-
-    value: float
-    half: float
-    near: int
-
-
 class Predictor:
     """Predicts recipes for one bench; cheap to make, holds shapes and nothing heavy."""
 
@@ -99,8 +84,12 @@ class Predictor:
         self.dense_quality: Quality | None = None
         self.size = -1
         self.rows: list[Measurement] = []
-        self.known: dict[str, Known] = {}
-        self.spots: dict[str, tuple[list[float], list[int]]] = {}
+        self.histories: dict[str, History] = {}
+        self.spots: dict[str, Spot] = {}
+        self.prior: Prior | None = None
+        self.no_prior = ""  # why there will be none
+        self.score: PredictionScore | None = None
+        self.last: tuple[Recipe, tuple[int, Quality | None, Prior | None], Prediction] | None = None
 
     def learn(self, point: Measurement) -> None:
         """Take the dense model's quality from a look at a point, if more items back it than before."""
@@ -113,30 +102,71 @@ class Predictor:
             return
         self.size = len(self.bench.ledger)
         self.rows = comparable(self.bench.ledger.rows(), self.bench.context)
-        self.known.clear()
+        self.histories.clear()
         for row in self.rows:
             self.learn(row)
+        self.score = score(self.rows)
+
+    def prepare(self, recipe: Recipe, progress: Progress = no_progress) -> bool:
+        """Find the layers' sensitivities and the tables for what is measured and for `recipe`; return whether there is a prior now.
+
+        Takes seconds the first time (a forward and a backward pass over the calibration data) and is meant for a thread of its
+        own, while nothing is measured: predictions go on meanwhile as they are. What is there already is not done again.
+        `progress` is called between batches and layers; it may raise to stop.
+        """
+        statistics = self.bench.statistics
+        if not self.no_prior and not fits(statistics):
+            self.no_prior = "the model is too large for gradients of all weights beside it"
+        if self.no_prior:
+            return False
+        try:
+            prior = self.prior or prior_of(statistics, progress)
+            rows = list(self.rows)
+            prior.prepare(statistics, [recipe, *(row.recipe for row in reversed(rows))], progress)
+        except CompressionError as error:
+            self.no_prior = str(error)
+            return False
+        known = self.spots
+        self.spots = {row.key: known[row.key] if row.key in known and known[row.key].contributions is not None else spot_of(row.recipe, prior) for row in rows}
+        self.prior, self.size = prior, -1  # the next prediction reads all anew
+        return True
+
+    def record(self, recipe: Recipe) -> Predicted | None:
+        """Return what is predicted now of a recipe, to be kept with its measurement; None before anything is known."""
+        made = self.predict(recipe)
+        return None if made.quality is None or not len(recipe) else Predicted(made.metric, made.quality, made.speedup, LEVEL, made.points, made.wide)
 
     def predict(self, recipe: Recipe) -> Prediction:
         """Return the prediction of a recipe."""
         self.refresh()
+        state = self.size, self.dense_quality, self.prior
+        if self.last is None or self.last[0] != recipe or self.last[1] != state:
+            self.last = recipe, state, self.predicted(recipe)
+        return self.last[2]
+
+    def predicted(self, recipe: Recipe) -> Prediction:
+        """Return the prediction of a recipe from what is known now."""
         outline = self.outline.after(recipe)
         quality, guess = self.quality(recipe)
         speed, note = self.speed(recipe, outline)
-        wide = not math.isfinite(guess.half)
         notes = [note] if note else []
-        if wide:
-            notes.append(f"quality is a guess: only {guess.near} measured points near these sliders")
-        if any(step.targets != ("*",) for step in recipe):
+        if guess.wide:
+            by = "quality is a guess" if not math.isfinite(guess.half) else "quality follows from the layers' sensitivities alone"
+            notes.append(f"{by}: only {guess.near} measured points near these sliders")
+        if self.prior is None and any(step.targets != ("*",) for step in recipe):
             notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
         if outline is None:
             notes.append("file size unknown before it is measured: a method without a size rule")
+        if (told := forecast(self.bench, recipe, LOOKS[0])) is not None:
+            notes.append(told.words())
+        if self.score is not None and self.score.quality is not None and self.score.quality.count >= FEWEST:
+            notes.append(self.score.words())
         return Prediction(
             recipe=recipe,
             metric="" if self.dense_quality is None else self.dense_quality.metric,
             quality=quality,
             points=guess.near,
-            wide=wide,
+            wide=guess.wide,
             file_bytes=None if outline is None else outline.file_bytes(),
             bytes_exact=outline is not None and outline.exact(),
             speedup=speed,
@@ -165,7 +195,7 @@ class Predictor:
     def quality(self, recipe: Recipe) -> tuple[Estimate | None, Guess]:
         """Return the predicted quality of the compressed model."""
         metric = metric_named(self.bench.task.kind.primary)
-        guess = self.guess("quality", recipe, lambda row: math.log1p(min(row.primary.drop.value, 1e12)) if metric.ratio else row.primary.drop.value)
+        guess = self.guess("quality", recipe, lambda row: math.log1p(min(row.primary.drop.value, 1e12)) if metric.ratio else row.primary.drop.value, self.link())
         if self.dense_quality is None:
             return None, guess
         dense = self.dense_quality.dense.value
@@ -190,22 +220,35 @@ class Predictor:
             return Estimate(most, min(1.0, most), most), "speed predicted from bandwidth and arithmetic measured here, without overheads"
         return Estimate(1 / work, 1.0, 1 / work), f"speed predicted from multiply-adds ({work:.0%} of dense): the most that it can be"
 
-    def guess(self, name: str, recipe: Recipe, value: Callable[[Measurement], float]) -> Guess:
-        """Return the local fit of a value at a recipe."""
-        known = self.known.get(name)
+    def guess(self, name: str, recipe: Recipe, value: Callable[[Measurement], float], link: Link | None = None) -> Guess:
+        """Return the fit of a value at a recipe; `link` is where a prior of it starts."""
+        known = self.histories.get(name)
         if known is None:
-            spots = [self.spot(row) for row in self.rows if len(row.recipe)]
-            places = [coordinates(Recipe()), *(place for place, _ in spots)]
-            marks = [choices(Recipe()), *(mark for _, mark in spots)]
-            values = [0.0, *(value(row) for row in self.rows if len(row.recipe))]  # the dense model loses nothing
-            known = self.known[name] = Known(np.array(places), np.array(marks), np.array(values))
-        return local_fit(known, np.array(coordinates(recipe)), np.array(choices(recipe)))
+            rows = [row for row in self.rows if len(row.recipe)]
+            spots = [spot_of(Recipe(), self.prior), *(self.spot(row) for row in rows)]
+            known = self.histories[name] = history(spots, [0.0, *(value(row) for row in rows)], link)  # the dense model loses nothing
+        return known.guess(spot_of(recipe, self.prior if link is not None else None))
 
-    def spot(self, row: Measurement) -> tuple[list[float], list[int]]:
+    def spot(self, row: Measurement) -> Spot:
         """Return where a measured point stands, worked out once: with thousands of points it is what takes long."""
         if row.key not in self.spots:
-            self.spots[row.key] = coordinates(row.recipe), choices(row.recipe)
+            self.spots[row.key] = spot_of(row.recipe, self.prior)
         return self.spots[row.key]
+
+    def link(self) -> Link | None:
+        """Return how sensitivities show in the task's metric before anything is measured; None without them."""
+        if self.prior is None or self.dense_quality is None:
+            return None
+        metric, dense = metric_named(self.dense_quality.metric), self.dense_quality.dense.value
+        if metric.ratio:
+            return Link.usual(LARGEST_RATIO, ratio=True)
+        chance = 1 / len(self.bench.task.labels) if self.bench.task.labels else 0.0
+        return Link.usual(max(0.1, dense - chance if metric.higher else 1 - dense), ratio=False)
+
+
+def spot_of(recipe: Recipe, prior: Prior | None) -> Spot:
+    """Return where a recipe stands."""
+    return Spot(tuple(coordinates(recipe)), tuple(choices(recipe)), None if prior is None else prior.contributions(recipe))
 
 
 def comparable(rows: list[Measurement], context: Context) -> list[Measurement]:
@@ -275,52 +318,3 @@ def widths(outline: Outline | None) -> list[int]:
     bits = {weight.bits for weight in outline.weights if weight.bits} if outline else set()
     return sorted({whole for width in bits for whole in (math.floor(width), math.ceil(width))})  # an average lies between two
 
-
-def squared_distances(places: NDArray[np.float64], marks: NDArray[np.int64], at: NDArray[np.float64], mark: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return squared distances, [..., n]; other choices of a method that both use count like a fifth of its slider."""
-    apart = ((places - at[..., None, :]) ** 2).sum(-1)
-    differ = (marks != mark[..., None, :]) & (marks != 0) & (mark[..., None, :] != 0)
-    found: NDArray[np.float64] = apart + 0.04 * differ.sum(-1)
-    return found
-
-
-def local_fit(known: Known, at: NDArray[np.float64], mark: NDArray[np.int64]) -> Guess:
-    """Return the local linear fit at a place, and the weighted conformal quantile of its leave-one-out residuals."""
-    order = np.argsort(squared_distances(known.places, known.marks, at, mark))[:NEAREST]
-    x, marks, y = known.places[order], known.marks[order], known.values[order]
-    here = squared_distances(x, marks, at, mark)
-    between = squared_distances(x, marks, x, marks)
-    np.fill_diagonal(between, np.inf)  # a point does not predict itself
-    best: tuple[float, float, NDArray[np.float64]] | None = None
-    for width in WIDTHS:
-        residuals = np.abs(y - linear(x, y, between, x, width))
-        closeness = np.exp(-here / (2 * (2 * width) ** 2))
-        loss = float((closeness * residuals).sum() / (closeness.sum() + 1e-12))
-        if best is None or loss < best[0]:
-            best = (loss, width, residuals)
-    assert best is not None  # noqa: S101  for the type checker
-    _, width, residuals = best
-    value = float(linear(x, y, here[None], at[None], width)[0])
-    closeness = np.exp(-here / (2 * (2 * width) ** 2))
-    return Guess(value, conformal(residuals, closeness), int((closeness > 0.3).sum()))
-
-
-def linear(x: NDArray[np.float64], y: NDArray[np.float64], squared: NDArray[np.float64], at: NDArray[np.float64], width: float) -> NDArray[np.float64]:
-    """Return local linear fits at the places `at` [m, d], with weights from `squared` distances [m, n]; a small ridge keeps slopes calm."""
-    weights = np.exp(-np.minimum(squared, 1e6) / (2 * width**2)) + 1e-9
-    weights[~np.isfinite(squared)] = 0.0
-    features = np.concatenate([np.ones((len(at), len(x), 1)), x[None] - at[:, None]], axis=2)  # [m, n, d + 1]
-    weighted = features * weights[:, :, None]
-    normal = np.einsum("mni,mnj->mij", weighted, features)
-    ridge = np.eye(normal.shape[1]) * 0.05
-    ridge[0, 0] = 1e-12
-    fitted: NDArray[np.float64] = np.linalg.solve(normal + ridge, np.einsum("mni,n->mi", weighted, y)[..., None])[:, 0, 0]
-    return np.clip(fitted, y.min(), y.max())  # never beyond what was ever measured
-
-
-def conformal(residuals: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
-    """Return the weighted quantile of residuals in which the unknown point has weight 1 and an infinite residual."""
-    order = np.argsort(residuals)
-    reached = np.cumsum(weights[order]) / (weights.sum() + 1.0)
-    index = int(np.searchsorted(reached, LEVEL))
-    return math.inf if index >= len(order) else float(residuals[order[index]])

@@ -1,0 +1,122 @@
+"""Predictions kept with the points that followed, and what they were worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+import tiny_tasks
+from click.testing import CliRunner
+
+import workbench as wb
+from widgets.session import Session
+from workbench.cli_points import points
+from workbench.measure.estimate import Estimate
+from workbench.measure.measurement import Measurement
+from workbench.predict import Predictor
+from workbench.prediction_score import Predicted, score, told, words_of
+from workbench.summary import summary
+
+
+@pytest.fixture
+def bench(ledger):
+    return wb.Bench(tiny_tasks.tiny_task("vit"), ledger=ledger, progress=False, device="cpu")
+
+
+@pytest.fixture
+def point(bench):
+    return bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
+
+
+def predicted(point, value, half, *, wide=False, speed=(1.0, 1.0, 1.0)):
+    """Return the point as if this had been predicted of it."""
+    return dataclasses.replace(point, predicted=Predicted(point.primary.metric, Estimate(value, value - half, value + half), Estimate(*speed), 0.9, 12, wide))
+
+
+def test_a_point_keeps_what_was_predicted_before_it(bench):
+    predictor = Predictor(bench)
+    bench.predicts = predictor.record
+    assert bench.measure(wb.Recipe()).predicted is None  # the dense model is no prediction
+    first = wb.Recipe(wb.Prune(sparsity=0.4))
+    before = predictor.predict(first)
+    measured = bench.measure(first)
+    assert measured.predicted == Predicted(before.metric, before.quality, before.speedup, 0.9, before.points, before.wide)
+    assert Measurement.from_json(measured.to_json()) == measured
+    assert wb.Bench(bench.task, ledger=bench.ledger, progress=False, device="cpu").measure(first) == measured
+
+
+def test_without_a_predictor_nothing_is_kept_and_old_ledgers_load(point):
+    assert point.predicted is None
+    old = json.loads(point.to_json())
+    del old["predicted"]
+    assert Measurement.from_json(json.dumps(old)) == point
+    assert score([point]) is None
+    assert words_of([point]) == ""
+    assert told(point) == ""
+
+
+def test_the_score_counts_what_held(point):
+    value = point.primary.compressed.value
+    rows = [predicted(point, value + off, 0.05, wide=off > 0.1) for off in (0.0, 0.01, 0.02, 0.04, 0.2)]
+    found = score(rows)
+    assert (found.quality.count, found.quality.held, found.wide) == (5, 4, 1)
+    assert found.quality.median_error == pytest.approx(0.02)
+    assert (found.quality.share.value, found.quality.share.low, found.quality.share.high) == pytest.approx((0.8, 0.3755, 0.9638), abs=1e-4)  # R: binom::binom.wilson(4, 5)
+    assert found.words().startswith("of the last 5 predictions 4 held (80%, meant: 90%), median error 2.0 points of accuracy; 1 were wide")
+    assert score(rows, last=1).quality.held == 0
+
+
+def test_speed_holds_where_both_intervals_meet(point):
+    speed = point.latency.speedup
+    rows = [predicted(point, 0.5, 1.0, speed=(speed.high * factor,) * 3) for factor in (1.0, 1.0, 1.5)]
+    found = score(rows)
+    assert (found.speed.count, found.speed.held) == (3, 2)
+    assert found.speed.median_error == pytest.approx(math.log(speed.high / speed.value))
+
+
+def test_perplexities_are_compared_by_their_logarithm(ledger):
+    bench = wb.Bench(tiny_tasks.tiny_task("llama"), ledger=ledger, progress=False, device="cpu")
+    point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
+    value = point.primary.compressed.value
+    found = score([predicted(point, value * 1.1, value)])
+    assert found.quality.median_error == pytest.approx(math.log(1.1))
+    assert "median error 10.0% of perplexity" in found.words()
+    assert score([predicted(point, math.inf, 1.0)]).quality.held in {0, 1}
+
+
+def test_the_score_is_said_with_predictions_points_and_reports(bench, point):
+    for index in range(6):
+        recipe = wb.Recipe(wb.Prune(sparsity=round(0.3 + 0.05 * index, 2)))
+        made = predicted(dataclasses.replace(point, key=f"key {index}", recipe=recipe), point.primary.compressed.value, 0.01)
+        bench.ledger.add(made)
+    said = "of the last 6 predictions 6 held"
+    assert any(note.startswith(said) for note in Predictor(bench).predict(wb.Recipe(wb.Prune(sparsity=0.33))).notes)
+    listed = CliRunner().invoke(points, [bench.task.model_name, "--ledger", bench.ledger.where])
+    assert listed.exit_code == 0, listed.output
+    assert said in listed.output
+    assert any(name == "accuracy as predicted before" and words.endswith(": held") for name, _, words in summary(made))
+
+
+def test_the_panel_prepares_predictions_while_nothing_is_measured(bench):
+    def ignore(*_given: object) -> None:
+        """Draw nothing."""
+
+    failures: list[BaseException] = []
+    session = Session(on_live=ignore, on_history=ignore, on_loaded=ignore, on_error=failures.append, on_not_loaded=failures.append)
+    try:
+        session.bench, session.predictor = bench, Predictor(bench)
+        session.run(wb.Recipe(wb.Prune(sparsity=0.5)))
+        limit = time.monotonic() + 60
+        while session.predictor.prior is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert session.predictor.prior is not None
+        assert session.predictor.prior.missing([wb.Recipe(wb.Prune(sparsity=0.9))]) == {}
+        point = session.run(wb.Recipe(wb.Prune(sparsity=0.8)))
+        assert session.live.prediction.quality is not None
+        assert point.complete
+    finally:
+        session.close()
+    assert failures == []
