@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -61,7 +62,30 @@ def free_fraction(device: torch.device) -> float:
         return 1.0
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch's allocator, and free
-    return (free + cached) / total
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_allocated(device)
+    return max(0.0, min(free + cached, allowed)) / total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how many bytes of a GPU's memory are free for this process; of a CPU's, how many the host has."""
+    if device.type != "cuda":
+        return host_bytes()
+    return int(free_fraction(device) * torch.cuda.mem_get_info(device)[1])
+
+
+def allowed_bytes(device: torch.device) -> int:
+    """Return how many bytes of a GPU's memory this process may take at most; of a CPU's, how many the host has."""
+    if device.type != "cuda":
+        return host_bytes()
+    return int(torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory)
+
+
+def host_bytes() -> int:
+    """Return the bytes of the host's memory, 8 GB where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 8 * 2**30
 
 
 def cpu_flags() -> frozenset[str]:

@@ -1,0 +1,81 @@
+"""On a machine without a GPU: nothing is computed from what lies at home, which on a GPU would be another device."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+
+import pytest
+import tiny_tasks
+import torch
+from test_streaming import RECIPES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from workbench import streaming
+from workbench.compress import compress
+from workbench.measure.evaluator import Evaluator
+from workbench.statistics import Statistics
+
+AWAY = torch.device("cpu", 0)  # another name of the CPU: to `streaming`, another device
+VIEWS = {"detach", "alias", "view", "t", "transpose", "permute", "select", "slice", "expand", "unsqueeze", "as_strided", "unbind", "split", "empty_like", "is_pinned", "clone", "_to_copy"}  # or copies
+
+
+class NothingAtHome(TorchDispatchMode):
+    """Notes every operation that computes from a tensor at home."""
+
+    def __init__(self, home: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.home, self.seen = home, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        for tensor in given[:1] if name == "copy_" else given:
+            if name not in VIEWS and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() in self.home:
+                where = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in traceback.extract_stack() if "/workbench/" in frame.filename]
+                self.seen.append(f"{name} in {' < '.join(where[:-4:-1])}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def home(monkeypatch):
+    """Make everything that goes home or away a copy, and remember what lies at home by its memory."""
+    known: dict[int, torch.Tensor] = {}
+    at_host, taken_home = streaming.at_host, streaming.taken_home
+
+    def remembered(tensor, *, pinned):
+        made = at_host(tensor, pinned=pinned).clone()
+        known[made.untyped_storage().data_ptr()] = made
+        return made
+
+    def belongs_away(tensor, *, pinned):
+        made = taken_home(tensor, pinned=pinned)
+        made.streams_to = AWAY  # not what the CPU calls itself
+        return made
+
+    monkeypatch.setattr(streaming, "at_host", remembered)
+    monkeypatch.setattr(streaming, "taken_home", belongs_away)
+    monkeypatch.setattr(streaming, "at_device", lambda tensor, _: tensor.clone())
+    return known
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_is_computed_from_what_lies_at_home(sort, name, home):
+    task = tiny_tasks.tiny_task(sort)
+    task = dataclasses.replace(task, model=streaming.attach(task.model, AWAY))
+    kept = Statistics(task)
+    for _ in range(2):  # the second time takes what was kept
+        with NothingAtHome(home) as watch:
+            made = compress(task, RECIPES[name], kept, shared=True)
+            Evaluator(task, task.evaluation).scores(made.model, [], 20)
+        assert len(home) > 10
+        assert not watch.seen, sorted(set(watch.seen))
+
+
+def test_the_watch_sees_what_it_looks_for(home):
+    task = tiny_tasks.tiny_task("llama")
+    model = streaming.attach(task.model, AWAY)
+    with NothingAtHome(home) as watch:
+        model.lm_head.weight.sum()
+    assert [words.split()[0] for words in watch.seen] == ["sum"]

@@ -1,0 +1,116 @@
+"""How long a recipe takes on a streamed model, before anyone waits: passes over the weights, at the measured speed of the way to the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+
+from workbench.compress.layers import find_layers
+from workbench.device import Clock
+from workbench.placement import gigabytes, model_bytes
+from workbench.runtime.roofline import best, limits_of
+from workbench.streaming import blocks_of, fetched, streams_to
+
+if TYPE_CHECKING:
+    from workbench.bench import Bench
+    from workbench.recipe import Recipe
+
+STEP_PASSES = 3  # a step fetches the layers it changes, takes them home, and they are fetched to be checked
+CLOSING_PASSES = 3  # the report compares them with the dense ones, and the sizes count their zeros
+BY_INPUTS = {"wanda", "sparsegpt", "gptq", "awq", "whitened"}  # choices that read second moments
+CHOICES = ("criterion", "rounding", "factorization")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds until the first look and until all items are read, on one streamed model.
+
+    `pass_bytes` go to the device in one pass over the weights, at `bytes_per_s`; `pass_seconds` is one pass of the evaluation at
+    least, with the arithmetic of a full batch. Time that a method itself computes is not in it: most take less than the way.
+    """
+
+    pass_bytes: int
+    bytes_per_s: float
+    pass_seconds: float
+    once_seconds: float
+    compress_seconds: float
+    first_seconds: float
+    all_seconds: float
+
+    def words(self) -> str:
+        """Return a sentence for users."""
+        return (
+            f"streamed from the host: {gigabytes(self.pass_bytes)} a pass at {self.bytes_per_s / 1e9:.1f} GB/s; about {seconds(self.first_seconds)} to the first look "
+            f"and {seconds(self.all_seconds)} to all items, if the method itself takes no longer than the way"
+        )
+
+
+def seconds(value: float) -> str:
+    """Return a duration in words, such as `12 s` or `3 min`."""
+    if value < 0.1:
+        return "0.1 s"
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min"
+
+
+def forecast(bench: Bench, recipe: Recipe, first: int) -> Forecast | None:
+    """Return how long a recipe will take until a look at the `first` items and until all; None where nothing is streamed.
+
+    What was computed before (second moments, scores of the dense model) is not counted again.
+    """
+    task, kept = bench.task, bench.statistics
+    device = streams_to(task.model)
+    if device is None:
+        return None
+    speed = kept.once("bytes a second to the device", lambda: speed_to(bench))
+    size = model_bytes(task.model)
+    one = size / speed
+    pass_seconds = pass_time(one, bench, device)
+    once = moment_seconds(bench, recipe, pass_seconds, speed)
+    compress = (STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)) * one
+    known = sum(map(len, kept.once("dense scores", list)))
+    def reading(items: int) -> float:
+        return pass_seconds * (ceil(items / task.batch_size) + ceil(max(0, items - known) / task.batch_size))
+
+    start = once + compress
+    return Forecast(size, speed, pass_seconds, once, compress, start + reading(min(first, len(bench.evaluation))), start + reading(len(bench.evaluation)))
+
+
+def speed_to(bench: Bench) -> float:
+    """Return the bytes a second at which the model's largest block reaches the device, measured as it is fetched."""
+    model, device = bench.task.model, bench.device
+    block = max(blocks_of(model), key=model_bytes, default=model)
+    tensors = list(block.parameters())
+    took = best(Clock(device), lambda: [fetched(tensor, device) for tensor in tensors], rounds=3)
+    return sum(tensor.nbytes for tensor in tensors) / took
+
+
+def pass_time(transfer: float, bench: Bench, device: torch.device) -> float:
+    """Return the seconds of one pass with a full batch: the way or the arithmetic, whichever is longer; on a CPU one after the other."""
+    limits = limits_of(str(device))
+    arithmetic = bench.task.batch_size * item_products(bench) / limits.multiply_adds_per_s[max(limits.multiply_adds_per_s)]
+    return max(transfer, arithmetic) if device.type == "cuda" else transfer + arithmetic
+
+
+def item_products(bench: Bench) -> int:
+    """Return the multiply-adds of one evaluation item, from one pass of it; kept."""
+    from workbench.predict import positions
+
+    def count() -> int:
+        used = positions(bench)
+        return sum(layer.parameter.numel() * used.get(name, 0) for name, layer in find_layers(bench.task.model)[0].items() if not layer.table or layer.others)
+
+    return bench.statistics.once("multiply-adds of an item", count)
+
+
+def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float, speed: float) -> float:
+    """Return the seconds for the second moments, 0 if the recipe reads none or they are there: passes, and each batch's moments taken home."""
+    reads = any(getattr(step, choice, "") in BY_INPUTS for step in recipe for choice in CHOICES) or recipe.main("repair") is not None
+    if not reads or "second moments" in bench.statistics.kept:
+        return 0.0
+    task = bench.task
+    batches = ceil(len(task.calibration) / task.batch_size)
+    inputs = {(name.rpartition(".")[0], layer.parameter.shape[-1]) for name, layer in find_layers(task.model)[0].items() if not layer.table}
+    return batches * (pass_seconds + sum(4 * columns**2 for _, columns in inputs) / speed)
