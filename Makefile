@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: report test lint lab app clean
+.PHONY: report test lint lab app benchmarks clean
 
 report: $(VENV)/installed
 	$(BIN)/workbench report fashion-vit --sparsity 0.5 --criterion wanda --weight-bits 4 --output reports
@@ -22,6 +22,9 @@ lab: $(VENV)/installed
 
 app: $(VENV)/installed
 	$(BIN)/workbench app
+
+benchmarks: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) reports

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import workbench as wb
 from workbench.compress import compress
 from workbench.device import describe
+from workbench.statistics import Statistics
 from workbench.tasks import score
 from workbench.tasks.base import Scores
 from workbench.versions import versions
@@ -31,6 +33,7 @@ DAMAGE = {
     "2 bits": [wb.Quantize(weight_bits=2)],
 }
 STRUCTURE = {"fashion-vit": "neurons", "fashion-cnn": "channels"}
+WAYS = ("distillation", "with hidden states", "fine-tuning")
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -52,7 +55,7 @@ def recovery(dense, before, after: list[torch.Tensor], draws: int = 1000) -> dic
 
 def trained(bench, steps, options, *, seeds, dense, before) -> dict:
     start = time.perf_counter()
-    after = [correct(bench, wb.Recipe(*steps, wb.Distill(seed=seed, teacher_cache_mb=256, **options)))[0] for seed in range(seeds)]
+    after = [correct(bench, wb.Recipe(*steps, wb.Distill(**{"seed": seed, "teacher_cache_mb": 256, "look_every": 0} | options)))[0] for seed in range(seeds)]
     return recovery(dense, before, after) | {"seconds_each": (time.perf_counter() - start) / seeds}
 
 
@@ -62,17 +65,19 @@ def model_results(found: dict, arguments) -> None:
     bench = wb.Bench(name, offline=True, device=arguments.device, progress=False)
     dense = Scores.join([score(bench.task.kind, bench.task.model, part) for part in bench.evaluation.batches(256)]).correct
     options = {"steps": arguments.steps, "learning_rate": arguments.rate}
+    ways = {"distillation": {"alpha": arguments.alpha}, "fine-tuning": {"alpha": 0.0}}
+    if arguments.hidden_weight:
+        ways["with hidden states"] = {"alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight}
     found |= {"dense": float(dense.mean()), "items": len(dense), "damage": {}, "temperature": {}, "cache": {}}
     given: dict = {}
     for label, steps in {**DAMAGE, "50% structure": [wb.Prune(sparsity=0.5, pattern=STRUCTURE[name])]}.items():
         before = correct(bench, wb.Recipe(*steps))[0]
         given = {"seeds": arguments.seeds, "dense": dense, "before": before}
         row = {"before": float(before.mean()), "recipe": repr(wb.Recipe(*steps))}
-        row["distillation"] = trained(bench, steps, {"temperature": 4.0, "alpha": 0.9, **options}, **given)
-        row["fine-tuning"] = trained(bench, steps, {"temperature": 4.0, "alpha": 0.0, **options}, **given)
+        row |= {way: trained(bench, steps, {"temperature": 4.0, **chosen, **options}, **given) for way, chosen in ways.items()}
         found["damage"][label] = row
         write(found, arguments.out)
-        print(name, label, f"{row['before']:.4f}", {way: f"{row[way]['recovered']:.1%} [{row[way]['low']:.1%}, {row[way]['high']:.1%}]" for way in ("distillation", "fine-tuning")}, flush=True)
+        print(name, label, f"{row['before']:.4f}", {way: f"{row[way]['recovered']:.1%} [{row[way]['low']:.1%}, {row[way]['high']:.1%}]" for way in ways}, flush=True)
     given |= {"before": correct(bench, wb.Recipe(*DAMAGE["80% sparsity"]))[0]}
     for t in TEMPERATURES:
         found["temperature"][str(t)] = trained(bench, DAMAGE["80% sparsity"], {"temperature": t, "alpha": 1.0, **options}, **given)
@@ -93,10 +98,11 @@ def cache_ratio(bench, steps: int = 90, pairs: int = 3) -> dict:
     """Return the time of a training with the teacher computed anew over that with its answers kept, and over that where they were kept before; interleaved."""
     seconds: dict[str, list[float]] = {"computed": [], "first": [], "kept": []}
     for _ in range(pairs):
-        bench.statistics.kept.pop(("teacher's answers", False, False, False), None)
+        statistics = Statistics(bench.task)
+        compress(bench.task, wb.Recipe(*DAMAGE["80% sparsity"]), statistics, shared=True)  # what pruning itself needs is there before the first
         for way, budget in (("computed", 0), ("first", 256), ("kept", 256)):
             start = time.perf_counter()
-            compress(bench.task, wb.Recipe(*DAMAGE["80% sparsity"], wb.Distill(temperature=2, steps=steps, teacher_cache_mb=budget)), bench.statistics, shared=True)
+            compress(bench.task, wb.Recipe(*DAMAGE["80% sparsity"], wb.Distill(temperature=2, steps=steps, look_every=0, teacher_cache_mb=budget)), statistics, shared=True)
             seconds[way].append(time.perf_counter() - start)
     middle = {way: sorted(values)[pairs // 2] for way, values in seconds.items()}
     return {"steps": steps, "seconds": middle, "computed / first": middle["computed"] / middle["first"], "computed / kept": middle["computed"] / middle["kept"]}
@@ -104,18 +110,23 @@ def cache_ratio(bench, steps: int = 90, pairs: int = 3) -> dict:
 
 def page(found: dict) -> str:
     """Return the numbers as Markdown."""
+    ways = [way for way in WAYS if any(way in row for row in found["damage"].values())]
+    hidden = f"; with hidden states: also hidden_weight={found['hidden_weight']:g}" if found.get("hidden_weight") else ""
     lines = [
         f"# Distillation of {found['model']}", "",
         f"{found['device']}; {', '.join(f'{name} {version}' for name, version in found['versions'].items())}; {found['date']}; `{found['command']}`", "",
-        f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of 64 items at rate {found['learning_rate']:g}. Distillation: T=4, alpha=0.9; fine-tuning: alpha=0.", "",
-        "| | accuracy before | after distillation | recovered [95%] | seeds | fine-tuned recovered [95%] | seeds | s a run |", "|---|---|---|---|---|---|---|---|",
+        f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of 64 items at rate {found['learning_rate']:g}. Distillation: T=4, alpha={found.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}.", "",
+        *([found["note"], ""] if found.get("note") else []),
+        "| | accuracy before | taught by | accuracy after | recovered [95%] | seeds | s a run |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for label, row in found["damage"].items():
-        ways = [row[way] for way in ("distillation", "fine-tuning")]
-        cells = [f"{way['recovered']:.1%} [{way['low']:.1%}, {way['high']:.1%}] | {', '.join(f'{one:.1%}' for one in way['seeds'])}" for way in ways]
-        mean = sum(ways[0]["accuracy"]) / len(ways[0]["accuracy"])
-        lines.append(f"| {label} | {row['before']:.4f} | {mean:.4f} | {cells[0]} | {cells[1]} | {ways[0]['seconds_each']:.0f} |")
-    lines += ["", "Temperature at 80% sparsity, alpha 1:", "", "| T | recovered [95%] | seeds |", "|---|---|---|"]
+        for way in ways:
+            one = row[way]
+            mean, share = sum(one["accuracy"]) / len(one["accuracy"]), f"{one['recovered']:.1%} [{one['low']:.1%}, {one['high']:.1%}]"
+            lines.append(f"| {label} | {row['before']:.4f} | {way} | {mean:.4f} | {share} | {', '.join(f'{each:.1%}' for each in one['seeds'])} | {one['seconds_each']:.0f} |")
+    if found.get("single_runs"):
+        lines += ["", "Single runs with seed 0, by which options were chosen (same items, recovered):", "", *(f"- {run}: {share:.1%}" for run, share in found["single_runs"].items())]
+    lines += ["", *([found["temperature_how"], ""] if found.get("temperature_how") else []), "Temperature at 80% sparsity, alpha 1:", "", "| T | recovered [95%] | seeds |", "|---|---|---|"]
     lines += [f"| {t} | {row['recovered']:.1%} [{row['low']:.1%}, {row['high']:.1%}] | {', '.join(f'{one:.1%}' for one in row['seeds'])} |" for t, row in found["temperature"].items()]
     cache = found["cache"]
     if not cache:
@@ -132,11 +143,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher's answers against the true labels")
+    parser.add_argument("--hidden-weight", type=float, default=0.0, help="above 0: a third way, with hidden states matched too")
+    parser.add_argument("--note", default="", help="what a reader of the page should know")
     parser.add_argument("--device", default=None)
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = {"command": " ".join(["python", *sys.argv]), "device": describe(device), "versions": versions(), "date": dt.datetime.now(dt.UTC).date().isoformat(),
-             "model": arguments.model, "steps": arguments.steps, "learning_rate": arguments.rate}  # fmt: skip
+    found = {"command": shlex.join(["python", *sys.argv]), "device": describe(device), "versions": versions(), "date": dt.datetime.now(dt.UTC).date().isoformat(),
+             "model": arguments.model, "steps": arguments.steps, "learning_rate": arguments.rate, "alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight, "note": arguments.note}  # fmt: skip
     model_results(found, arguments)
 
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from moves import SHAPES, random_task
+from shapes import SHAPES, random_task
 
 import workbench as wb
 from workbench.compress import compress
@@ -45,6 +45,8 @@ def moves(count: int) -> dict[str, list[wb.Recipe]]:
         "low rank whitened, by energy": [wb.Recipe(wb.LowRank(rank_ratio=ratio, rank_allocation="energy")) for ratio in ranks],
         "2:4 + repair": [wb.Recipe(pruned, wb.Repair(repair_ratio=0.02 + 0.01 * i)) for i in range(3)],
         "quantize g64": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64)) for bits in (4, 3, 5, 6)],
+        "quantize rows": [wb.Recipe(wb.Quantize(weight_bits=bits)) for bits in (4, 3, 5, 6)],
+        "quantize g64, gptq": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, rounding="gptq")) for bits in (4, 3, 5)],
         "quantize g64, no search": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, scale_search=False)) for bits in (4, 3, 5, 6)],
     }
 
@@ -92,7 +94,7 @@ def main() -> None:
     for name, recipes in moves(options.moves).items():
         if not re.search(options.only, name):
             continue
-        kept.kept = {"second moments": kept.moments()}  # what another method has kept is not this one's memory
+        kept.kept.keep_only("second moments")  # what another method has kept is not this one's memory
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:

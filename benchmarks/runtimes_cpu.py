@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -153,7 +154,7 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "onnx", "onnxscript", "transformers")}
     results: dict[str, object] = {
         "device": describe(torch.device("cpu")), "date": dt.datetime.now(dt.UTC).date().isoformat(), "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "command": f"python benchmarks/runtimes_cpu.py --rounds {options.rounds}", "rounds": options.rounds, "limits": limits_of("cpu").words(), "load": [os.getloadavg()[0]], "blocks": [],
+        "command": " ".join(["python", *sys.argv]), "rounds": options.rounds, "limits": limits_of("cpu").words(), "load": [os.getloadavg()[0]], "blocks": [],
     }  # fmt: skip
     tasks: dict[str, Task] = {}
     for spec in options.models.split(","):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moves import random_task
+from shapes import random_task
 
 import workbench as wb
 from workbench.compress import Compressed, compress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -272,6 +273,20 @@ def test_the_default_place_is_the_users_state_and_a_plain_file_name(own_state):
     assert path.is_relative_to(own_state)
     assert path.name == "owner-model-name.journal"
     assert default_path("../../x").parent == path.parent
+
+
+def test_reading_leaves_garbage_collection_as_it_was(tmp_path, measured):
+    ledger = Ledger(tmp_path / "points.journal")
+    ledger.add(measured)
+    for collecting in (True, False):
+        (gc.enable if collecting else gc.disable)()
+        try:
+            Ledger(ledger.where)
+            with pytest.raises(LedgerError):
+                Ledger(tmp_path)
+            assert gc.isenabled() == collecting
+        finally:
+            gc.enable()
 
 
 def test_many_points_open_quickly(tmp_path, measured):

@@ -22,7 +22,7 @@ from widgets.plot_choice import COST_NAMES, SHADE_NAMES, PlotChoice, logarithmic
 from widgets.tradeoff_view import TradeoffView
 from workbench.measure.quality import Estimate
 from workbench.predict import Predictor
-from workbench.tradeoff import COSTS, SHADES, cost_of, dense_cost_of, quality_of, rivals, shade_of, shades, standing, tradeoff
+from workbench.tradeoff import COSTS, SHADES, cost_of, dense_cost_of, quality_of, shade_of, shades, standing, standings, tradeoff
 
 RECIPES = (
     wb.Recipe(), wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=4)), wb.Recipe(wb.Quantize(weight_bits=8)),
@@ -114,10 +114,10 @@ def test_a_record_of_another_metric_and_of_changes(rows):
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=25))
-def test_looking_only_at_rivals_changes_no_standing(values):
+def test_standings_in_one_pass_are_those_of_looking_at_every_pair(values):
     pairs = [(Estimate(d, d - half, d + half), Estimate(c, c - half / 2, c + half / 2)) for d, c, half in values]
-    fast = [standing(pair, others) for pair, others in rivals(pairs)]
-    assert fast == [standing(pair, pairs[:i] + pairs[i + 1 :]) for i, pair in enumerate(pairs)]
+    pairs += [(Estimate(math.nan, math.nan, math.nan), pairs[0][1]), (Estimate(math.inf, 3.0, math.inf), pairs[0][1])]
+    assert standings(pairs) == [standing(pair, pairs[:i] + pairs[i + 1 :]) for i, pair in enumerate(pairs)]
 
 
 def test_pins_are_rings_and_survive_thinning(view, rows):

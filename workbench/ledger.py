@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from workbench.errors import LedgerError, RecipeError
+from workbench.garbage import uncollected
 from workbench.measure.measurement import Measurement
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Ledger:
         self.unreadable = 0
         self.unsaved: list[Measurement] = []
         try:
-            self.study = open_study(self.where, study)
+            with uncollected():
+                self.study = open_study(self.where, study)
         except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
             raise LedgerError(f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}") from None
         self.points: dict[str, Measurement] = {}
@@ -75,8 +77,9 @@ class Ledger:
         """Take over what other processes have added since the last time."""
         trials = self.study.get_trials(deepcopy=False)
         new, self.read = trials[self.read :], len(trials)
-        for trial in new:
-            self.take(trial.user_attrs.get("measurement"))
+        with uncollected():
+            for trial in new:
+                self.take(trial.user_attrs.get("measurement"))
 
     def take(self, text: str | None) -> None:
         """Keep one stored point; one that this version cannot read (a plugin that is not loaded) is counted, not lost."""

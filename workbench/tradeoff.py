@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
+from workbench.garbage import uncollected
 from workbench.measure.measurement import Measurement
 from workbench.measure.quality import Estimate, Quality
 
@@ -112,6 +114,7 @@ def standing(mine: tuple[Estimate, Estimate], others: Iterable[tuple[Estimate, E
     return result
 
 
+@uncollected()
 def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: str | None = None, change: bool = False, shade: Shade = "standing") -> Tradeoff:
     """Return the record of a trade-off plot of complete points of one model, in the order in which they were measured.
 
@@ -132,10 +135,10 @@ def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: 
     models = {(row.context.model_fingerprint, row.context.data_fingerprint) for row, _, _ in known}
     if len(models) != 1:
         raise ValueError(f"a trade-off needs points of one model on one data set; got {len(models)} in {len(known)} points")
-    standings = [standing(pair, others) for pair, others in rivals([(quality.drop, spent) for _, quality, spent in known])]
+    stands = standings([(quality.drop, spent) for _, quality, spent in known])
     points = [
-        TradeoffPoint(row.key, row.recipe.label(), repr(row.recipe), quality.change if change else quality.compressed, spent, stands, verdict(row), shaded)
-        for (row, quality, spent), stands, shaded in zip(known, standings, shades([row for row, _, _ in known], shade), strict=True)
+        TradeoffPoint(row.key, row.recipe.label(), repr(row.recipe), quality.change if change else quality.compressed, spent, stand, verdict(row), shaded)
+        for (row, quality, spent), stand, shaded in zip(known, stands, shades([row for row, _, _ in known], shade), strict=True)
     ]
     first, quality, _ = known[0]
     dense_cost = next((found for row, _, _ in known if (found := dense_cost_of(row, cost)) is not None), float("nan"))
@@ -144,13 +147,30 @@ def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: 
     )  # fmt: skip
 
 
-def rivals(pairs: list[tuple[Estimate, Estimate]]) -> Iterator[tuple[tuple[Estimate, Estimate], list[tuple[Estimate, Estimate]]]]:
-    """Yield each (drop, cost) with the others that are at least as good and as cheap: only they can beat it."""
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i][1].value)
-    values = [(pairs[i][1].value, pairs[i][0].value) for i in order]
-    for pair in pairs:
-        drop, upto = pair[0].value, bisect_right(values, (pair[1].value, math.inf))
-        yield pair, [pairs[order[k]] for k in range(upto) if values[k][1] <= drop]
+def standings(pairs: Sequence[tuple[Estimate, Estimate]]) -> list[Standing]:
+    """Return the standing of each (drop, cost) among all, as `standing` does for one, in n log n steps; nothing compares with NaN."""
+    known = [pair for pair in pairs if in_order(pair)]
+    values = sorted((cost.value, drop.value) for drop, cost in known)
+    ends = sorted((max(cost.high, cost.value), max(drop.high, drop.value)) for drop, cost in known)
+    best_values, best_ends = (list(accumulate((drop for _, drop in some), min)) for some in (values, ends))  # of so many cheapest
+
+    def one(mine: tuple[Estimate, Estimate]) -> Standing:
+        drop, cost = mine
+        if not in_order(mine):
+            return "front"
+        surely_cheaper = bisect_right(ends, (min(cost.low, cost.value), math.inf))
+        if surely_cheaper and best_ends[surely_cheaper - 1] < min(drop.low, drop.value):
+            return "dominated"
+        cheaper = bisect_left(values, (cost.value, -math.inf))
+        as_cheap = values[cheaper][1]  # the best at the same cost, perhaps this point itself
+        return "within noise" if as_cheap < drop.value or (cheaper and best_values[cheaper - 1] <= drop.value) else "front"
+
+    return [one(pair) for pair in pairs]
+
+
+def in_order(pair: tuple[Estimate, Estimate]) -> bool:
+    """Return whether no part of a (drop, cost) is NaN."""
+    return not any(math.isnan(value) for estimate in pair for value in (estimate.value, estimate.low, estimate.high))
 
 
 def pareto(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:

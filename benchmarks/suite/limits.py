@@ -1,0 +1,97 @@
+"""How near the machine's own limits: evaluation against its arithmetic, application against its memory's bandwidth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import workbench as wb
+from benchmarks.suite.record import Options, Record, synchronise
+from workbench.compress import compress
+from workbench.device import pick
+from workbench.measure.evaluator import Evaluator
+from workbench.runtime.roofline import limits_of
+from workbench.statistics import Statistics
+from workbench.tasks.base import Items, Task
+
+WHAT = "evaluation of a model that was just compressed against the arithmetic floor; compression against the time that copying its bytes takes; medians"
+FLOORS = {"135m": 3.0, "smollm2-135m": 3.0, "1.1b": 1.4, "6.7b": 1.3}  # aims on an H100: times the floor
+BANDWIDTH = 0.6  # aim: of what a copy reaches
+
+
+def flop(task: Task, items: Items) -> int:
+    """Return the floating-point operations of one pass over `items`, counted on the first of them (a causal mask saves none)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        task.kind.logits(task.model, items[:1])
+    return int(counter.get_total_flops()) * len(items)
+
+
+def evaluation(task: Task, options: Options, record: Record) -> None:
+    """Time the evaluation of the whole set on freshly compressed models."""
+    place = pick(options.device)
+    items = task.evaluation.to(place)
+    evaluator, kept, times = Evaluator(task, items), Statistics(task), list[float]()
+    for index in range(options.moves + 1):
+        model = compress(task, wb.Recipe(wb.Prune(sparsity=0.3 + 0.02 * index)), kept, shared=True).model
+        synchronise(place)
+        start = time.perf_counter()
+        evaluator.scores(model, [], len(items))
+        synchronise(place)
+        times.append(time.perf_counter() - start)
+        if index and record.spent > options.seconds / 2:
+            break
+    limits, operations = limits_of(str(place)), flop(task, items[:1]) * len(items)
+    bits = 8 * next(task.model.parameters()).dtype.itemsize
+    rate = 2 * limits.multiply_adds_per_s[bits]
+    spent, floor = statistics.median(times[1:]), operations / rate
+    aim = {"aim_times_floor": FLOORS[record.target]} if place.type == "cuda" and record.target in FLOORS else {}
+    record.add(name="evaluation", labels=int((items.labels != -100).sum()), ms=round(1000 * spent, 2), first_ms=round(1000 * times[0], 2), floor_ms=round(1000 * floor, 2),
+               times_floor=round(spent / floor, 2), tflop=round(operations / 1e12, 4), tflop_per_s=round(rate / 1e12, 2), **aim)  # fmt: skip
+
+
+def moved(dense: nn.Module, model: nn.Module) -> int:
+    """Return the least bytes that a compression moves: what it replaced read once, what it wrote written once."""
+    before = {p.data_ptr(): p.nbytes for p in dense.parameters()}
+    after = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    written = sum(size for place, size in after.items() if place not in before)
+    return written + min(written, sum(size for place, size in before.items() if place not in after))
+
+
+def application(task: Task, options: Options, record: Record) -> None:
+    """Time `compress` alone for each step, on what was computed once."""
+    place = pick(options.device)
+    limits, kept = limits_of(str(place)), Statistics(task)
+    made = {
+        "sparsity": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i)) for i in range(options.moves + 2)],
+        "bits": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, scale_search=False)) for bits in (3, 4, 5, 6, 7, 8, 2)[: options.moves + 2]],
+        "sparsity + bits": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i), wb.Quantize(weight_bits=4, group_size=64, scale_search=False)) for i in range(options.moves + 2)],
+        "sparsity, wanda": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i, criterion="wanda")) for i in range(options.moves + 2)],
+        "rank, svd": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.01 * i, factorization="svd")) for i in range(options.moves + 2)],
+    }
+    for name, recipes in made.items():
+        if record.late(options, name):
+            return
+        times, least = list[float](), 0
+        for recipe in recipes:
+            synchronise(place)
+            start = time.perf_counter()
+            compressed = compress(task, recipe, kept, shared=True)
+            synchronise(place)
+            times.append(time.perf_counter() - start)
+            least = moved(task.model, compressed.model)
+            del compressed
+        spent = statistics.median(times[2:] or times)
+        record.add(name=f"apply {name}", ms=round(1000 * spent, 2), first_ms=round(1000 * times[0], 2), least_bytes=least, gb_per_s=round(least / spent / 1e9, 1),
+                   of_bandwidth=round(least / spent / limits.bytes_per_s, 4), copy_gb_per_s=round(limits.bytes_per_s / 1e9, 1), aim_of_bandwidth=BANDWIDTH)  # fmt: skip
+
+
+def run(target: str, options: Options, record: Record) -> None:
+    """Measure both on one model."""
+    task = options.task(target)
+    record.settings |= {"items": len(task.evaluation), "dtype": str(next(task.model.parameters()).dtype)}
+    evaluation(task, options, record)
+    application(task, options, record)

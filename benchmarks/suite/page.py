@@ -1,0 +1,216 @@
+"""One page of tables and figures from the results that the parts have written; the same files give the same page.
+
+`benchmarks/results/README.md` is the page; the lines between two markers in the project's README quote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import drawing
+
+PAGE = "README.md"
+BEGIN, END = "<!-- measured by `python -m benchmarks` -->", "<!-- end of what is measured -->"
+Result = dict[str, Any]
+TITLES = {
+    "slider": "Slider to point", "limits": "Against the machine's limits", "memory": "Peak memory", "against": "Against the naive way and today's tools", "growth": "How cost grows",
+    "coverage": "Do the intervals hold?", "prediction": "Do the predictions hold?",
+}  # fmt: skip
+
+
+def results(folder: Path) -> list[Result]:
+    """Return the suite's results in a folder, in the order of their file names."""
+    found = [{"part": path.stem} | json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+    return [one for one in found if one["part"] in TITLES]
+
+
+def of(found: Sequence[Result], part: str) -> list[Result]:
+    """Return one part's results, GPUs first."""
+    return sorted((one for one in found if one["part"] == part), key=lambda one: (not on_gpu(one), one["file"]))
+
+
+def on_gpu(result: Result) -> bool:
+    """Return whether a result was measured on a GPU."""
+    return str(result["file"]).endswith("-cuda.json")
+
+
+def where(result: Result) -> str:
+    """Return the device in few words."""
+    return str(result["device"]).replace("NVIDIA ", "").replace(" 80GB HBM3", "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return a table in Markdown; None is an empty cell."""
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows), ""]
+
+
+def number(value: float | None, digits: int = 3) -> str | None:
+    """Return a number with so many digits that count, never as a power of ten."""
+    if value is None:
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:g}"
+
+
+def aimed(value: float | None, aim: float | None, *, least: bool = False) -> str | None:
+    """Return a number and, where there is an aim, whether it is reached."""
+    if value is None or aim is None:
+        return number(value)
+    reached = value >= aim if least else value <= aim
+    return f"{number(value)} (aim {number(aim)}: {'reached' if reached else '**not reached**'})"
+
+
+def slider(found: list[Result]) -> list[str]:
+    """Return the table of slider moves."""
+    rows = [
+        (one["target"], where(one), row["name"], row["moves"], *(number(row.get(f"{name}_ms")) for name in ("predicted",)), aimed(row.get("first_ms"), one.get("aim_first_ms")),
+         *(number(row.get(f"{name}_ms")) for name in ("first_worst", "all", "complete", "cold_first")))
+        for one in found for row in one["rows"]
+    ]  # fmt: skip
+    return table(("model", "device", "slider", "moves", "predicted, ms", "first look, ms", "slowest first look, ms", "whole set, ms", "with latency and memory, ms", "first move: first look, ms"), rows)
+
+
+def limits(found: list[Result]) -> list[str]:
+    """Return what evaluation and application reach of the machine."""
+    rows, moves = [], []
+    for one in found:
+        for row in one["rows"]:
+            if row["name"] == "evaluation":
+                rows.append((one["target"], where(one), f"{row['labels']:,}", number(row["ms"]), number(row["floor_ms"]), aimed(row["times_floor"], row.get("aim_times_floor")), number(row["tflop_per_s"])))
+            else:
+                aim = row["aim_of_bandwidth"] if on_gpu(one) else None
+                moves.append((one["target"], where(one), row["name"].removeprefix("apply "), number(row["ms"]), number(row["first_ms"]), number(row["least_bytes"] / 1e6), number(row["gb_per_s"]), aimed(row["of_bandwidth"], aim, least=True)))
+    return [*table(("model", "device", "tokens or labels", "evaluation, ms", "arithmetic floor, ms", "times the floor", "matrix product here, TFLOP/s"), rows),
+            *table(("model", "device", "step", "a move, ms", "first, ms", "least MB moved", "GB/s", "of a copy's bandwidth"), moves)]  # fmt: skip
+
+
+def memory(found: list[Result]) -> list[str]:
+    """Return peaks beside what they may be."""
+    rows = []
+    for one in found:
+        budget = one.get("cache_budget_bytes")
+        for row in one["rows"]:
+            if "failed" in row:
+                rows.append((one["target"], where(one), row["name"], *[None] * 5, row["failed"]))
+                continue
+            mega = [number(value / 1e6) for value in (row["peak_bytes"], one["dense_bytes"], row["compressed_bytes"], row["cached_bytes"])]
+            rows.append((one["target"], where(one), row["name"], *mega, "none stated" if budget is None else number(budget / 1e6), number(row["beyond_bytes"] / 1e6)))
+    return table(("model", "device", "slider", "peak, MB", "dense model, MB", "compressed copy, MB", "cached, MB", "cache budget, MB", "beyond the three, MB"), rows)
+
+
+def against(found: list[Result]) -> list[str]:
+    """Return each way beside this product, for the first and for a later setting."""
+    lines = []
+    for one in found:
+        peers = ", ".join(f"{name} {version}" for name, version in one["peers"].items())
+        lines += [f"**{one['target']}**, {where(one)}, {one['items']} items of {one['tokens_an_item']} labels{f'; {peers}' if peers else ''}. Ratios are theirs over ours, for a later setting (and the first of a session).", ""]
+        rows = []
+        for row in one["rows"]:
+            if "failed" in row:
+                rows.append((row["name"], row["setting"], f"does not run here: {row['failed']}", *[None] * 7))
+                continue
+            other, mine = row["theirs"], row["ours"]
+            times = [f"{number(row[f'warm_full_over_{what}'])} ({number(row[f'cold_full_over_{what}'])})" for what in ("predicted", "first_look", "full")]
+            rows.append((row["name"], row["setting"], f"{number(other['warm_full_s'])} ({number(other['cold_full_s'])})", *(f"{number(mine[f'warm_{what}_s'])} ({number(mine[f'cold_{what}_s'])})" for what in ("predicted", "first_look", "full")), *times, f"{other['value']:g} / {mine['warm_value']:g}"))
+        lines += table(("way", "setting", "theirs, s", "our prediction, s", "our first look, s", "our full interval, s", "over prediction", "over first look", "over full", f"{one['metric']}: theirs / ours"), rows)
+    return lines
+
+
+def growth(found: list[Result]) -> list[str]:
+    """Return a table for each thing that grows."""
+    lines = []
+    for one in found:
+        for kind in dict.fromkeys(row["grows"] for row in one["rows"]):
+            mine = [row for row in one["rows"] if row["grows"] == kind]
+            columns = [name for name in mine[0] if name.endswith("_ms")]
+            lines += [f"**{kind}**, {where(one)}", ""]
+            lines += table(("of", kind, *(f"{name.removesuffix('_ms').replace('_', ' ')}, ms" for name in columns)), [(row["name"], f"{row['size']:,}", *(number(row[name]) for name in columns)) for row in mine])
+    return lines
+
+
+def plain(found: list[Result]) -> list[str]:
+    """Return whatever rows a result has, as they are named."""
+    lines = []
+    for one in found:
+        rows = one.get("rows") or [{"model": each["model"], "way": way} | figures for each in one.get("models", []) for way, figures in each.get("ways", {}).items()]
+        columns = [name for name in (rows[0] if rows else {}) if not isinstance(rows[0][name], list | dict)]
+        lines += [one.get("what", ""), "", *table(columns, [[number(value) if isinstance(value := row.get(name), float) else value for name in columns] for row in rows])] if columns else [one.get("what", ""), ""]
+    return lines
+
+
+TABLES: dict[str, Callable[[list[Result]], list[str]]] = {"slider": slider, "limits": limits, "memory": memory, "against": against, "growth": growth, "coverage": plain, "prediction": plain}
+
+
+def figures(found: list[Result]) -> dict[str, str]:
+    """Return the drawings by file name."""
+    made = {}
+    moves = [(f"{one['target']}: {row['name']}", f"{one['target']}", row["first_ms"], one.get("aim_first_ms"), on_gpu(one)) for one in of(found, "slider") for row in one["rows"] if "first_ms" in row]
+    for gpu, name in ((True, "suite-slider-cuda.svg"), (False, "suite-slider-cpu.svg")):
+        rows = [row[:4] for row in moves if row[4] == gpu]
+        if rows:
+            made[name] = drawing.bars("From a slider's move to the first measured look (stroke: the aim)", "milliseconds, median", rows)
+    rows = []
+    for one in of(found, "against"):
+        good = [row for row in one["rows"] if "failed" not in row]
+        for row in good:
+            rows.append((f"{one['target']}: {row['name']}", "theirs", row["theirs"]["warm_full_s"], None))
+        for setting in dict.fromkeys(row["setting"] for row in good):
+            mine = next(row["ours"] for row in good if row["setting"] == setting)
+            rows += [(f"this, {setting}: {words}", words, max(mine[f"warm_{name}_s"], 1e-4), None) for name, words in (("full", "full interval"), ("first_look", "first look"), ("predicted", "predicted"))]
+    if rows:
+        made["suite-against.svg"] = drawing.bars("From a setting to its quality, a later setting of a session", "seconds", rows)
+    points = [row for one in of(found, "growth") for row in one["rows"] if row["grows"] == "ledger"]
+    if points:
+        names = [name for name in points[0] if name.endswith("_ms")]
+        made["suite-ledger.svg"] = drawing.lines("A ledger that grows", "points", "milliseconds", {name.removesuffix("_ms").replace("_", " "): [(row["size"], max(row[name], 0.01)) for row in points] for name in names})
+    return made
+
+
+FIGURES = {"slider": ("suite-slider-cuda.svg", "suite-slider-cpu.svg"), "against": ("suite-against.svg",), "growth": ("suite-ledger.svg",)}
+
+
+def sources(found: list[Result]) -> list[str]:
+    """Return how each result came about."""
+    rows = []
+    for one in found:
+        load, versions = one.get("load", {}), one.get("versions", {})
+        loaded = f"{load.get('average_at_start', '')} to {load.get('average_at_end', '')}{', ' + load['note'] if load.get('note') else ''}" if load else None
+        rows.append((f"[{one['file']}]({one['file']})", f"`{one.get('command', '')}`", str(one.get("date", ""))[:16], one.get("device"), ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions), loaded, one.get("stopped")))
+    return table(("result", "command", "date", "device", "versions", "load average", "stopped"), rows)
+
+
+def page(found: list[Result]) -> str:
+    """Return the page."""
+    drawn = figures(found)
+    lines = ["# What the suite measures", "", "`python -m benchmarks` writes this page from the JSON files beside it. Times are of one run each; how busy the machine was stands at the end.", ""]
+    for part, title in TITLES.items():
+        mine = of(found, part)
+        if mine:
+            lines += [f"## {title}", "", *([f"{mine[0]['what'][0].upper()}{mine[0]['what'][1:]}.", ""] if TABLES[part] is not plain and mine[0].get("what") else []), *TABLES[part](mine)]
+            lines += [f"![{title}]({name})\n" for name in FIGURES.get(part, ()) if name in drawn]
+    return "\n".join([*lines, "## How each came about", "", *sources(found)]).rstrip() + "\n"
+
+
+def quoted(found: list[Result]) -> str:
+    """Return what the project's README quotes: one slider of each model."""
+    rows = [
+        (one["target"], where(one), f"{one['items']} x {one['tokens_an_item']}", number(row.get("predicted_ms")), number(row.get("first_ms")), number(row.get("all_ms")))
+        for one in of(found, "slider") for row in one["rows"] if row["name"] == "sparsity"
+    ]  # fmt: skip
+    head = ("model", "device", "items x labels", "predicted, ms", "first measured look, ms", "whole set, ms")
+    return "\n".join([BEGIN, *table(head, rows), END])
+
+
+def write(folder: Path, readme: Path | None = None) -> None:
+    """Write the page and its figures into the folder of the results, and the quoted lines into the project's README."""
+    found = results(folder)
+    (folder / PAGE).write_text(page(found))
+    for name, text in figures(found).items():
+        (folder / name).write_text(text)
+    if readme is not None:
+        text = readme.read_text()
+        before, rest = text.split(BEGIN)
+        readme.write_text(before + quoted(found) + rest.split(END)[1])

@@ -1,0 +1,122 @@
+"""From a slider's move to what a user sees: the prediction, the first measured look, the whole evaluation set.
+
+A move goes through `widgets.session.Session`, as in the panel, without a browser. The bench is warm: the dense model has been
+measured. `cold` is the first move of each slider, with everything that is computed once for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+
+import workbench as wb
+from benchmarks.suite.record import Options, Record
+from widgets.choice import Choice
+from widgets.session import Session
+from workbench.device import pick
+
+WHAT = "milliseconds in the kernel from a slider's move; medians over new positions on a warm bench; `cold` is the first move of a slider"
+AIMS = {"135m": 120, "smollm2-135m": 120, "1.1b": 400, "6.7b": 1500}  # ms to the first look on an H100
+CLASSIFIERS = ("fashion-vit", "fashion-cnn")
+
+
+def recipes(target: str, count: int) -> dict[str, list[wb.Recipe]]:
+    """Return recipes by slider, each a new position; `bits` and `rank` as round to nearest and plain SVD, and as their defaults are."""
+    group = 0 if target in CLASSIFIERS else 64
+    widths = (3, 5, 4, 6, 8, 2, 7)[: count + 1]
+    found = {
+        "sparsity": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i)) for i in range(count + 1)],
+        "sparsity, wanda": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i, criterion="wanda")) for i in range(count + 1)],
+        "bits": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group, scale_search=False)) for bits in widths],
+        "bits, scale search": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group)) for bits in widths],
+        "bits, gptq": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group, rounding="gptq")) for bits in widths],
+        "sparsity + bits": [wb.Recipe(wb.Prune(sparsity=0.31 + 0.01 * i), wb.Quantize(weight_bits=4, group_size=group, scale_search=False)) for i in range(count + 1)],
+        "rank, svd": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.02 * i, factorization="svd")) for i in range(count + 1)],
+        "rank": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.02 * i)) for i in range(count + 1)],
+    }
+    if target in CLASSIFIERS:  # 20 steps of 64 images; a language model's training is no gesture
+        found["temperature, 20 steps"] = [wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=1 + i, steps=20)) for i in range(count + 1)]
+    return found
+
+
+class Watch:
+    """Writes down when what arrives after a move, in milliseconds."""
+
+    def __init__(self, session: Session) -> None:
+        """Watch nothing yet."""
+        self.session, self.seen, self.start = session, dict[str, float](), 0.0
+        session.on_live = self.note
+
+    def note(self) -> None:
+        """Note the first of each; what was evaluated in full is seen together with its latency, so its time is the point's own."""
+        live, now = self.session.live, 1000 * (time.perf_counter() - self.start)
+        if live.prediction is not None:
+            self.seen.setdefault("predicted", now)
+        if live.point is None:
+            return
+        self.seen.setdefault("first", now)
+        if live.point.items == live.point.items_total and "all" not in self.seen:
+            spent = 1000 * (live.point.provenance.compress_seconds + live.point.provenance.evaluate_seconds)
+            self.seen["all"] = min(now, spent)
+        if live.point.complete:
+            self.seen.setdefault("complete", now)
+
+    def move(self, recipe: wb.Recipe, longest: float) -> dict[str, float]:
+        """Move, wait until everything is measured or `longest` seconds are over, and return what was seen."""
+        self.seen = {}
+        self.start = time.perf_counter()
+        self.session.start(recipe)
+        while self.session.measurer.busy:
+            time.sleep(0.001)
+            if time.perf_counter() - self.start > longest:
+                self.session.cancel()
+        return self.seen
+
+
+def summary(moves: list[dict[str, float]]) -> dict[str, float]:
+    """Return medians in milliseconds, the first (cold) move apart."""
+    cold, warm = moves[0], moves[1:]
+    found: dict[str, float] = {"moves": len(warm)}
+    for name in ("predicted", "first", "all", "complete"):
+        times = [row[name] for row in warm if name in row]
+        if times:
+            found[f"{name}_ms"] = round(statistics.median(times), 1)
+        if name == "first" and times:
+            found["first_worst_ms"] = round(max(times), 1)
+        if name in cold:
+            found[f"cold_{name}_ms"] = round(cold[name], 1)
+    return found
+
+
+def run(target: str, options: Options, record: Record) -> None:
+    """Move every slider of one model."""
+    task, errors = options.task(target), list[BaseException]()
+    record.settings |= {"items": len(task.evaluation), "tokens_an_item": task.evaluation.labels[0].numel(), "dtype": str(next(task.model.parameters()).dtype)}
+    if target in AIMS and pick(options.device).type == "cuda":
+        record.settings["aim_first_ms"] = AIMS[target]
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=errors.append, on_not_loaded=errors.append,
+                          ledger=f"{folder}/points.journal", progress=False)  # fmt: skip
+        session.load_now(Choice(task))
+        while session.measurer.busy:
+            time.sleep(0.01)
+        watch = Watch(session)
+        try:
+            for name, positions in recipes(target, options.moves).items():
+                if (options.sliders and name not in options.sliders) or errors:
+                    continue
+                if record.late(options, name):
+                    break
+                moves: list[dict[str, float]] = []
+                for recipe in positions:
+                    left = options.seconds - record.spent
+                    if moves and left < 2 * moves[-1].get("complete", 0.0) / 1000:
+                        break
+                    moves.append(watch.move(recipe, max(left, 1.0)))
+                record.add(name=name, **summary(moves))
+        finally:
+            session.close()
+    if errors:
+        record.stop(f"{type(errors[0]).__name__}: {errors[0]}")
+        raise errors[0]

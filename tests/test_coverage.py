@@ -1,0 +1,105 @@
+"""The published coverage in small: random recipes of an embedded model, every item scored, and what looks would have said."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import coverage
+from benchmarks.coverage_scores import moved, random_recipe, scored, scored_neighbours
+from workbench.errors import CompressionError, RecipeError
+from workbench.measure.quality import quality
+from workbench.zoo import load_task
+
+RECIPES, NEAR, ITEMS = 20, 6, 300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("scores") / "fashion-cnn.npz"
+    task = load_task("fashion-cnn", device="cpu", evaluation_items=ITEMS, calibration_items=64, offline=True, progress=False)
+    scored_neighbours(task, scored(task, RECIPES, 0, path), NEAR, 0, path)
+    return path.parent
+
+
+@pytest.fixture(scope="module")
+def rows(folder) -> list[dict]:
+    return coverage.measured(folder, 4)
+
+
+def test_all_items_of_every_recipe_are_scored_and_not_scored_again(folder, monkeypatch):
+    path = folder / "fashion-cnn.npz"
+    kept = dict(np.load(path))
+    assert kept["loss"].shape == kept["correct"].shape == (RECIPES, ITEMS)
+    assert kept["near_loss"].shape == (NEAR, ITEMS)
+    assert len(set(kept["recipes"])) == RECIPES
+    monkeypatch.setattr("benchmarks.coverage_scores.compress", refuse)
+    again = scored(load_task("fashion-cnn", device="cpu", evaluation_items=ITEMS, calibration_items=64, offline=True, progress=False), RECIPES, 0, path)
+    assert all(np.array_equal(again[name], kept[name]) for name in kept)
+
+
+def refuse(*_args, **_options):
+    raise CompressionError("nothing may be compressed again")
+
+
+def test_recipes_are_drawn_from_every_family_without_training():
+    draw = random.Random(0)  # noqa: S311  no secrets
+    recipes = []
+    while len(recipes) < 60:
+        with contextlib.suppress(RecipeError):  # some combinations are refused
+            recipes.append(random_recipe(draw))
+    assert {step.kind() for recipe in recipes for step in recipe} == {"prune", "lowrank", "quantize"}
+    assert {len(recipe) for recipe in recipes} == {1, 2, 3}
+    for recipe in recipes:
+        other = moved(recipe, draw)
+        assert [type(step) for step in other] == [type(step) for step in recipe]
+        assert sum(one != two for one, two in zip(recipe, other, strict=True)) == 1
+
+
+def test_the_first_look_contains_the_full_set_value_as_often_as_promised(rows):
+    for row in coverage.aim(rows):
+        assert row["covered"] >= 0.93, row
+        assert row["low"] < row["covered"] <= row["high"] <= 1
+
+
+def test_all_looks_hold_together_and_what_is_known_narrows_them(rows):
+    for row in rows:
+        if (row["look"], row["metric"]) == ("all looks", "accuracy"):
+            assert row["covered"] >= 0.93, row
+        if row["interval"] in {"dense known", "neighbour"} and row["metric"] == "accuracy" and row["look"] in {"16", "64", "256"}:
+            assert row["width"] < 0.98, row
+    found = {(row["interval"], row["look"]) for row in rows if row["for"] == "population"}
+    assert found == {(kind, look) for kind in coverage.KINDS for look in ("16", "64", "256", "300", "all looks")}
+
+
+def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):
+    kept = dict(np.load(folder / "fashion-cnn.npz"))
+    dense, mine = coverage.scores(kept["dense_loss"], kept["dense_correct"]), coverage.scores(kept["loss"][0], kept["correct"][0])
+    monkeypatch.setattr(coverage, "quality", lambda *given, **options: quality(*given, **{**options, "level": 0.3}))
+    found = coverage.of_recipe("population", dense, mine, None, 40, seed=0)
+    assert np.mean(found["loss", "plain", "64"]["holds"]) < 0.6
+    assert np.mean(found["loss", "plain", "all looks"]["holds"]) < 0.3
+
+
+def test_what_another_script_has_put_there_stays(rows, tmp_path):
+    path = tmp_path / "coverage.json"
+    predicted = {"what": "Predicted intervals, nominal 90%.", "rows": [{"model": "fashion-cnn", "covered": 0.91}]}
+    path.write_text(json.dumps({"predicted": predicted}))
+    result = {"what": "In small.", "command": "test", "date": "today", "device": "this", "rows": coverage.aim(rows), "details": rows}
+    coverage.write(result, path)
+    assert json.loads(path.read_text()) == {"predicted": predicted, **result}
+    page = path.with_suffix(".md").read_text()
+    assert "| fashion-cnn | 0.91 |" in page
+    assert "Does the interval contain the value on all items?" in page
+
+
+def test_wilsons_interval_has_its_known_value():
+    assert coverage.wilson(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)  # Newcombe (1998)'s formula, by hand
