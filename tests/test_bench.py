@@ -13,6 +13,7 @@ from workbench.bench import Bench
 from workbench.compress import compress
 from workbench.errors import Cancelled, DataError, DeviceError, RecipeError
 from workbench.ledger import Ledger
+from workbench.measure.joint import joint_level
 from workbench.measure.quality import flips, quality
 from workbench.measure.size import sizes
 from workbench.recipe import Recipe
@@ -48,10 +49,11 @@ def test_every_look_is_of_the_first_items_scored_directly(bench):
     for point in bench.stream(RECIPE):
         some = evaluation[: point.items]
         dense, mine = score(task.kind, task.model, some), score(task.kind, made.model, some)
-        expected = quality("accuracy", dense, mine, looks=4)
+        level = joint_level((16, 64, 256, 300), 0.95)
+        expected = quality("accuracy", dense, mine, looks=4, level=level)
         assert (point.primary.change, point.primary.dense, point.primary.compressed) == (expected[0].change, expected[0].dense, expected[0].compressed)
         assert point.quality[1].change.value == pytest.approx(expected[1].change.value, rel=1e-5, abs=1e-7)
-        assert point.flips == flips(dense, mine, looks=4)
+        assert point.flips == flips(dense, mine, level=level)
 
 
 def test_measure_gives_the_values_of_the_last_look(bench, tmp_path):

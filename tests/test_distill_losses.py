@@ -214,9 +214,10 @@ def test_values_out_of_range_are_refused(name, value):
         wb.Distill(**{name: value})
 
 
-def test_new_options_at_their_defaults_leave_the_key_as_it_was():
+def test_options_that_were_added_leave_the_key_of_what_was_done_before():
     """Golden: the key of this recipe before the options were there."""
-    assert Recipe(PRUNE, wb.Distill(temperature=2)).key == KEY
+    assert Recipe(PRUNE, wb.Distill(temperature=2, learning_rate=5e-4, look_every=0)).key == KEY
+    assert Recipe(PRUNE, wb.Distill(temperature=2, learning_rate=5e-4)).key != KEY  # nothing was held out then
 
 
 KEY = "cf3099ec38b680c3"

@@ -37,8 +37,11 @@ def test_a_higher_temperature_is_softer_and_tends_to_all_alike():
     assert all(line[0] == max(line) for line in found.probabilities)
 
 
-def test_of_text_it_is_the_last_token_and_what_is_not_shown_is_said():
-    found = softened(tiny_task("llama"))
+def test_of_text_it_is_the_middle_token_and_what_is_not_shown_is_said():
+    task = tiny_task("llama")
+    found = softened(task)
+    labels = task.training.labels[0]
+    assert found.truth == str(int(labels[(len(labels) - 1) // 2]))
     assert len(found.answers) == 10 < VOCABULARY
     assert all(sum(line) + rest == pytest.approx(1) for line, rest in zip(found.probabilities, found.rest, strict=True))
     assert found.rest[-1] > found.rest[0] > 0

@@ -14,7 +14,7 @@ import workbench as wb
 from workbench.compress import compress
 from workbench.errors import CompressionError
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
+from workbench.statistics import Statistics, alike
 from workbench.tasks.base import Task
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 
@@ -179,3 +179,14 @@ def test_a_layer_called_by_keyword_is_seen_or_refused_by_name():
     else:
         rows = task.calibration.inputs["pixel_values"].flatten(1)
         torch.testing.assert_close(moment, rows.t() @ rows / len(rows))
+
+
+def test_adding_in_place_keeps_what_is_shared_and_leaves_the_rest():
+    one, other, alone = torch.ones(2, 2), torch.full((2, 2), 2.0), torch.full((2, 2), 5.0)
+    sums = {"q": one, "k": one, "up": other, "gate": other, "left": alone, "late": alone}
+    extra, up, gate, late = (torch.full((2, 2), value) for value in (10.0, 20.0, 30.0, 40.0))
+    found = alike(sums, {"q": extra, "k": extra, "up": up, "gate": gate, "late": late, "new": extra})
+    assert {name: float(total[0, 0]) for name, total in found.items()} == {"q": 11, "k": 11, "up": 22, "gate": 32, "left": 5, "late": 45, "new": 10}
+    assert found["q"] is found["k"] is one  # added to where it lay
+    assert found["new"] is extra
+    assert float(extra[0, 0]) == 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from workbench.export import load
 from workbench.progress import Training
 from workbench.recipe import Recipe
 from workbench.statistics import Statistics
+from workbench.zoo.teachers import check_vocabulary, vocabulary
 
 PRUNE = wb.Prune(sparsity=0.5)
 DEPTH = wb.Prune(sparsity=0.5, pattern="layers")
@@ -290,6 +292,16 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     file.write_text(json.dumps(told))
     with pytest.raises(ModelError, match=r"has another vocabulary \(64 entries\) than 'tiny-llama' \(64\): 'w[01]' differs"):
         compress(task, Recipe(wb.Transfer(teachers=name, **FAST)))
+
+
+def test_a_speech_models_vocabulary_is_that_of_its_tokenizer():
+    """As of whisper-base and whisper-tiny.en, whose tokenizers cut words at different places."""
+    task = dataclasses.replace(tiny_task("llama"), model_name="tiny.en")
+    mine, theirs = ({word: place for place, word in enumerate(words)} for words in (["a", "b", "ab"], ["a", "ba", "b", "c"]))
+    assert vocabulary(SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: mine))) == mine
+    assert vocabulary(SimpleNamespace()) == {}
+    with pytest.raises(ModelError, match=r"teacher 'base' has another vocabulary \(4 entries\) than 'tiny.en' \(3\): 'b' differs, 2 are in both; .* give one with the same tokenizer, or compress 'base' itself"):
+        check_vocabulary("base", task, theirs, mine)
 
 
 def test_a_teacher_for_another_task_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from widgets.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve
 from workbench.errors import RecipeError
 from workbench.predict import Predictor
 from workbench.progress import Look
+from workbench.soften import softened
 
 LONG = wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=100_000, distill_batch=8))
 
@@ -80,6 +81,26 @@ def test_looks_reach_the_panel_and_stay_with_the_point(session):
     session.live = Live(recipe)
     assert session.run(recipe) == point  # from the ledger
     assert session.live.looks == point.held_out
+
+
+def test_one_softened_answer_stands_under_the_curve_where_it_is_asked_for(session):
+    session.run(wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=4, steps=4, distill_batch=8)))
+    assert session.live.softened == softened(session.bench.task, 0, (1, 4))
+    view = TrainingView(lambda: None)
+    view.show(session.live)
+    assert "wb-softened" not in view.picture.value
+    view.lesson.value = True
+    first = session.live.softened
+    assert all(f"{line[0]:.1%}" in view.picture.value for line in first.probabilities)
+    assert f"T = 4, {first.entropy[1]:.2f} nats" in view.picture.value
+    view.lesson.value = False
+    assert "wb-softened" not in view.picture.value
+
+
+def test_answers_that_are_vectors_have_no_lesson():
+    view = TrainingView(lambda: None)
+    view.show(Live(LONG, state="measured", curve=((0, 1.0),), curve_steps=9))
+    assert view.lesson.layout.display == "none"
 
 
 def test_the_figure_of_a_point_shows_quality_at_each_look(session):

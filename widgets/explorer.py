@@ -59,6 +59,7 @@ class Explorer(ipw.VBox):
         ledger: str | Path | None = None,
         evaluation_items: int | None = None,
         runtime: str | None = None,
+        placement: str | None = None,
         offline: bool = False,
     ) -> None:
         """Show the panel at once and load the model behind it.
@@ -71,6 +72,7 @@ class Explorer(ipw.VBox):
             ledger: where points are kept; None takes the user's own file for the model.
             evaluation_items: at most so many; None takes the task's default.
             runtime: how both models are run when they are timed, as for `workbench.Bench`.
+            placement: where the weights lie, as for `workbench.Bench`.
             offline: never reach for the network.
 
         """
@@ -87,7 +89,7 @@ class Explorer(ipw.VBox):
         self.pacer = Pacer(self.failed)
         self.session = Session(
             on_live=lambda: self.pacer.post("live", self.draw_live), on_history=lambda: self.pacer.post("history", self.draw_history),
-            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=self.breathe, ledger=ledger, runtime=runtime, offline=offline, progress=False,
+            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=self.breathe, ledger=ledger, runtime=runtime, placement=placement, offline=offline, progress=False,
         )  # fmt: skip
         self.keeping = Keeping(
             self.session, go_to=self.go_to, guarded=self.guarded, post=self.pacer.post, changed=lambda: self.pacer.post("history", self.draw_history)

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from workbench.measure.measurement import Measurement
 from workbench.measure.metrics import metric_named
+from workbench.progress import Look
 from workbench.soften import Softened
 from workbench.tradeoff import Tradeoff, TradeoffPoint
 from workbench.words import size
@@ -164,9 +165,25 @@ def layers_figure(point: Measurement) -> go.Figure:
 
 
 def curve_figure(point: Measurement) -> go.Figure:
-    """Return the training loss of the distillation step."""
+    """Return the training loss, and on the right the quality at each look at held-out items with its interval, the dense model's dashed."""
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
     steps, losses = zip(*point.curve, strict=True)
-    return layout(go.Figure(go.Scatter(x=steps, y=losses, mode="lines", line={"color": BLUE})), "distillation", "step", "loss", height=300)
+    figure.add_scatter(x=steps, y=losses, mode="lines", line={"color": BLUE}, name="loss", showlegend=bool(point.held_out))
+    layout(figure, "Training", "step", "loss", height=300)
+    if point.held_out:
+        add_looks(figure, point.held_out)
+    return figure
+
+
+def add_looks(figure: go.Figure, looks: Sequence[Look]) -> None:
+    """Add looks at held-out items on the right axis of a figure."""
+    metric, places, values = looks[0].metric, [look.step for look in looks], [look.value for look in looks]
+    bars = {"type": "data", "symmetric": False, "array": [look.high - look.value for look in looks], "arrayminus": [look.value - look.low for look in looks], "width": 3}
+    name = f"{metric} on {looks[-1].items} held-out items, {looks[-1].confidence:.0%} interval"
+    figure.add_scatter(x=places, y=values, error_y=bars, mode="lines+markers", line={"color": ORANGE}, name=name, secondary_y=True)
+    figure.add_scatter(x=[0, max(places)], y=[looks[-1].dense] * 2, mode="lines", line={"color": GREY, "dash": "dash"}, name="dense model", secondary_y=True)
+    figure.update_yaxes(title=metric, showgrid=False, zeroline=False, automargin=True, secondary_y=True)
+    figure.update_layout(margin={"r": 70})
 
 
 def softened_figure(record: Softened) -> go.Figure:

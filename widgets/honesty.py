@@ -45,7 +45,7 @@ def badge(live: Live) -> str:
     """Return what kind of numbers these are: predicted, measured on so many items, or measured."""
     words = STATES[live.state]
     kind = live.state
-    if live.point is not None and not live.point.complete:
+    if live.point is not None and (not live.point.complete or live.point.margin is not None):
         words = f"{'stopped' if live.state == 'cancelled' else 'measured'}: {live.point.items:,} of {live.point.items_total:,} items"
     return f"<div class='wb-badge wb-{kind}'>{escape(words)}</div>"
 

@@ -123,6 +123,7 @@ class Keeping:
         settings = {
             "data": choice.data, "device": bench.device.type, "evaluation_items": choice.evaluation_items, "ledger": place_of(bench.ledger), "offline": self.session.settings.get("offline"),
             "runtime": self.session.settings.get("runtime"),
+            "placement": self.session.settings.get("placement"),
         }  # fmt: skip
         self.run.start(report_command(choice.model, point.recipe, settings, folder, name), folder / f"{name}.html")
 

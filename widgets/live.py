@@ -10,6 +10,7 @@ from workbench.measure.measurement import Measurement
 from workbench.predict import Prediction
 from workbench.progress import Look
 from workbench.recipe import Recipe
+from workbench.soften import Softened
 from workbench.tradeoff import Cost, cost_of, quality_of
 
 MOST = 250  # points drawn; a browser needs a third of a second for 5,000
@@ -26,6 +27,7 @@ class Live:
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of the recipe, as far as it has come
     curve_steps: int = 0  # training steps planned
     looks: tuple[Look, ...] = ()  # at held-out items while it was trained
+    softened: Softened | None = None  # one answer that the student is taught, at T = 1 and at the recipe's
 
 
 def thin(rows: Sequence[Measurement], cost: Cost, most: int = MOST, *, metric: str | None = None, keep: Collection[str] = ()) -> list[Measurement]:

@@ -40,7 +40,7 @@ def report_command(model: str, recipe: Recipe, settings: Mapping[str, Any], outp
     Args:
         model: as given to `workbench.Bench`.
         recipe: passed whole, so that also what flat options cannot say arrives.
-        settings: of the bench: data, device, ledger, evaluation_items, runtime, offline; None is left out.
+        settings: of the bench: data, device, ledger, evaluation_items, runtime, placement, offline; None is left out.
         output: the directory.
         name: of the notebook and the page.
 
@@ -50,7 +50,7 @@ def report_command(model: str, recipe: Recipe, settings: Mapping[str, Any], outp
     """
     plugins = plugins_of(recipe)
     words = [sys.executable, "-m", "workbench", *(word for plugin in plugins for word in ("--plugin", plugin)), "report", model, "--recipe", recipe.to_json()]
-    for option in ("data", "device", "ledger", "evaluation_items", "runtime"):
+    for option in ("data", "device", "ledger", "evaluation_items", "runtime", "placement"):
         if settings.get(option) is not None:
             words += [f"--{option.replace('_', '-')}", str(settings[option])]
     return [*words, *(["--offline"] if settings.get("offline") else []), "--output", str(output), "--name", name]

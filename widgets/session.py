@@ -6,6 +6,7 @@ expected to be quick (`widgets.pacer` draws later).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,14 @@ from widgets.choice import Choice
 from widgets.live import Live
 from widgets.worker import Stale, Worker
 from workbench.bench import Bench
-from workbench.compress import Compressed
+from workbench.compress import Compressed, Distill
 from workbench.descend import Trial, descend
-from workbench.errors import Cancelled, ModelError, RecipeError
+from workbench.errors import Cancelled, DataError, ModelError, RecipeError
 from workbench.measure.measurement import Measurement
 from workbench.predict import Predictor, comparable
 from workbench.progress import Curve, Look, Training
 from workbench.recipe import Recipe
+from workbench.soften import softened
 
 CURVE_SECONDS = 0.1  # between two pictures of a training curve
 Loaded = tuple[Choice, Bench, Predictor]
@@ -68,6 +70,7 @@ class Session:
         self.curve_at = float("-inf")
         self.on_idle: Callable[[], None] = lambda: None
         self.measurer: Worker[Any] = Worker(self.failed, self.idle)
+        self.preparer: Worker[None] = Worker(on_error)  # what predictions rest on, found while nothing is measured
         self.on_not_loaded = on_not_loaded
         self.choice: Choice | None = None
         self.loader: Worker[Loaded] = Worker(on_not_loaded)
@@ -94,6 +97,7 @@ class Session:
             bench = Bench(choice.model, choice.data, device=choice.device, evaluation_items=choice.evaluation_items, **self.settings)
             predictor = Predictor(bench)
             predictor.predict(Recipe())  # the first one is slow: libraries warm up
+            bench.predicts = predictor.record
             yield choice, bench, predictor
 
         return make
@@ -110,6 +114,7 @@ class Session:
         """Predict a recipe and start to measure it; whatever ran before is cancelled. Without a model, remember it only."""
         with self.measurer.changed:
             self.measurer.cancel()  # first, so that the processor is free for the prediction
+            self.preparer.cancel()
             self.live = Live(recipe, self.predicted(recipe), state="loading" if self.bench is None else "measuring")
             if self.bench is not None:
                 self.on_live()
@@ -127,6 +132,7 @@ class Session:
         """
         if self.bench is None:
             raise ModelError("no model is loaded")
+        self.preparer.cancel()
         self.live = Live(recipe, self.predicted(recipe), state="measuring")
         self.measurer.run(self.measuring(self.bench, recipe), self.looked)
         if self.live.point is None or not self.live.point.complete:
@@ -140,12 +146,24 @@ class Session:
             self.breathe()
             self.compressed = None  # never two compressed models at once
             stop = self.enough = threading.Event()
+            self.soften(stale, bench, recipe)
             training = Training(lambda curve, steps: self.trained(stale, curve, steps), stop.is_set, lambda looks: self.looked_at(stale, looks))
             yield from bench.stream(recipe, cancelled=stale, on_compressed=self.take, training=training)
             if self.compressed is not None:
                 yield from self.follow_up(bench, self.compressed)
 
         return make
+
+    def soften(self, stale: Stale, bench: Bench, recipe: Recipe) -> None:
+        """Find out what the temperature of a recipe makes of one answer, for the curve's lesson; nothing where there is no distribution."""
+        wanted = next((float(step.temperature) for step in recipe if isinstance(step, Distill)), None)
+        if wanted is None:
+            return
+        with contextlib.suppress(DataError):
+            found = softened(bench.task, 0, sorted({1.0, wanted}))
+            with self.measurer.changed:
+                if not stale():
+                    self.live = replace(self.live, softened=found)
 
     def take(self, compressed: Compressed) -> None:
         """Keep the model that is being measured, for what is asked about it afterwards."""
@@ -185,6 +203,7 @@ class Session:
                 on_trial(trial)
 
         with self.measurer.changed:
+            self.preparer.cancel()
             self.measurer.submit(make, draw)
 
     def trained(self, stale: Stale, curve: Curve, steps: int) -> None:
@@ -252,7 +271,7 @@ class Session:
         if point.recipe != self.live.recipe:  # training was stopped: the recipe says where
             self.live = replace(self.live, recipe=point.recipe)
             self.on_recipe(point.recipe)
-        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring", curve=point.curve, curve_steps=sum(getattr(step, "steps", 0) for step in point.recipe))
+        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring", curve=point.curve, looks=point.held_out, curve_steps=sum(getattr(step, "steps", 0) for step in point.recipe))
         if self.live.prediction is not None and self.live.prediction.quality is None:
             self.live = replace(self.live, prediction=self.predicted(point.recipe))
         if point.complete:
@@ -261,8 +280,25 @@ class Session:
         self.on_live()
 
     def idle(self) -> None:
-        """Tell that the worker has nothing to do (called by it, under its lock)."""
+        """Tell that the worker has nothing to do (called by it, under its lock), and find meanwhile what predictions rest on."""
+        if self.predictor is not None and not self.preparer.closed:
+            self.preparer.submit(self.preparing(self.predictor, self.live.recipe), lambda _nothing: None)
         self.on_idle()
+
+    def preparing(self, predictor: Predictor, recipe: Recipe) -> Callable[[Stale], Iterator[None]]:
+        """Return the job that finds what predictions of this recipe and its neighbours rest on; any move of a slider ends it."""
+
+        def make(stale: Stale) -> Iterator[None]:
+            def progress(what: str, done: int, total: int) -> None:
+                if stale():
+                    raise Cancelled(f"cancelled during {what}, {done} of {total}")
+
+            if predictor.prepare(recipe, progress):
+                with self.measurer.changed:
+                    predictor.predict(recipe)  # reads all anew, so that the next move need not
+            yield
+
+        return make
 
     def cancel(self) -> None:
         """Stop measuring; what has been read so far stays on the plot."""
@@ -286,3 +322,4 @@ class Session:
         """Stop both runners."""
         self.loader.close()
         self.measurer.close()
+        self.preparer.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import ipywidgets as ipw
 
 from widgets.live import Live
+from widgets.softened_html import softened_html
 from workbench.progress import Curve, Look
 
 WIDTH, HEIGHT = 360, 54  # of the picture, in its own units
@@ -21,15 +22,22 @@ class TrainingView(ipw.HBox):
         self.picture = ipw.HTML()
         self.button = ipw.Button(description="stop and keep", tooltip="end the training here; the model as it is now is measured and kept")
         self.button.on_click(lambda _: on_stop())
-        super().__init__([self.picture, self.button], layout=ipw.Layout(display="none"))
+        self.lesson = ipw.ToggleButton(description="what T does", tooltip="show what the temperature makes of one answer that the student is taught")
+        self.lesson.observe(lambda _: self.show(self.live), "value")
+        self.live: Live | None = None
+        super().__init__([self.picture, self.lesson, self.button], layout=ipw.Layout(display="none"))
         self.add_class("wb-training")
 
-    def show(self, live: Live) -> None:
-        """Show the curve of the present state."""
-        self.layout.display = None if live.curve else "none"
-        if live.curve:
-            self.button.layout.visibility = "visible" if live.state == "training" else "hidden"
-            self.picture.value = curve_html(live.curve, live.curve_steps, running=live.state == "training", looks=live.looks)
+    def show(self, live: Live | None) -> None:
+        """Show the curve of the present state, and one softened answer where that is asked for."""
+        self.live = live
+        self.layout.display = None if live is not None and live.curve else "none"
+        if live is None or not live.curve:
+            return
+        self.button.layout.visibility = "visible" if live.state == "training" else "hidden"
+        self.lesson.layout.display = None if live.softened is not None else "none"
+        lesson = softened_html(live.softened) if live.softened is not None and self.lesson.value else ""
+        self.picture.value = curve_html(live.curve, live.curve_steps, running=live.state == "training", looks=live.looks) + lesson
 
 
 def curve_html(curve: Curve, steps: int, *, running: bool, looks: Sequence[Look] = ()) -> str:
@@ -37,7 +45,7 @@ def curve_html(curve: Curve, steps: int, *, running: bool, looks: Sequence[Look]
     losses = [loss for _, loss in curve]
     words = f"step {len(curve):,} of {steps:,}: loss {losses[0]:.3g} \N{RIGHTWARDS ARROW} {losses[-1]:.3g}"
     lead = "training" if running else "trained" if len(curve) >= steps else "training stopped"
-    return f"<div class='wb-curve'>{curve_svg(curve, steps)}<span role='status'>{lead}, {words}{look_words(looks)}</span></div>"
+    return f"<div class='wb-curve'>{curve_svg(curve, steps, looks)}<span role='status'>{lead}, {words}{look_words(looks)}</span></div>"
 
 
 def look_words(looks: Sequence[Look]) -> str:
@@ -49,15 +57,42 @@ def look_words(looks: Sequence[Look]) -> str:
     return words if best is last else f"{words}; best after step {best.step}: {best.value:.4g}"
 
 
-def curve_svg(curve: Curve, steps: int) -> str:
-    """Return the curve as SVG, logarithmic in the loss where it spans more than a factor of ten; the right edge is the last step planned."""
-    low, high = min(loss for _, loss in curve), max(loss for _, loss in curve)
+def curve_svg(curve: Curve, steps: int, looks: Sequence[Look] = ()) -> str:
+    """Return the curve as SVG, logarithmic in the loss where it spans more than a factor of ten; the right edge is the last step planned.
+
+    Looks at held-out items stand on a scale of their own: their quality, a bar for each interval, and the dense model's quality dashed.
+    """
+    height = scale([loss for _, loss in curve])
+    thin = curve[:: max(1, len(curve) // WIDTH)]
+    points = " ".join(f"{across(index, steps):.1f},{height(loss):.1f}" for index, loss in [*thin, curve[-1]])
+    shapes = f"<polyline points='{points}'/>{looks_svg(looks, steps)}"
+    return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' preserveAspectRatio='none' aria-hidden='true'>{shapes}</svg>"
+
+
+def looks_svg(looks: Sequence[Look], steps: int) -> str:
+    """Return the shapes of looks: the dense model's line, the intervals, and the quality from look to look."""
+    shown = [look for look in looks if all(map(math.isfinite, (look.value, look.low, look.high, look.dense)))]
+    if not shown:
+        return ""
+    height = scale([number for look in shown for number in (look.low, look.high, look.dense)])
+    dense = height(shown[-1].dense)
+    bars = [f"<line class='wb-look' x1='{(x := across(look.step, steps)):.1f}' x2='{x:.1f}' y1='{height(look.low):.1f}' y2='{height(look.high):.1f}'/>" for look in shown]
+    line = " ".join(f"{across(look.step, steps):.1f},{height(look.value):.1f}" for look in shown)
+    return f"<line class='wb-dense' x1='0' x2='{WIDTH}' y1='{dense:.1f}' y2='{dense:.1f}'/>{''.join(bars)}<polyline class='wb-look' points='{line}'/>"
+
+
+def across(step: int, steps: int) -> float:
+    """Return where a step stands from left to right."""
+    return min(float(WIDTH), WIDTH * step / max(1, steps - 1))
+
+
+def scale(values: Sequence[float]) -> Callable[[float], float]:
+    """Return the height of a value on the picture, the largest at the top; logarithmic where they span more than a factor of ten."""
+    low, high = min(values), max(values)
     log = low > 0 and high > 10 * low
 
-    def height(loss: float) -> float:
-        share = math.log(loss / low) / math.log(high / low) if log else (loss - low) / (high - low or 1.0)
+    def height(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low or 1.0)
         return 3 + (HEIGHT - 6) * (1 - share)
 
-    thin = curve[:: max(1, len(curve) // WIDTH)]
-    points = " ".join(f"{WIDTH * index / max(1, steps - 1):.1f},{height(loss):.1f}" for index, loss in [*thin, curve[-1]])
-    return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' preserveAspectRatio='none' aria-hidden='true'><polyline points='{points}'/></svg>"
+    return height

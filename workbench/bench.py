@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.metadata
 import time
@@ -10,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from workbench.cache import cache_of
 from workbench.compress import Compressed, compress
 from workbench.compress.layers import Progress, no_progress
 from workbench.device import describe, pick
-from workbench.errors import Cancelled, LedgerError, RuntimeRefused
+from workbench.disk_cache import disk_cache
+from workbench.errors import Cancelled, DataError, LedgerError, RuntimeRefused
 from workbench.ledger import Ledger, default_path
 from workbench.looks import LOOKS, Partial
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
@@ -21,15 +22,20 @@ from workbench.measure.evaluator import Evaluator
 from workbench.measure.measurement import Context, Measurement
 from workbench.measure.size import Sizes, sizes
 from workbench.measure.weights import WeightChange, weight_changes
+from workbench.neighbours import Neighbours
+from workbench.placement import place_task, placement_named
+from workbench.placement import words as placed
+from workbench.prediction_score import Predicted
 from workbench.progress import Bar, Training
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
 from workbench.statistics import Statistics
+from workbench.streaming import device_of
+from workbench.streaming_forecast import forecast
 from workbench.tasks.base import Scores, Task
 from workbench.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
-    import torch
 
     from workbench.sensitivity import LayerSensitivity
 
@@ -55,7 +61,9 @@ class Bench:
         context_length: int | None = None,
         latency_batch: int | None = None,
         runtime: str | None = None,
+        placement: str | None = None,
         confidence: float = 0.95,
+        margin: float | None = None,
         offline: bool = False,
         seed: int = 0,
         progress: bool = True,
@@ -73,7 +81,10 @@ class Bench:
             context_length: tokens in a window of a language model; None takes the task's default.
             latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model or 1 utterance.
             runtime: how both models are run when they are timed: "auto" (None), "torch", "onnx", "graph" or "compiled"; see `workbench runtimes`.
+            placement: where the weights lie: "device", "streamed" from the host block by block, "spread" over all GPUs, or "auto" (None): streamed where model, compressed copy and room exceed the device's free memory.
             confidence: of every quality interval.
+            margin: stop reading once the main metric's change is known to plus or minus this: 0.01 is 1 point of accuracy or of word error rate,
+                or 1% of perplexity; None reads all items.
             offline: never reach for the network.
             seed: of the order of data.
             progress: whether to show a progress bar.
@@ -84,78 +95,97 @@ class Bench:
         """
         from workbench.zoo import load_task
 
-        given = next(model.model.parameters()).device if isinstance(model, Task) else None
+        given = device_of(model.model) if isinstance(model, Task) else None
         self.device = given if device is None and given is not None else pick(device)
         self.runtime = chosen(runtime)
         if reason := why_not(self.runtime, self.device.type):
             raise RuntimeRefused(f"runtime={runtime!r} cannot be used on {self.device.type}: {reason}")
         self.show_progress = progress
         self.task = (
-            on_device(model, self.device)
+            place_task(model, self.device, placement_named(placement))
             if isinstance(model, Task)
             else load_task(
                 model, data, device=str(self.device), offline=offline, evaluation_items=evaluation_items, calibration_items=calibration_items,
-                training_items=training_items, context=context_length, seed=seed, progress=progress,
+                training_items=training_items, context=context_length, seed=seed, progress=progress, placement=placement_named(placement),
             )
         )  # fmt: skip
         self.evaluation = self.task.evaluation.to(self.device)
         self.evaluator = Evaluator(self.task, self.evaluation)
-        self.confidence = confidence
+        self.confidence, self.margin = confidence, checked_margin(margin)
         self.latency_items = self.evaluation[: latency_batch or self.task.kind.latency_items]
         self.context = Context(
             self.task.model_name, self.task.model_fingerprint, self.task.data_name, self.task.data_fingerprint, self.device.type,
-            describe(self.device), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"), self.runtime,
+            ", ".join(filter(None, (describe(self.device), placed(self.task.model)))), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"), self.runtime,
         )  # fmt: skip
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
-        self.statistics = Statistics(self.task)
+        self.neighbours = Neighbours()
+        self.statistics = Statistics(self.task, cache=cache_of(self.task, disk_cache(self.task)))
+        self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: None  # a Predictor's `record`, kept with what is then measured
 
-    def measure(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None) -> Measurement:
+    def measure(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, margin: float | None = None) -> Measurement:
         """Return the complete measurement of a recipe; one that the ledger has already is returned at once.
+
+        With a margin, reading stops after 16, 64 or 256 items if the main change is known well enough; such a point says so
+        (`margin`, `items` of `items_total`), is kept, and goes on where it stopped when more is asked for.
 
         Args:
             recipe: what to do; `Recipe()` is the dense model itself.
             again: measure even if the ledger has this point.
             cancelled: asked between layers, batches and training steps; True stops with `Cancelled`.
+            margin: half the width of the interval of the main metric's change that is enough; None takes the bench's, 0 reads all items.
 
         Raises:
             RecipeError, CompressionError: the recipe does not fit the model.
+            DataError: a margin that is no number of at least 0.
             Cancelled: `cancelled` returned True.
 
         """
-        *_, last = self.looks(recipe, (), again=again, cancelled=cancelled)
+        enough = self.margin if margin is None else checked_margin(margin)
+        *_, last = self.looks(recipe, self.early() if enough else (), again=again, cancelled=cancelled, margin=enough)
         return last
 
     def stream(
         self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, on_compressed: Callable[[Compressed], None] | None = None,
-        training: Training | None = None,
+        training: Training | None = None, margin: float | None = None,
     ) -> Iterator[Measurement]:
         """Yield the measurement after 16, 64, 256 and all evaluation items; the last one is complete and in the ledger.
 
-        Intervals are joint over the looks (Bonferroni): they hold however early one stops. Arguments as `measure`;
+        Intervals are joint over the looks (`workbench.measure.joint`): they hold however early one stops. Arguments as `measure`;
         `on_compressed` gets the compressed model before the first look, unless the ledger has the point already. `training`
         watches training steps; where it ends one early, the points' recipe says where.
         """
-        return self.looks(recipe, tuple(n for n in LOOKS if n < len(self.evaluation)), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training)
+        enough = self.margin if margin is None else checked_margin(margin)
+        return self.looks(recipe, self.early(), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training, margin=enough)
+
+    def early(self) -> tuple[int, ...]:
+        """Return the numbers of items that are looked at before all are read."""
+        return tuple(count for count in LOOKS if count < len(self.evaluation))
 
     def looks(
         self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None, on_compressed: Callable[[Compressed], None] | None = None,
-        training: Training | None = None,
+        training: Training | None = None, margin: float | None = None,
     ) -> Iterator[Measurement]:
-        """Yield a measurement after each of the `early` numbers of items, then the complete one."""
+        """Yield a measurement after each of the `early` numbers of items, until one is known to `margin`, then the complete one."""
         known = None if again else self.ledger.find(self.context.key(recipe))
-        if known is not None:
+        if known is not None and known.known_to(margin):
             yield known
             return
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(bar, cancelled)
+            predicted = self.predicts(recipe)
+            ahead = () if (told := forecast(self, recipe, early[0] if early else len(self.evaluation))) is None else (told.words(),)
+            for words in ahead:
+                progress(words, 0, 1)
             start = time.perf_counter()
             compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True, training=training)
+            compressed = dataclasses.replace(compressed, warnings=(*compressed.warnings, *ahead))
             if on_compressed is not None:
                 on_compressed(compressed)
-            partial = Partial(self, compressed, len(early) + 1, progress, time.perf_counter() - start)
-            for count in early:
-                yield partial.look(count)
+            partial = Partial(self, compressed, (*early, len(self.evaluation)), progress, time.perf_counter() - start, margin=margin, resume=not again)
+            yield from partial.early()
             point = partial.finish()
+        if predicted is not None and point.recipe == recipe:  # training that was stopped has made another one
+            point = dataclasses.replace(point, predicted=predicted)
         self.keep(point)
         yield point
 
@@ -250,16 +280,21 @@ class Bench:
         """Return the dense model's scores on the first `count` evaluation items, computed once."""
         return self.evaluator.scores(self.task.model, self.statistics.once("dense scores", list), count, progress)
 
+    def all_dense_scores(self) -> Scores | None:
+        """Return the dense model's scores on all evaluation items, if they have been read; nothing is computed."""
+        parts: list[Scores] = self.statistics.once("dense scores", list)
+        return parts[0] if parts and len(parts[0]) == len(self.evaluation) else None
+
     def dense_sizes(self) -> Sizes:
         """Return the dense model's sizes, computed once."""
         return self.statistics.once("dense sizes", lambda: sizes(self.task.model))
 
 
-def on_device(task: Task, device: torch.device) -> Task:
-    """Return the task with its model on `device`; a model that has to move is copied, the given one stays where it is."""
-    if next(task.model.parameters()).device == device:
-        return task
-    return dataclasses.replace(task, model=copy.deepcopy(task.model).to(device))
+def checked_margin(margin: float | None) -> float | None:
+    """Return a margin, or refuse it with `DataError`."""
+    if margin is not None and not 0 <= margin < float("inf"):
+        raise DataError(f"margin={margin!r} is refused: give half the width that an interval may have, such as 0.01, or 0 to read all items")
+    return margin
 
 
 def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progress:

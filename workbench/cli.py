@@ -9,9 +9,11 @@ from typing import Any, get_args
 
 import click
 
+from workbench.cli_cache import cache
 from workbench.cli_points import annotate, compare, points
 from workbench.errors import WorkbenchError
 from workbench.gates import Gates
+from workbench.placement import Placement
 from workbench.recipe import METHODS
 from workbench.report import load_plugins
 from workbench.runtime.names import Runtime
@@ -21,7 +23,9 @@ COMMON = (
     ("device", str, "cpu or cuda; left out: the GPU where there is one"),
     ("ledger", str, "where points are kept: a file, or an Optuna storage URL"),
     ("evaluation_items", int, "evaluate at most so many items"),
+    ("margin", float, "stop reading once the main metric's change is known to plus or minus this: 0.01 is 1 point, or 1% of perplexity"),
     ("runtime", click.Choice(get_args(Runtime)), "how both models are run when they are timed; see `workbench runtimes` [default: auto]"),
+    ("placement", click.Choice(get_args(Placement)), "where the weights lie: on the device, streamed from the host block by block, or spread over all GPUs [default: auto]"),
     ("seed", int, "seed of every random choice"),
     ("recipe", str, "a whole recipe as JSON, as Recipe.to_json() writes it, in place of the options of single methods"),
 )
@@ -179,7 +183,7 @@ def chosen_notebook(notebook: str) -> Path:
     return Path(notebook) if notebook.endswith(".ipynb") and Path(notebook).is_file() else notebook_path(f"{Path(notebook).stem}.ipynb")
 
 
-for command in (points, annotate, compare):
+for command in (points, annotate, compare, cache):
     workbench.add_command(command)
 
 for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     from workbench.card import quality_words
     from workbench.cli import show
     from workbench.frame import save_points
+    from workbench.prediction_score import words_of as predictions
     from workbench.words import size
 
     ledger = opened(model, where)
@@ -44,6 +45,8 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
         cells = (row.key, row.recipe.label(), quality_words(row.primary), size(row.sizes.file_bytes), speed, "yes" if mark and mark.pinned else "", mark.note if mark else "")
         table.add_row(*map(escape, cells))
     show(table)
+    if words := predictions(rows):
+        click.echo(words)
 
 
 @click.command()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from workbench.compress import Compressed
 from workbench.compress.layers import Progress
+from workbench.measure.joint import joint_level
+from workbench.measure.known import Known
 from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
 from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.quality import flips, quality
 from workbench.measure.size import counted_sizes, sizes
+from workbench.placement import untimed
 from workbench.runtime.realise import plan, realise
 from workbench.tasks.base import Scores
 from workbench.tasks.language_modelling import LanguageModelling
@@ -28,16 +31,39 @@ T = TypeVar("T")
 LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
 
 class Partial:
-    """A measurement in progress: one compressed model, scored look by look."""
+    """A measurement in progress: one compressed model, scored look by look.
 
-    def __init__(self, bench: Bench, compressed: Compressed, looks: int, progress: Progress, compress_seconds: float) -> None:
-        """Compute what needs no evaluation: sizes and which kernels there are."""
-        self.bench, self.compressed, self.looks, self.progress = bench, compressed, looks, progress
+    All looks are declared in advance, and their intervals hold together at the bench's confidence (`workbench.measure.joint`),
+    also where reading stops early because the main change is known to plus or minus `margin`. Each is for the value beyond the
+    evaluation set; those before the last use what is known of all items (`workbench.measure.known`).
+    """
+
+    def __init__(self, bench: Bench, compressed: Compressed, counts: tuple[int, ...], progress: Progress, compress_seconds: float, *, margin: float | None = None, resume: bool = False) -> None:
+        """Compute what needs no evaluation: sizes and which kernels there are. With `resume`, begin where a point that stopped early did."""
+        self.bench, self.compressed, self.counts, self.progress, self.margin = bench, compressed, counts, progress, margin
         self.compress_seconds = compress_seconds
         self.start = time.perf_counter()
-        self.scores: list[Scores] = []
+        begun = bench.neighbours.begun.get(bench.context.key(compressed.recipe)) if resume else None
+        self.scores: list[Scores] = [] if begun is None else [begun]
+        self.count = counts[-1]  # items that will be read
+        self.level = bench.statistics.once(("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence))
+        self.neighbour = bench.neighbours.nearest(compressed.recipe)
         self.plan = plan(compressed, bench.device.type, bench.runtime)
         self.sizes = counted_sizes(compressed.model, compressed.layers)
+
+    def early(self) -> Iterator[Measurement]:
+        """Iterate over the looks before the last, until one knows enough."""
+        for count in self.counts[:-1]:
+            point = self.look(count)
+            yield point
+            if point.known_to(self.margin):
+                self.count = count
+                return
+
+    def known(self) -> Known | None:
+        """Return what is known of all evaluation items; None until the dense model has read them."""
+        dense = self.bench.all_dense_scores()
+        return None if dense is None else Known(dense, self.neighbour)
 
     def look(self, count: int) -> Measurement:
         """Return the measurement after the first `count` evaluation items, without latency."""
@@ -49,8 +75,8 @@ class Partial:
             key=bench.context.key(self.compressed.recipe),
             recipe=self.compressed.recipe,
             context=bench.context,
-            quality=quality(task.kind.primary, dense, mine, bench.confidence, self.looks),
-            flips=flips(dense, mine, bench.confidence, self.looks),
+            quality=quality(task.kind.primary, dense, mine, bench.confidence, len(self.counts), level=self.level, known=self.known()),
+            flips=flips(dense, mine, bench.confidence, len(self.counts), level=self.level),
             items=count,
             items_total=len(bench.evaluation),
             sizes=self.sizes,
@@ -61,14 +87,18 @@ class Partial:
             no_kernel=self.plan.no_kernel,
             warnings=(*task.notes, *self.compressed.warnings),
             curve=self.compressed.curve,
+            held_out=self.compressed.looks,
         )
 
     def finish(self) -> Measurement:
-        """Return the complete measurement: all items, latency, memory. Quality that has been read survives a failing timer."""
+        """Return the complete measurement: all items that are needed, latency, memory. Quality that has been read survives a failing timer."""
         bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
         self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
-        point = self.look(len(bench.evaluation))
+        point = self.remembered(self.look(self.count))
         dense, items = bench.task.model, bench.latency_items
+        if reason := untimed(dense):
+            cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+            return dataclasses.replace(point, cache=cache, missing={**missing, "latency": reason, "peak memory": reason}, kernels=())
         self.progress("prepare", 0, 1)
         run = realise(self.compressed, bench.device.type, bench.runtime, dense=dense, kind=kind, items=items, once=bench.statistics.once)
         latency = attempt("latency", missing, lambda: measure_latency(kind, run.dense, run.model, items, progress=self.progress))
@@ -77,6 +107,14 @@ class Partial:
         cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
         warnings = (*point.warnings, *run.warnings)
         return dataclasses.replace(point, latency=latency, peak_memory_bytes=peak, dense_peak_memory_bytes=dense_peak, cache=cache, missing=missing, kernels=run.kernels, warnings=warnings)
+
+    def remembered(self, point: Measurement) -> Measurement:
+        """Keep the scores of single items, for recipes near this one or to go on where it stopped; return the point, saying why it stopped."""
+        if point.items == point.items_total:
+            self.bench.neighbours.keep(point.recipe, self.scores[0])
+            return point
+        self.bench.neighbours.begin(point.key, self.scores[0])
+        return dataclasses.replace(point, margin=self.margin)
 
     def cache(self) -> CacheBytes:
         """Return the bytes that both models keep of the tokens of one window."""

@@ -35,7 +35,7 @@ class Training:
 
     `watch(curve, steps)` is called after each optimizer step with the curve so far and the number of steps planned.
     `enough()` is asked after each; True ends the training there and keeps what it has reached, or the best look if there were
-    any. `looked(looks)` is called after each look at held-out items with all looks of that training so far.
+    any. `looked(looks)` is called after each look at held-out items with all looks so far, their steps counted along the curve.
     """
 
     watch: Callable[[Curve, int], None] = lambda _curve, _steps: None

@@ -71,10 +71,12 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
     given = {name: empty_to_none(namespace.get(name)) for name in known}
     seed = whole("seed", given["seed"], 0)
     recipe = chosen_recipe(given["recipe"], {name: given[name] for name in METHODS.options()}, seed)
-    settings = {name: given[name] for name in ("data", "device", "ledger", "runtime") if given[name] is not None}
+    settings = {name: given[name] for name in ("data", "device", "ledger", "runtime", "placement") if given[name] is not None}
     settings |= {"seed": seed, **{name: str(given[name]).lower() in {"true", "1", "yes"} for name in ("offline", "progress")}}
     if given["evaluation_items"] is not None:
         settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
+    if given["margin"] is not None:
+        settings["margin"] = fraction("margin", given["margin"])
     if not given["model"]:
         raise RecipeError("parameter 'model' is missing: give a catalogue name such as 'fashion-vit', a directory or a hub id")
     return Job(str(given["model"]), recipe, Gates(**{name: given[name] for name in gates}), settings)
@@ -115,6 +117,17 @@ def whole(name: str, value: Any, least: int) -> int:
         number = least - 1
     if number < least:
         raise RecipeError(f"{name}={value!r} is refused: give a whole number of at least {least}")
+    return number
+
+
+def fraction(name: str, value: Any) -> float:
+    """Return a parameter as a finite number of at least 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise RecipeError(f"{name}={value!r} is refused: give a number of at least 0, such as 0.01")
     return number
 
 

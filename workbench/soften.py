@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from workbench.errors import DataError
+from workbench.streaming import device_of
 from workbench.tasks.base import Task
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -35,7 +36,7 @@ class Softened:
 
 @torch.no_grad()
 def softened(task: Task, item: int = 0, temperatures: Sequence[float] = TEMPERATURES) -> Softened:
-    """Return softmax(logits / T) of the dense model for one training item; of text or speech, for its last scored token.
+    """Return softmax(logits / T) of the dense model for one training item; of text or speech, for a token in the middle, as the last one often ends the text.
 
     Raises:
         DataError: no such item, a temperature of 0 or below, or a model whose answers are vectors.
@@ -46,11 +47,12 @@ def softened(task: Task, item: int = 0, temperatures: Sequence[float] = TEMPERAT
     if not temperatures or min(temperatures) <= 0:
         raise DataError(f"temperatures={tuple(temperatures)} must all be above 0")
     some = task.training[item : item + 1]
-    logits, labels = task.kind.logits(task.model, some.to(next(task.model.parameters()).device)), some.labels
+    logits, labels = task.kind.logits(task.model, some.to(device_of(task.model))), some.labels
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         raise DataError(f"{task.kind.name} has no distribution for each label that a temperature could soften")
     scored = (labels.flatten() != -100).nonzero().flatten()
-    row, label = logits.flatten(0, -2)[int(scored[-1])].double().cpu(), int(labels.flatten()[int(scored[-1])])
+    place = int(scored[(len(scored) - 1) // 2])
+    row, label = logits.flatten(0, -2)[place].double().cpu(), int(labels.flatten()[place])
     top = row.argsort(descending=True)[:MOST]
     soft = torch.stack([(row / temperature).softmax(0) for temperature in temperatures])  # [temperatures, classes]
     shown = soft[:, top]

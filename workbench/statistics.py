@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from workbench.cache import Cache, cache_of
 from workbench.compress.copies import sharing_copy
 from workbench.compress.layers import Layer, Progress, find_layers, no_progress, patches
 from workbench.errors import CompressionError
+from workbench.streaming import HOST, device_of, fetched, moved, streams_to
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Items, Task
@@ -43,26 +47,59 @@ class Moments:
     matrices: dict[str, Tensor]
     rows: dict[str, int]
 
+    @cached_property
+    def readers(self) -> dict[str, str]:
+        """Return, for each layer, the first one that reads the same inputs: what follows from their second moment is the same for both."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(matrix), name) for name, matrix in self.matrices.items()}
+
 
 class Statistics:
     """What methods need to know about a model and derive from it: the dense one, or another one that the task is given.
 
     Nothing is computed before it is asked for. `once` keeps what does not depend on a slider (factorisations, sorted
-    weights), so that moving the slider pays only for the rest.
+    weights) within the budget of `cache`, so that moving the slider pays only for the rest.
     """
 
-    def __init__(self, task: Task, progress: Progress = no_progress) -> None:
-        """Remember the task; compute nothing yet."""
+    def __init__(self, task: Task, progress: Progress = no_progress, cache: Cache | None = None) -> None:
+        """Remember the task; compute nothing yet. Without a `cache` what is computed is kept in memory, within its default budget."""
         self.task = task
         self.progress = progress
-        self.kept: dict[Hashable, Any] = {}
+        self.kept = cache or cache_of(task)
+        self.visiting: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # second moments of a streamed model on its device, for as long as someone reads them
 
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Return `compute()`, kept under `key` for the next time."""
-        if key not in self.kept:
-            self.kept[key] = compute()
-        value: T = self.kept[key]
-        return value
+    def once(self, key: Hashable, compute: Callable[[], T], *, lasting: bool = False, optional: bool = False) -> T:
+        """Return `compute()`, kept under `key` for the next time.
+
+        With `lasting` also on disk, for what depends on the model, the calibration data and the key alone; `optional` for what a
+        move asks for once, so that it need not be kept where there is no room. See `Cache.once`.
+        """
+        if not optional or streams_to(self.task.model) is None:
+            return self.kept.once(key, compute, lasting=lasting, optional=optional)
+        return self.visit(self.kept.once(key, lambda: cast("T", moved(compute(), HOST)), lasting=lasting, optional=True))  # the device has no room for it
+
+    def stacked(self, family: Hashable, names: Sequence[str], compute: Callable[[list[int]], T]) -> list[tuple[T, int]]:
+        """Return (a stack, the place in it) of each name, where `compute(places)` makes the stack of some of the names at once.
+
+        What an earlier stack holds is not computed again, whatever names it was computed with; all the rest is, together.
+        """
+        where: dict[str, tuple[Hashable, int]] = self.once(("places", family), dict)
+        stacks: dict[Hashable, T] = {}
+        for key in dict.fromkeys(where[name][0] for name in names if name in where):
+            if (kept := self.kept.get(key)) is not None:
+                stacks[key] = self.visit(kept[0])
+        missing = [place for place, name in enumerate(names) if name not in where or where[name][0] not in stacks]
+        fresh = (family, tuple(names[place] for place in missing))
+        places = {name: where[name] for name in names if name in where} | {names[place]: (fresh, index) for index, place in enumerate(missing)}
+        if missing:
+            stacks[fresh] = self.once(fresh, lambda: compute(missing), lasting=True, optional=True)
+            where.update(places)
+        return [(stacks[key], place) for key, place in (places[name] for name in names)]
+
+    def visit(self, value: T) -> T:
+        """Return a kept value where it is worked with: of a streamed model, which keeps all at home, a copy on its device."""
+        device = streams_to(self.task.model)
+        return value if device is None else cast("T", moved(value, device))
 
     def second_moment(self, name: str) -> Tensor:
         """Return E[x x^T] of a layer's inputs, float32 [inputs, inputs], on the model's device.
@@ -71,7 +108,13 @@ class Statistics:
             CompressionError: the layer sees no input during calibration, or one that is not finite.
 
         """
-        return found(self.moments().matrices, name)
+        kept, device = found(self.moments().matrices, name), streams_to(self.task.model)
+        if device is None:
+            return kept
+        there = self.visiting.get(id(kept))
+        if there is None:
+            there = self.visiting[id(kept)] = fetched(kept, device)
+        return there
 
     def rows(self, name: str) -> int:
         """Return how many inputs the layer saw: with fewer than it has columns, its second moment is singular. Raises as `second_moment`."""
@@ -79,7 +122,7 @@ class Statistics:
 
     def moments(self) -> Moments:
         """Return the second moments of all layers."""
-        return self.once("second moments", lambda: second_moments(self.task, self.progress))
+        return self.once("second moments", lambda: second_moments(self.task, self.progress), lasting=True)
 
     def gradients(self, name: str) -> Gradients:
         """Return the gradients of the task's loss (such as cross entropy with the labels of the calibration items) by a layer's weight.
@@ -88,10 +131,10 @@ class Statistics:
             CompressionError: the layer takes no part in the loss, or a gradient is not finite.
 
         """
-        usual = self.once("gradients", lambda: gradients(self.task, self.progress))
+        usual = self.once("gradients", lambda: gradients(self.task, self.progress), lasting=True)
         if name in usual:
             return usual[name]
-        return found(self.once("gradients of tables", lambda: gradients(self.task, self.progress, tables=True)), name)
+        return found(self.once("gradients of tables", lambda: gradients(self.task, self.progress, tables=True), lasting=True), name)
 
 
 def found(table: dict[str, T], name: str) -> T:
@@ -129,7 +172,8 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             key = id(given), given._version  # noqa: SLF001  counts changes in place
             if key not in shared or isinstance(module, nn.Conv2d):
                 rows = patches(module, given)
-                shared[key] = given, rows.t() @ rows, len(rows), torch.isfinite(rows).all()  # holding `given` keeps its id from being used again
+                product = rows.t() @ rows
+                shared[key] = given, product.to(HOST) if streamed else product, len(rows), torch.isfinite(rows).all()  # holding `given` keeps its id from being used again
             _, product, count, good = shared[key]
             products[name] = products[name] + product if name in products else product
             counts[name] = counts.get(name, 0) + count
@@ -140,7 +184,8 @@ def second_moments(task: Task, progress: Progress) -> Moments:
         return hook
 
     layers, _ = find_layers(task.model)
-    device = next(task.model.parameters()).device
+    device = device_of(task.model)
+    streamed = streams_to(task.model) is not None  # all second moments together are then too large for the device as well
     with ExitStack() as hooks, torch.no_grad(), full_precision():
         for name, layer in layers.items():
             if layer.table:
@@ -157,25 +202,37 @@ def second_moments(task: Task, progress: Progress) -> Moments:
     means: dict[tuple[int, int], Tensor] = {}
     for name, total in sums.items():
         if (id(total), counts[name]) not in means:
-            means[id(total), counts[name]] = total / counts[name]
+            means[id(total), counts[name]] = (total.to(device) / counts[name]).to(HOST) if streamed else total / counts[name]
     return Moments({name: means[id(total), counts[name]] for name, total in sums.items()}, counts)
 
 
 def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sums with the products added; names for which both are the same objects share one result."""
+    """Return the sums with the products added; names for which both are the same objects share one result.
+
+    A sum is added to in place where all its names add the same: of a large model all second moments fit twice, not three times.
+    """
     made: dict[tuple[int, int], Tensor] = {}
     found = dict(sums)
+    added: dict[int, set[int]] = {}  # what is added to a sum
+    for name, total in sums.items():
+        added.setdefault(id(total), set()).add(id(products.get(name)))
     for name, product in products.items():
         key = id(sums.get(name)), id(product)
         if key not in made:
-            made[key] = sums[name] + product if name in sums else product
+            made[key] = product if name not in sums else sums[name].add_(product) if len(added[key[0]]) == 1 else sums[name] + product
         found[name] = made[key]
     return found
 
 
+def gathered(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors on the device of the first: those of a spread model lie on several."""
+    found = list(tensors)
+    return [tensor.to(found[0].device) for tensor in found]
+
+
 def refuse_infinite(finite: dict[str, Tensor], words: str = "receives infinite or NaN inputs") -> None:
     """Name the first layer, in the order of calling, for which something is not finite; waits for the device once."""
-    if finite and not all(torch.stack(list(finite.values())).tolist()):
+    if finite and not all(torch.stack(gathered(finite.values())).tolist()):
         bad = next(name for name, good in finite.items() if not good)
         raise CompressionError(f"layer {bad!r} {words} during calibration")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workbench.card import quality_words, speed_words
 from workbench.measure.measurement import Measurement
+from workbench.prediction_score import told
 from workbench.words import size
 
 
@@ -26,6 +27,10 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
     if point.cache is not None:
         kept = point.cache
         rows.append((f"keys and values kept of {kept.context:,} tokens, bytes", f"{kept.dense:,}", f"{kept.compressed:,} ({kept.dense / kept.compressed:.2f}x smaller)"))
+    if point.margin is not None:
+        rows.append(("evaluation items read", "", f"{point.items:,} of {point.items_total:,}: stopped on purpose, the change of {point.primary.metric} was known to ±{point.margin:g}"))
+    if point.predicted is not None:
+        rows.append((f"{point.predicted.metric} as predicted before", "", told(point)))
     rows += [(f"not measured: {name}", "", why) for name, why in point.missing.items()]
     return rows
 

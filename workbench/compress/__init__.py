@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from workbench.compress import snapshots
 from workbench.compress.activations import Activations
-from workbench.compress.batch import grouped
-from workbench.compress.copies import own_parameters, sharing_copy
+from workbench.compress.batch import check_all, know_finite
+from workbench.compress.copies import can_share, own_parameters, sharing_copy, twin
 from workbench.compress.distill import Distill
 from workbench.compress.kv_cache import KVCache
 from workbench.compress.layers import Layer, Progress, no_progress
@@ -24,7 +25,8 @@ from workbench.compress.report import LayerReport, effective_bits_of, layer_repo
 from workbench.compress.student import Transfer
 from workbench.compress.work import Work
 from workbench.errors import CompressionError
-from workbench.progress import Training
+from workbench.placement import refuse
+from workbench.progress import Look, Training
 from workbench.recipe import METHODS, Recipe, Step
 from workbench.statistics import Statistics
 from workbench.tasks.base import Task
@@ -42,6 +44,7 @@ class Compressed:
     report: tuple[LayerReport, ...]
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of a Distill step
     warnings: tuple[str, ...] = ()
+    looks: tuple[Look, ...] = ()  # at held-out items while it was trained, steps counted along the curve
 
     @property
     def effective_bits(self) -> float | None:
@@ -65,16 +68,32 @@ def compress(
         BrokenPromiseError: a later step broke what an earlier one promised (a defect).
 
     """
-    work = Work(sharing_copy(task.model).eval(), task, statistics or Statistics(task, progress), progress, training or Training())
-    done: list[Step] = []
-    for step in recipe:
+    refuse(recipe, task)
+    known = statistics or Statistics(task, progress)
+    known.kept.begin()
+    begun = snapshots.begun(recipe.steps, known) if known.task is task else None
+    if begun is None:
+        work = Work(dense_copy(task, known), task, known, progress, training or Training())
+        if known.task is task:
+            know_finite(list(work.layers.values()), known)
+    else:
+        work = begun.continued(task, known, progress, training or Training())
+    done: list[Step] = [] if begun is None else list(begun.done)
+    for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
         changes = work.changes
         done.append(METHODS.functions[type(step)](step, work) or step)
         if work.changes == changes:
             reasons = [f"{name}: {words[-1]}" for name, words in work.outcomes.items() if words]
             raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
-        for batch in grouped(work.layers.values()):
-            batch.check()
+        check_all(list(work.layers.values()))
+        if place < len(recipe) and known.task is task:
+            snapshots.keep(recipe.steps[:place], done, work)
     if not shared:
         own_parameters(work.model)
-    return Compressed(work.model, Recipe(*done), tuple(work.layers.values()), layer_reports(work), tuple(work.curve), tuple(work.warnings))
+    return Compressed(work.model, Recipe(*done), tuple(work.layers.values()), layer_reports(work), tuple(work.curve), tuple(work.warnings), tuple(work.looks))
+
+
+def dense_copy(task: Task, statistics: Statistics) -> nn.Module:
+    """Return a copy of the dense model in eval mode, which shares its tensors where it can; whether it can is looked up once."""
+    known = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
+    return (twin(task.model) if known else sharing_copy(task.model)).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from workbench.compress.layers import Layer
+from workbench.device import allowed_bytes
 from workbench.errors import CompressionError
 from workbench.runtime.forms import Form, kind_of, stacked
+from workbench.streaming import streams_to, visiting
 
 if TYPE_CHECKING:
     from workbench.compress.work import Work
     from workbench.recipe import Step
+    from workbench.statistics import Statistics
 
 ROOM = {"cuda": 2**27, "cpu": 2**20}  # weights in a batch at most: half a gigabyte on a GPU, what a cache holds on a CPU
+WORKING = 64  # bytes that a weight may take on the device of a streamed model while it is worked on, copies and all: no less than 8 GB leave batches as they are
 PARTS = 4  # a small model is taken in at least about so many batches, so that memory stays a small multiple of it
 LEAST = 2**22  # weights in a batch where that would make it smaller: below, a GPU would wait for being asked
 
@@ -42,10 +46,11 @@ class Batch:
 
         """
         stack = self.stored().float()
-        finite = torch.isfinite(stack)
-        if not bool(finite.all()):
-            bad = self.layers[int((~finite).flatten(1).any(1).nonzero()[0])]
-            raise CompressionError(f"layer {bad.name!r} has infinite or NaN weights")
+        if not all(layer.finite for layer in self.layers):
+            finite = torch.isfinite(stack)
+            if not bool(finite.all()):
+                bad = self.layers[int((~finite).flatten(1).any(1).nonzero()[0])]
+                raise CompressionError(f"layer {bad.name!r} has infinite or NaN weights")
         return stack
 
     def stored(self) -> Tensor:
@@ -55,13 +60,8 @@ class Batch:
     def write(self, stack: Tensor) -> None:
         """Store [layers, outputs, inputs] into the modules, as new parameters in each module's dtype.
 
-        Raises:
-            CompressionError: a value is not finite.
-
+        Whether they are finite is seen at the end of the step, in `check_all`: a GPU is not waited for here.
         """
-        if not bool(torch.isfinite(stack).all()):
-            bad = self.layers[int((~torch.isfinite(stack)).flatten(1).any(1).nonzero()[0])]
-            raise CompressionError(f"layer {bad.name!r} {tuple(stack.shape[1:])} became infinite or NaN: the step is too strong for it")
         fresh = [torch.empty_like(layer.parameter, device=stack.device, memory_format=torch.contiguous_format) for layer in self.layers]
         torch._foreach_copy_(fresh, [layer.as_stored(matrix) for layer, matrix in zip(self.layers, stack, strict=True)])
         for layer, values in zip(self.layers, fresh, strict=True):
@@ -71,23 +71,63 @@ class Batch:
         """Return the stored forms of all layers as one, tensors [layers, ...]; only where every layer has one of the same kind."""
         return stacked([layer.grid for layer in self.layers if layer.grid is not None])
 
-    def check(self) -> None:
-        """Verify every promise of every layer on the tensors themselves; see `Layer.check`, which words what is broken."""
-        first = self.layers[0]
-        stored = self.stored() if first.mask is not None or first.grid is not None else torch.zeros(0, device=first.parameter.device)
-        broken = torch.zeros((), dtype=torch.bool, device=stored.device)
+    def broken(self) -> Tensor | None:
+        """Return whether a promise is broken, or a weight written since the last look is infinite or NaN: a bool on the device, None without any to check."""
+        first, fresh = self.layers[0], any(not layer.finite and not layer.pristine for layer in self.layers)
+        if first.mask is None and first.grid is None and not fresh:
+            return None
+        stored = self.stored()
+        found = ~torch.isfinite(stored).all() if fresh else torch.zeros((), dtype=torch.bool, device=stored.device)
         if first.mask is not None:
             masks = torch.stack([layer.mask for layer in self.layers if layer.mask is not None])
-            broken |= ((stored != 0) & ~masks).any()
+            found |= ((stored != 0) & ~masks).any()
         if first.grid is not None:
-            broken |= (self.grids().dequantize().to(stored.dtype) != stored).any()
-        if bool(broken) or any(layer.rank is not None and layer.rank not in layer.parameter.shape for layer in self.layers):
-            for layer in self.layers:
+            found |= (self.grids().dequantize().to(stored.dtype) != stored).any()
+        return found
+
+
+def check_all(layers: Sequence[Layer]) -> None:
+    """Verify every promise of every layer on the tensors themselves, and that what was written is finite; waits for the device once.
+
+    Raises:
+        CompressionError: a weight is infinite or NaN.
+        BrokenPromiseError: see `Layer.check`, which words what is broken.
+
+    """
+    flags = [flag for batch in grouped(layers) if (flag := batch.broken()) is not None]
+    ranks = any(layer.rank is not None and layer.rank not in layer.parameter.shape for layer in layers)
+    if ranks or (flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())):
+        for batch in grouped(layers):
+            for layer in batch.layers:
+                if not layer.finite and not layer.pristine and not bool(torch.isfinite(layer.parameter).all()):
+                    raise CompressionError(f"layer {layer.name!r} {batch.shape} became infinite or NaN: the step is too strong for it")
                 layer.check()
+    for layer in layers:
+        layer.finite = layer.finite or not layer.pristine
+
+
+def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
+    """Mark which layers of the dense model are finite, seen once: the others raise where a step reads them."""
+
+    def look() -> frozenset[str]:
+        flags: list[Tensor] = []
+        names: list[str] = []
+        for batch in grouped(layers):
+            flags += torch.isfinite(batch.stored()).flatten(1).all(1).unbind()
+            names += [layer.name for layer in batch.layers]
+        good = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+        return frozenset(name for name, fine in zip(names, good, strict=True) if fine)
+
+    found = statistics.once("finite layers", look)
+    for layer in layers:
+        layer.finite = layer.name in found
 
 
 def grouped(layers: Iterable[Layer]) -> Iterator[Batch]:
-    """Yield batches of layers with the same shape, dtype, device and kind of promises, in order of each batch's first layer."""
+    """Yield batches of layers with the same shape, dtype, device and kind of promises, in order of each batch's first layer.
+
+    Layers of a streamed model are on its device while their batch is worked on.
+    """
     groups: dict[object, list[Layer]] = {}
     total = 0
     for layer in layers:
@@ -96,9 +136,13 @@ def grouped(layers: Iterable[Layer]) -> Iterator[Batch]:
         groups.setdefault((layer.as_matrix(weight).shape, weight.dtype, weight.device, layer.mask is None, kind_of(layer.grid)), []).append(layer)
     for group in groups.values():
         weight = group[0].parameter
-        room = min(ROOM.get(weight.device.type, 2**20), max(LEAST, total // PARTS))
+        room = min(ROOM.get((streams_to(weight) or weight.device).type, 2**20), max(LEAST, total // PARTS))
+        if (away := streams_to(weight)) is not None:
+            room = min(room, allowed_bytes(away) // WORKING)
         most = max(1, room // max(1, weight.numel()))
-        yield from (Batch(tuple(group[start : start + most])) for start in range(0, len(group), most))
+        for start in range(0, len(group), most):
+            with visiting(group[start : start + most]):
+                yield Batch(tuple(group[start : start + most]))
 
 
 def batches(step: Step, work: Work) -> Iterator[Batch]:

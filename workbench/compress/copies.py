@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.streaming import mark
+
 TABLES = ("_parameters", "_buffers", "_modules")  # of names; the tables are copied, what they hold is not
 
 
@@ -22,9 +24,16 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     `own_parameters` first. A model whose modules hold other modules outside the module tree (in a list, or as a bound
     method) is copied whole, since sharing would tie both models together.
     """
-    if any(holds_modules(module) for module in model.modules()):
-        return copy.deepcopy(model)
+    if not can_share(model):
+        copied = copy.deepcopy(model)
+        mark(copied)
+        return copied
     return twin(model)
+
+
+def can_share(model: nn.Module) -> bool:
+    """Return whether all modules of a model are in its module tree."""
+    return not any(holds_modules(module) for module in model.modules())
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -75,3 +84,4 @@ def own_parameters(model: nn.Module) -> None:
                         clone = tensor.detach().clone()
                         clones[id(tensor)] = nn.Parameter(clone, requires_grad=False) if isinstance(tensor, nn.Parameter) else clone
                     table[name] = clones[id(tensor)]  # type: ignore[assignment]
+    mark(model)

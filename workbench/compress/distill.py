@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -16,6 +16,7 @@ from workbench.compress.distill_losses import Divergence, divergence_loss
 from workbench.compress.inner import PAIRS, Pairs, Seen, inner_loss, padding_masks, pair_up, see, showing_attention
 from workbench.compress.layers import Layer
 from workbench.compress.teacher_cache import TeacherCache, teacher_cache
+from workbench.compress.teacher_tables import disk_folder, free_bytes
 from workbench.compress.training import Drawn, Plan, Trained, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
@@ -25,6 +26,7 @@ from workbench.tasks.choosing import Choosing
 from workbench.tasks.sentence_similarity import SentenceSimilarity
 
 MB = 2**20
+T = TypeVar("T")
 
 
 @configuration
@@ -40,19 +42,20 @@ class Distill(Step):
     by block as `layer_map` says; where widths or heads were removed they do not fit, and that is refused. A loss that is not
     finite ends the training at the best weights before it.
 
-    With `look_every`, a tenth of the training items, at most 256, are held out and looked at so often, and the weights of the best look
-    are kept (lowest loss on them); else the last ones. With `checkpoint_every` the training is saved to the user's cache directory,
+    A tenth of the training items, at most 256, are held out and looked at every `look_every` steps, and the weights of the best look
+    are kept (lowest loss on them); with 0, no more `steps`, or fewer than 20 training items, the last ones. The dense model may have seen these items
+    when it was trained, so they flatter it more than the student. With `checkpoint_every` the training is saved to the user's cache directory,
     weights and two numbers a weight of Adam's, and the same recipe goes on from there to the same bits.
 
     What it does not do: learn scales, move batch-norm statistics, use dropout (the student trains in eval mode), fit a projection
-    between hidden states of different widths, keep the teacher's answers on disk, or see more data than the task's training items.
+    between hidden states of different widths, or see more data than the task's training items.
     """
 
     slider: ClassVar[str] = "temperature"
     position: ClassVar[int] = 40
     stops: ClassVar[tuple[float, ...]] = (1.0, 2.0, 4.0)
     added: ClassVar[tuple[str, ...]] = (
-        "stop_at", "divergence", "skew", "hidden_weight", "attention_weight", "layer_map", "teacher_cache_mb", "accumulate", "train_precision", "look_every", "checkpoint_every",
+        "stop_at", "divergence", "skew", "hidden_weight", "attention_weight", "layer_map", "teacher_cache_mb", "teacher_cache_disk_mb", "accumulate", "train_precision", "checkpoint_every",
     )  # fmt: skip
     about: ClassVar[tuple[About, ...]] = (
         About("temperature, alpha", "Hinton et al. 2015; Bengio et al. 2013 (rounding)", "nothing; with teacher_cache_mb the dense model's answers", "training", "learns no scales"),
@@ -63,7 +66,7 @@ class Distill(Step):
     temperature: Annotated[float, Field(gt=0, le=100, description="softens both distributions; 1 leaves them as they are")] = 2.0
     alpha: Annotated[float, Field(ge=0, le=1, description="weight of the teacher's answers against the true labels")] = 0.9
     steps: Annotated[int, Field(ge=1, le=1_000_000, description="optimizer steps")] = 60
-    learning_rate: Annotated[float, Field(gt=0, le=1, description="peak learning rate of Adam")] = 5e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1, description="peak learning rate of Adam")] = 3e-4
     distill_batch: Annotated[int, Field(ge=1, le=65536, description="training items per step")] = 64
     stop_at: Annotated[int, Field(ge=0, le=1_000_000, description="end after so many steps of the schedule; 0 runs all")] = 0
     divergence: Annotated[Divergence, Field(description="KL(teacher || student), the other way round, or to a mixture of both")] = "forward"
@@ -72,9 +75,10 @@ class Distill(Step):
     attention_weight: Annotated[float, Field(ge=0, le=1000, description="weight of the KL of attention maps; 0 leaves them out")] = 0.0
     layer_map: Annotated[str, Field(description="which blocks are matched, as student:teacher from 1; empty spreads them evenly", examples=["1:1,2:2"])] = ""
     teacher_cache_mb: Annotated[int, Field(ge=0, le=1_000_000, description="memory for the teacher's answers, computed once if they fit; 0 computes them anew")] = 0
+    teacher_cache_disk_mb: Annotated[int, Field(ge=0, le=100_000_000, description="disk for the teacher's answers where that memory is too little, in the user's cache directory; removed at the end")] = 0
     accumulate: Annotated[int, Field(ge=1, le=65536, description="parts that a step's items are worked through in, to save memory")] = 1
     train_precision: Annotated[Literal["model", "mixed"], Field(description="mixed: float32 weights, bfloat16 arithmetic on a GPU; model: the model's own type")] = "model"
-    look_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between looks at held-out items, the best of which is kept; 0 keeps the last step")] = 0
+    look_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between looks at held-out items, the best of which is kept; 0 keeps the last step")] = 20
     checkpoint_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between savings to disk that an interrupted training goes on from; 0 saves none")] = 0
 
     @model_validator(mode="after")
@@ -98,6 +102,10 @@ class Distill(Step):
     def label(self) -> str:
         """Return such as `distilled T2`, with the step where it was stopped."""
         return f"distilled T{self.temperature:g}" + (f" to step {self.stop_at}" if self.stop_at else "")
+
+    def unchanged(self) -> set[str]:
+        """Return the options of later versions that are at what was done before these: there were no looks at first."""
+        return super().unchanged() | ({"look_every"} if not self.look_every else set())
 
     @property
     def identity(self) -> str:
@@ -188,20 +196,30 @@ class Lesson:
         self.eye = Eye(work.task.kind, step.hidden_weight > 0, step.attention_weight > 0, mixed and device.type == "cuda")
         self.teacher = self.eye.teacher(work.task.model)
         self.pairs = self.fitting()
-        self.cache = self.kept_answers() if step.teacher_cache_mb else None
+        self.cache = self.kept_answers() if step.teacher_cache_mb or step.teacher_cache_disk_mb else None
         if mixed and not self.eye.mixed:
             work.warnings.append(f"train_precision='mixed' saves nothing on {device.type}: weights are held, and the arithmetic is done, in float32")
 
     def loss(self, drawn: Drawn) -> Tensor:
         """Return the loss of some training items, a scalar."""
         step = self.step
-        wanted = self.teacher(drawn) if self.cache is None else self.cache.look_up(drawn.index)
+        wanted = self.answers(drawn)
         found = self.eye.see(self.work.model, drawn)
         with self.eye.arithmetic():
             loss = distillation_loss(found.logits, wanted.logits, drawn.labels, step.temperature, step.alpha, kind=self.eye.kind, divergence=step.divergence, skew=step.skew)
             if self.pairs:
                 loss = loss + inner_loss(found, wanted, self.pairs, padding_masks(drawn), hidden_weight=step.hidden_weight, attention_weight=step.attention_weight)
         return loss
+
+    def answers(self, drawn: Drawn) -> Seen:
+        """Return what the teacher shows for training items: as it was kept, or computed now."""
+        if self.cache is not None:
+            try:
+                return self.cache.look_up(drawn.index)
+            except OSError as error:
+                self.cache = None
+                self.work.warnings.append(f"the teacher's answers can no longer be kept in {disk_folder()}: {error.strerror or error}; from here on they are computed at each step")
+        return self.teacher(drawn)
 
     @torch.no_grad()
     def fitting(self) -> Pairs:
@@ -216,22 +234,29 @@ class Lesson:
     def kept_answers(self) -> TeacherCache | None:
         """Return the teacher's answers to all training items, kept with the statistics of the task; None where that does not pay or fit.
 
-        They do not depend on the recipe: the next one finds them there.
+        They do not depend on the recipe: the next one finds them there. Where memory is too small for them, they go to disk.
         """
         step, task, eye, statistics = self.step, self.work.task, self.eye, self.work.statistics
-        count = len(task.training)
+        count, given = len(task.training), " and ".join(f"{name}={value}" for name in ("teacher_cache_mb", "teacher_cache_disk_mb") if (value := getattr(step, name)))
+        verb = ("is", "are")[" and " in given]
         if step.steps * step.distill_batch < count:
-            self.work.warnings.append(f"teacher_cache_mb={step.teacher_cache_mb} is not used: {step.steps} steps of {step.distill_batch} items read fewer than the {count} training items")
+            self.work.warnings.append(f"{given} {verb} not used: {step.steps} steps of {step.distill_batch} items read fewer than the {count} training items")
             return None
 
-        def make() -> tuple[TeacherCache, int]:
-            return teacher_cache(self.teacher, task.model, task.training, task.batch_size)
+        def once(make: Callable[[], T], *more: object) -> T:
+            return statistics.once(("teacher's answers", eye.states, eye.maps, eye.mixed, *more), make) if statistics.task is task else make()
 
-        cache, size = statistics.once(("teacher's answers", eye.states, eye.maps, eye.mixed), make) if statistics.task is task else make()
-        if size > step.teacher_cache_mb * MB:
-            self.work.warnings.append(f"teacher_cache_mb={step.teacher_cache_mb} is too little for the teacher's answers to {count} training items, {-(-size // MB)} MB: they are computed at each step")
+        cache, size = once(lambda: teacher_cache(self.teacher, task.model, task.training, task.batch_size))
+        if size <= step.teacher_cache_mb * MB:
+            return cache
+        if size > step.teacher_cache_disk_mb * MB:
+            self.work.warnings.append(f"{given} {verb} too little for the teacher's answers to {count} training items, {-(-size // MB)} MB: they are computed at each step")
             return None
-        return cache
+        free = free_bytes(disk_folder())
+        if size > free:
+            self.work.warnings.append(f"teacher_cache_disk_mb={step.teacher_cache_disk_mb} is not used: the teacher's answers take {-(-size // MB)} MB, and {disk_folder()} has {free // MB} MB free; they are computed at each step")
+            return None
+        return once(lambda: dataclasses.replace(cache, folder=disk_folder(), tables={}, filled=set()), "on disk")
 
 
 def distillation_loss(

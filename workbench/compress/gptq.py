@@ -7,7 +7,6 @@ which columns are worked through: groups stay contiguous, and what is stored loo
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 from workbench.compress.layers import Layer
-from workbench.compress.moments import second_moment_of
+from workbench.compress.moments import by_source, second_moment_of
 from workbench.compress.scales import Scales, Spec
-from workbench.compress.sparsegpt import SPARE, damped, listed
-from workbench.device import free_fraction
+from workbench.compress.sparsegpt import damped, listed
 from workbench.errors import CompressionError
 from workbench.runtime.forms import decode_float, encode_float
 from workbench.statistics import full_precision
@@ -49,20 +47,25 @@ def orders(layers: tuple[Layer, ...], work: Work, *, damping: float, by_activati
         CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
 
     """
-    kept = work.statistics.kept
-    moments = {layer.name: second_moment_of(layer, work) for layer in layers}
-    keys = {name: ("gptq order", damping, by_activation, id(moment)) for name, moment in moments.items()}  # layers that read the same share one
-    fresh = list({keys[layer.name]: layer for layer in layers if keys[layer.name] not in kept}.values())
-    made: dict[Hashable, tuple[Tensor, Tensor, int]] = {}
-    if fresh:
-        upper, columns, stronger = factorise(torch.stack([moments[layer.name] for layer in fresh]), fresh, damping=damping, by_activation=by_activation)
-        made = {keys[layer.name]: (upper[index], columns[index], stronger[index]) for index, layer in enumerate(fresh)}
-    lasting = [keys[layer.name] for layer in fresh if moments[layer.name] is work.statistics.second_moment(layer.origin)]  # it reads what the dense layer reads
-    if lasting and free_fraction(moments[fresh[0].name].device) > SPARE:
-        kept.update({key: made[key] for key in lasting})
-    parts = [made.get(keys[layer.name]) or kept[keys[layer.name]] for layer in layers]
-    warn(layers, [stronger for *_, stronger in parts], damping, work)
-    return Order(torch.stack([upper for upper, _, _ in parts]), torch.stack([columns for _, columns, _ in parts]))
+    options = "gptq order", damping, by_activation
+    parts = by_source(layers, work, options, lambda fresh: factorised(fresh, work, damping=damping, by_activation=by_activation))
+    warn(layers, [stack.stronger[place] for stack, place in parts], damping, work)
+    return Order(torch.stack([stack.upper[place] for stack, place in parts]), torch.stack([stack.columns[place] for stack, place in parts]))
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """Of some second moments: what `Order` holds, and by how much the damping of each was raised."""
+
+    upper: Tensor
+    columns: Tensor
+    stronger: tuple[int, ...]
+
+
+def factorised(layers: list[Layer], work: Work, *, damping: float, by_activation: bool) -> Factorised:
+    """Return the orders of layers as they are now; raises as `orders`."""
+    upper, columns, stronger = factorise(torch.stack([second_moment_of(layer, work) for layer in layers]), layers, damping=damping, by_activation=by_activation)
+    return Factorised(upper, columns, tuple(stronger))
 
 
 def factorise(moments: Tensor, layers: list[Layer], *, damping: float, by_activation: bool) -> tuple[Tensor, Tensor, list[int]]:

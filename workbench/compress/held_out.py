@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from workbench.compress.work import Work
-from workbench.errors import CompressionError
 from workbench.measure.quality import quality
 from workbench.progress import Look
+from workbench.streaming import device_of
 from workbench.tasks.base import Items, Scores, Task
 
 MOST = 256  # items held out
@@ -39,17 +39,13 @@ class HeldOut:
         return Look(step, loss, main.metric, main.dense.value, found.value, found.low, found.high, main.items, main.confidence)
 
 
-def held_out(work: Work, look_every: int, steps: int) -> HeldOut:
-    """Return a tenth of the training items, at most 256, to look at after every `look_every` of `steps` steps.
-
-    Raises:
-        CompressionError: too few training items.
-
-    """
+def held_out(work: Work, look_every: int, steps: int) -> HeldOut | None:
+    """Return a tenth of the training items, at most 256, to look at after every `look_every` of `steps` steps; None, which is said, of fewer than 20."""
     task = work.task
     count = min(MOST, len(task.training) // 10)
     if count < 2:
-        raise CompressionError(f"look_every={look_every} needs at least 20 training items, of which a tenth is held out; {task.data_name!r} has {len(task.training)}: give more training items, or look_every=0")
+        work.warnings.append(f"look_every={look_every} is left out: it needs 20 training items, of which a tenth is held out, and {task.data_name!r} has {len(task.training)}; the last step is kept")
+        return None
     items = task.training[len(task.training) - count :]
     return HeldOut(task, items, scores(task, task.model, items), steps // look_every + 2)
 
@@ -57,5 +53,5 @@ def held_out(work: Work, look_every: int, steps: int) -> HeldOut:
 @torch.no_grad()
 def scores(task: Task, model: nn.Module, items: Items) -> Scores:
     """Return the scores of a model; not in inference mode, whose tensors could be caught in a model that is trained on."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     return Scores.join([task.kind.score(model, part.to(device)) for part in items.batches(task.batch_size)])

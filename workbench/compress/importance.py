@@ -74,7 +74,7 @@ def raw_importance(step: Prune, batch: Batch, matrices: Tensor, evidence: Eviden
     if step.criterion == "random":
         return torch.stack([random_scores(step.seed, layer, matrices) for layer in batch.layers])
     if step.criterion == "wanda":
-        return matrices.abs() * torch.stack([input_norms(layer, evidence) for layer in batch.layers]).unsqueeze(1)
+        return matrices.abs() * input_norms(batch, evidence).unsqueeze(1)
     if step.criterion == "taylor":
         return (matrices * torch.stack([evidence.gradients(layer).mean for layer in batch.layers])).abs_()
     if step.criterion == "fisher":
@@ -112,6 +112,6 @@ def random_scores(seed: int, layer: Layer, like: Tensor) -> Tensor:
     return torch.rand(like.shape[1:], generator=generator, device=like.device)
 
 
-def input_norms(layer: Layer, evidence: Evidence) -> Tensor:
-    """Return sqrt(E[x_i^2]) of the layer's inputs, float32 [inputs]; proportional to Wanda's ||x||."""
-    return evidence.moment(layer).diagonal().clamp_min(0).sqrt()
+def input_norms(batch: Batch, evidence: Evidence) -> Tensor:
+    """Return sqrt(E[x_i^2]) of each layer's inputs, float32 [layers, inputs]; proportional to Wanda's ||x||."""
+    return torch.stack([evidence.moment(layer).diagonal() for layer in batch.layers]).clamp_min(0).sqrt()

@@ -34,7 +34,7 @@ def ranges_now(work: Work) -> Ranges:
 
     """
     if not work.changes:
-        return work.statistics.once("input ranges", lambda: input_ranges(work.task, work.task.model, work.progress))
+        return work.statistics.once("input ranges", lambda: input_ranges(work.task, work.task.model, work.progress), lasting=True)
     return input_ranges(work.task, work.model, work.progress)
 
 

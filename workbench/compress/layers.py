@@ -32,7 +32,8 @@ class Layer:
     is base, first or second in a repaired layer, and empty elsewhere.
 
     `rows` and `columns` (int64) are the outputs and inputs of the dense weight that are left where structure was removed, None
-    for all. `place` is where `origin` stands in this model if blocks before it were removed, else empty.
+    for all. `place` is where `origin` stands in this model if blocks before it were removed, else empty. `finite` says that the
+    weight was seen to be finite since it was written last.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layer:
     rows: Tensor | None = None
     columns: Tensor | None = None
     place: str = ""
+    finite: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -125,7 +127,7 @@ class Layer:
         """Give the module, and those that share its weight, another one; the old one may belong to the dense model too and is left as it is."""
         for module in (self.module, *self.others.values()):
             module.weight = parameter
-        self.pristine = False
+        self.pristine = self.finite = False
 
     def check(self) -> None:
         """Verify every promise on the tensor itself.

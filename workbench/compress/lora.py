@@ -65,7 +65,8 @@ class Adapted(nn.Module):
         weights = {}
         for batch, stack in zip(self.batches, self.changed(changes), strict=True):
             for layer, matrix in zip(batch.layers, stack.unbind(), strict=True):
-                weights[f"model.{layer.name}.weight"] = layer.as_stored(matrix).to(layer.parameter.dtype)
+                stored = layer.as_stored(matrix).contiguous()  # as `Batch.write` lays it out: for a transposed one a GPU takes another kernel, which rounds otherwise
+                weights[f"model.{layer.name}.weight"] = stored.to(layer.parameter.dtype)
         logits: Tensor = functional_call(self, weights, (items,))
         return logits
 

@@ -20,6 +20,7 @@ from workbench.compress.ranks import Candidate, allocate, direction_energies, ou
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
+from workbench.streaming import settle
 
 
 @configuration
@@ -194,7 +195,12 @@ def candidates_of(batch: Batch, step: LowRank, work: Work) -> list[Candidate]:
         return worths(batch, step, form.kind, work)
 
     about = step.factorization, step.rank_allocation, form.kind, tuple(layer.origin for layer in batch.layers)
-    worth = work.statistics.once(("worth of ranks", *about), compute) if all(layer.pristine for layer in batch.layers) else compute()
+    if all(layer.pristine for layer in batch.layers):
+        if form.kind != "spatial":
+            stacked(batch, step.factorization, work)  # all in one stack, whatever ranks they will get
+        worth = work.statistics.once(("worth of ranks", *about), compute, lasting=True)
+    else:
+        worth = compute()
     return [Candidate(layer.name, shape, form.kind, form.ranks[0], worth[index]) for index, layer in enumerate(batch.layers)]
 
 
@@ -257,15 +263,11 @@ def sliced(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def stacked(batch: Batch, factorization: str, work: Work) -> tuple[Tensor, Tensor]:
     """Return the factors of every rank that saves weights, [layers, o, k] and [layers, k, i]; the dense model's are kept."""
-    kept: dict[str, tuple[Stack, int]] = work.statistics.once(("factors", factorization), dict)
-    pristine = all(layer.pristine for layer in batch.layers)
-    missing = [layer for layer in batch.layers if not pristine or layer.origin not in kept]
-    if missing:
-        fresh = fresh_stack(Batch(tuple(missing)), factorization, work)
-        if not pristine:
-            return fresh.left, fresh.right
-        kept.update({layer.origin: (fresh, index) for index, layer in enumerate(missing)})
-    found = [kept[layer.origin] for layer in batch.layers]
+    if not all(layer.pristine for layer in batch.layers):
+        fresh = fresh_stack(batch, factorization, work)
+        return fresh.left, fresh.right
+    found = work.statistics.stacked(("factors", factorization), [layer.origin for layer in batch.layers],
+                                    lambda places: fresh_stack(Batch(tuple(batch.layers[place] for place in places)), factorization, work))  # fmt: skip
     first = found[0][0]
     if len(first.left) == len(found) and all(stack is first and place == index for index, (stack, place) in enumerate(found)):
         return first.left, first.right
@@ -294,6 +296,7 @@ def install(batch: Batch, form: Form, weights: list[Tensor], work: Work) -> None
         replace_module(work.model, layer.name, module)
         made[layer.name] = [Layer(f"{layer.name}.{place}", layer.origin, part, rank=ranks[place], pristine=False, place=layer.place) for place, part in enumerate(module)]
         made[layer.name][0].columns, made[layer.name][-1].rows = layer.columns, layer.rows
+    settle(work.model, [part for parts in made.values() for part in parts])
     work.layers = {layer.name: layer for name, old in work.layers.items() for layer in made.get(name, [old])}
 
 

@@ -41,7 +41,12 @@ def costs(layers: Iterable[Layer], spec: Spec, work: Work) -> dict[str, list[flo
     done = 0
     for batch in grouped(fresh):
         work.progress("costs of widths", done, len(fresh))
-        for layer, row in zip(batch.layers, batch_costs(batch, spec, work), strict=True):
+        def rows(batch: Batch = batch) -> list[list[float]]:
+            return batch_costs(batch, spec, work)
+
+        pristine = all(layer.pristine for layer in batch.layers)
+        found_rows = work.statistics.once(("costs of widths", spec, tuple(layer.origin for layer in batch.layers)), rows, lasting=True) if pristine else rows()
+        for layer, row in zip(batch.layers, found_rows, strict=True):
             found[layer.name] = row
             if layer.pristine:
                 kept[layer.origin] = row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from workbench.compress import awq, gptq, hqq, known_grid, mixed
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.layers import Layer
 from workbench.compress.moments import second_moment_of
-from workbench.compress.scales import SHRINKS, Scales, Shelf, Spec, fit, fit_grids, form_of
+from workbench.compress.scales import SHRINKS, Scales, Spec, fit, fit_grids, form_of
 from workbench.compress.work import Work
 from workbench.errors import RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
@@ -161,9 +162,10 @@ def by_width(step: Quantize, layers: list[Layer], work: Work) -> dict[int, list[
     return {bits: members for bits in mixed.WIDTHS if (members := [layer for layer in layers if chosen[layer.name] == bits])}
 
 
-def of_one_sort(layers: list[Layer]) -> list[Batch]:
-    """Return batches in which tables, whose inputs have no second moment, stand apart."""
-    return [batch for tables in (False, True) for batch in grouped(layer for layer in layers if layer.table is tables)]
+def of_one_sort(layers: list[Layer]) -> Iterator[Batch]:
+    """Yield batches in which tables, whose inputs have no second moment, stand apart."""
+    for tables in (False, True):
+        yield from grouped(layer for layer in layers if layer.table is tables)
 
 
 def rounded(step: Quantize, batch: Batch, bits: int, work: Work) -> tuple[Form, tuple[bool, ...]]:
@@ -194,8 +196,7 @@ def scales_of(stack: Tensor, batch: Batch, spec: Spec, work: Work) -> Scales:
     """Return the scales of a batch; those of the dense weights are kept for the next move to this width."""
     if not all(layer.pristine for layer in batch.layers):
         return fit(stack, spec)
-    shelf: Shelf = work.statistics.once("scales", Shelf)
-    return shelf.once((spec, tuple(layer.origin for layer in batch.layers)), lambda: fit(stack, spec))
+    return work.statistics.once(("scales", spec, tuple(layer.origin for layer in batch.layers)), lambda: fit(stack, spec), lasting=True, optional=True)
 
 
 def words(step: Quantize, layer: Layer, bits: int) -> str:

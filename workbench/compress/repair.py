@@ -17,6 +17,7 @@ from workbench.compress.moments import second_moment_of
 from workbench.compress.work import Work
 from workbench.errors import RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
+from workbench.streaming import settle, visiting
 
 
 @configuration
@@ -89,7 +90,8 @@ def repair(step: Repair, work: Work) -> None:
     for batch in alike(layers, work):
         work.progress(step.kind(), done, len(layers))
         moments = [second_moment_of(layer, work) for layer in batch.layers]
-        wanted = torch.stack([what_is_left(dense[layer.origin].matrix(), layer) for layer in batch.layers])
+        with visiting([dense[layer.origin] for layer in batch.layers]):
+            wanted = torch.stack([what_is_left(dense[layer.origin].matrix(), layer) for layer in batch.layers])
         left, right = best_term(wanted - batch.matrices(), moments, step.rank(*batch.shape))
         for _ in range(1, step.repair_rounds):
             prune_again(batch, wanted - left @ right, moments, work)
@@ -186,6 +188,7 @@ def install(batch: Batch, left: Tensor, right: Tensor, work: Work) -> None:
         right = torch.stack([part if layer.smooth is None else part / layer.smooth for layer, part in zip(batch.layers, right, strict=True)])
     for index, stack in ((1, right), (2, left)):
         Batch(tuple(parts[index] for parts in made.values())).write(stack)
+    settle(work.model, [part for parts in made.values() for part in parts])
     work.layers = {layer.name: layer for name, old in work.layers.items() for layer in made.get(name, [old])}
 
 

@@ -15,6 +15,7 @@ from workbench.compress.factors import kind_of, product
 from workbench.compress.layers import Layer, can_hold, find_layers
 from workbench.compress.quantized_inputs import acting_weight
 from workbench.runtime.forms import effective_bits
+from workbench.streaming import visiting
 
 if TYPE_CHECKING:
     from workbench.compress.work import Work
@@ -96,10 +97,11 @@ def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, t
         for batch in grouped(dense[name] for name in names):
             mine = [layer.name for layer in batch.layers]
             parts = [now[name] for name in mine]
-            zeros = sum((Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*parts, strict=True))
-            original = batch.stored().float()
-            current = spread_out(multiplied(parts, batch.layers[0]), parts, original)
-            errors = (current - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)
+            with visiting([layer for part in parts for layer in part]):
+                zeros = sum((Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*parts, strict=True))
+                original = batch.stored().float()
+                current = spread_out(multiplied(parts, batch.layers[0]), parts, original)
+                errors = (current - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)
             both = torch.stack([errors.double(), torch.as_tensor(zeros).double()]).tolist()
             found.update({name: (error, int(count)) for name, error, count in zip(mine, *both, strict=True)})
     return found
@@ -110,7 +112,7 @@ def multiplied(parts: list[list[Layer]], dense: Layer) -> Tensor:
     first = parts[0]
     if len(first) == 1:
         return acting([part for part, in parts])
-    stacks = {part.role or str(place): torch.stack([acting_weight(layers[place].module).detach().float() for layers in parts]) for place, part in enumerate(first)}
+    stacks = {part.role or str(place): torch.stack([acting_weight(layers[place].module).detach() for layers in parts]).float() for place, part in enumerate(first)}
     if "base" in stacks:
         base = acting([layer for layers in parts for layer in layers if layer.role == "base"])
         return base + stacks["second"].flatten(2) @ stacks["first"].flatten(2)

@@ -5,9 +5,7 @@ Stacks are float32 [layers, outputs, inputs]; scales [layers, outputs, groups], 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,7 +15,6 @@ from workbench.runtime.forms import FLOAT8_MOST, HALVES, Cast, FloatFormat, Floa
 from workbench.runtime.grid import Grid, nearest_codes
 
 SHRINKS = 24  # candidates of the scale search: from the full range down to 40% of it
-KEPT_BYTES = 2**28  # of scales kept from one move of the slider to the next
 
 
 @dataclass(frozen=True)
@@ -52,47 +49,21 @@ class Scales:
     zero: Tensor | None
     half: tuple[bool, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes that they take."""
-        return self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
-
-
-@dataclass
-class Shelf:
-    """Scales kept from one move to the next, the oldest thrown away beyond `KEPT_BYTES`."""
-
-    kept: OrderedDict[Hashable, Scales] = field(default_factory=OrderedDict)
-
-    def once(self, key: Hashable, compute: Callable[[], Scales]) -> Scales:
-        """Return `compute()`, kept under `key` for as long as there is room."""
-        if key in self.kept:
-            self.kept.move_to_end(key)
-            return self.kept[key]
-        made = compute()
-        self.kept[key] = made
-        while len(self.kept) > 1 and sum(scales.nbytes for scales in self.kept.values()) > KEPT_BYTES:
-            self.kept.popitem(last=False)
-        return made
-
 
 def fit(stack: Tensor, spec: Spec) -> Scales:
     """Return the scales of least squared error among the candidate ranges: the full one, or with `search` 24 down to 40% of it."""
     groups = spec.grouped(stack)
     low, high = groups.amin(3).clamp_max(0), groups.amax(3).clamp_min(0)
     search = spec.search and spec.number_format != "float8"  # whose precision is the same at every scale
-    shrinks = torch.linspace(1.0, 0.4, SHRINKS).tolist() if search else [1.0]
-    half = torch.zeros_like(low[:, :1, :1], dtype=torch.bool) if spec.number_format == "float8" else fit_half(widest_scale(low, high, spec), shrinks[-1])
-    scale, zero = affine(low, high, half, spec)
-    best = rounding_error(groups, scale, zero, spec) if search else torch.zeros_like(scale)
-    for shrink in shrinks[1:]:
-        new_scale, new_zero = affine(low * shrink, high * shrink, half, spec)
-        error = rounding_error(groups, new_scale, new_zero, spec)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, new_scale, scale)
-        zero = None if zero is None or new_zero is None else torch.where(better, new_zero, zero)
-    return Scales(scale, zero, tuple(half.flatten().tolist()))
+    shrinks = torch.linspace(1.0, 0.4, SHRINKS) if search else torch.ones(1)
+    half = torch.zeros_like(low[:, :1, :1], dtype=torch.bool) if spec.number_format == "float8" else fit_half(widest_scale(low, high, spec), float(shrinks[-1]))
+    factors = shrinks.to(low.device)[:, None, None, None]
+    scales, zeros = affine(low * factors, high * factors, half, spec)  # [candidates, layers, outputs, groups]: few kernels for all of them
+    if not search:
+        return Scales(scales[0], None if zeros is None else zeros[0], tuple(half.flatten().tolist()))
+    errors = [rounding_error(groups, scale, None if zeros is None else zeros[place], spec) for place, scale in enumerate(scales)]
+    best = torch.stack(errors).argmin(0, keepdim=True)  # of equal ones the first, the widest range
+    return Scales(scales.gather(0, best)[0], None if zeros is None else zeros.gather(0, best)[0], tuple(half.flatten().tolist()))
 
 
 def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from workbench.compress.layers import Layer
+from workbench.compress.moments import by_source
 from workbench.compress.selection import keep_fewer, keep_of_groups, spread
-from workbench.device import free_fraction
 from workbench.errors import CompressionError
 from workbench.statistics import full_precision
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from workbench.compress.importance import Evidence
 
 BLOCK = 128  # columns whose mask is chosen together, before they are worked through
-SPARE = 0.25  # of the device's memory that stays free when factors are kept; without it they are worked out again at each move
 DAMPING = (0.01, 0.1, 1.0)  # times the mean of the diagonal; the next only where a matrix cannot be inverted with the last
 
 
@@ -48,20 +47,24 @@ def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
         CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
 
     """
-    kept = evidence.statistics.kept
-    moments = {layer.name: evidence.moment(layer) for layer in layers}
-    keys = {layer.name: ("inverse factor", id(moments[layer.name])) for layer in layers}
-    fresh = list({keys[layer.name]: layer for layer in layers if keys[layer.name] not in kept}.values())
-    made: dict[tuple[str, int], tuple[Tensor, Tensor, float]] = {}
-    if fresh:
-        upper, alive, damping = factorise(torch.stack([moments[layer.name] for layer in fresh]), fresh)
-        made = {keys[layer.name]: (upper[index], alive[index], damping[index]) for index, layer in enumerate(fresh)}
-    lasting = {keys[layer.name] for layer in fresh if evidence.dense and layer.columns is None and layer.rank is None and layer.smooth is None}  # it reads what the dense layer reads
-    if lasting and free_fraction(moments[fresh[0].name].device) > SPARE:
-        kept.update({key: made[key] for key in lasting})
-    parts = [made.get(keys[layer.name]) or kept[keys[layer.name]] for layer in layers]
-    warn(layers, [damping for *_, damping in parts], evidence)
-    return Factor(torch.stack([upper for upper, _, _ in parts]), torch.stack([alive for _, alive, _ in parts]))
+    parts = by_source(layers, evidence.work, "inverse factor", lambda fresh: factorised(fresh, evidence), None if evidence.dense else lambda _: None)
+    warn(layers, [stack.damping[place] for stack, place in parts], evidence)
+    return Factor(torch.stack([stack.upper[place] for stack, place in parts]), torch.stack([stack.alive[place] for stack, place in parts]))
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """Of some second moments: what `Factor` holds, and the damping of each."""
+
+    upper: Tensor
+    alive: Tensor
+    damping: tuple[float, ...]
+
+
+def factorised(layers: list[Layer], evidence: Evidence) -> Factorised:
+    """Return the factors of layers as they are now; raises as `inverse_factors`."""
+    upper, alive, damping = factorise(torch.stack([evidence.moment(layer) for layer in layers]), layers)
+    return Factorised(upper, alive, tuple(damping))
 
 
 def factorise(moments: Tensor, layers: list[Layer]) -> tuple[Tensor, Tensor, list[float]]:

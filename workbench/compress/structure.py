@@ -172,7 +172,7 @@ def cut_layer(step: Prune, work: Work, layer: Layer, gone: dict[str, Tensor]) ->
     matrix = rebuilt(layer, columns, work) if step.reconstruct and columns is not None else None
     narrow(layer.module, rows, channels)
     layer.keep(rows, columns)
-    layer.pristine = False
+    layer.pristine = layer.finite = False
     if matrix is not None:
         layer.write(matrix if rows is None else matrix[rows.to(matrix.device)])
 

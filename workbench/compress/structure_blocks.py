@@ -75,7 +75,7 @@ def block_scores(step: Prune, work: Work, candidates: list[tuple[str, int]]) -> 
         return influence(work, names)
 
     untouched = all(layer.pristine for layer in work.layers.values())
-    found = work.statistics.once(("block influence", *names), compute) if untouched else compute()
+    found = work.statistics.once(("block influence", *names), compute, lasting=True) if untouched else compute()
     return [found[name] for name in names]
 
 

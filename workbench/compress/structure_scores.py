@@ -33,7 +33,7 @@ def unit_scores(step: Prune, work: Work, spaces: list[Space]) -> list[Tensor]:
         return side_sums(step, work, names)
 
     kept = all(layer.pristine for layer in layers)
-    sums = work.statistics.once(("unit scores", step.criterion, *names), compute) if kept else compute()
+    sums = work.statistics.once(("unit scores", step.criterion, *names), compute, lasting=True) if kept else compute()
     scores = [torch.stack([sums[part.module, part.axis][part.index].sum(1) for part in space.parts if part.module in work.layers]).sum(0) for space in spaces]
     return [score.sqrt() for score in scores] if step.criterion in SQUARED else scores
 

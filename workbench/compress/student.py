@@ -178,7 +178,7 @@ class Lessons:
     def train(self, adapters: Adapters, index: int) -> Trained:
         """Train one LoRA on its own batches; nothing else in reach of the optimizer, so everything else keeps its bits."""
         step, work = self.step, self.work
-        inner = Work(adapters, work.task, work.statistics, work.progress, work.training, curve=work.curve, warnings=work.warnings)
+        inner = Work(adapters, work.task, work.statistics, work.progress, work.training, curve=work.curve, looks=work.looks, warnings=work.warnings)
         advice = f"lower transfer_rate={step.transfer_rate:g}"
         plan = Plan("transfer", "transfer", advice, step.transfer_steps, step.transfer_rate, step.transfer_batch, step.seed + index, step.transfer_stop_at, may_end=step.lora_count == 1)
         return train(dataclasses.replace(step, targets=("*",)), inner, [], plan, lambda items: self.loss(adapters, items))

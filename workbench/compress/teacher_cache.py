@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workbench.compress.inner import Seen
+from workbench.compress.teacher_tables import DiskTable, MemoryTable, Table
 from workbench.tasks.base import Items
 
 Compute = Callable[[Items], Seen]
@@ -20,7 +22,7 @@ class TeacherCache:
     """What a teacher shows for training items, in consecutive chunks of `chunk` items that are computed at first need; mutable.
 
     An item is always computed with the same neighbours, so that what is read does not depend on what was read before. Everything
-    lies on the teacher's device, in the type that it computes in. Where `head` is given, what is kept is its input, the last
+    is kept in the type that the teacher computes in, on its device, or where a `folder` is given in files there: the same bits. Where `head` is given, what is kept is its input, the last
     hidden states, and logits are made from it again: `slice_last` leaves out the last position, as a language model's do.
     """
 
@@ -29,16 +31,26 @@ class TeacherCache:
     chunk: int
     head: nn.Module | None = None
     slice_last: bool = False
-    tables: dict[str, Tensor] = field(default_factory=dict)
+    folder: Path | None = None
+    tables: dict[str, Table] = field(default_factory=dict)
     filled: set[int] = field(default_factory=set)
 
     @torch.no_grad()
     def look_up(self, index: Tensor) -> Seen:
-        """Return what the teacher shows for training items `index` (int64 [N], on the CPU)."""
-        for place in sorted(set((index // self.chunk).tolist()) - self.filled):
-            self.fill(place)
-        where = index.to(next(iter(self.tables.values())).device)
-        return self.unpacked({name: table[where] for name, table in self.tables.items()})
+        """Return what the teacher shows for training items `index` (int64 [N], on the CPU).
+
+        Raises:
+            OSError: the disk is full; nothing is kept any more then.
+
+        """
+        try:
+            for place in sorted(set((index // self.chunk).tolist()) - self.filled):
+                self.fill(place)
+        except OSError:
+            self.tables.clear()  # gives the space back
+            self.filled.clear()
+            raise
+        return self.unpacked({name: table.take(index) for name, table in self.tables.items()})
 
     def fill(self, place: int) -> None:
         """Compute one chunk."""
@@ -46,8 +58,9 @@ class TeacherCache:
         stop = min(start + self.chunk, len(self.training))
         for name, values in self.packed(self.training[start:stop]).items():
             if name not in self.tables:
-                self.tables[name] = values.new_empty((len(self.training), *values.shape[1:]))
-            self.tables[name][start:stop] = values
+                rows = len(self.training)
+                self.tables[name] = MemoryTable.like(values, rows) if self.folder is None else DiskTable.like(self.folder, values, rows)
+            self.tables[name].put(start, values)
         self.filled.add(place)
 
     def packed(self, items: Items) -> dict[str, Tensor]:
@@ -74,7 +87,7 @@ class TeacherCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that are held now."""
+        """Return the bytes that are held now, in memory or on disk."""
         return sum(table.nbytes for table in self.tables.values())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Plan:
     With a `step_rate` above 0 the step sizes of grids are learned too, at that rate of Adam for their logarithms.
 
     A batch is worked through in `accumulate` parts, whose gradients are added: their losses are weighted by the labels that they
-    score. With `look_every`, held-out items are looked at so often, and the best look is what is kept. With `checkpoint_every`,
+    score. With `look_every` below `steps`, held-out items are looked at so often, and the best look is what is kept. With `checkpoint_every`,
     the training is saved so often under a name made of `identity` and all that it starts from, and goes on from there. `widen`
     holds 16-bit parameters in float32 meanwhile.
     """
@@ -106,7 +107,7 @@ def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Ob
         CompressionError: the loss is not finite before anything is worth keeping, or not even one item fits into memory.
 
     """
-    held = held_out(work, plan.look_every, plan.steps) if plan.look_every else None
+    held = held_out(work, plan.look_every, plan.steps) if 0 < plan.look_every < plan.steps else None
     path = checkpoints.checkpoint_path(work.model, told(plan, work)) if plan.checkpoint_every else None
     own_parameters(work.model)  # they are about to be changed in place
     trained = trainable(work.model, layers, kept_out(step, work), everything=step.everything)
@@ -115,7 +116,8 @@ def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Ob
         moving.widen(work.model)
     run = Run.begun(work, plan, moving, held)
     run.resume(path)
-    run.go(objective, path)
+    with repeatable_convolutions():
+        run.go(objective, path)
     work.progress(plan.what, plan.steps, plan.steps)
     work.model.zero_grad(set_to_none=True)
     work.model.requires_grad_(False)
@@ -123,8 +125,20 @@ def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Ob
     for copy in moving.hidden:
         copy.finish()
     for layer in layers:
-        layer.pristine = False
+        layer.pristine = layer.finite = False
     return Trained(run.done, run.ended, tuple(run.looks), run.kept)
+
+
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Have cuDNN take only algorithms that add in one order: else the gradient of a convolution differs in its last bit from run to run."""
+    chosen = torch.backends.cudnn
+    before = chosen.deterministic, chosen.benchmark
+    chosen.deterministic, chosen.benchmark = True, False
+    try:
+        yield
+    finally:
+        chosen.deterministic, chosen.benchmark = before
 
 
 def told(plan: Plan, work: Work) -> list[object]:
@@ -272,10 +286,15 @@ class Run:
         if self.held is None or (self.looks and self.looks[-1].step == self.done) or not (over or self.done % self.plan.look_every == 0):
             return
         self.looks.append(self.held.look(self.work.model, self.done))
-        self.work.training.looked(tuple(self.looks))
+        self.tell(self.looks[-1:])
         loss = self.looks[-1].loss
         if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
             self.best = self.done, loss, self.moving.snapshot()
+
+    def tell(self, looks: list[Look]) -> None:
+        """Put looks on the curve, where steps of earlier trainings come first, and show them all to the one who watches."""
+        self.work.looks += [dataclasses.replace(look, step=self.before + look.step) for look in looks]
+        self.work.training.looked(tuple(self.work.looks))
 
     def remember(self) -> None:
         """Without looks, keep the weights every so often if the losses of late are the lowest yet: something to go back to if the next steps diverge."""
@@ -325,4 +344,5 @@ class Run:
         self.best = None if best is None else (best["step"], best["loss"], [one.to(now) for one, now in zip(best["weights"], self.moving.snapshot(), strict=True)])
         self.done = len(self.losses)
         self.work.curve += [(self.before + place, loss) for place, loss in enumerate(self.losses)]
+        self.tell(self.looks)
         self.work.warnings.append(f"{self.plan.noun} went on from step {self.done} of {self.plan.steps}, where it was saved")

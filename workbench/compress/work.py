@@ -11,7 +11,7 @@ from torch import nn
 
 from workbench.compress.layers import Layer, Progress, find_layers, no_progress, output_head
 from workbench.errors import CompressionError, RecipeError
-from workbench.progress import Training
+from workbench.progress import Look, Training
 from workbench.recipe import picks
 from workbench.words import nearest
 
@@ -37,6 +37,7 @@ class Work:
     left: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[str]] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)  # (training step, loss) of a Distill step
+    looks: list[Look] = field(default_factory=list)  # at held-out items, steps counted along the curve
     warnings: list[str] = field(default_factory=list)
     moved: dict[str, str | None] = field(default_factory=dict)  # blocks of the dense model that stand elsewhere now (None: removed)
     changes: int = 0  # layers changed so far, each step counted

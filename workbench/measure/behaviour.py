@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from workbench.compress.layers import Progress, no_progress
 from workbench.errors import DataError
 from workbench.measure.quality import Estimate, mean, paired_proportions
+from workbench.streaming import device_of
 from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
 
@@ -84,7 +85,7 @@ def behaviour(task: Task, compressed: nn.Module, confidence: float = 0.95, progr
 
 def answers(task: Task, model: nn.Module, progress: Progress) -> Tensor:
     """Return a model's log-probabilities on all evaluation items, float64 [N, classes] on the CPU."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     found = []
     with torch.inference_mode():
         for start in range(0, len(task.evaluation), task.batch_size):
@@ -127,7 +128,7 @@ def continuations(task: Task, compressed: nn.Module, *, prompts: int = 3, prompt
 
 def told_apart(task: Task, compressed: nn.Module, *, items: int = 64, most: int = 12, progress: Progress = no_progress) -> tuple[Continuation, ...]:
     """Return the items, of the first so many, to which both models give other answers in words; the first ones if all are alike."""
-    device = next(compressed.parameters()).device
+    device = device_of(compressed)
     rows: list[Continuation] = []
     count = min(items, len(task.evaluation))
     for start in range(0, count, task.batch_size):
@@ -141,7 +142,7 @@ def told_apart(task: Task, compressed: nn.Module, *, items: int = 64, most: int 
 
 def write(model: nn.Module, prompt: Tensor, count: int, tokenizer: Any) -> str:
     """Return the text of `count` greedy tokens after a prompt [1, L]."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = prompt.to(device)
     generate: Any = model.generate
     with torch.inference_mode():

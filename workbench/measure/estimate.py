@@ -14,6 +14,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def half_width(self) -> float:
+        """Return half of the interval's width; nan where it has no finite ends."""
+        return (self.high - self.low) / 2
+
     def mapped(self, function: Callable[[float], float]) -> Estimate:
         """Return the estimate under an increasing function."""
         return Estimate(function(self.value), function(self.low), function(self.high))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
@@ -14,6 +15,8 @@ from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.quality import Estimate, Quality
 from workbench.measure.size import Sizes
+from workbench.prediction_score import Predicted
+from workbench.progress import Look
 from workbench.recipe import Recipe
 
 RecipeField = Annotated[InstanceOf[Recipe], BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v), PlainSerializer(lambda r: r.to_json())]
@@ -58,7 +61,8 @@ class Provenance:
 class Measurement:
     """One recipe measured. A figure that could not be measured is None, and `missing` says why.
 
-    `complete` is False for the looks of a stream that have not read all items; those carry no latency or memory.
+    `complete` is False for the looks of a stream that have not read all items; those carry no latency or memory. A point that
+    stopped on purpose, because its main change was known to plus or minus `margin`, is complete with fewer items than there are.
     """
 
     key: str
@@ -80,12 +84,19 @@ class Measurement:
     no_kernel: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     curve: tuple[tuple[int, float], ...] = ()
+    held_out: tuple[Look, ...] = ()  # quality on held-out training items along the curve
     cache: CacheBytes | None = None  # of a language model
+    margin: float | None = None  # reading stopped on purpose: half the interval of the main change was at most this
+    predicted: Predicted | None = None  # what was predicted before it was measured
 
     @property
     def complete(self) -> bool:
-        """Return whether every item was read and the latency was tried."""
-        return self.items == self.items_total and (self.latency is not None or "latency" in self.missing)
+        """Return whether every item that was asked for was read and the latency was tried."""
+        return (self.items == self.items_total or self.margin is not None) and (self.latency is not None or "latency" in self.missing)
+
+    def known_to(self, margin: float | None) -> bool:
+        """Return whether nothing more need be read: all items were, or half the interval of the main change is at most `margin` (None or 0: all)."""
+        return self.items == self.items_total or bool(margin and self.primary.change.half_width <= margin)
 
     @property
     def primary(self) -> Quality:
@@ -108,6 +119,7 @@ class Measurement:
         return made
 
 
+@cache
 def ADAPTER() -> TypeAdapter[Any]:  # noqa: N802
-    """Return the serializer (built on use, so that importing stays free)."""
+    """Return the serializer (built on first use, so that importing stays free)."""
     return TypeAdapter(Measurement)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import DataError, ModelError
+from workbench.placement import Placement
 from workbench.tasks import data as task_data
 from workbench.tasks import kind_of
 from workbench.tasks.base import Kind, Task
@@ -48,6 +49,7 @@ def load_task(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
+    placement: Placement = "device",
     offline: bool = False,
     evaluation_items: int | None = None,
     calibration_items: int | None = None,
@@ -60,7 +62,7 @@ def load_task(
 
     `name` is a short name of `models()`, a local folder, or a hub id. `data` is as in `workbench.tasks.data`; embedded
     models bring their own and language models have a default. `dtype` None means float32 on a CPU, else the checkpoint's.
-    `context` is the window length in tokens. `offline` uses only what is on this disk.
+    `placement` is where the model lies if not on `device` (see `workbench.placement`). `context` is the window length in tokens. `offline` uses only what is on this disk.
 
     Raises:
         ModelError: unknown, missing, damaged, unsafe, or for a task that the workbench does not run.
@@ -73,7 +75,7 @@ def load_task(
     sizes = Sizes.of(kind, evaluation_items, calibration_items, training_items)
     data = located.data if data is None else data
     processor = None if isinstance(data, str) and data == SLICE else local.load_processor(located.directory, kind, config)
-    model = local.load_model(located.directory, kind, device=device, dtype=dtype)
+    model = local.load_model(located.directory, kind, device=device, dtype=dtype, placement=placement)
     if isinstance(kind, TextClassification) and processor is not None:
         local.set_padding(model, processor)
     said: tuple[str, ...] = ()

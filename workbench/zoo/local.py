@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from workbench.errors import DeviceError, ModelError
+from workbench.placement import Placement, place
 from workbench.tasks.audio import RATE
 from workbench.tasks.base import Kind
 from workbench.tasks.ctc import FrameRecognition
@@ -103,14 +104,16 @@ def no_weights(directory: Path | str, kind: Kind, pickles: list[str]) -> str:
             f"if you trust it, convert it once: {script}")  # fmt: skip
 
 
-def load_model(directory: Path, kind: Kind, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> nn.Module:
-    """Return the model of a folder, in eval mode on `device`, every weight read from the files and finite.
+def load_model(
+    directory: Path, kind: Kind, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None, placement: Placement = "device"
+) -> nn.Module:
+    """Return the model of a folder, in eval mode on `device` or placed as `workbench.placement` says, every weight read from the files and finite.
 
     `dtype` None means float32 on a CPU (where lower precision is slower) and the checkpoint's own elsewhere.
 
     Raises:
         ModelError: weights missing, of another shape, damaged or not finite, or a class that needs a package not here.
-        DeviceError: the device is not here.
+        DeviceError: the device is not here, or cannot hold the model.
 
     """
     import transformers
@@ -129,11 +132,9 @@ def load_model(directory: Path, kind: Kind, *, device: torch.device | str = "cpu
     _check_complete(directory, kind, info)
     _check_finite(directory, model)
     try:
-        model.to(device)
+        return place(model.eval(), torch.device(device), placement)
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"device {str(device)!r} cannot hold the model: {_one_line(error)}") from None
-    model.eval()
-    return model  # type: ignore[no-any-return]
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -30,12 +30,27 @@ def load_teacher(name: str, task: Task, device: torch.device) -> nn.Module:
     if kind.name != task.kind.name:
         raise ModelError(f"teacher {name!r} does {kind.name}, {task.model_name!r} does {task.kind.name}: give a teacher for the same task")
     check_labels(name, task, config)
-    if hasattr(task.processor, "get_vocab"):
-        theirs, mine = local.load_processor(located.directory, kind, config).get_vocab(), task.processor.get_vocab()
-        if theirs != mine:
-            odd = next((word for word in mine if theirs.get(word) != mine[word]), None) or next(word for word in theirs if word not in mine)
-            raise ModelError(f"teacher {name!r} has another vocabulary ({len(theirs)} entries) than {task.model_name!r} ({len(mine)}): {odd!r} differs; give a teacher with the same tokenizer")
+    mine = vocabulary(task.processor)
+    if mine:
+        check_vocabulary(name, task, vocabulary(local.load_processor(located.directory, kind, config)), mine)
     return local.load_model(located.directory, kind, device=device).eval().requires_grad_(False)
+
+
+def vocabulary(processor: Any) -> dict[str, int]:
+    """Return the tokens of a tokenizer, or of a speech model's, with their numbers; none of an image processor."""
+    get = getattr(getattr(processor, "tokenizer", processor), "get_vocab", None)
+    return dict(get()) if callable(get) else {}
+
+
+def check_vocabulary(name: str, task: Task, theirs: dict[str, int], mine: dict[str, int]) -> None:
+    """Refuse a teacher with other tokens. Those that both have are not matched: two tokenizers cut a text at different places, so answers do not stand side by side."""
+    if theirs != mine:
+        odd = next((word for word in mine if theirs.get(word) != mine[word]), None) or next(word for word in theirs if word not in mine)
+        shared = len(mine.keys() & theirs.keys())
+        raise ModelError(
+            f"teacher {name!r} has another vocabulary ({len(theirs)} entries) than {task.model_name!r} ({len(mine)}): {odd!r} differs, {shared} are in both; "
+            f"a teacher cuts text into tokens as its student does: give one with the same tokenizer, or compress {name!r} itself with teachers='dense'"
+        )
 
 
 def check_labels(name: str, task: Task, config: dict[str, Any]) -> None:
@@ -47,4 +62,4 @@ def check_labels(name: str, task: Task, config: dict[str, Any]) -> None:
     if theirs != task.labels:
         place = next((i for i, (one, other) in enumerate(zip(theirs, task.labels, strict=False)) if one != other), min(len(theirs), len(task.labels)))
         one, other = (names[place] if place < len(names) else "nothing" for names in (theirs, task.labels))
-        raise ModelError(f"teacher {name!r} has other labels than {task.model_name!r}: {len(theirs)} against {len(task.labels)}, and label {place} is {one!r} against {other!r}")
+        raise ModelError(f"teacher {name!r} has other labels than {task.model_name!r}: {len(theirs)} against {len(task.labels)}, and label {place} is {one!r} against {other!r}; give one with the same classes in the same order")

@@ -1,0 +1,163 @@
+"""What is computed once: within its budget, and the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from caches import CPU, RECIPES, keeping, numbers
+from tiny_tasks import same, tiny_task, weights
+
+from workbench.cache import Budget, Cache
+from workbench.compress import compress
+from workbench.parts import NotPlainError, checksums, class_named, put_together, storages_in, take_apart
+from workbench.statistics import Gradients, Statistics
+
+# --- taking apart
+
+
+def test_a_value_comes_back_bit_by_bit_with_its_views_strides_and_shared_objects():
+    whole = numbers(24).view(4, 6)
+    value = {"a": (whole, whole.t(), None, True), ("b", 1): [Gradients(whole[1:3], whole.half()), 0.1 + 0.2, float("inf")], "same": whole}
+    parts = take_apart(value)
+    assert parts.nbytes == whole.nbytes + whole.half().nbytes
+    again = put_together(parts.moved(lambda storage: storage.clone()))
+    assert list(again) == list(value)
+    assert again["same"] is again["a"][0]
+    assert again["a"][1].untyped_storage().data_ptr() == again["a"][0].untyped_storage().data_ptr()
+    assert again["a"][1].stride() == whole.t().stride()
+    assert again["a"][2:] == (None, True)
+    assert again["b", 1][1:] == value["b", 1][1:]
+    made = again["b", 1][0]
+    assert isinstance(made, Gradients)
+    for mine, yours in ((again["a"][0], whole), (again["a"][1], whole.t()), (made.mean, whole[1:3]), (made.square, whole.half())):
+        assert mine.dtype == yours.dtype
+        assert torch.equal(mine, yours)
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    value: int
+
+
+@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), lambda: 1, Foreign(1), {1, 2}, torch.nn.Parameter(torch.ones(2)), numbers().requires_grad_(), {"a": [object()]}], ids=str)
+def test_what_is_no_plain_data_is_not_taken_apart(value):
+    with pytest.raises(NotPlainError):
+        take_apart(value)
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "workbench.statistics:Statistics", "workbench.recipe:Recipe", "test_cache:Foreign", "workbench.statistics:absent"])
+def test_a_file_cannot_name_other_code(name):
+    with pytest.raises(NotPlainError):
+        class_named(name)
+
+
+def test_memory_that_is_shared_counts_once():
+    whole = numbers(1000)
+    linear = torch.nn.Linear(10, 10)
+    assert sum(storage.numel() for storage in storages_in([whole, whole[10:], {"a": whole.view(10, 100)}, (whole,)]).values()) == whole.nbytes
+    assert sum(storage.numel() for storage in storages_in((linear, linear.weight)).values()) == linear.weight.nbytes + linear.bias.nbytes
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 4096])
+def test_a_checksum_notices_every_bit(count):
+    storage = torch.randint(256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    before = checksums([storage])
+    for place in range(min(count, 20)):
+        storage[place] ^= 1 << (place % 8)
+        assert checksums([storage]) != before
+        storage[place] ^= 1 << (place % 8)
+    assert checksums([storage]) == before
+
+
+# --- budgets
+
+
+def test_the_least_recently_used_goes_first():
+    cache, made = keeping(Budget(3 * numbers().nbytes)), []
+    for key in "abcadb":
+        cache.begin()
+        cache.once(key, lambda key=key: made.append(key) or numbers(seed=ord(key)))
+    assert made == list("abcdb")
+    assert list(cache) == ["a", "d", "b"]
+    assert cache.used_bytes == {"device": 3 * numbers().nbytes, "host": 0}
+
+
+def test_a_move_does_not_throw_out_what_it_has_used():
+    cache, made = keeping(Budget(2 * numbers().nbytes)), []
+
+    def ask(key: str, *, optional: bool) -> None:
+        cache.once(key, lambda: made.append(key) or numbers(), optional=optional)
+
+    for _ in range(2):
+        cache.begin()
+        for key in "abcd":
+            ask(key, optional=True)
+    assert made == list("abcdcd")  # what does not fit is not kept: the others are there again next time
+    cache.begin()
+    ask("statistics", optional=False)
+    ask("more statistics", optional=False)
+    ask("even more", optional=False)
+    assert {"statistics", "more statistics", "even more"} <= set(cache)  # asked for many times a move: over the budget until the next
+    cache.begin()
+    assert cache.used_bytes["device"] <= 2 * numbers().nbytes
+
+
+def test_what_goes_first_goes_before_what_is_older():
+    cache = keeping(Budget(2 * numbers().nbytes))
+    cache.once("old", numbers)
+    cache.begin()
+    cache.once("state", numbers, first_out=True)
+    cache.begin()
+    cache.once("new", numbers)
+    assert list(cache) == ["old", "new"]
+
+
+def test_what_leaves_the_device_waits_on_the_host_and_comes_back_bit_by_bit(device):
+    cache = Cache(torch.device(device), Budget(numbers().nbytes, 2 * numbers().nbytes))
+    value = numbers().to(device)
+    wanted = value.cpu().clone()
+    cache.once("a", lambda: {"x": value, "y": value[2:]})
+    for key in "bc":
+        cache.begin()
+        cache.once(key, lambda: numbers(seed=5).to(device))
+    assert cache.used_bytes == {"device": wanted.nbytes, "host": 2 * wanted.nbytes}
+    cache.begin()
+    again = cache.once("a", lambda: pytest.fail("computed again"))
+    assert again["x"].device.type == device
+    assert torch.equal(again["x"].cpu(), wanted)
+    assert again["y"].untyped_storage().data_ptr() == again["x"].untyped_storage().data_ptr()
+    for key in "de":
+        cache.begin()
+        cache.once(key, lambda: numbers().to(device))
+    assert cache.used_bytes["host"] <= 2 * wanted.nbytes
+    assert cache.used_bytes["device"] <= wanted.nbytes
+
+
+def test_memory_of_the_model_and_memory_that_two_values_share_count_once():
+    task = tiny_task("vit")
+    kept = Statistics(task).kept
+    kept.once("its weights", lambda: dict(task.model.named_parameters()))
+    assert kept.used_bytes["device"] == 0
+    whole = numbers(100)
+    kept.once("one", lambda: whole)
+    kept.once("part", lambda: whole[:10])
+    assert kept.used_bytes["device"] == whole.nbytes
+    kept.pop("one")
+    assert kept.used_bytes["device"] == whole.nbytes
+    kept.pop("part")
+    assert kept.used_bytes["device"] == 0
+
+
+@pytest.mark.parametrize("budget", [Budget(0), Budget(2000), Budget(8000), Budget(0, 10**9), Budget(4000, 6000)], ids=str)
+def test_a_tiny_budget_changes_no_bit(sort, budget):
+    task = tiny_task(sort)
+    kept = Statistics(task, cache=Cache(CPU, budget, held=lambda: task))
+    for recipe in (*RECIPES, *RECIPES):
+        mine, fresh = compress(task, recipe, kept), compress(task, recipe)
+        assert same(weights(mine.model), weights(fresh.model))
+        assert mine.report == fresh.report
+        kept.kept.begin()
+        assert kept.kept.used_bytes["device"] <= budget.device
+        assert kept.kept.used_bytes["host"] <= budget.host
