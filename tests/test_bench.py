@@ -13,6 +13,7 @@ from workbench.bench import Bench
 from workbench.compress import compress
 from workbench.errors import Cancelled, DataError, DeviceError, RecipeError
 from workbench.ledger import Ledger
+from workbench.measure.divergence import scored as keeping
 from workbench.measure.joint import joint_level
 from workbench.measure.quality import flips, quality
 from workbench.measure.size import sizes
@@ -164,6 +165,7 @@ def test_again_measures_anew_and_keeps_one_point(bench):
 def test_what_does_not_depend_on_the_recipe_is_done_once(bench, monkeypatch):
     scored: list[bool] = []
     monkeypatch.setattr("workbench.measure.evaluator.score", lambda kind, model, items: (scored.append(model is bench.task.model), score(kind, model, items))[1])
+    monkeypatch.setattr("workbench.measure.evaluator.scored", lambda kind, model, items, *kept: (scored.append(model is bench.task.model), keeping(kind, model, items, *kept))[1])
     monkeypatch.setattr("workbench.looks.measure_latency", lambda *_, **__: None)
     passes: list[int] = []
     bench.task.model.register_forward_pre_hook(lambda module, _: passes.append(1) if module is bench.task.model else None)

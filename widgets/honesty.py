@@ -7,6 +7,7 @@ from html import escape
 import ipywidgets as ipw
 
 from widgets.live import Live
+from workbench.card import divergence_words
 from workbench.measure.measurement import Measurement
 from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Estimate, Quality
@@ -115,6 +116,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
         ("run by", "; ".join((point.context.runtime, *point.kernels))),
         ("items", f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for calibration"),
         ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
     ]
 
 

@@ -18,6 +18,7 @@ from workbench.errors import Cancelled, DataError, LedgerError, RuntimeRefused
 from workbench.ledger import Ledger, default_path
 from workbench.looks import LOOKS, Partial
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
+from workbench.measure.divergence import Reference
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.measurement import Context, Measurement
 from workbench.measure.size import Sizes, sizes
@@ -120,6 +121,7 @@ class Bench:
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
         self.neighbours = Neighbours()
         self.statistics = Statistics(self.task, cache=cache_of(self.task, disk_cache(self.task)))
+        self.reference = Reference(self.evaluator, self.statistics)
         self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: None  # a Predictor's `record`, kept with what is then measured
 
     def measure(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, margin: float | None = None) -> Measurement:
@@ -278,7 +280,7 @@ class Bench:
 
     def dense_scores(self, count: int, progress: Progress = no_progress) -> Scores:
         """Return the dense model's scores on the first `count` evaluation items, computed once."""
-        return self.evaluator.scores(self.task.model, self.statistics.once("dense scores", list), count, progress)
+        return self.evaluator.scores(self.task.model, self.statistics.once("dense scores", list), count, progress, self.reference.reading())
 
     def all_dense_scores(self) -> Scores | None:
         """Return the dense model's scores on all evaluation items, if they have been read; nothing is computed."""

@@ -18,6 +18,16 @@ def quality_words(quality: Quality) -> str:
     return f"{quality.metric} {before:.4g} to {after:.4g} ({change.value:+.3g}, {change.low:+.3g} to {change.high:+.3g})"
 
 
+def divergence_words(point: Measurement) -> str:
+    """Return such as `0.0121 [0.0101, 0.0141] nats a token, of 4,096 tokens in 64 windows`; "" where it is not known."""
+    if point.kl is None:
+        return ""
+    language = point.primary.metric == "perplexity"
+    answer, item = ("token", "window") if language else ("item", "item")
+    of = f"{point.kl_answers:,} tokens in {point.kl_items:,} {item}s" if language else f"{point.kl_items:,} {item}s"
+    return f"{point.kl.value:.3g} [{point.kl.low:.3g}, {point.kl.high:.3g}] nats {'a' if language else 'an'} {answer}, of {of}"
+
+
 def speed_words(point: Measurement) -> str:
     """Return the measured speed against dense, and why no kernel helps where none does."""
     if point.latency is None:
@@ -43,6 +53,7 @@ def card(point: Measurement) -> str:
         ("recipe", f"`{point.recipe!r}`"),
         *((q.metric, quality_words(q).removeprefix(f"{q.metric} ")) for q in point.quality),
         ("changed answers", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
         ("theoretical, packed, file bytes", f"{point.sizes.theoretical_bytes:,}, {point.sizes.packed_bytes:,}, {point.sizes.file_bytes:,}"),
         ("dense file bytes", f"{point.dense_sizes.file_bytes:,}"),
         ("speed", speed_words(point)),

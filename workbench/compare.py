@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from workbench.card import quality_words
+from workbench.card import divergence_words, quality_words
 from workbench.compress import compress
 from workbench.errors import RecipeError
 from workbench.measure.measurement import Measurement
@@ -114,6 +114,7 @@ def facts(record: Comparison) -> tuple[Fact, ...]:
     return (
         *qualities,
         bars("answers changed", points, lambda p: p.flips.value, lambda p: f"{p.flips.value:.1%} ({p.flips.low:.1%} to {p.flips.high:.1%})"),
+        *([bars("KL to dense", points, lambda p: p.kl.value if p.kl else None, divergence_words)] if any(p.kl for p in points) else []),
         *sizes,
         bars("smaller on disk", points, lambda p: p.shrink, lambda p: f"{p.shrink:.2f}\N{MULTIPLICATION SIGN}"),
         bars("time", points, lambda p: p.latency.median_ms if p.latency else None, time_words),

@@ -46,7 +46,7 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
     record: dict[str, Any] = {"key": row.key, "recipe": row.recipe.label(), "pinned": said.pinned, "note": said.note}
     for quality in row.quality:
         record |= flat_quality(quality)
-    record |= spread("changed_answers_fraction", row.flips)
+    record |= spread("changed_answers_fraction", row.flips) | spread("kl_to_dense_nats", row.kl)
     for name in ("theoretical_bytes", "packed_bytes", "file_bytes"):
         record |= {name: getattr(row.sizes, name), f"dense_{name}": getattr(row.dense_sizes, name)}
     for name in ("median_ms", "p95_ms", "dense_median_ms", "dense_p95_ms"):
@@ -55,7 +55,7 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
     record |= {
         "latency_batch_items": context.latency_batch, "latency_rounds": None if latency is None else latency.rounds,
         "peak_memory_bytes": row.peak_memory_bytes, "dense_peak_memory_bytes": row.dense_peak_memory_bytes,
-        "items": row.items, "items_total": row.items_total, "confidence": row.primary.confidence, "looks": row.primary.looks,
+        "items": row.items, "items_total": row.items_total, "confidence": row.primary.confidence, "looks": row.primary.looks, "kl_items": row.kl_items, "kl_answers": row.kl_answers,
         "calibration_items": made.calibration_items, "training_items": made.training_items,
         "compress_seconds": made.compress_seconds, "evaluate_seconds": made.evaluate_seconds, "measured_at_utc": made.time,
         "model": context.model_name, "model_fingerprint": context.model_fingerprint, "data": context.data_name, "data_fingerprint": context.data_fingerprint,

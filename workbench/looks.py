@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from workbench.compress import Compressed
 from workbench.compress.layers import Progress
+from workbench.errors import DataError
+from workbench.measure.divergence import WHAT, Divergence, Outputs, divergence
 from workbench.measure.joint import joint_level
 from workbench.measure.known import Known
 from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
@@ -45,6 +47,7 @@ class Partial:
         self.start = time.perf_counter()
         begun = bench.neighbours.begun.get(bench.context.key(compressed.recipe)) if resume else None
         self.scores: list[Scores] = [] if begun is None else [begun]
+        self.outputs = bench.evaluator.outputs()
         self.count = counts[-1]  # items that will be read
         self.level = bench.statistics.once(("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence))
         self.neighbour = bench.neighbours.nearest(compressed.recipe)
@@ -69,7 +72,7 @@ class Partial:
         """Return the measurement after the first `count` evaluation items, without latency."""
         bench = self.bench
         dense = bench.dense_scores(count, self.progress)
-        mine = bench.evaluator.scores(self.compressed.model, self.scores, count, self.progress)
+        mine = bench.evaluator.scores(self.compressed.model, self.scores, count, self.progress, self.outputs)
         task = bench.task
         return Measurement(
             key=bench.context.key(self.compressed.recipe),
@@ -94,7 +97,7 @@ class Partial:
         """Return the complete measurement: all items that are needed, latency, memory. Quality that has been read survives a failing timer."""
         bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
         self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
-        point = self.remembered(self.look(self.count))
+        point = self.with_divergence(self.remembered(self.look(self.count)), missing)
         dense, items = bench.task.model, bench.latency_items
         if reason := untimed(dense):
             cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
@@ -115,6 +118,23 @@ class Partial:
             return point
         self.bench.neighbours.begin(point.key, self.scores[0])
         return dataclasses.replace(point, margin=self.margin)
+
+    def with_divergence(self, point: Measurement, missing: dict[str, str]) -> Measurement:
+        """Return the point with its KL divergence from the dense model, where its kind has one."""
+        outputs, self.outputs = self.outputs, None
+        if outputs is None:
+            return point
+        found = attempt(WHAT, missing, lambda: self.divergence(outputs, missing))
+        return point if found is None else dataclasses.replace(point, kl=found.kl, kl_items=found.items, kl_answers=found.answers)
+
+    def divergence(self, outputs: Outputs, missing: dict[str, str]) -> Divergence | None:
+        """Return the KL divergence of what the model said, None with the reason in `missing` where too little of it is kept."""
+        bench = self.bench
+        try:
+            return divergence(bench.evaluator, bench.reference, self.compressed.model, outputs, self.count, level=self.level, same=not len(self.compressed.recipe), progress=self.progress)
+        except DataError as error:
+            missing[WHAT] = str(error)
+            return None
 
     def cache(self) -> CacheBytes:
         """Return the bytes that both models keep of the tokens of one window."""

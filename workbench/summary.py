@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.card import quality_words, speed_words
+from workbench.card import divergence_words, quality_words, speed_words
 from workbench.measure.measurement import Measurement
 from workbench.prediction_score import told
 from workbench.words import size
@@ -15,6 +15,8 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
             for q in point.quality]  # fmt: skip
     rows += [(f"paired change of {q.metric}", "", quality_words(q).split("(", 1)[1].rstrip(")")) for q in point.quality]
     rows.append(("answers that changed", "", f"{point.flips.value:.1%} [{point.flips.low:.1%}, {point.flips.high:.1%}]"))
+    if point.kl is not None:
+        rows.append(("KL to dense", "", divergence_words(point)))
     rows += [(name.replace("_", " "), f"{getattr(before, name):,}", f"{getattr(after, name):,} ({getattr(before, name) / getattr(after, name):.2f}x smaller)")
              for name in ("theoretical_bytes", "packed_bytes", "file_bytes")]  # fmt: skip
     if latency is not None:

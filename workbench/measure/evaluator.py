@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.compress.layers import Progress, no_progress
 from workbench.device import free_fraction
+from workbench.measure.divergence import Outputs, Sampler, has_distribution, scored
 from workbench.measure.fused import Head, find_head
 from workbench.measure.graphed import Graphs, Read
 from workbench.measure.lengths import in_place, ordered, text_spans, trimmed, trims
@@ -47,9 +48,24 @@ class Evaluator:
     prefix: Prefix | None = None
     graphs: Graphs | bool = True
     last: tuple[weakref.ref[nn.Module], int] | None = None  # the model that was read last, and its unchanged blocks
+    kept: Sampler | None = None  # which answers are compared as distributions
 
-    def scores(self, model: nn.Module, parts: list[Scores], count: int, progress: Progress = no_progress) -> Scores:
-        """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`."""
+    @property
+    def sampler(self) -> Sampler:
+        """Return which answers' distributions are compared: the same of every model."""
+        if self.kept is None:
+            self.kept = Sampler.of(self.items)
+        return self.kept
+
+    def outputs(self) -> Outputs | None:
+        """Return an empty place for a model's outputs, None for kinds without a distribution."""
+        return Outputs(self.sampler) if has_distribution(self.task.kind) else None
+
+    def scores(self, model: nn.Module, parts: list[Scores], count: int, progress: Progress = no_progress, outputs: Outputs | None = None) -> Scores:
+        """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`.
+
+        What the model says of the items that are read now is kept in `outputs`; see `workbench.measure.divergence`.
+        """
         done = sum(map(len, parts))
         with streaming(self.task.model), streaming(model):
             blocks = None if done >= count else self.blocks(model, again=done > 0)
@@ -57,19 +73,20 @@ class Evaluator:
                 while done < count:
                     together = SORTED if self.text_spans() is not None or replay is not None else 1
                     upto = min(count, done + self.task.batch_size * together)
-                    parts.append(self.read(model, done, upto, blocks or 0, progress) if replay is None else self.replay(replay, done, upto, progress))
+                    parts.append(self.read(model, done, upto, blocks or 0, progress, outputs=outputs) if replay is None else self.replay(replay, done, upto, progress, outputs))
                     done = upto
         joined = Scores.join(parts)
         parts[:] = [joined]
         return joined.first(count)
 
-    def read(self, model: nn.Module, start: int, stop: int, blocks: int, progress: Progress) -> Scores:
+    def read(self, model: nn.Module, start: int, stop: int, blocks: int, progress: Progress, *, outputs: Outputs | None = None) -> Scores:
         """Return the scores of the items from `start` to `stop`; the first `blocks` blocks are known to be the dense model's."""
         spans, found = self.text_spans(), list[Scores]()
         order = None if spans is None else ordered(spans, start, stop)
         for batch, items in self.batches(start, stop, spans, order):
-            progress("evaluate", start + sum(map(len, found)), len(self.items))
-            found.append(self.score(model, items, blocks, batch))
+            done = sum(map(len, found))
+            progress("evaluate", start + done, len(self.items))
+            found.append(self.score(model, items, blocks, batch, outputs=outputs, index=places(start, order, done, len(items))))
         joined = Scores.join(found)
         return joined if order is None else in_place(joined, order - start)
 
@@ -81,18 +98,20 @@ class Evaluator:
             yield None
             return
         if self.graphs is True:
-            self.graphs = Graphs(self.task.kind, self.task.model, self.task.batch_size, self.prepared)
+            self.graphs = Graphs(self.task.kind, self.task.model, self.task.batch_size, self.prepared, sampler=self.sampler if has_distribution(self.task.kind) else None)
         with self.graphs.loaded(model, again=again) as replay:
             yield replay
 
     @torch.inference_mode()
-    def replay(self, replay: Read, start: int, stop: int, progress: Progress) -> Scores:
+    def replay(self, replay: Read, start: int, stop: int, progress: Progress, outputs: Outputs | None = None) -> Scores:
         """Return the scores of the items from `start` to `stop`; waits for the device once, at the end."""
         spans, found = self.text_spans(), list[tuple[Tensor, Tensor]]()
         order = None if spans is None else ordered(spans, start, stop)
         for done, (_, items) in enumerate(self.batches(start, stop, spans, order)):
             progress("evaluate", start + done * self.task.batch_size, len(self.items))
             found.append(replay(items))
+            if outputs is not None and isinstance(self.graphs, Graphs) and self.graphs.sampled is not None:
+                outputs.keep(places(start, order, done * self.task.batch_size, len(items)), self.graphs.sampled)
         loss, answers = (torch.cat([one[part] for one in found]) for part in (0, 1))
         labels = self.items.labels[start:stop] if order is None else self.items.labels[order.to(self.items.labels.device)]
         scores = tally(loss, answers, labels)
@@ -108,15 +127,22 @@ class Evaluator:
                 index = order[first - start : last - start]
                 yield (start, stop, first), trimmed(self.items[index.to(self.items.labels.device)], spans[index])
 
-    def score(self, model: nn.Module, items: Items, blocks: int, batch: Hashable) -> Scores:
-        """Return what a model does on one batch."""
+    def score(self, model: nn.Module, items: Items, blocks: int, batch: Hashable, *, outputs: Outputs | None = None, index: Tensor | None = None) -> Scores:
+        """Return what a model does on one batch, of the items `index`."""
         if self.prefix is None:
-            return self.run(model, items)
-        return self.prefix.score(model, blocks, batch, lambda other: self.run(other, items))
+            return self.run(model, items, outputs, index)
+        return self.prefix.score(model, blocks, batch, lambda other: self.run(other, items, outputs, index))
 
-    def run(self, model: nn.Module, items: Items) -> Scores:
+    def run(self, model: nn.Module, items: Items, outputs: Outputs | None = None, index: Tensor | None = None) -> Scores:
         """Return what a model does on one batch, with the output head taken off where that gives the same."""
-        return score(self.task.kind, self.prepared(model), items)
+        if outputs is None or index is None:
+            return score(self.task.kind, self.prepared(model), items)
+        return scored(self.task.kind, self.prepared(model), items, outputs, index)
+
+    def head_of(self, model: nn.Module, rows: Tensor) -> nn.Module | None:
+        """Return what makes logits of a model's kept outputs [..., width], None if these are logits."""
+        head = self.heads.get(type(model))
+        return None if head is None or rows.shape[-1] == head.classes else model.get_submodule(head.name)
 
     def prepared(self, model: nn.Module) -> nn.Module:
         """Return what is called for a model: itself, or without its output head where that gives the same."""
@@ -155,3 +181,8 @@ class Evaluator:
             spans = text_spans(self.items)
             self.spans.append(spans if spans is not None and trims(self.task.kind, self.task.model, self.items, spans) else None)
         return self.spans[0]
+
+
+def places(start: int, order: Tensor | None, done: int, count: int) -> Tensor:
+    """Return which evaluation items a batch holds, int64 [count]: `done` items after `start` were read before it, in `order` if there is one."""
+    return torch.arange(start + done, start + done + count) if order is None else order[done : done + count]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from workbench.compress.copies import TABLES, holds_modules, own_parameters, twin
 from workbench.device import free_fraction
+from workbench.measure.divergence import Sampler
 from workbench.runtime.capturing import one_sequence_each
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.choosing import Choosing, token_loss
@@ -41,6 +42,7 @@ class Captured:
     inputs: Items
     loss: Tensor
     answers: Tensor
+    sampled: Tensor | None = None  # what is kept of the outputs, overwritten as well
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Graphs:
     captured: dict[object, Captured] = field(default_factory=dict)
     seen: set[object] = field(default_factory=set)  # shapes
     lock: threading.Lock = field(default_factory=threading.Lock)
+    sampler: Sampler | None = None  # what is kept of the outputs of each batch
+    sampled: Tensor | None = None  # of the batch that was read last, until the next one
 
     @contextmanager
     def loaded(self, model: nn.Module, *, again: bool = False) -> Iterator[Read | None]:
@@ -137,12 +141,15 @@ class Graphs:
             found.inputs.inputs[name].copy_(tensor)
         found.inputs.labels.copy_(items.labels)
         found.graph.replay()
+        self.sampled = self.sampled if found.sampled is None else found.sampled
         return found.loss.clone(), found.answers.clone()
 
     def evaluate(self, items: Items) -> tuple[Tensor, Tensor]:
         """Run the copy, step by step."""
         assert self.copy is not None  # noqa: S101  for the type checker
-        return token_loss(self.kind.logits(self.prepared(self.copy), items), items.labels)
+        logits = self.kind.logits(self.prepared(self.copy), items)
+        self.sampled = None if self.sampler is None else self.sampler(logits)
+        return token_loss(logits, items.labels)
 
     def capture(self, items: Items) -> Captured:
         """Run a batch beside the main stream, then capture one run. Another thread's use of the GPU does not break it.
@@ -165,7 +172,7 @@ class Graphs:
         graph.replay()
         if not (torch.equal(loss, stepwise[0]) and torch.equal(answers, stepwise[1])):
             raise RuntimeError("a replay gives other bits than the model run step by step")
-        return Captured(graph, inputs, loss, answers)
+        return Captured(graph, inputs, loss, answers, self.sampled)
 
 
 def tensors(model: nn.Module) -> list[Tensor]:

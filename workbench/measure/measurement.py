@@ -88,6 +88,9 @@ class Measurement:
     cache: CacheBytes | None = None  # of a language model
     margin: float | None = None  # reading stopped on purpose: half the interval of the main change was at most this
     predicted: Predicted | None = None  # what was predicted before it was measured
+    kl: Estimate | None = None  # KL(dense || compressed) in nats an answer (a token, an item); None for kinds without a distribution, and for early looks
+    kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
+    kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
 
     @property
     def complete(self) -> bool:
