@@ -22,7 +22,7 @@ class TrainingView(ipw.HBox):
         self.picture = ipw.HTML()
         self.button = ipw.Button(description="stop and keep", tooltip="end the training here; the model as it is now is measured and kept")
         self.button.on_click(lambda _: on_stop())
-        self.lesson = ipw.ToggleButton(description="what T does", tooltip="show what the temperature makes of one answer that the student is taught")
+        self.lesson = ipw.ToggleButton(description="what T does", tooltip="show what the temperature makes of one answer that the student is taught", layout=ipw.Layout(width="auto"))
         self.lesson.observe(lambda _: self.show(self.live), "value")
         self.live: Live | None = None
         super().__init__([self.picture, self.lesson, self.button], layout=ipw.Layout(display="none"))

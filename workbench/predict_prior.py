@@ -11,7 +11,7 @@ move to what the ledger says. What is left over is a matter of `workbench.predic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -179,6 +179,8 @@ class Link:
 
     def fitted(self, contributions: NDArray[np.float64], values: NDArray[np.float64]) -> Link:
         """Return the link that fits measured values [n]: least squares in units of doubt, held near the present parameters."""
+        from scipy.optimize import least_squares  # takes a third of a second, which no import of ours should
+
         start = parameters(self)
         spread = np.array([1.0, 0.3, *[0.7] * len(KINDS)])
 
@@ -187,7 +189,7 @@ class Link:
             found: NDArray[np.float64] = np.concatenate([(values_at - values) / doubt_of(values_at, self.most, ratio=self.ratio), (at - start) / spread])
             return found
 
-        found = least_squares(residuals, start)
+        found = least_squares(residuals, start, method="lm", ftol=1e-4, xtol=1e-4, max_nfev=400).x  # Levenberg 1944, Marquardt 1963
         return dataclasses.replace(self, scale=float(found[0]), power=power_of(found), weights=tuple(float(x) for x in found[2:]))
 
 
@@ -215,26 +217,3 @@ def doubt_of(values: NDArray[np.float64], most: float, *, ratio: bool) -> NDArra
     share = np.clip(values / most, 0.0, 1.0)
     found: NDArray[np.float64] = most * (FLOOR + DOUBT * share * (1 - share))
     return found
-
-
-def least_squares(residuals: Callable[[NDArray[np.float64]], NDArray[np.float64]], start: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the parameters of least squared residuals near `start` (Levenberg 1944, Marquardt 1963), derivatives by differences."""
-    at, damping = start.copy(), 1e-2
-    here = residuals(at)
-    for _ in range(20):
-        jacobian = np.stack([(residuals(at + step) - here) / 1e-4 for step in 1e-4 * np.eye(len(at))], axis=1)
-        normal, slope = jacobian.T @ jacobian, jacobian.T @ here
-        gained = 0.0
-        for _ in range(8):
-            moved = at - np.linalg.solve(normal + damping * np.eye(len(at)), slope)
-            there = residuals(moved)
-            gained = float(here @ here - there @ there)
-            if gained > 0:
-                break
-            damping *= 4
-        if gained <= 0:
-            return at
-        at, here, damping = moved, there, max(damping / 4, 1e-6)
-        if gained < 1e-4 * float(here @ here):
-            return at
-    return at
