@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# As many test processes as cores, of one thread each: two threads in one process wait for each other more than they work.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: report test lint lab app benchmarks clean
 
@@ -10,8 +13,8 @@ report: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python tests/browser.py
-	$(BIN)/python -m pytest
-	XDG_STATE_HOME=$$(mktemp -d) $(BIN)/python -m pytest --nbval-lax notebooks
+	$(TESTS) --dist worksteal
+	XDG_STATE_HOME=$$(mktemp -d) $(TESTS) --dist loadfile --nbval-lax notebooks
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
