@@ -15,8 +15,9 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.errors import CompressionError, RecipeError
-from workbench.measure.size import counted_sizes, sizes
+from workbench.measure.size import Sizes, counted_sizes, file_content, sizes
 from workbench.recipe import METHODS, Recipe, Step
+from workbench.runtime.packed import pack_model
 from workbench.statistics import Statistics
 from workbench.tasks import score
 
@@ -76,7 +77,9 @@ def test_what_holds_for_every_method(sort, device, dtype, recipe):
         layer.check()
         assert layer.parameter.dtype == dtype
         assert layer.parameter.device.type == device
-    assert counted_sizes(once.model, once.layers) == sizes(once.model, once.layers)
+    measured, packed = sizes(once.model, once.layers), pack_model(once.model, once.layers)
+    assert measured == counted_sizes(once.model, once.layers)
+    assert measured == Sizes(packed.theoretical_bytes, packed.packed_bytes, len(file_content(packed)))  # the very file
     assert owns_everything(once.model, task.model)
     scores = score(task.kind, once.model, task.evaluation)
     assert torch.isfinite(scores.loss).all()

@@ -20,7 +20,7 @@ from workbench.compress.batch import Batch
 from workbench.compress.scales import Spec, fit, form_of
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.predicted_size import Outline
-from workbench.measure.size import counted_sizes, sizes
+from workbench.measure.size import counted_sizes, file_content, sizes
 from workbench.recipe import Recipe
 from workbench.runtime.forms import InputScaled, OffsetGrid
 from workbench.runtime.packed import pack_model, unpack_state
@@ -65,6 +65,7 @@ def test_every_way_combines_with_every_other_step(sort, device, way, around):
     real = sizes(made.model, made.layers)
     assert counted_sizes(made.model, made.layers) == real
     packed = pack_model(made.model, made.layers)
+    assert real.file_bytes == len(file_content(packed))
     state = unpack_state(packed.tensors, packed.manifest())
     assert all(torch.equal(state[name], value.cpu()) for name, value in made.model.state_dict().items())
     predicted = Outline.of(task.model).after(recipe)

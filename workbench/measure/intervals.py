@@ -38,14 +38,14 @@ def paired_proportions(before: Tensor, after: Tensor, level: float) -> Estimate:
     return Estimate((gained - lost) / total, max(-1.0, up - down - half), min(1.0, up - down + half))
 
 
-def mean(values: Tensor, weight: Tensor, level: float) -> Estimate:
-    """Return the weighted mean over items with Student's t interval on the weighted residuals."""
+def mean(values: Tensor, weight: Tensor, level: float, widening: float = 1.0) -> Estimate:
+    """Return the weighted mean over items with Student's t interval on the weighted residuals, `widening` times as wide."""
     total = weight.sum()
     average = float((values * weight).sum() / total)
     if not math.isfinite(average):
         return Estimate(math.inf, math.inf, math.inf)
     error = math.sqrt(variance(values, weight) / len(values))
-    half = student_quantile(level, len(values) - 1) * error
+    half = widening * student_quantile(level, len(values) - 1) * error
     return Estimate(average, average - half, average + half)
 
 

@@ -15,8 +15,8 @@ The slope on the reference is 1 and never fitted. Fitted slopes on the dense los
 intervals are 3.5 to 4 times as wide after 16 items, a tenth wider after 64 and 4 to 6% narrower after 256, since the dense loss
 is skewed and says little about how another model changes it. On a neighbour a fitted slope is no narrower than 1 with the choice
 below. Of the candidates the one that is narrowest on the items read is taken: that choice is part of what
-`benchmarks/results/coverage.md` measures. What no control mends: after 16 items the t interval of a skewed mean loss falls short of its level
-(96 to 97% there instead of 98.6%).
+`benchmarks/results/coverage.md` measures. No control mends that after 16 items Student's interval of a skewed mean loss falls short of
+its level: what is known of the dense model says how much wider it must be (`workbench.measure.hard_items`).
 
 Single answers (right or wrong) are post-stratified by the answer of the reference: among the items that it has right the
 compressed model can only lose, among the others only gain. Both shares get Wilson's interval and the numbers of items of
@@ -47,28 +47,28 @@ class Known:
     dense: Scores
     neighbour: Scores | None = None
 
-    def means(self, name: str, compressed: Scores, level: float) -> Triple:
-        """Return the estimates of a weighted mean of `name` ("loss" or "correct") of the first n items' scores."""
+    def means(self, name: str, compressed: Scores, level: float, widening: float = 1.0) -> Triple:
+        """Return the estimates of a weighted mean of `name` ("loss" or "correct") of the first n items' scores, what is unread `widening` times as uncertain."""
         near = None if self.neighbour is None else getattr(self.neighbour, name)
-        return means(getattr(self.dense, name), near, getattr(compressed, name), self.dense.weight, level)
+        return means(getattr(self.dense, name), near, getattr(compressed, name), self.dense.weight, level, widening=widening)
 
     def answers(self, compressed: Scores, level: float) -> Triple:
         """Return the estimates of accuracy, answers being right or wrong, from the first n items' scores."""
         return answers(self.dense.correct, None if self.neighbour is None else self.neighbour.correct, compressed.correct, level)
 
 
-def means(dense: Tensor, near: Tensor | None, compressed: Tensor, weight: Tensor, level: float) -> Triple:
+def means(dense: Tensor, near: Tensor | None, compressed: Tensor, weight: Tensor, level: float, *, widening: float = 1.0) -> Triple:
     """Return the estimates of weighted means. dense, near, weight [N]; compressed [n], of the first n items. Infinite losses get no control."""
     count, total = len(compressed), len(dense)
     before, some = dense[:count], weight[:count]
     change = compressed - before
     if not (torch.isfinite(dense).all() and torch.isfinite(compressed).all()):
-        return mean(before, some, level), mean(compressed, some, level), mean(change, some, level)
+        return mean(before, some, level, widening), mean(compressed, some, level, widening), mean(change, some, level, widening)
     references = [dense, *([] if near is None or not torch.isfinite(near).all() else [near])]
     spreads = [variance(compressed - one[:count], some) for one in references]
     spread = min(spreads)
     reference = references[spreads.index(spread)]
-    quantile = student_quantile(level, count - 1)
+    quantile = widening * student_quantile(level, count - 1)
 
     def estimate(base: Tensor, whole: Tensor) -> Estimate:
         value = average(base, weight) + average(compressed - reference[:count], some)

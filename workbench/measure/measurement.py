@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -20,6 +20,8 @@ from workbench.progress import Look
 from workbench.recipe import Recipe
 
 RecipeField = Annotated[InstanceOf[Recipe], BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v), PlainSerializer(lambda r: r.to_json())]
+
+LAYERS = '"layers":[', '],"provenance":{'  # what stands before and after the layers of a stored point
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ class Measurement:
     kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
     kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Read the layers of a stored point when they are first asked for."""
+            if name != "layers" or "stored" not in self.__dict__:
+                raise AttributeError(f"a Measurement has no {name!r}")
+            self.__dict__["layers"] = found = ADAPTER().validate_json(self.__dict__["stored"]).layers
+            return found
+
     @property
     def complete(self) -> bool:
         """Return whether every item that was asked for was read and the latency was tried."""
@@ -112,13 +123,25 @@ class Measurement:
         return self.dense_sizes.file_bytes / self.sizes.file_bytes
 
     def to_json(self) -> str:
-        """Return the measurement as one line of JSON."""
-        return ADAPTER().dump_json(self).decode()
+        """Return the measurement as one line of JSON: a stored point as it was stored."""
+        stored: str | None = self.__dict__.get("stored")
+        return ADAPTER().dump_json(self).decode() if stored is None else stored
 
     @staticmethod
     def from_json(text: str) -> Measurement:
-        """Return the measurement that `to_json` wrote; raises `pydantic.ValidationError` if it is none."""
-        made: Measurement = ADAPTER().validate_json(text)
+        """Return the measurement that `to_json` wrote; raises `pydantic.ValidationError` if it is none.
+
+        The layers are most of the text and wait in it until they are asked for: with thousands of points they are most of the
+        time and memory. An unescaped quote ends a string of JSON, so that the marks around them stand nowhere else.
+        """
+        start = text.find(LAYERS[0])
+        end = text.find(LAYERS[1], start)
+        if not 0 < start < end:
+            whole: Measurement = ADAPTER().validate_json(text)
+            return whole
+        made: Measurement = ADAPTER().validate_json(f"{text[:start]}{LAYERS[0]}{text[end:]}")
+        del made.__dict__["layers"]
+        made.__dict__["stored"] = text
         return made
 
 

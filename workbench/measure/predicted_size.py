@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 # how safetensors names and orders dtypes: widest first, then by name of the tensor
 DTYPES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,17 @@ def total(entries: Iterable[Entry]) -> int:
     return sum(entry.bytes for entry in entries)
 
 
+def file_length(entries: Iterable[Entry]) -> int:
+    """Return the bytes of a safetensors file of these tensors: 8, the header padded to a multiple of 8, the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in sorted(entries, key=lambda e: (ORDER.index(e.dtype), e.name)):
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.bytes]}
+        offset += entry.bytes
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset
+
+
 @dataclass(frozen=True)
 class Outline:
     """A model as shapes: the weights that methods can take, everything else, and the name of the output head.
@@ -193,15 +204,8 @@ class Outline:
         return [*self.rest, *(entry for weight in self.weights for entry in weight.encoded())]
 
     def file_bytes(self) -> int:
-        """Return the bytes of the safetensors file: 8, the header padded to a multiple of 8, the tensors."""
-        entries = sorted(self.entries(), key=lambda e: (ORDER.index(e.dtype), e.name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for entry in entries:
-            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.bytes]}
-            offset += entry.bytes
-        length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-        return 8 + -(-length // 8) * 8 + offset + self.slack
+        """Return the bytes of the safetensors file."""
+        return file_length(self.entries()) + self.slack
 
     def exact(self) -> bool:
         """Return whether `file_bytes` is exact; else it is an upper bound (a close estimate where a budget is divided over the layers by their values)."""

@@ -2,7 +2,8 @@
 
 Accuracy of single answers: Wilson's interval (1927); its paired change: Bonett and Price's adjusted Wald interval (2012),
 which stays honest with few items and few flips. Averages over tokens: Student's t on per-item differences, weighted by
-tokens (a ratio estimator). Rank correlation and word error rate: paired bootstrap (`workbench.measure.resampling`). Looks before
+tokens (a ratio estimator), for losses widened by what the dense model's say of the items that are missing
+(`workbench.measure.hard_items`); perplexity is the exponential of the mean loss and of the ends of its interval. Rank correlation and word error rate: paired bootstrap (`workbench.measure.resampling`). Looks before
 the last use what is known of all items (`workbench.measure.known`). All intervals are for the value beyond the evaluation
 set. Several intervals that are to hold together share the error by Bonferroni, looks at growing samples by their joint
 distribution (`workbench.measure.joint`).
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from workbench.errors import DataError
 from workbench.measure.estimate import Estimate
+from workbench.measure.hard_items import widening
 from workbench.measure.intervals import mean, paired_proportions, proportion
 from workbench.measure.known import Known, Triple
 from workbench.measure.metrics import metric_named
@@ -80,8 +82,9 @@ def quality(
     common = {"items": len(dense), "confidence": confidence, "looks": looks}
     if primary in RESAMPLED:
         function, second = RESAMPLED[primary]
-        return Quality(primary, *function(dense, compressed, level), **common), Quality(second, *losses(dense, compressed, level, known), **common)  # type: ignore[arg-type]
-    right, loss = rights(dense, compressed, level, known), losses(dense, compressed, level, known)
+        wider = hard(dense, known) if second == "loss" else 1.0
+        return Quality(primary, *function(dense, compressed, level), **common), Quality(second, *losses(dense, compressed, level, known, wider), **common)  # type: ignore[arg-type]
+    right, loss = rights(dense, compressed, level, known), losses(dense, compressed, level, known, hard(dense, known))
     accuracy = Quality("accuracy" if primary == "accuracy" else "next-token accuracy", *right, **common)  # type: ignore[arg-type]
     if primary == "accuracy":
         return accuracy, Quality("loss", *loss, **common)  # type: ignore[arg-type]
@@ -89,11 +92,17 @@ def quality(
     return perplexity, accuracy
 
 
-def losses(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
-    """Return the mean loss of both and its change."""
+def hard(dense: Scores, known: Known | None) -> float:
+    """Return how much wider the interval of a mean negative log-likelihood must be for the hard items that are not among those read."""
+    return widening(dense.loss, None if known is None else known.dense.loss)
+
+
+def losses(dense: Scores, compressed: Scores, level: float, known: Known | None, wider: float) -> Triple:
+    """Return the mean loss of both and its change, their intervals `wider` times as wide as Student's."""
     if known is not None:
-        return known.means("loss", compressed, level)
-    return mean(dense.loss, dense.weight, level), mean(compressed.loss, dense.weight, level), mean(compressed.loss - dense.loss, dense.weight, level)
+        return known.means("loss", compressed, level, wider)
+    before, after, weight = dense.loss, compressed.loss, dense.weight
+    return mean(before, weight, level, wider), mean(after, weight, level, wider), mean(after - before, weight, level, wider)
 
 
 def rights(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:

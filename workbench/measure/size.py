@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workbench.compress.batch import grouped
 from workbench.compress.layers import Layer
-from workbench.measure.predicted_size import Outline, Weight, ceil8, total
+from workbench.measure.predicted_size import DTYPES, Entry, Outline, Weight, ceil8, file_length, total
 from workbench.runtime.forms import Cast, InputScaled, OffsetGrid
 from workbench.runtime.grid import Grid
 from workbench.runtime.packed import Packed, pack_model
@@ -74,6 +74,16 @@ def with_promises(weight: Weight, layer: Layer, kept: int | None) -> Weight:
 
 
 def sizes(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Sizes:
-    """Return the three sizes of a model; `layers` carry the masks and grids of a compressed one."""
-    packed = pack_model(model, layers)
-    return Sizes(packed.theoretical_bytes, packed.packed_bytes, len(file_content(packed)))
+    """Return the three sizes of a model; `layers` carry the masks and grids of a compressed one.
+
+    Every weight is packed where it lies, one after another, and only its shape is kept: nothing is copied to the host. The
+    file's length follows from what safetensors writes before the tensors, and is that of `file_content`.
+    """
+    packed = pack_model(model, layers, kept=shape_only)
+    entries = [Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in packed.tensors.items()]
+    return Sizes(packed.theoretical_bytes, packed.packed_bytes, file_length(entries))
+
+
+def shape_only(tensor: Tensor) -> Tensor:
+    """Return a tensor without its values."""
+    return tensor.to("meta")

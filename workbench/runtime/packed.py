@@ -8,6 +8,7 @@ Weights that share storage are stored once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,8 +65,13 @@ class Packed:
         return {name: asdict(encoding) for name, encoding in self.encodings.items()}
 
 
-def pack_model(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Packed:
-    """Return the packed form of a model; `layers` carry the masks and grids of a compressed one."""
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in the host's memory, as files want it."""
+    return tensor.cpu().contiguous()
+
+
+def pack_model(model: nn.Module, layers: tuple[Layer, ...] = (), kept: Callable[[Tensor], Tensor] = on_host) -> Packed:
+    """Return the packed form of a model; `layers` carry the masks and grids of a compressed one, `kept` says what is kept of each packed tensor."""
     by_key = {f"{name}.weight": layer for layer in layers for name in (layer.name, *layer.others)}
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
@@ -78,7 +84,7 @@ def pack_model(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Packed:
             continue
         layer = by_key.get(key)
         stored, encodings[key] = encode(value, layer)
-        tensors.update({f"{key}{suffix}": tensor.cpu().contiguous() for suffix, tensor in stored.items()})
+        tensors.update({f"{key}{suffix}": kept(tensor) for suffix, tensor in stored.items()})
         width = layer.grid.bits if layer is not None and layer.grid is not None else 8 * value.element_size()
         theoretical_bits += width * (value.numel() if layer is None or layer.mask is None else int(torch.count_nonzero(value)))
     return Packed(tensors, encodings, -(-theoretical_bits // 8))
