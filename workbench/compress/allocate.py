@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.compress import magnitudes
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.importance import Evidence, comparable, importance
 from workbench.compress.layers import Layer
@@ -58,6 +59,22 @@ def by_threshold(step: Prune, layers: list[Layer], evidence: Evidence, sparsity:
     if target == 0:
         return dict.fromkeys((layer.name for layer in layers), 0)
 
+    countable = magnitudes.countable(step, layers)
+    less, ties = magnitudes.below_threshold(layers, evidence.work.statistics, target) if countable else below_threshold(step, layers, evidence, target)
+    left = target - sum(less.values())
+    counts = {}
+    for layer in reversed(layers):
+        more = min(left, ties[layer.name])
+        counts[layer.name], left = less[layer.name] + more, left - more
+    emptied = [layer for layer in layers if counts[layer.name] == weights_of(layer)]
+    if emptied:
+        evidence.work.warnings.append(f"prune: one threshold for sparsity={sparsity:g} removes every weight of {emptied[0].name!r}" + f" and {len(emptied) - 1} more" * (len(emptied) > 1))
+    return {layer.name: counts[layer.name] for layer in layers}
+
+
+def below_threshold(step: Prune, layers: list[Layer], evidence: Evidence, target: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return how many weights of each layer lie below the `target`-th smallest importance of all, and how many are equal to it."""
+
     def keys() -> Iterator[tuple[Batch, Tensor]]:
         for batch in grouped(layers):
             scores = comparable(step, batch, batch.matrices(), evidence)
@@ -73,15 +90,7 @@ def by_threshold(step: Prune, layers: list[Layer], evidence: Evidence, sparsity:
     for batch, numbers in counted:
         for layer, smaller, equal in zip(batch.layers, *numbers.tolist(), strict=True):
             less[layer.name], ties[layer.name] = smaller, equal
-    left = target - sum(less.values())
-    counts = {}
-    for layer in reversed(layers):
-        more = min(left, ties[layer.name])
-        counts[layer.name], left = less[layer.name] + more, left - more
-    emptied = [layer for layer in layers if counts[layer.name] == weights_of(layer)]
-    if emptied:
-        evidence.work.warnings.append(f"prune: one threshold for sparsity={sparsity:g} removes every weight of {emptied[0].name!r}" + f" and {len(emptied) - 1} more" * (len(emptied) > 1))
-    return {layer.name: counts[layer.name] for layer in layers}
+    return less, ties
 
 
 def bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:

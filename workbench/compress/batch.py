@@ -45,11 +45,15 @@ class Batch:
             CompressionError: a weight is infinite or NaN.
 
         """
-        stack = self.stored().float()
+        return self.finite().float()
+
+    def finite(self) -> Tensor:
+        """Return the weights in the model's dtype, [layers, outputs, inputs], a copy. Raises as `matrices`."""
+        stack = self.stored()
         if not all(layer.finite for layer in self.layers):
-            finite = torch.isfinite(stack)
-            if not bool(finite.all()):
-                bad = self.layers[int((~finite).flatten(1).any(1).nonzero()[0])]
+            good = torch.isfinite(stack)
+            if not bool(good.all()):
+                bad = self.layers[int((~good).flatten(1).any(1).nonzero()[0])]
                 raise CompressionError(f"layer {bad.name!r} has infinite or NaN weights")
         return stack
 

@@ -37,8 +37,8 @@ def checkpoint_path(model: nn.Module, parts: Iterable[object]) -> Path:
     return folder() / f"{digest.hexdigest()[:24]}.pt"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a state; whoever reads finds the old one or the new one, whole, whenever the process ends.
+def save(path: Path, state: dict[str, Any], option: str = "checkpoint_every") -> None:
+    """Write a state; whoever reads finds the old one or the new one, whole, whenever the process ends. `option` is what asked for it.
 
     Raises:
         CompressionError: the folder cannot be written.
@@ -56,7 +56,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
-        raise CompressionError(f"no checkpoint can be written to {path.parent}: {error}; free space there, or set checkpoint_every=0") from error
+        raise CompressionError(f"no checkpoint can be written to {path.parent}: {error}; free space there, or set {option}=0") from error
     for left in path.parent.glob("*.part"):  # of processes that ended while they wrote
         if left.stat().st_mtime < time.time() - HOUR:
             left.unlink(missing_ok=True)

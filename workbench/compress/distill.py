@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -17,7 +16,7 @@ from workbench.compress.inner import PAIRS, Pairs, Seen, inner_loss, padding_mas
 from workbench.compress.layers import Layer
 from workbench.compress.teacher_cache import TeacherCache, teacher_cache
 from workbench.compress.teacher_tables import disk_folder, free_bytes
-from workbench.compress.training import Drawn, Plan, Trained, train
+from workbench.compress.training import Drawn, Plan, Trained, identity, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
@@ -107,11 +106,6 @@ class Distill(Step):
         """Return the options of later versions that are at what was done before these: there were no looks at first."""
         return super().unchanged() | ({"look_every"} if not self.look_every else set())
 
-    @property
-    def identity(self) -> str:
-        """Return all options that a checkpoint depends on."""
-        return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name not in {"stop_at", "checkpoint_every"}}, sort_keys=True)
-
 
 @METHODS.register(Distill)
 def distill(step: Distill, work: Work) -> Distill:
@@ -126,7 +120,7 @@ def distill(step: Distill, work: Work) -> Distill:
         lesson = Lesson(step, work)
         plan = Plan(
             "distill", "distillation", f"lower learning_rate={step.learning_rate:g}", step.steps, step.learning_rate, step.distill_batch, step.seed, step.stop_at,
-            accumulate=step.accumulate, look_every=step.look_every, checkpoint_every=step.checkpoint_every, identity=step.identity, widen=step.train_precision == "mixed",
+            accumulate=step.accumulate, look_every=step.look_every, checkpoint_every=step.checkpoint_every, identity=identity(step), widen=step.train_precision == "mixed",
         )  # fmt: skip
         trained = train(step, work, layers, plan, lesson.loss)
     if trained.ended:
@@ -137,10 +131,7 @@ def distill(step: Distill, work: Work) -> Distill:
 
 def report(step: Distill, work: Work, layers: list[Layer], trained: Trained) -> None:
     """Write into the report what was trained, and what a target left out."""
-    words = f"distilled {step.stop_at or step.steps} steps at T={step.temperature:g}"
-    best = next((look for look in trained.looks if look.step == trained.kept), None)
-    if best is not None:
-        words += f", kept as after step {best.step}: held-out {best.metric} {best.value:.4g} [{best.low:.4g}, {best.high:.4g}] on {best.items} items, dense {best.dense:.4g}"
+    words = f"distilled {step.stop_at or step.steps} steps at T={step.temperature:g}{trained.words()}"
     for layer in layers:
         work.took(step, layer, words)
     for name in work.left if step.everything else ():  # embeddings and shared weights learn too

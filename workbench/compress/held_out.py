@@ -39,12 +39,12 @@ class HeldOut:
         return Look(step, loss, main.metric, main.dense.value, found.value, found.low, found.high, main.items, main.confidence)
 
 
-def held_out(work: Work, look_every: int, steps: int) -> HeldOut | None:
-    """Return a tenth of the training items, at most 256, to look at after every `look_every` of `steps` steps; None, which is said, of fewer than 20."""
+def held_out(work: Work, look_every: int, steps: int, option: str = "look_every") -> HeldOut | None:
+    """Return a tenth of the training items, at most 256, to look at after every `look_every` of `steps` steps; None, which is said by the name of the `option`, of fewer than 20."""
     task = work.task
     count = min(MOST, len(task.training) // 10)
     if count < 2:
-        work.warnings.append(f"look_every={look_every} is left out: it needs 20 training items, of which a tenth is held out, and {task.data_name!r} has {len(task.training)}; the last step is kept")
+        work.warnings.append(f"{option}={look_every} is left out: it needs 20 training items, of which a tenth is held out, and {task.data_name!r} has {len(task.training)}; the last step is kept")
         return None
     items = task.training[len(task.training) - count :]
     return HeldOut(task, items, scores(task, task.model, items), steps // look_every + 2)

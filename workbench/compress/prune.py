@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from workbench.compress import allocate, sparsegpt
+from workbench.compress import allocate, magnitudes, sparsegpt
 from workbench.compress.batch import Batch, reported
 from workbench.compress.importance import Evidence, evidence_for, importance
 from workbench.compress.layers import Layer
@@ -207,8 +207,14 @@ def removed(step: Prune, layers: list[Layer], evidence: Evidence, sparsity: floa
 
 def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int], sparsity: float) -> None:
     """Remove weights of layers of one shape, and leave the masks."""
-    matrices = batch.matrices()
     group = None if step.group is None else kept_of_group(step.group, sparsity / step.sparsity)
+    if magnitudes.countable(step, batch.layers):
+        matrices = batch.finite()
+        kept = magnitudes.keep(matrices.flatten(1), magnitudes.counts(batch, evidence.work.statistics), counts).view_as(matrices)
+        batch.write(matrices.mul_(kept))
+        promise(batch, kept)
+        return
+    matrices = batch.matrices()
     if step.criterion == "sparsegpt":
         masks = [layer.mask for layer in batch.layers if layer.mask is not None]
         kept = torch.stack(masks) if masks else torch.ones_like(matrices, dtype=torch.bool)
@@ -217,6 +223,11 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         kept = chosen(step, importance(step, batch, matrices, evidence), counts, group)
         matrices.mul_(kept)
     batch.write(matrices)
+    promise(batch, kept)
+
+
+def promise(batch: Batch, kept: Tensor) -> None:
+    """Leave the masks [layers, outputs, inputs] as promises to later steps."""
     for layer, mask in zip(batch.layers, kept, strict=True):
         layer.mask = mask
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+BLOCK = 1024  # places counted together
 WIDE = 32  # neighbours in a group up to which each is compared with each
 
 
@@ -23,8 +24,26 @@ def keep_largest(importance: Tensor, count: int) -> Tensor:
         return torch.full_like(importance, count == total, dtype=torch.bool)
     threshold = largest(importance, count)
     above, ties = importance > threshold, importance == threshold
-    room = count - above.sum(-1, keepdim=True)
-    return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
+    return above | first_true(ties, count - above.sum(-1, keepdim=True))
+
+
+def first_true(flags: Tensor, count: Tensor) -> Tensor:
+    """Return the first `count` (integers [..., 1]) True of `flags` (bool [..., columns]) along the last dimension.
+
+    Long rows are counted in blocks, and one by one only in the block where the last of them lies.
+    """
+    columns = flags.shape[-1]
+    if columns % BLOCK or columns == BLOCK:
+        return flags & (flags.cumsum(-1, dtype=torch.int32) <= count)
+    blocks, wanted = flags.reshape(-1, columns // BLOCK, BLOCK), count.reshape(-1, 1)
+    ends = blocks.sum(-1, dtype=torch.int32).cumsum(-1, dtype=torch.int32)
+    whole = ends <= wanted
+    found = blocks & whole.unsqueeze(-1)
+    rows, last = torch.arange(len(blocks), device=flags.device), whole.sum(-1).clamp_(max=columns // BLOCK - 1)
+    block = blocks[rows, last]
+    before = ends[rows, last] - block.sum(-1, dtype=torch.int32)
+    found[rows, last] = block & (block.cumsum(-1, dtype=torch.int32) + before.unsqueeze(-1) <= wanted)
+    return found.view(flags.shape)
 
 
 def largest(importance: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from workbench.compress.lora import Adapted, Adapters, mean_of, without_gradient
 from workbench.compress.manifold import DISTANCES, Fit
 from workbench.compress.student_states import Pair, captured, check_points, paired_blocks, points
 from workbench.compress.student_teachers import DENSE, loaded, names_of, together
-from workbench.compress.training import Plan, Trained, train
+from workbench.compress.training import Plan, Trained, identity, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
@@ -34,14 +34,18 @@ class Transfer(Step):
     by the mean of their softened answers; states are aligned with the first. Everything but LoRA and projections is frozen
     and keeps its bits; the model runs afterwards at the cost it had before. Masks hold, ranks and shapes stay.
 
+    Looks at held-out items, the best of which is kept, and savings to disk are as Distill has them; with several LoRAs each has looks
+    of its own, their mean none, and an interrupted training goes on at the LoRA that it was in after training those before it again.
+
     What it does not do: adapt weights on a grid (the fold would leave it: put Transfer before Quantize), biases, norms or, unless
-    named, embeddings; save the memory of weight gradients; cache what teachers answer; keep the best step rather than the last.
+    named, embeddings; save the memory of weight gradients; cache what teachers answer.
     """
 
     slider: ClassVar[str] = "transfer_steps"
     position: ClassVar[int] = 24
     stops: ClassVar[tuple[float, ...]] = (50, 200)
     aside: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = ("transfer_checkpoint_every",)
     about: ClassVar[tuple[About, ...]] = (
         About("transfer_steps, lora_rank", "LoRA, Hu et al. 2021; Hinton et al. 2015", "nothing", "training of low-rank changes, folded at the end", "adapts no weight on a grid"),
         About("align=geodesic", "Logit Distillation on Manifolds, 2026", "nothing", "the same, and one pass of both models over calibration data", "needs a teacher of the same family"),
@@ -65,6 +69,8 @@ class Transfer(Step):
     transfer_rate: Annotated[float, Field(gt=0, le=1, description="peak learning rate of Adam")] = 1e-3
     transfer_batch: Annotated[int, Field(ge=1, le=65536, description="training items per step")] = 32
     transfer_stop_at: Annotated[int, Field(ge=0, le=1_000_000, description="end after so many steps of the schedule; 0 runs all")] = 0
+    transfer_look_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between looks at held-out items, the best of which is kept; 0 keeps the last step")] = 20
+    transfer_checkpoint_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between savings to disk that an interrupted training goes on from; 0 saves none")] = 0
 
     @model_validator(mode="after")
     def fits_together(self) -> Transfer:
@@ -86,6 +92,10 @@ class Transfer(Step):
         way = {"none": "KL" if self.kl_weight else "CE"}.get(self.align, self.align)
         return f"transfer {self.transfer_steps} {way}" + (f" to step {self.transfer_stop_at}" if self.transfer_stop_at else "")
 
+    def unchanged(self) -> set[str]:
+        """Return the options of later versions that are at what was done before these: there were no looks at first."""
+        return super().unchanged() | ({"transfer_look_every"} if not self.transfer_look_every else set())
+
 
 @METHODS.register(Transfer)
 def transfer(step: Transfer, work: Work) -> Transfer:
@@ -106,7 +116,7 @@ def transfer(step: Transfer, work: Work) -> Transfer:
     adapted.fold(mean_of(several))
     if done.ended:
         step = dataclasses.replace(step, transfer_stop_at=done.steps)  # what was really done, and gives the same bits again
-    told(step, work, layers, several, teachers)
+    told(step, work, layers, several, (teachers[0], done))
     return step
 
 
@@ -180,8 +190,23 @@ class Lessons:
         step, work = self.step, self.work
         inner = Work(adapters, work.task, work.statistics, work.progress, work.training, curve=work.curve, looks=work.looks, warnings=work.warnings)
         advice = f"lower transfer_rate={step.transfer_rate:g}"
-        plan = Plan("transfer", "transfer", advice, step.transfer_steps, step.transfer_rate, step.transfer_batch, step.seed + index, step.transfer_stop_at, may_end=step.lora_count == 1)
-        return train(dataclasses.replace(step, targets=("*",)), inner, [], plan, lambda items: self.loss(adapters, items))
+        plan = Plan(
+            "transfer", "transfer", advice, step.transfer_steps, step.transfer_rate, step.transfer_batch, step.seed + index, step.transfer_stop_at, may_end=step.lora_count == 1,
+            look_every=step.transfer_look_every, checkpoint_every=step.transfer_checkpoint_every, identity=self.identity() if step.transfer_checkpoint_every else "", prefix="transfer_",
+        )  # fmt: skip
+        return train(dataclasses.replace(step, targets=("*",)), inner, [], plan, lambda items: self.loss(adapters, items), shown=lambda: self.folded(adapters))
+
+    def identity(self) -> str:
+        """Return what a checkpoint depends on besides the data and the student's weights: options, and the weights of teachers."""
+        from workbench.zoo.local import fingerprint
+
+        return " ".join([identity(self.step, "transfer_"), *map(fingerprint, self.teachers)])
+
+    @torch.no_grad()
+    def folded(self, adapters: Adapters) -> nn.Module:
+        """Return the student with the changes of one LoRA in its weights; training does not see them, as it puts its own in their place."""
+        self.adapted.fold(adapters.changes())
+        return self.work.model
 
     def loss(self, adapters: Adapters, items: Items) -> Tensor:
         """Return the scalar loss of the student with `adapters` on items of the task."""
@@ -209,11 +234,12 @@ class Lessons:
         return torch.stack(found).mean()
 
 
-def told(step: Transfer, work: Work, layers: list[Layer], several: list[Adapters], teachers: list[nn.Module]) -> None:
-    """Write into the report what was trained, by how many numbers, and what a target left out."""
-    count, size = sum(adapters.count() for adapters in several), sum(parameter.numel() for parameter in teachers[0].parameters())
+def told(step: Transfer, work: Work, layers: list[Layer], several: list[Adapters], outcome: tuple[nn.Module, Trained]) -> None:
+    """Write into the report what was trained, by how many numbers, and of one LoRA which look was kept; `outcome` is the first teacher and how the last training ended."""
+    teacher, done = outcome
+    count, size = sum(adapters.count() for adapters in several), sum(parameter.numel() for parameter in teacher.parameters())
     way = " + ".join([*["CE"] * bool(step.ce_weight), *["KL"] * bool(step.kl_weight), *[step.align] * (step.align != "none")])
     averaged = f", mean of {step.lora_count}," if step.lora_count > 1 else ""
-    words = f"LoRA of rank {step.lora_rank}{averaged} trained {step.transfer_stop_at or step.transfer_steps} steps by {way}, folded; trainable in all: {count:,} numbers, {count / size:.2%} of the teacher's {size:,}"
+    words = f"LoRA of rank {step.lora_rank}{averaged} trained {step.transfer_stop_at or step.transfer_steps} steps by {way}, folded; trainable in all: {count:,} numbers, {count / size:.2%} of the teacher's {size:,}{done.words() if len(several) == 1 else ''}"
     for layer in layers:
         work.took(step, layer, words)

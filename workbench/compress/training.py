@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class Plan:
     A batch is worked through in `accumulate` parts, whose gradients are added: their losses are weighted by the labels that they
     score. With `look_every` below `steps`, held-out items are looked at so often, and the best look is what is kept. With `checkpoint_every`,
     the training is saved so often under a name made of `identity` and all that it starts from, and goes on from there. `widen`
-    holds 16-bit parameters in float32 meanwhile.
+    holds 16-bit parameters in float32 meanwhile. Messages call these options by their names with `prefix` before them.
     """
 
     what: str
@@ -56,6 +57,7 @@ class Plan:
     checkpoint_every: int = 0
     identity: str = ""
     widen: bool = False
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class Trained:
     ended: bool
     looks: tuple[Look, ...] = ()
     kept: int = 0
+
+    def words(self) -> str:
+        """Return which look was kept and what was seen there, to be added to a report's line; nothing without looks."""
+        best = next((look for look in self.looks if look.step == self.kept), None)
+        if best is None:
+            return ""
+        return f", kept as after step {best.step}: held-out {best.metric} {best.value:.4g} [{best.low:.4g}, {best.high:.4g}] on {best.items} items, dense {best.dense:.4g}"
 
 
 @dataclass(frozen=True)
@@ -89,14 +98,18 @@ class Drawn(Items):
 
 
 Objective = Callable[[Drawn], Tensor]
+Shown = Callable[[], nn.Module]
 
 
 @torch.enable_grad()  # also where the caller has switched gradients off
-def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Objective, *, start: Callable[[Batch], Tensor] = Batch.matrices) -> Trained:
+def train(
+    step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Objective, *, start: Callable[[Batch], Tensor] = Batch.matrices, shown: Shown | None = None
+) -> Trained:
     """Train `work.model` to make `objective(items)` small; masks and grids of `layers` hold after every optimizer step.
 
     Where weights lie on a grid, float32 copies of them move; `start(batch)` is where these begin, the rounded weights themselves
-    or others that round to the same codes.
+    or others that round to the same codes. Where `work.model` only stands for changes of another model, `shown()` is that model as
+    it is at the moment: what looks look at, and what a checkpoint is known by.
 
     All parameters move where the targets of `step` begin with all layers, else those of the modules of `layers`; what a
     target leaves out never does. The parameters become the model's own first. The curve continues that of earlier trainings.
@@ -107,14 +120,15 @@ def train(step: Step, work: Work, layers: list[Layer], plan: Plan, objective: Ob
         CompressionError: the loss is not finite before anything is worth keeping, or not even one item fits into memory.
 
     """
-    held = held_out(work, plan.look_every, plan.steps) if 0 < plan.look_every < plan.steps else None
-    path = checkpoints.checkpoint_path(work.model, told(plan, work)) if plan.checkpoint_every else None
+    shown = shown or (lambda: work.model)
+    held = held_out(work, plan.look_every, plan.steps, f"{plan.prefix}look_every") if 0 < plan.look_every < plan.steps else None
+    path = checkpoints.checkpoint_path(shown(), told(plan, work)) if plan.checkpoint_every else None
     own_parameters(work.model)  # they are about to be changed in place
     trained = trainable(work.model, layers, kept_out(step, work), everything=step.everything)
     moving = Moving(layers, trained, hidden_copies(layers, start, learn_steps=plan.step_rate > 0))
     if plan.widen:
         moving.widen(work.model)
-    run = Run.begun(work, plan, moving, held)
+    run = Run.begun(work, plan, moving, held, shown)
     run.resume(path)
     with repeatable_convolutions():
         run.go(objective, path)
@@ -139,6 +153,11 @@ def repeatable_convolutions() -> Iterator[None]:
         yield
     finally:
         chosen.deterministic, chosen.benchmark = before
+
+
+def identity(step: Step, prefix: str = "") -> str:
+    """Return all options of a step that a checkpoint depends on; `prefix` stands before the names of those that it does not depend on."""
+    return json.dumps({name: value for name, value in dataclasses.asdict(step).items() if name not in {f"{prefix}stop_at", f"{prefix}checkpoint_every"}}, sort_keys=True)
 
 
 def told(plan: Plan, work: Work) -> list[object]:
@@ -171,6 +190,7 @@ class Run:
     plan: Plan
     moving: Moving
     held: HeldOut | None
+    shown: Shown
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
@@ -184,12 +204,12 @@ class Run:
     kept: int = 0
 
     @classmethod
-    def begun(cls, work: Work, plan: Plan, moving: Moving, held: HeldOut | None) -> Run:
+    def begun(cls, work: Work, plan: Plan, moving: Moving, held: HeldOut | None, shown: Shown) -> Run:
         """Return a training before its first step."""
         groups: list[dict[str, Any]] = [{"params": moving.weights, "lr": plan.learning_rate}, {"params": moving.steps, "lr": plan.step_rate}]
         optimizer = torch.optim.Adam(groups if moving.steps else groups[:1])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / plan.steps)))
-        return cls(work, plan, moving, held, optimizer, schedule, torch.Generator().manual_seed(plan.seed), plan.accumulate, len(work.curve))
+        return cls(work, plan, moving, held, shown, optimizer, schedule, torch.Generator().manual_seed(plan.seed), plan.accumulate, len(work.curve))
 
     @property
     def last(self) -> int:
@@ -208,7 +228,7 @@ class Run:
             self.ended = self.plan.may_end and self.work.training.enough()
             self.look()
             if path is not None and (self.done % self.plan.checkpoint_every == 0 or self.ended or self.done == self.last < self.plan.steps):
-                checkpoints.save(path, self.state())
+                checkpoints.save(path, self.state(), f"{self.plan.prefix}checkpoint_every")
         if not self.moving.finite():
             return self.fall_back(math.nan, path)
         self.kept = self.done
@@ -285,7 +305,7 @@ class Run:
         over = self.ended or self.done == self.last
         if self.held is None or (self.looks and self.looks[-1].step == self.done) or not (over or self.done % self.plan.look_every == 0):
             return
-        self.looks.append(self.held.look(self.work.model, self.done))
+        self.looks.append(self.held.look(self.shown(), self.done))
         self.tell(self.looks[-1:])
         loss = self.looks[-1].loss
         if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
