@@ -41,7 +41,7 @@ class Foreign:
     value: int
 
 
-@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), lambda: 1, Foreign(1), {1, 2}, torch.nn.Parameter(torch.ones(2)), numbers().requires_grad_(), {"a": [object()]}], ids=str)
+@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), lambda: 1, Foreign(1), {1, 2}, torch.nn.Parameter(torch.ones(2)), numbers().requires_grad_(), {"a": [object()]}], ids=["module", "function", "record", "set", "parameter", "with gradient", "object"])
 def test_what_is_no_plain_data_is_not_taken_apart(value):
     with pytest.raises(NotPlainError):
         take_apart(value)

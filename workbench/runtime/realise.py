@@ -7,7 +7,7 @@ compressed model itself; the realised one computes the same numbers up to roundi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from workbench.compress.copies import sharing_copy
 from workbench.compress.layers import Layer, replace_module
 from workbench.compress.quantized_inputs import InputFormat, QuantizesInputs
 from workbench.errors import RuntimeRefused
-from workbench.runtime.engines import LayerEngine, Once, layer_engines, model_engines
+from workbench.runtime.engines import LayerEngine, ModelEngine, Once, layer_engines, model_engines
 from workbench.runtime.execution import runner, whole, why_not
 from workbench.runtime.names import Runtime
 from workbench.runtime.packed_linear import join_siblings
@@ -114,6 +114,7 @@ def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
     """Ask every engine about every layer that is stored in few bits, rounds its inputs or has a mask."""
     engine, served = whole(runtime), Served()
     here = {one: one.here(device) for one in layer_engines()} if engine is None else {}
+    others = [one for one in model_engines() if not one.here(device)]
     uses: tuple[str, ...]
     for layer in layers:
         rounded = isinstance(layer.module, QuantizesInputs)
@@ -127,7 +128,7 @@ def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
         elif runtime == "torch":
             reason, uses = "runtime 'torch' uses none", ()
         else:
-            reason, uses = first_that_serves(layer, device, here, served)
+            reason, uses = first_that_serves(layer, device, here, others, served)
         served.zeros += "zeros" in uses
         if layer.grid is not None and layer.grid.bits < 16 and (reason or "weights" not in uses):
             served.weights.setdefault(layer.grid.bits, Counter())[reason or "its kernel unpacks them"] += 1
@@ -136,8 +137,11 @@ def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
     return served
 
 
-def first_that_serves(layer: Layer, device: str, here: Mapping[LayerEngine, str], served: Served) -> tuple[str, tuple[str, ...]]:
-    """Note the first engine that takes a layer and return ("", what it uses), or (why the likeliest one does not, nothing)."""
+def first_that_serves(layer: Layer, device: str, here: Mapping[LayerEngine, str], others: Sequence[ModelEngine], served: Served) -> tuple[str, tuple[str, ...]]:
+    """Note the first engine that takes a layer and return ("", what it uses), or (why the likeliest one does not, nothing).
+
+    `here` says why each engine of single layers cannot be used, "" if it can; `others` are those of whole models that can.
+    """
     reasons: list[str] = []
     for engine, absent in here.items():
         reason = engine.serves(layer, device)
@@ -147,7 +151,7 @@ def first_that_serves(layer: Layer, device: str, here: Mapping[LayerEngine, str]
             return "", engine.uses
         if not (reason and absent):
             reasons.append(f"{engine.name}: {reason or absent}")
-    other = next((engine for engine in model_engines() if not engine.here(device) and layer.grid is not None and not engine.why_not_narrow(layer)), None)
+    other = next((engine for engine in others if layer.grid is not None and not engine.why_not_narrow(layer)), None)
     hint = "" if other is None else f"; runtime 'onnx' has one ({other.name})"
     return (reasons[-1] if reasons else "none in this version") + hint, ()
 
