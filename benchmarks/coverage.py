@@ -1,9 +1,10 @@
 """How often the intervals of looks hold, over random recipes whose every item is scored, and how wide they are.
 
     python -m benchmarks.coverage_scores --recipes 150 --neighbours 60 --scores FOLDER
-    python -m benchmarks.coverage --scores FOLDER --orders 40 --out benchmarks/results/coverage.json
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 8 --items 128 --context 128 --scores FOLDER
+    python -m benchmarks.coverage --scores FOLDER --orders 20 --out benchmarks/results/coverage.json
 
-The first command scores all items once (`coverage_scores.py`), this one computes from these scores what `Bench.stream` would
+The first commands score all items once (`coverage_scores.py`), this one computes from these scores what `Bench.stream` would
 have said, with the very functions that it uses, on many orders of the items:
 
 - `full set`: the items in random order; does a look's interval contain the value on all of them? The order that the product
@@ -11,14 +12,17 @@ have said, with the very functions that it uses, on many orders of the items:
 - `population`: evaluation sets drawn with replacement from the items, which stand for the whole population; does a look's
   interval contain the population's value, and do all looks' at once?
 
-Kinds of interval: `plain`, paired differences of the items read, shared by Bonferroni (what there was before); `joint`, the same
-with the joint distribution of the looks; `dense known`, with the dense model's results on all items; `neighbour`, also with those
-of a recipe one small slider move away. Widths are means over recipes of a look's mean width over the plain one's.
+Kinds of interval: `plain`, paired differences of the items read, Student's t for losses, shared by Bonferroni (what there was
+first); `joint`, for the joint distribution of the looks, and of losses widened for hard items that were not met (what a first
+recipe has, until the dense model has read all items); `dense known`, with the dense model's results on all items; `neighbour`,
+also with those of a recipe one small slider move away. Widths are medians over recipes of a look's mean width over the plain one's.
+A model whose items are windows of tokens (fractions of right answers) is judged by perplexity.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime as dt
 import functools
 import json
@@ -33,6 +37,7 @@ import torch
 
 from workbench.device import describe
 from workbench.looks import LOOKS
+from workbench.measure.intervals import mean
 from workbench.measure.joint import joint_level
 from workbench.measure.known import Known
 from workbench.measure.quality import Quality, quality
@@ -68,12 +73,26 @@ def level_of(counts: tuple[int, ...]) -> float:
     return joint_level(counts, CONFIDENCE)
 
 
+def primary_of(dense: Scores) -> str:
+    """Return the main metric of a model's items: of single answers accuracy, of windows perplexity."""
+    return "accuracy" if bool(((dense.correct == 0) | (dense.correct == 1)).all()) else "perplexity"
+
+
 def said(kind: str, dense: Scores, mine: Scores, near: Scores | None) -> list[tuple[Quality, ...]]:
     """Return the qualities of every look as one kind of interval has them; all scores are in the order in which they are read."""
-    counts = looks_of(len(dense))
-    level = None if kind == "plain" else level_of(counts)
-    known = None if kind in {"plain", "joint"} else Known(dense, near)
-    return [quality("accuracy", dense.first(n), mine.first(n), CONFIDENCE, len(counts), level=level, known=known) for n in counts]
+    counts, primary = looks_of(len(dense)), primary_of(dense)
+    if kind == "plain":
+        return [plainly(primary, dense.first(n), mine.first(n), len(counts)) for n in counts]
+    known = None if kind == "joint" else Known(dense, near)
+    return [quality(primary, dense.first(n), mine.first(n), CONFIDENCE, len(counts), level=level_of(counts), known=known) for n in counts]
+
+
+def plainly(primary: str, dense: Scores, mine: Scores, looks: int) -> tuple[Quality, ...]:
+    """Return the qualities with Bonferroni's level, the changes of losses with Student's interval as it is."""
+    level = 1 - (1 - CONFIDENCE) / looks
+    change = mean(mine.loss - dense.loss, dense.weight, level)
+    of_loss = {"loss": change, "perplexity": change.mapped(math.expm1)}
+    return tuple(dataclasses.replace(one, change=of_loss.get(one.metric, one.change)) for one in quality(primary, dense, mine, CONFIDENCE, looks, level=level))
 
 
 def orders(target: str, count: int, trials: int, seed: int) -> Iterator[np.ndarray]:
@@ -88,7 +107,7 @@ def orders(target: str, count: int, trials: int, seed: int) -> Iterator[np.ndarr
 
 def of_recipe(target: str, dense: Scores, mine: Scores, near: Scores | None, trials: int, *, seed: int) -> dict[tuple[str, str, str], dict[str, list[float]]]:
     """Return, for each (metric, kind, look), whether each trial's interval holds and how wide it is; the look `all` is whether all hold."""
-    truth = {q.metric: q.change.value for q in quality("accuracy", dense, mine)}
+    truth = {q.metric: q.change.value for q in quality(primary_of(dense), dense, mine)}
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for order in orders(target, len(dense), trials, seed):
         before, after, close = (None if one is None else taken(one, order) for one in (dense, mine, near))
@@ -134,7 +153,7 @@ def summarised(model: str, target: str, recipes: list[dict[tuple[str, str, str],
         row["worst_tenth"] = round(float(np.quantile([np.mean(one["holds"]) for one in mine], 0.1)), 4)
         if look != "all looks":
             ratios = [np.mean(recipe[key]["width"]) / np.mean(recipe[metric, plain, look]["width"]) for recipe in recipes if key in recipe and np.mean(recipe[metric, plain, look]["width"]) > 0]
-            row["width"] = round(float(np.mean(ratios)), 3)
+            row["width"] = round(float(np.median(ratios)), 3) if ratios else None
         if target == "full set" and look != "all looks":
             own = share(mine, first=True)
             row |= {"own_order_covered": own["covered"], "own_order_low": own["low"], "own_order_high": own["high"]}
@@ -187,9 +206,11 @@ def looks_section(result: Row) -> str:
     """Return what is said about the intervals of looks."""
     columns = ["model", "metric", "interval", "look", "recipes", "trials", "covered", "low", "high", "worst_tenth", "width"]
     parts = ["## The first look\n", f"How often the interval of accuracy after {LOOKS[0]} items contains the value on all items; aim: 93% at a nominal 95%. Low and high: Wilson, 95%.\n", table(result["rows"], ["interval", "of", "covered", "low", "high", "trials"])]
+    parts += ["## All looks together\n", f"How often every look's interval of a recipe holds at once; aim: {CONFIDENCE:.0%}. For the value on all items (`full set`) and for that of the population (`population`), which is what is promised.\n"]
+    parts.append(table([row for row in result["details"] if row["look"] == "all looks"], ["model", "metric", "interval", "for", "recipes", "trials", "covered", "low", "high"]))
     for target in TARGETS:
         about = "the value on all items" if target == "full set" else "the value of the population that the items were drawn from"
-        parts += [f"## Does the interval contain {about}?\n", "`worst tenth`: coverage of the recipe that a tenth of the recipes stay below. `width`: relative to plain intervals of the same recipes.\n"]
+        parts += [f"## Does the interval contain {about}?\n", "`worst tenth`: coverage of the recipe that a tenth of the recipes stay below. `width`: the median over recipes, relative to plain intervals of the same recipes.\n"]
         parts.append(table([row for row in result["details"] if row["for"] == target], columns))
     return "\n".join(parts)
 

@@ -6,6 +6,11 @@ A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), lo
 (width, groups, grid, rounding); nothing is trained. One that the model refuses is drawn anew. The file `<model>.npz` holds
 `loss` and `correct` [recipes, items], those of the dense model [items] (`dense_loss`, `dense_correct`), and `recipes` as JSON.
 With `--neighbours`, `near_loss` and `near_correct` are those of the first recipes with one slider moved a little, as in a drag.
+
+A language model's items are windows of `--context` tokens, `correct` their share of tokens that are predicted; its recipes are
+drawn from what needs no calibration data, so that a CPU makes them in seconds, and leaves a model that mostly still reads:
+
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 8 --items 128 --context 128 --scores FOLDER
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from workbench.errors import CompressionError, RecipeError
 from workbench.measure.evaluator import Evaluator
 from workbench.statistics import Statistics
 from workbench.tasks.base import Scores, Task
+from workbench.tasks.language_modelling import LanguageModelling
 from workbench.zoo import load_task
 
-EVERY = 10  # recipes between two writes
+EVERY = 4  # recipes between two writes
 
 
 def random_recipe(draw: random.Random) -> wb.Recipe:
@@ -45,6 +51,13 @@ def random_recipe(draw: random.Random) -> wb.Recipe:
     return wb.Recipe(*sorted(steps, key=lambda step: step.position))
 
 
+def random_language_recipe(draw: random.Random) -> wb.Recipe:
+    """Return a recipe for a language model, of zeros, low bits or both, without calibration data."""
+    zeros = wb.Prune(criterion="magnitude", sparsity=round(draw.uniform(0.05, 0.5), 3))
+    bits = wb.Quantize(weight_bits=draw.choice((3, 4, 4, 5, 6, 8)), group_size=draw.choice((32, 64)), grid=draw.choice(("symmetric", "asymmetric")))
+    return draw.choice((wb.Recipe(zeros), wb.Recipe(bits), wb.Recipe(zeros, bits)))
+
+
 def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarray]:
     """Return the scores of `count` random recipes on all evaluation items, written to `path` as they come; what is there is not scored again."""
     draw, statistics, evaluator = random.Random(seed), Statistics(task), Evaluator(task, task.evaluation)  # noqa: S311  no secrets
@@ -55,7 +68,7 @@ def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarra
     refused, met, start = 0, 0, time.perf_counter()
     while met < count:
         try:
-            recipe = random_recipe(draw)
+            recipe = random_language_recipe(draw) if isinstance(task.kind, LanguageModelling) else random_recipe(draw)
             if met < len(texts) and texts[met] == recipe.to_json():
                 met += 1
                 continue
@@ -121,11 +134,12 @@ def main() -> None:
     parser.add_argument("--recipes", type=int, default=150, help="of each model")
     parser.add_argument("--neighbours", type=int, default=0, help="recipes of each model that are scored with one slider moved as well")
     parser.add_argument("--items", type=int, help="at most so many evaluation items")
+    parser.add_argument("--context", type=int, help="tokens of a window, of a language model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scores", type=Path, required=True, help="folder of the files")
     given = parser.parse_args()
     for model in given.models:
-        task, path = load_task(model, device="cpu", evaluation_items=given.items, offline=True, progress=False), given.scores / f"{model}.npz"
+        task, path = load_task(model, device="cpu", evaluation_items=given.items, context=given.context, offline=True, progress=False), given.scores / f"{model}.npz"
         kept = scored(task, given.recipes, given.seed, path)
         if given.neighbours > len(kept.get("near_loss", ())):
             scored_neighbours(task, kept, given.neighbours, given.seed, path)

@@ -18,9 +18,10 @@ import workbench as wb
 from workbench.bench import Bench
 from workbench.card import card, divergence_words
 from workbench.compress import compress
+from workbench.errors import DataError
 from workbench.frame import points_frame
 from workbench.measure import divergence as module
-from workbench.measure.divergence import Outputs, Reference, Sampler, divergence, kl_of_logits, spread
+from workbench.measure.divergence import Each, Outputs, Reference, Sampler, divergence, kl_of_logits, spread
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.graphed import Captured, Graphs
 from workbench.measure.measurement import Measurement
@@ -271,16 +272,44 @@ def test_old_points_without_it_load(ledger):
     assert divergence_words(point).endswith("nats an item, of 48 items")
 
 
-def test_a_point_that_goes_on_is_of_the_items_read_since(tmp_path):
-    task = tiny_task("vit", evaluation=300)
+def test_a_point_that_goes_on_is_of_all_items_it_has_read(tmp_path, sort):
+    task = tiny_task(sort, evaluation=300)
     bench = Bench(task, device="cpu", ledger=tmp_path / "points.journal", progress=False)
-    stopped = bench.measure(RECIPE, margin=1.0)
-    expected = items_kl(task, bench.compress(RECIPE).model)[:, 0]
+    stopped = bench.measure(RECIPE, margin=1e9)
+    expected = items_kl(task, bench.compress(RECIPE).model).mean(1)
     assert (stopped.items, stopped.kl_items) == (16, 16)
     assert stopped.kl.value == pytest.approx(expected[:16].mean().item(), rel=1e-4)
     whole = bench.measure(RECIPE, margin=0)
-    assert (whole.items, whole.kl_items) == (300, 284)
-    assert whole.kl.value == pytest.approx(expected[16:].mean().item(), rel=1e-4)
+    assert (whole.items, whole.kl_items, whole.kl_answers) == (300, 300, 300 * stopped.kl_answers // 16)
+    assert (whole.kl.value, whole.kl.low, whole.kl.high) == pytest.approx(interval(expected, 0.95), rel=1e-3)
+
+
+def test_a_point_that_stops_twice_keeps_what_it_knew(tmp_path):
+    task = tiny_task("vit", evaluation=300)
+    bench = Bench(task, device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    widths = [point.primary.change.half_width for point in Bench(task, device="cpu", ledger=tmp_path / "other.journal", progress=False).stream(RECIPE)]
+    found = [bench.measure(RECIPE, margin=margin) for margin in (1.0, (widths[0] + widths[1]) / 2, 0)]
+    assert [point.kl_items for point in found] == [16, 64, 300] == [point.items for point in found]
+
+
+def test_items_known_before_fill_what_is_missing():
+    new = Each(torch.tensor([2, 3, 5]), torch.tensor([0.2, 0.3, 0.5]), torch.ones(3))
+    old = Each(torch.tensor([0, 3, 4]), torch.tensor([1.0, 9.0, 1.4]), torch.ones(3))
+    joined = new.joined(old)
+    assert joined.index.tolist() == [0, 2, 3, 4, 5]
+    assert joined.kl.tolist() == pytest.approx([1.0, 0.2, 0.3, 1.4, 0.5])
+    assert new.joined(None) is new
+
+
+def test_a_model_whose_outputs_are_gone_is_known_by_what_was_kept_of_each_item():
+    task = tiny_task("vit")
+    model, evaluator = compress(task, RECIPE).model, evaluator_of(task)
+    reference, mine = Reference(evaluator, Statistics(task)), evaluator.outputs()
+    evaluator.scores(model, [], 48, outputs=mine)
+    whole = divergence(evaluator, reference, model, mine, 48, level=0.9)
+    assert divergence(evaluator, reference, model, evaluator.outputs(), 48, level=0.9, earlier=whole.each) == whole
+    with pytest.raises(DataError, match="outputs of 0 of 48 items"):
+        divergence(evaluator, reference, model, evaluator.outputs(), 48, level=0.9)
 
 
 def test_dense_outputs_that_were_thrown_out_are_read_again():

@@ -69,7 +69,7 @@ def test_intervals_hold_at_each_look_and_together(near, skewed):
             assert (holds.mean(0) >= held["plain", 1].mean(0) - 0.025).all(), (kind, holds.mean(0))
     for metric in range(2):
         assert (width["near", metric][-1], width["dense", metric][-1]) == pytest.approx((width["plain", metric][-1],) * 2)  # nothing is unread
-        assert (width["dense", metric] <= width["plain", metric] + 1e-9).all()
+        assert (width["dense", metric] <= width["plain", metric] * (1.0 if metric == 0 else 1.1) + 1e-9).all()  # of losses both are widened, each by what it knows
     assert width["dense", 0][0] < 0.85 * width["plain", 0][0]
     if near == 0.9:
         assert (width["near", 1][:2] < 0.6 * width["plain", 1][:2]).all()  # a third of the items for the same width
@@ -106,14 +106,21 @@ def test_the_estimate_meets_the_plain_one_where_all_but_one_item_are_read():
         assert one.compressed.half_width == pytest.approx(two.compressed.half_width, rel=0.05)
 
 
+def wider(read: np.ndarray, whole: np.ndarray) -> float:
+    """Return how much wider the interval of a mean loss is for hard items that were not read."""
+    hard = (1 - np.exp(-whole)) ** 2
+    return max(1.0, (hard.sum() + 0.5) / (len(whole) + 0.5) / ((1 - np.exp(-read)) ** 2).mean()) ** 0.5
+
+
 def test_without_a_neighbour_the_change_of_a_mean_is_the_plain_one():
     dense, mine, _ = population(np.random.default_rng(4), 200, 0.5)
-    plain = quality("accuracy", dense.first(64), mine.first(64))[1]
+    plain = mean(mine.loss[:64] - dense.loss[:64], dense.weight[:64], 0.95)
     found = quality("accuracy", dense.first(64), mine.first(64), known=Known(dense))[1]
-    assert (found.change.value, found.change.low, found.change.high) == pytest.approx((plain.change.value, plain.change.low, plain.change.high))
-    assert found.dense == mean(dense.loss, dense.weight, 0.95)  # of all items
+    half = plain.half_width * wider(dense.loss[:64].numpy(), dense.loss.numpy())
+    assert (found.change.value, found.change.low, found.change.high) == pytest.approx((plain.value, plain.value - half, plain.value + half))
+    assert found.dense == mean(dense.loss, dense.weight, 0.95, wider(dense.loss.numpy(), dense.loss.numpy()))  # of all items
     assert found.compressed.value == pytest.approx(found.dense.value + found.change.value)
-    assert found.compressed.half_width < plain.compressed.half_width
+    assert found.compressed.half_width < quality("accuracy", dense.first(64), mine.first(64))[1].compressed.half_width
 
 
 def test_the_difference_estimator_is_the_formula_worked_out():
@@ -125,7 +132,7 @@ def test_the_difference_estimator_is_the_formula_worked_out():
     z = mine[:count] - near[:count]
     y = mine[:count] - dense[:count]
     value = z.mean() + (near - dense).mean()
-    half = stats.t.ppf(0.975, count - 1) * math.sqrt(z.var(ddof=1) * (1 / count - 1 / 40) + y.var(ddof=1) / 40)
+    half = wider(dense[:count], dense) * stats.t.ppf(0.975, count - 1) * math.sqrt(z.var(ddof=1) * (1 / count - 1 / 40) + y.var(ddof=1) / 40)
     assert (found.value, found.low, found.high) == pytest.approx((math.exp(value) - 1, math.exp(value - half) - 1, math.exp(value + half) - 1))
 
 

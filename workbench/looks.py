@@ -46,7 +46,8 @@ class Partial:
         self.compress_seconds = compress_seconds
         self.start = time.perf_counter()
         begun = bench.neighbours.begun.get(bench.context.key(compressed.recipe)) if resume else None
-        self.scores: list[Scores] = [] if begun is None else [begun]
+        self.scores: list[Scores] = [] if begun is None else [begun.scores]
+        self.earlier = None if begun is None else begun.divergences
         self.outputs = bench.evaluator.outputs()
         self.count = counts[-1]  # items that will be read
         self.level = bench.statistics.once(("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence))
@@ -125,13 +126,15 @@ class Partial:
         if outputs is None:
             return point
         found = attempt(WHAT, missing, lambda: self.divergence(outputs, missing))
+        if found is not None and point.items < point.items_total:
+            self.bench.neighbours.begin(point.key, self.scores[0], found.each)
         return point if found is None else dataclasses.replace(point, kl=found.kl, kl_items=found.items, kl_answers=found.answers)
 
     def divergence(self, outputs: Outputs, missing: dict[str, str]) -> Divergence | None:
         """Return the KL divergence of what the model said, None with the reason in `missing` where too little of it is kept."""
         bench = self.bench
         try:
-            return divergence(bench.evaluator, bench.reference, self.compressed.model, outputs, self.count, level=self.level, same=not len(self.compressed.recipe), progress=self.progress)
+            return divergence(bench.evaluator, bench.reference, self.compressed.model, outputs, self.count, level=self.level, same=not len(self.compressed.recipe), earlier=self.earlier, progress=self.progress)
         except DataError as error:
             missing[WHAT] = str(error)
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from workbench.measure.divergence import Each
 from workbench.recipe import Recipe, Step
 from workbench.tasks.base import Scores
 
@@ -12,15 +13,23 @@ MOST = 8  # recipes kept
 OTHER = 10.0  # how far apart two recipes are for each option that differs and is no slider: a slider's whole way is 1
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What is known of the first items of a point that was stopped on purpose: scores, and divergences from the dense model where there are any."""
+
+    scores: Scores
+    divergences: Each | None = None
+
+
 @dataclass
 class Neighbours:
     """Per-item scores of the recipes measured last, at most 8: `complete` on all items, `begun` on the first ones.
 
-    An item takes 24 bytes (a window's answers, 8 a token more, are kept of what is begun only): 8 recipes on 2,000 items take 0.4 MB.
+    An item takes 24 bytes, twice that and 8 a token of a window of what is begun: 8 recipes on 2,000 items take 0.4 MB.
     """
 
     complete: dict[Recipe, Scores] = field(default_factory=dict)
-    begun: dict[str, Scores] = field(default_factory=dict)  # by ledger key
+    begun: dict[str, Begun] = field(default_factory=dict)  # by ledger key
 
     def keep(self, recipe: Recipe, scores: Scores) -> None:
         """Keep the scores of a recipe on all items."""
@@ -29,10 +38,10 @@ class Neighbours:
         while len(self.complete) > MOST:
             self.complete.pop(next(iter(self.complete)))
 
-    def begin(self, key: str, scores: Scores) -> None:
-        """Keep the scores of a point that was stopped on purpose, so that it can go on."""
+    def begin(self, key: str, scores: Scores, divergences: Each | None = None) -> None:
+        """Keep what is known of the items of a point that was stopped on purpose, so that it can go on."""
         self.begun.pop(key, None)
-        self.begun[key] = scores
+        self.begun[key] = Begun(scores, divergences)
         while len(self.begun) > MOST:
             self.begun.pop(next(iter(self.begun)))
 

@@ -8,7 +8,8 @@ head is given, from which logits are made piece by piece at the end. [items, L, 
 Of a language model the answers are tokens, and many. Where all would make more than `LOGITS` logits, so many positions are taken
 of each window, spread evenly over it, that every window still counts: windows differ more than tokens of one do. What does not
 fit the stated bytes even so is left out from the end; items are in random order, so the rest is a fair sample. A point says how
-many items and answers its value is of. Where a point goes on that had stopped early, it is of the items read since.
+many items and answers its value is of. Of a point that stopped early the divergences of its items are kept, a number each, so
+that one that goes on is of all items as well.
 """
 
 from __future__ import annotations
@@ -127,12 +128,31 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Each:
+    """The divergence of single items, on the CPU: which they are (int64 [n], growing), the mean over each one's answers in nats and their number (float64 [n])."""
+
+    index: Tensor
+    kl: Tensor
+    answers: Tensor
+
+    def joined(self, earlier: Each | None) -> Each:
+        """Return these items and those of `earlier` that are not among them, in order."""
+        if earlier is None:
+            return self
+        others = ~torch.isin(earlier.index, self.index)
+        index, kl, answers = (torch.cat([old[others], new]) for old, new in ((earlier.index, self.index), (earlier.kl, self.kl), (earlier.answers, self.answers)))
+        order = index.argsort()
+        return Each(index[order], kl[order], answers[order])
+
+
+@dataclass(frozen=True)
 class Divergence:
-    """KL(dense || compressed) in nats an answer: its mean with an interval, and of how many items and answers."""
+    """KL(dense || compressed) in nats an answer: its mean with an interval, of how many items and answers, and of each item."""
 
     kl: Estimate
     items: int
     answers: int
+    each: Each = field(compare=False, repr=False)
 
 
 @dataclass
@@ -192,7 +212,9 @@ def scored(kind: Kind, model: nn.Module, items: Items, outputs: Outputs, index: 
         return likelihoods(logits, items.labels)
 
 
-def divergence(evaluator: Evaluator, reference: Reference, model: nn.Module, mine: Outputs, count: int, *, level: float, same: bool = False, progress: Progress = no_progress) -> Divergence:
+def divergence(
+    evaluator: Evaluator, reference: Reference, model: nn.Module, mine: Outputs, count: int, *, level: float, same: bool = False, earlier: Each | None = None, progress: Progress = no_progress
+) -> Divergence:
     """Return how far a model's distributions are from the dense model's, on the first `count` items as far as both are kept.
 
     Args:
@@ -203,28 +225,30 @@ def divergence(evaluator: Evaluator, reference: Reference, model: nn.Module, min
         count: evaluation items that were read.
         level: of the interval: Student's t on the items' means weighted by answers, no lower end below 0.
         same: the model is the dense one, read in batches of its own: 0, without the rounding.
+        earlier: of items that the same model read before, whose outputs are gone.
         progress: told, and may stop it.
 
     Raises:
-        DataError: outputs of fewer than two items are kept.
+        DataError: of fewer than two items it is known or outputs are kept.
 
     """
     dense = reference.outputs(count, progress)
     upto = min(count, len(dense.read), len(mine.read))
     both = torch.nonzero(dense.read[:upto] & mine.read[:upto]).flatten()
-    if len(both) < 2 or dense.rows is None or mine.rows is None:
-        raise DataError(f"outputs of {len(both)} of {count} items are kept within {evaluator.sampler.budget:,} bytes: an interval needs at least 2")
     labels = evaluator.sampler.of_labels(evaluator.items.labels)[both.to(evaluator.items.labels.device)]
-    mask = (labels != -100).cpu().reshape(len(both), -1)
+    mask = (labels != -100).cpu().reshape(len(both), math.prod(labels.shape[1:]))
+    kl = torch.zeros(mask.shape, dtype=torch.float64)
+    if len(both) and not same and dense.rows is not None and mine.rows is not None:
+        with torch.inference_mode(), streaming(evaluator.task.model), streaming(model):
+            sides = [(rows, evaluator.head_of(other, rows)) for rows, other in ((dense.rows, evaluator.task.model), (mine.rows, model))]
+            parts = list(pieces(sides[0], sides[1], both, evaluator.sampler.classes, progress))
+        kl = torch.cat(parts).cpu().reshape(mask.shape)
     weight = mask.double().sum(1)
-    if same:
-        return Divergence(Estimate(0.0, 0.0, 0.0), len(both), int(weight.sum()))
-    with torch.inference_mode(), streaming(evaluator.task.model), streaming(model):
-        sides = [(outputs.rows, evaluator.head_of(other, outputs.rows)) for outputs, other in ((dense, evaluator.task.model), (mine, model)) if outputs.rows is not None]
-        parts = list(pieces(sides[0], sides[1], both, evaluator.sampler.classes, progress))
-    kl = torch.cat(parts).cpu().reshape(mask.shape)
-    values = torch.where(mask, kl, 0.0).sum(1) / weight.clamp(min=1)
-    return Divergence(not_below_zero(mean(values, weight, level)), len(both), int(weight.sum()))
+    each = Each(both, torch.where(mask, kl, 0.0).sum(1) / weight.clamp(min=1), weight).joined(earlier)
+    if len(each.index) < 2:
+        raise DataError(f"outputs of {len(each.index)} of {count} items are kept within {evaluator.sampler.budget:,} bytes: an interval needs at least 2")
+    found = Estimate(0.0, 0.0, 0.0) if same else not_below_zero(mean(each.kl, each.answers, level))
+    return Divergence(found, len(each.index), int(each.answers.sum()), each)
 
 
 def pieces(dense: tuple[Tensor, nn.Module | None], mine: tuple[Tensor, nn.Module | None], index: Tensor, classes: int, progress: Progress) -> Iterator[Tensor]:

@@ -135,7 +135,7 @@ class Measurement:
         time and memory. An unescaped quote ends a string of JSON, so that the marks around them stand nowhere else.
         """
         start = text.find(LAYERS[0])
-        end = text.find(LAYERS[1], start)
+        end = text.rfind(LAYERS[1])
         if not 0 < start < end:
             whole: Measurement = ADAPTER().validate_json(text)
             return whole

@@ -82,9 +82,9 @@ def quality(
     common = {"items": len(dense), "confidence": confidence, "looks": looks}
     if primary in RESAMPLED:
         function, second = RESAMPLED[primary]
-        wider = hard(dense, known) if second == "loss" else 1.0
-        return Quality(primary, *function(dense, compressed, level), **common), Quality(second, *losses(dense, compressed, level, known, wider), **common)  # type: ignore[arg-type]
-    right, loss = rights(dense, compressed, level, known), losses(dense, compressed, level, known, hard(dense, known))
+        average = losses(dense, compressed, level, known, likely=second == "loss")
+        return Quality(primary, *function(dense, compressed, level), **common), Quality(second, *average, **common)  # type: ignore[arg-type]
+    right, loss = rights(dense, compressed, level, known), losses(dense, compressed, level, known)
     accuracy = Quality("accuracy" if primary == "accuracy" else "next-token accuracy", *right, **common)  # type: ignore[arg-type]
     if primary == "accuracy":
         return accuracy, Quality("loss", *loss, **common)  # type: ignore[arg-type]
@@ -92,17 +92,14 @@ def quality(
     return perplexity, accuracy
 
 
-def hard(dense: Scores, known: Known | None) -> float:
-    """Return how much wider the interval of a mean negative log-likelihood must be for the hard items that are not among those read."""
-    return widening(dense.loss, None if known is None else known.dense.loss)
-
-
-def losses(dense: Scores, compressed: Scores, level: float, known: Known | None, wider: float) -> Triple:
-    """Return the mean loss of both and its change, their intervals `wider` times as wide as Student's."""
+def losses(dense: Scores, compressed: Scores, level: float, known: Known | None, *, likely: bool = True) -> Triple:
+    """Return the mean loss of both and its change; unless they are `likely` (negative log-likelihoods) with Student's intervals as they are."""
+    whole = dense if known is None else known.dense
+    wide, wider = (widening(read.loss, whole.loss) if likely else 1.0 for read in (whole, dense))
+    base = mean(whole.loss, whole.weight, level, wide)
     if known is not None:
-        return known.means("loss", compressed, level, wider)
-    before, after, weight = dense.loss, compressed.loss, dense.weight
-    return mean(before, weight, level, wider), mean(after, weight, level, wider), mean(after - before, weight, level, wider)
+        return base, *known.means("loss", compressed, level, wider)[1:]
+    return base, mean(compressed.loss, dense.weight, level, wider), mean(compressed.loss - dense.loss, dense.weight, level, wider)
 
 
 def rights(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
