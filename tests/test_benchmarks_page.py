@@ -111,7 +111,10 @@ def test_a_filled_ledger_holds_so_many_points_that_differ(tmp_path, ledger):
     rows = wb.Ledger(tmp_path / "many.journal").rows()
     assert len({one.key for one in rows}) == 12
     assert len({one.sizes.file_bytes for one in rows}) > 1
-    assert {one.recipe for one in rows} == {row.recipe}
+    assert len({one.recipe for one in rows}) == len({one.primary.drop for one in rows}) == 12
+    assert {(type(step), len(one.recipe)) for one in rows for step in one.recipe} == {(wb.Prune, 1)}
+    assert all(one.primary.change.low < one.primary.change.value < one.primary.change.high for one in rows)
+    assert {one.layers for one in rows} == {row.layers}
 
 
 def test_the_plain_way_rounds_as_the_product_does_and_a_missing_peer_says_why(tmp_path):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import tiny_tasks
+from hypothesis import given
+from hypothesis import strategies as st
 
 import workbench as wb
+from widgets.live import thin
+from workbench.card import verdict
 from workbench.errors import RecipeError
+from workbench.measure.measurement import Measurement
 from workbench.measure.quality import Estimate
 from workbench.sweep import around
-from workbench.tradeoff import cost_of, standing
+from workbench.tradeoff import cost_of, ends, standing, standings
 
 
 def near(value: float, half: float = 0.0) -> Estimate:
@@ -53,6 +59,78 @@ def test_records_hold_every_complete_point_sorted_by_cost(bench: wb.Bench) -> No
     unfinished = dataclasses.replace(rows[0], items=1)
     with pytest.raises(ValueError, match="got 0 in 0 points"):
         wb.tradeoff([unfinished])
+
+
+NUMBERS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, math.inf, math.nan]) | st.floats(0, 4)
+
+
+@st.composite
+def estimates(draw, numbers=NUMBERS) -> Estimate:
+    low, value, high = sorted((draw(numbers) for _ in range(3)), key=lambda x: (math.isnan(x), x))
+    return Estimate(value, low, high)
+
+
+@given(st.lists(st.tuples(estimates(), estimates()), max_size=20), st.lists(st.integers(0, 19), max_size=5))
+def test_standings_are_the_plain_definition_with_ties_and_unknown_ends(pairs, repeated):
+    pairs += [pairs[i % len(pairs)] for i in repeated if pairs]
+    known = [not any(math.isnan(x) for one in pair for x in (one.value, one.low, one.high)) for pair in pairs]
+    plain = [standing(pair, [other for j, other in enumerate(pairs) if known[j] and j != i]) if known[i] else "front" for i, pair in enumerate(pairs)]
+    assert standings(ends(drop for drop, _ in pairs), ends(cost for _, cost in pairs)) == plain
+
+
+@st.composite
+def ledgers(draw, row) -> list:
+    """Rows with few different values, so that many tie; some without latency, some incomplete, of either kind of metric."""
+    metric = draw(st.sampled_from(["accuracy", "loss", "perplexity"]))
+    rows = []
+    for index in range(draw(st.integers(1, 15))):
+        middle, half, size = draw(st.integers(-4, 4)) / 8, draw(st.integers(0, 2)) / 8, draw(st.integers(1, 6))
+        quality = dataclasses.replace(row.primary, metric=metric, change=Estimate(middle, middle - half, middle + 2 * half))
+        speed = draw(st.sampled_from([0.5, 1.0, 1.5, 2.0]))
+        latency = dataclasses.replace(row.latency, speedup=Estimate(speed, 0.9 * speed, 1.2 * speed))
+        measured = draw(st.sampled_from(["all", "all", "no latency", "incomplete"]))
+        rows.append(dataclasses.replace(
+            row, key=f"{index:016x}", quality=(quality, *row.quality), sizes=dataclasses.replace(row.sizes, file_bytes=1000 * size), latency=latency if measured == "all" else None,
+            missing={} if measured == "all" else {"latency": "no clock"}, items=1 if measured == "incomplete" else row.items,
+        ))  # fmt: skip
+    return rows
+
+
+@given(data=st.data(), cost=st.sampled_from(["file_bytes", "latency"]), late=st.booleans())
+def test_the_front_and_the_record_are_those_of_comparing_every_pair(bench: wb.Bench, data, cost, late) -> None:
+    rows = data.draw(ledgers(bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))))
+    rows = [Measurement.from_json(row.to_json()) for row in rows] if late else rows
+    shown = [row for row in rows if row.complete and cost_of(row, cost) is not None]
+    if not shown:
+        with pytest.raises(ValueError, match="got 0 in 0 points"):
+            wb.pareto(rows, cost)
+        return
+    pairs = {row.key: (row.primary.drop, cost_of(row, cost)) for row in shown}
+    plain = {key: standing(pair, [other for name, other in pairs.items() if name != key]) for key, pair in pairs.items()}
+    record = wb.tradeoff(rows, cost)
+    assert {point.key: point.standing for point in record.points} == plain
+    front = wb.pareto(rows, cost)
+    assert front == tuple(point for point in record.points if point.standing == "front")
+    assert [point.cost.value for point in front] == sorted(point.cost.value for point in front)
+    by_key = {row.key: row for row in rows}
+    for point in record.points:
+        row = by_key[point.key]
+        assert (point.label, point.recipe, point.verdict) == (row.recipe.label(), repr(row.recipe), verdict(row))
+        assert (point.quality, point.cost) == (row.primary.compressed, cost_of(row, cost))
+
+
+@given(data=st.data(), cost=st.sampled_from(["file_bytes", "latency"]), most=st.integers(1, 16))
+def test_thinning_keeps_the_front_and_the_newest(bench: wb.Bench, data, cost, most) -> None:
+    rows = data.draw(ledgers(bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))))
+    keep = data.draw(st.sets(st.sampled_from([row.key for row in rows])))
+    known = [row for row in rows if cost_of(row, cost) is not None]
+    best, front = math.inf, set(keep)
+    for row in sorted(known, key=lambda row: (cost_of(row, cost).value, row.primary.drop.value)):
+        if row.primary.drop.value < best:
+            best = row.primary.drop.value
+            front.add(row.key)
+    newest = known[-max(1, most - len(front)) :]
+    assert thin(rows, cost, most, keep=keep) == (known if len(known) <= most else [row for row in known if row.key in front or row in newest])
 
 
 def test_around_moves_one_slider_and_nothing_else() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from workbench.measure.measurement import Measurement
 from workbench.predict import Prediction
 from workbench.progress import Look
 from workbench.recipe import Recipe
 from workbench.soften import Softened
-from workbench.tradeoff import Cost, cost_of, quality_of
+from workbench.tradeoff import Cost, costs_of, drops_of, quality_of, spending
 
 MOST = 250  # points drawn; a browser needs a third of a second for 5,000
 
@@ -32,13 +33,13 @@ class Live:
 
 def thin(rows: Sequence[Measurement], cost: Cost, most: int = MOST, *, metric: str | None = None, keep: Collection[str] = ()) -> list[Measurement]:
     """Return at most about `most` rows: all that nothing beats in both quality and cost, those in `keep`, and the newest others."""
-    known = [(row, spent.value, quality.drop.value) for row in rows if (spent := cost_of(row, cost)) and (quality := quality_of(row, metric))]
+    read = spending(cost)
+    known = [(row, quality, spent) for row in rows if (spent := read(row)) is not None and (quality := quality_of(row, metric)) is not None]
     if len(known) <= most:
         return [row for row, _, _ in known]
-    best, front = math.inf, set(keep)
-    for row, _, drop in sorted(known, key=lambda found: found[1:]):
-        if drop < best:
-            best = drop
-            front.add(row.key)
+    drops, costs = drops_of(known)[0], costs_of(known, cost)[0]
+    order = np.lexsort((drops, costs))
+    best_before = np.fmin.accumulate(np.append(np.inf, drops[order]))[:-1]
+    front = {known[index][0].key for index in order[drops[order] < best_before]} | set(keep)
     newest = {row.key for row, _, _ in known[-max(1, most - len(front)) :]}
     return [row for row, _, _ in known if row.key in front or row.key in newest]

@@ -6,7 +6,6 @@ last line (power cut, full disk) is cut off when the file is next opened; nothin
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,16 @@ from pydantic import ValidationError
 
 from workbench.errors import LedgerError, RecipeError
 from workbench.garbage import uncollected
+from workbench.journal import Journal
 from workbench.measure.measurement import Measurement
 
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
-    from optuna.storages.journal._file import BaseJournalFileLock
 
     from workbench.tradeoff import Cost, TradeoffPoint
 
 DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize")  # minus the quality drop, file bytes, latency relative to dense
-MAGIC = b'{"op_code":'  # how a journal begins
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
 LONGEST_NOTE = 500  # characters
 
@@ -64,14 +62,14 @@ class Ledger:
         self.where = str(where)
         self.unreadable = 0
         self.unsaved: list[Measurement] = []
-        try:
-            with uncollected():
-                self.study = open_study(self.where, study)
-        except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
-            raise LedgerError(f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}") from None
         self.points: dict[str, Measurement] = {}
         self.read = 0
-        self.refresh()
+        with uncollected():
+            try:
+                self.study = open_study(self.where, study)
+            except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
+                raise LedgerError(f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}") from None
+            self.refresh()
 
     def refresh(self) -> None:
         """Take over what other processes have added since the last time."""
@@ -132,7 +130,6 @@ class Ledger:
                 try:
                     self.study.set_user_attr(name, value)
                 except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
-                    mend(self.where)
                     raise LedgerError(f"cannot write the {name.split()[0]} on {key!r} to {self.where!r}: {' '.join(str(error).split())}") from None
         return self.annotations().get(key, Annotation())
 
@@ -162,7 +159,6 @@ class Ledger:
             try:
                 self.study.add_trial(as_trial(self.unsaved[0]))
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
-                mend(self.where)
                 raise LedgerError(f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}: {' '.join(str(error).split())}") from None
             self.unsaved.pop(0)
 
@@ -202,18 +198,11 @@ def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
 def open_study(where: str, study: str) -> optuna.Study:
     """Open or create an Optuna study in a journal file or at a storage URL."""
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in where:
         return load_or_create(optuna.storages.get_storage(where), study)
-    path = Path(where)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_journal(path)
-    lock = kernel_lock(path)
-    mend(where)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(where, lock_obj=lock))
-    return load_or_create(storage, study)
+    return load_or_create(optuna.storages.JournalStorage(Journal(Path(where))), study)  # type: ignore[arg-type]  # see Journal
 
 
 def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:
@@ -224,68 +213,3 @@ def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.S
         return optuna.load_study(storage=storage, study_name=study)
     except KeyError:
         return optuna.create_study(storage=storage, study_name=study, directions=list(DIRECTIONS), load_if_exists=True)
-
-
-def check_journal(path: Path) -> None:
-    """Refuse a file that is no journal before anything in it is touched.
-
-    Raises:
-        LedgerError: its first bytes are not those of a journal.
-
-    """
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(len(MAGIC))
-        if not MAGIC.startswith(start):
-            raise LedgerError("the file is there already and is no ledger: give another path")
-
-
-def kernel_lock(path: Path) -> BaseJournalFileLock:
-    """Return a lock that the system releases when its holder dies: Optuna's own stays behind after kill -9.
-
-    Whoever gets it finds the file whole: what a writer that was killed left of its line is cut off before anyone appends.
-    """
-    from filelock import FileLock
-    from optuna.storages.journal._file import BaseJournalFileLock
-
-    class KernelLock(BaseJournalFileLock):
-        def __init__(self) -> None:
-            self.lock = FileLock(f"{path}.lock")
-
-        def acquire(self) -> bool:
-            self.lock.acquire()
-            try:
-                repair(path)
-            except OSError:
-                self.lock.release()
-                raise
-            return True
-
-        def release(self) -> None:
-            self.lock.release()
-
-    return KernelLock()
-
-
-def mend(where: str) -> None:
-    """Cut off a torn last line of a journal file, while nobody else writes; anything but a journal is left alone."""
-    if "://" not in where:
-        lock = kernel_lock(Path(where))
-        lock.acquire()
-        lock.release()
-
-
-def repair(path: Path) -> None:
-    """Cut off a last line that was not written to its end; Optuna would refuse the whole file."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        tail = b""
-        while end > 0 and b"\n" not in tail:
-            step = min(end, 1 << 16)
-            end -= step
-            file.seek(end)
-            tail = file.read(step) + tail
-        if not tail.endswith(b"\n"):
-            file.truncate(end + tail.rfind(b"\n") + 1)

@@ -1,7 +1,7 @@
 """What a recipe will probably do, within milliseconds and without running the model. Never shown as measured.
 
 File bytes follow from shapes (`workbench.measure.predicted_size`). Quality follows from the layers' sensitivities once
-`Predictor.prepare` has found them (`workbench.predict_prior`), corrected by the points of the ledger; before that, and for speed,
+`Predictor.prepare` has found them (`workbench.predict_prior`), corrected by the ledger's newest 2,000 points; before that, and for speed,
 it is a local linear regression over the sliders on those points (`workbench.predict_fit`, where intervals come from too). With
 too few neighbours the interval is wide, and the note says so. Speed is 1.0 where no kernel exists, with the reason; for low
 rank it follows from measured neighbours, or from multiply-adds where there are none.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from workbench.bench import Bench
     from workbench.measure.measurement import Context, Measurement
 
+NEWEST = 2000  # comparable points that predictions learn from: with all of 100,000 they would take seconds after each new one
 LARGEST_RATIO = 8.0  # nats that a destroyed language model loses, about: from a good one to guessing among its tokens
 COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as strong as it gets
     "sparsity": lambda s: s,
@@ -101,7 +103,7 @@ class Predictor:
         if len(self.bench.ledger) == self.size:
             return
         self.size = len(self.bench.ledger)
-        self.rows = comparable(self.bench.ledger.rows(), self.bench.context)
+        self.rows = comparable(self.bench.ledger.rows(), self.bench.context, NEWEST)
         self.histories.clear()
         for row in self.rows:
             self.learn(row)
@@ -251,11 +253,11 @@ def spot_of(recipe: Recipe, prior: Prior | None) -> Spot:
     return Spot(tuple(coordinates(recipe)), tuple(choices(recipe)), None if prior is None else prior.contributions(recipe))
 
 
-def comparable(rows: list[Measurement], context: Context) -> list[Measurement]:
-    """Return the complete rows of the same model, data and device, whatever version of the workbench measured them."""
+def comparable(rows: list[Measurement], context: Context, most: int | None = None) -> list[Measurement]:
+    """Return the complete rows of the same model, data and device, whatever version of the workbench measured them; the newest `most`, None all."""
     same = attrgetter(*(field.name for field in fields(context) if field.name != "workbench_version"))
     wanted = same(context)
-    return [row for row in rows if row.complete and same(row.context) == wanted]
+    return list(islice((row for row in reversed(rows) if row.complete and same(row.context) == wanted), most))[::-1]
 
 
 def positions(bench: Bench) -> dict[str, int]:

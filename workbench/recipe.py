@@ -216,10 +216,12 @@ class Methods:
 
     def step(self, kind: str) -> type[Step]:
         """Return the step class of this kind, or raise `RecipeError` with the nearest names."""
-        known = {step.kind(): step for step in self.steps()}
-        if kind not in known:
-            raise RecipeError(f"unknown step {kind!r}; {nearest(kind, known)}")
-        return known[kind]
+        import workbench.compress  # noqa: F401  registers the built-in methods on first use
+
+        found = next((step for step in self.functions if step.kind() == kind), None)
+        if found is None:
+            raise RecipeError(f"unknown step {kind!r}; {nearest(kind, [step.kind() for step in self.steps()])}")
+        return found
 
     def options(self) -> dict[str, type[Step]]:
         """Return every flat option name, such as `sparsity` or `prune_targets`, with the step that it belongs to."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import numpy as np
 
 from workbench.garbage import uncollected
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Estimate, Quality
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ends: TypeAlias = NDArray[np.float64]  # value, low and high of n estimates, [3, n]
 
 Cost = Literal["file_bytes", "latency", "packed_bytes", "theoretical_bytes", "peak_memory_bytes"]
 Standing = Literal["front", "within noise", "dominated"]
@@ -25,17 +31,37 @@ OFF = {"sparsity": 0.0, "rank": 1.0}  # where a slider stands while its method i
 class TradeoffPoint:
     """One point of the plot. `cost` is bytes, or time relative to the dense model (1 = as fast; lower is faster).
 
-    `shade` is the number that its colour stands for, None where there is none (no latency, not quantized).
+    `shade` is the number that its colour stands for, None where there is none (no latency, not quantized). Words are made from
+    the measured `row` when they are asked for: among thousands of points few are read.
     """
 
-    key: str
-    label: str
-    recipe: str
+    row: Measurement = field(repr=False)
     quality: Estimate
     cost: Estimate
     standing: Standing
-    verdict: str
     shade: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Return the ledger key."""
+        return self.row.key
+
+    @property
+    def label(self) -> str:
+        """Return the recipe in a few words."""
+        return self.row.recipe.label()
+
+    @property
+    def recipe(self) -> str:
+        """Return the recipe as a line of Python."""
+        return repr(self.row.recipe)
+
+    @property
+    def verdict(self) -> str:
+        """Return what the recipe costs and saves, in one sentence."""
+        from workbench.card import verdict
+
+        return verdict(self.row)
 
 
 @dataclass(frozen=True)
@@ -58,15 +84,22 @@ class Tradeoff:
     shade_name: Shade = "standing"
 
 
+def spending(cost: Cost) -> Callable[[Measurement], Any]:
+    """Return what reads a point's cost as it was measured: a number of bytes, or its latency; None if it was not."""
+    return attrgetter(cost if cost in {"latency", "peak_memory_bytes"} else f"sizes.{cost}")
+
+
+def estimate(spent: Any, cost: Cost) -> Estimate:
+    """Return what `spending` read as a cost with its interval (bytes are exact)."""
+    if cost == "latency":
+        return Estimate(1 / spent.speedup.value, 1 / spent.speedup.high, 1 / spent.speedup.low)
+    return Estimate(float(spent), float(spent), float(spent))
+
+
 def cost_of(point: Measurement, cost: Cost) -> Estimate | None:
-    """Return a point's cost with its interval (bytes are exact), or None if it was not measured."""
-    if cost != "latency":
-        count = point.peak_memory_bytes if cost == "peak_memory_bytes" else getattr(point.sizes, cost)
-        return None if count is None else Estimate(float(count), float(count), float(count))
-    if point.latency is None:
-        return None
-    speed = point.latency.speedup
-    return Estimate(1 / speed.value, 1 / speed.high, 1 / speed.low)
+    """Return a point's cost with its interval, or None if it was not measured."""
+    spent = spending(cost)(point)
+    return None if spent is None else estimate(spent, cost)
 
 
 def dense_cost_of(point: Measurement, cost: Cost) -> float | None:
@@ -100,7 +133,7 @@ def shades(rows: Sequence[Measurement], shade: Shade) -> list[float | None]:
     """Return the number that each point's colour stands for; `newest` counts back from the last row, which is 0."""
     if shade == "newest":
         return [float(len(rows) - 1 - index) for index in range(len(rows))]
-    return [shade_of(row, shade) for row in rows]
+    return [None] * len(rows) if shade == "standing" else [shade_of(row, shade) for row in rows]
 
 
 def standing(mine: tuple[Estimate, Estimate], others: Iterable[tuple[Estimate, Estimate]]) -> Standing:
@@ -129,15 +162,10 @@ def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: 
         ValueError: no points, or points of different models.
 
     """
-    from workbench.card import verdict
-
-    known = [(row, quality, spent) for row in rows if row.complete and (spent := cost_of(row, cost)) is not None and (quality := quality_of(row, metric)) is not None]
-    models = {(row.context.model_fingerprint, row.context.data_fingerprint) for row, _, _ in known}
-    if len(models) != 1:
-        raise ValueError(f"a trade-off needs points of one model on one data set; got {len(models)} in {len(known)} points")
-    stands = standings([(quality.drop, spent) for _, quality, spent in known])
+    known = comparable(rows, cost, metric)
+    stands = standings(drops_of(known), costs_of(known, cost))
     points = [
-        TradeoffPoint(row.key, row.recipe.label(), repr(row.recipe), quality.change if change else quality.compressed, spent, stand, verdict(row), shaded)
+        TradeoffPoint(row, quality.change if change else quality.compressed, estimate(spent, cost), stand, shaded)
         for (row, quality, spent), stand, shaded in zip(known, stands, shades([row for row, _, _ in known], shade), strict=True)
     ]
     first, quality, _ = known[0]
@@ -147,35 +175,73 @@ def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: 
     )  # fmt: skip
 
 
-def standings(pairs: Sequence[tuple[Estimate, Estimate]]) -> list[Standing]:
-    """Return the standing of each (drop, cost) among all, as `standing` does for one, in n log n steps; nothing compares with NaN."""
-    known = [pair for pair in pairs if in_order(pair)]
-    values = sorted((cost.value, drop.value) for drop, cost in known)
-    ends = sorted((max(cost.high, cost.value), max(drop.high, drop.value)) for drop, cost in known)
-    best_values, best_ends = (list(accumulate((drop for _, drop in some), min)) for some in (values, ends))  # of so many cheapest
+def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = None) -> list[tuple[Measurement, Quality, Any]]:
+    """Return the complete rows that have this cost and metric, with the metric and what `spending` reads.
 
-    def one(mine: tuple[Estimate, Estimate]) -> Standing:
-        drop, cost = mine
-        if not in_order(mine):
-            return "front"
-        surely_cheaper = bisect_right(ends, (min(cost.low, cost.value), math.inf))
-        if surely_cheaper and best_ends[surely_cheaper - 1] < min(drop.low, drop.value):
-            return "dominated"
-        cheaper = bisect_left(values, (cost.value, -math.inf))
-        as_cheap = values[cheaper][1]  # the best at the same cost, perhaps this point itself
-        return "within noise" if as_cheap < drop.value or (cheaper and best_values[cheaper - 1] <= drop.value) else "front"
+    Raises:
+        ValueError: none, or of several models.
 
-    return [one(pair) for pair in pairs]
+    """
+    spent_by = spending(cost)
+    known = [(row, quality, spent) for row in rows if row.complete and (spent := spent_by(row)) is not None and (quality := quality_of(row, metric)) is not None]
+    models = set(map(attrgetter("context.model_fingerprint", "context.data_fingerprint"), (row for row, _, _ in known)))
+    if len(models) != 1:
+        raise ValueError(f"a trade-off needs points of one model on one data set; got {len(models)} in {len(known)} points")
+    return known
 
 
-def in_order(pair: tuple[Estimate, Estimate]) -> bool:
-    """Return whether no part of a (drop, cost) is NaN."""
-    return not any(math.isnan(value) for estimate in pair for value in (estimate.value, estimate.low, estimate.high))
+def drops_of(known: Sequence[tuple[Measurement, Quality, Any]]) -> Ends:
+    """Return the quality drops of points, as `Quality.drop`."""
+    changes = ends(quality.change for _, quality, _ in known)
+    higher = {name: metric_named(name).higher for name in {quality.metric for _, quality, _ in known}}
+    return np.where(np.array([higher[quality.metric] for _, quality, _ in known]), -changes[[0, 2, 1]], changes)
 
 
+def costs_of(known: Sequence[tuple[Measurement, Quality, Any]], cost: Cost) -> Ends:
+    """Return the costs of points, as `cost_of`."""
+    if cost == "latency":
+        return 1 / ends(latency.speedup for _, _, latency in known)[[0, 2, 1]]
+    return np.tile(np.array([count for _, _, count in known], dtype=float), (3, 1))
+
+
+def ends(estimates: Iterable[Estimate]) -> Ends:
+    """Return [value, low, high] of n estimates, [3, n]."""
+    return np.array(list(map(attrgetter("value", "low", "high"), estimates)), dtype=float).reshape(-1, 3).T
+
+
+def standings(drops: Ends, costs: Ends) -> list[Standing]:
+    """Return the standing of each point among all, as `standing` does for one, in n log n steps; what is NaN compares with nothing.
+
+    Args:
+        drops: value, low and high of n quality drops, [3, n].
+        costs: value, low and high of their costs, [3, n].
+
+    """
+    told = ~np.isnan(np.concatenate([drops, costs])).any(0)
+    (drop, drop_low, drop_high), (cost, cost_low, cost_high) = drops[:, told], costs[:, told]
+    cheaper, as_cheap = (best(cost, drop, cost, side) for side in ("left", "right"))
+    surely_cheaper = best(np.maximum(cost, cost_high), np.maximum(drop, drop_high), np.minimum(cost, cost_low), "right")
+    beaten, surely = np.zeros((2, drops.shape[1]), dtype=bool)
+    beaten[told] = (cheaper <= drop) | (as_cheap < drop)
+    surely[told] = surely_cheaper < np.minimum(drop, drop_low)
+    return list(np.where(surely, "dominated", np.where(beaten, "within noise", "front")).tolist())
+
+
+def best(costs: NDArray[np.float64], drops: NDArray[np.float64], limits: NDArray[np.float64], side: Literal["left", "right"]) -> NDArray[np.float64]:
+    """Return the least drop among those that cost less than each limit (`left`; `right`: or as much), NaN where there is none."""
+    order = costs.argsort()
+    least = np.concatenate([[np.nan], np.minimum.accumulate(drops[order])])
+    found: NDArray[np.float64] = least[costs[order].searchsorted(limits, side)]
+    return found
+
+
+@uncollected()
 def pareto(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:
     """Return the points on the front, cheapest first."""
-    return tuple(point for point in tradeoff(rows, cost).points if point.standing == "front")
+    known = comparable(rows, cost)
+    stands = standings(drops_of(known), costs_of(known, cost))
+    front = [TradeoffPoint(row, quality.compressed, estimate(spent, cost), "front") for (row, quality, spent), stand in zip(known, stands, strict=True) if stand == "front"]
+    return tuple(sorted(front, key=lambda point: point.cost.value))
 
 
 def smallest_within(rows: Iterable[Measurement], drop: float) -> Measurement | None:

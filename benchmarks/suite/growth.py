@@ -15,6 +15,7 @@ from typing import Any
 
 import workbench as wb
 from benchmarks.suite.record import Options, Record, synchronise
+from workbench.measure.estimate import Estimate
 from workbench.measure.measurement import Measurement
 from workbench.predict import Predictor
 from workbench.tasks.base import Task
@@ -84,16 +85,23 @@ def layers(task: Task, options: Options, record: Record) -> None:
 
 
 def filled(path: Path, row: Measurement, points: int) -> None:
-    """Write a journal of `points` copies of a really measured row under other keys, sizes and qualities: for timing only."""
+    """Write a journal of `points` copies of a measured row under other keys, sparsities, sizes and qualities (made up): for timing only."""
     chance = random.Random(1)  # noqa: S311  no secret
+    marks = [0.123456789, 1234567891, -0.234567891, -0.345678912, -0.456789123]  # sparsity, bytes; change, low, high
+    quality = dataclasses.replace(row.primary, change=Estimate(*marks[2:]))
+    recipe, sizes = wb.Recipe(wb.Prune(sparsity=marks[0])), dataclasses.replace(row.sizes, file_bytes=int(marks[1]))
     ledger = wb.Ledger(path)
-    ledger.add(row)
+    ledger.add(dataclasses.replace(row, recipe=recipe, sizes=sizes, quality=(quality, *row.quality[1:])))
     *before, line = path.read_text().splitlines()
     with path.open("w") as file:
         file.writelines(f"{one}\n" for one in before)
         for index in range(points):
-            share = round(row.sizes.file_bytes * chance.uniform(0.3, 2.0))
-            copied = line.replace(row.key, f"{index:016x}").replace(f'file_bytes\\":{row.sizes.file_bytes}', f'file_bytes\\":{share}')
+            sparsity = chance.uniform(0.1, 0.95)
+            drop = 0.4 * sparsity**4 + chance.gauss(0.01, 0.003)
+            values = [sparsity, round(row.dense_sizes.file_bytes * (1 - 0.7 * sparsity) * chance.uniform(1.0, 1.2)), -drop, -drop - 0.01, -drop + 0.01]
+            copied = line.replace(row.key, f"{index:016x}")
+            for mark, value in zip(marks, values, strict=True):
+                copied = copied.replace(repr(mark), repr(value))
             file.write(f"{copied}\n")
 
 
@@ -112,16 +120,21 @@ def ledger(task: Task, options: Options, record: Record) -> None:
 
 
 def ledger_of(bench: wb.Bench, path: Path, row: Measurement) -> dict[str, float]:
-    """Open a ledger, add points, find the front, make the plot's record, predict."""
-    start = time.perf_counter()
-    bench.ledger = wb.Ledger(path)
-    opened = round(1000 * (time.perf_counter() - start), 2)
+    """Open a ledger, add points, find the front, make the plot's record, predict; `processor` is what the work itself takes where others share the machine."""
+    times = both("open", lambda: setattr(bench, "ledger", wb.Ledger(path)))
     more = [dataclasses.replace(row, key=f"a{index:015x}") for index in range(ROUNDS)]
-    adding = statistics.median(took(partial(bench.ledger.add, one)) for one in more)
-    times = {"pareto_ms": took(bench.ledger.pareto), "record_ms": took(lambda: tradeoff(bench.ledger.rows()))}
+    times["add_ms"] = statistics.median(took(partial(bench.ledger.add, one)) for one in more)
+    times |= both("pareto", bench.ledger.pareto) | both("record", lambda: tradeoff(bench.ledger.rows()))
     predictor = Predictor(bench)
     guesses = [took(partial(predictor.predict, wb.Recipe(wb.Prune(sparsity=0.41 + 0.01 * index)))) for index in range(1 + ROUNDS)]
-    return {"open_ms": opened, "add_ms": adding, **times, "first_prediction_ms": guesses[0], "prediction_ms": statistics.median(guesses[1:])}
+    return {**times, "first_prediction_ms": guesses[0], "prediction_ms": statistics.median(guesses[1:])}
+
+
+def both(name: str, work: Callable[[], Any]) -> dict[str, float]:
+    """Return the milliseconds that `work` takes, by the clock and of the processor."""
+    start = time.process_time()
+    clock = took(work)
+    return {f"{name}_ms": clock, f"{name}_processor_ms": round(1000 * (time.process_time() - start), 2)}
 
 
 def run(target: str, options: Options, record: Record) -> None:
