@@ -27,7 +27,7 @@ def test_grids_are_found_with_their_width_and_group(bits, group, symmetric, dtyp
     values = form_of(stack, fit(stack, spec), spec).dequantize().to(dtype)
     if bits == 8 and dtype == torch.float16:
         pytest.skip("a step of 8 bits is as fine as half precision near the ends: either answer is right")
-    assert known_grids(values) == [(bits, group)] * 2
+    assert known_grids([values]) == [(bits, group)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,15 +35,15 @@ def test_a_grid_with_an_offset_that_is_no_multiple_of_its_step_is_found(dtype):
     codes = torch.randint(16, (1, 64, 256), generator=torch.Generator().manual_seed(0))  # as Q4_1 of GGUF: d * q + m for every 32 weights
     step, least = gaussian(1, 64, 8, seed=1).abs() + 0.01, gaussian(1, 64, 8, seed=2)
     values = (codes.unflatten(2, (8, 32)) * step.unsqueeze(-1) + least.unsqueeze(-1)).flatten(2).to(dtype)
-    assert known_grids(values) == [(4, 32)]
+    assert known_grids([values]) == [(4, 32)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ordinary_weights_lie_on_no_grid(dtype):
-    assert known_grids(gaussian(3, 64, 256).to(dtype)) == [None] * 3
-    assert known_grids(torch.rand(2, 8, 24, generator=torch.Generator().manual_seed(0)).to(dtype)) == [None] * 2
-    assert known_grids(torch.zeros(1, 8, 64, dtype=dtype)) == [None]
-    assert known_grids(gaussian(1, 8, 16).to(dtype)) == [None]  # too few inputs to tell
+    assert known_grids([gaussian(3, 64, 256).to(dtype)]) == [None] * 3
+    assert known_grids([torch.rand(2, 8, 24, generator=torch.Generator().manual_seed(0)).to(dtype)]) == [None] * 2
+    assert known_grids([torch.zeros(1, 8, 64, dtype=dtype)]) == [None]
+    assert known_grids([gaussian(1, 8, 16).to(dtype)]) == [None]  # too few inputs to tell
 
 
 def test_the_user_is_told_once_and_only_where_it_is_so():
@@ -63,3 +63,10 @@ def test_the_user_is_told_once_and_only_where_it_is_so():
 @pytest.mark.parametrize("name", ["fashion_cnn"])
 def test_trained_models_that_were_not_quantized_are_not_accused(name, request):
     assert notes(Statistics(request.getfixturevalue(name))) == ()
+
+
+def test_layers_looked_at_together_are_judged_one_by_one():
+    spec = Spec(4, 64, search=False)
+    wide, narrow = gaussian(2, 16, 256), gaussian(1, 24, 128, seed=1)
+    stacks = [form_of(wide, fit(wide, spec), spec).dequantize(), gaussian(1, 16, 256, seed=2), form_of(narrow, fit(narrow, spec), spec).dequantize().half(), gaussian(2, 8, 16)]
+    assert known_grids(stacks) == [grid for stack in stacks for grid in known_grids([stack])] == [(4, 64), (4, 64), None, (4, 64), None, None]

@@ -6,6 +6,7 @@ Rounding such weights to the same grid again costs nothing, and says nothing abo
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from workbench.compress.batch import grouped
 from workbench.compress.layers import find_layers
+from workbench.statistics import gathered
 
 if TYPE_CHECKING:
     from workbench.statistics import Statistics
@@ -21,6 +23,8 @@ SAMPLES = 32  # groups looked at in each layer
 GROUPS = (0, 128, 64, 32)  # sizes tried, the largest first; 0 is a whole row
 FEWEST = 24  # inputs of a group below which few values say nothing
 MOST = 128  # inputs looked at in each group
+NONE = 256  # stands for no grid: more steps than any
+ROOM = 2**24  # weights compared with grids at once
 SHARE = 0.95  # of the groups that must lie on a grid
 CHANCE = 0.05  # of one group to seem to lie on one by accident; that nearly all of them do is then out of the question
 
@@ -30,8 +34,15 @@ def notes(statistics: Statistics) -> tuple[str, ...]:
 
     def compute() -> tuple[str, ...]:
         layers = [layer for layer in find_layers(statistics.task.model)[0].values() if not layer.table]
-        found = {layer.name: grid for batch in grouped(layers) for layer, grid in zip(batch.layers, known_grids(batch.stored()), strict=True) if grid}
-        return words(found, len(layers))
+        names: list[str] = []
+
+        def stacks() -> Iterator[Tensor]:
+            for batch in grouped(layers):
+                names.extend(layer.name for layer in batch.layers)
+                yield batch.stored()
+
+        grids = known_grids(stacks())
+        return words({name: grid for name, grid in zip(names, grids, strict=True) if grid}, len(layers))
 
     return statistics.once("weights on a grid", compute)
 
@@ -49,44 +60,57 @@ def words(found: dict[str, tuple[int, int]], layers: int) -> tuple[str, ...]:
     return tuple(said)
 
 
-def known_grids(stack: Tensor) -> list[tuple[int, int] | None]:
-    """Return (bits, group size or 0 for rows) of the grid that each layer's weights lie on, None if on none. stack: [layers, outputs, inputs]."""
-    columns = stack.shape[2]
-    found: list[tuple[int, int] | None] = [None] * len(stack)
+def known_grids(stacks: Iterable[Tensor]) -> list[tuple[int, int] | None]:
+    """Return (bits, group size or 0 for rows) of the grid that each layer's weights lie on, None if on none. Each stack: [layers, outputs, inputs].
+
+    What is looked at of all layers is compared together: a GPU would wait for being asked about each.
+    """
+    found: list[tuple[int, int] | None] = []
+    samples: dict[tuple[int, int, float], list[Tensor]] = {}
+    places: dict[tuple[int, int, float], list[int]] = {}
+    for stack in stacks:
+        for group in GROUPS:
+            size = group or stack.shape[2]
+            if size >= FEWEST and stack.shape[2] % size == 0 and (not group or size < stack.shape[2]):
+                values = sampled(stack, size)
+                key = (*values.shape[1:], group, torch.finfo(stack.dtype).eps)
+                samples.setdefault(key, []).append(values)
+                places.setdefault(key, []).extend(range(len(found), len(found) + len(stack)))
+        found += [None] * len(stack)
     for group in GROUPS:
-        size = group or columns
-        if size < FEWEST or columns % size or (group and size >= columns):
-            continue
-        missing = [index for index, grid in enumerate(found) if grid is None]
-        if not missing:
-            break
-        for index, bits in zip(missing, widths(stack[missing], size), strict=True):
-            if bits:
-                found[index] = bits, group
+        for key in (key for key in samples if key[2] == group):
+            for place, bits in zip(places[key], widths(torch.cat(gathered(samples[key])), key[3]), strict=True):
+                if bits and found[place] is None:
+                    found[place] = bits, group
     return found
 
 
-def widths(stack: Tensor, size: int) -> list[int]:
-    """Return the bits of the grid that groups of `size` inputs lie on, 0 for none. stack: [layers, outputs, inputs], in its own dtype."""
-    groups = stack.unflatten(2, (-1, size)).flatten(1, 2)  # [layers, groups, size]
+def sampled(stack: Tensor, size: int) -> Tensor:
+    """Return some weights of some groups of `size` inputs, float64 [layers, groups, weights]. stack: [layers, outputs, inputs]."""
+    groups = stack.unflatten(2, (-1, size)).flatten(1, 2)
     picked, seen = (spaced(count, most, stack.device) for count, most in ((groups.shape[1], SAMPLES), (size, MOST)))
-    values = groups[:, picked][:, :, seen].double()
+    return groups[:, picked][:, :, seen].double()
+
+
+def widths(values: Tensor, eps: float) -> list[int]:
+    """Return the bits of the grid that the groups of each layer lie on, 0 for none. values: [layers, groups, weights], rounded to `eps` of their size."""
     low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
     spread = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
     places = (values - low) / spread  # 0 to 1
-    blur = torch.finfo(stack.dtype).eps * values.abs().amax(2, keepdim=True) / spread  # what the dtype's rounding moves a value by, in these places
+    blur = (eps * values.abs().amax(2, keepdim=True) / spread).squeeze(2)  # what the dtype's rounding moves a value by, in these places
     free = ((values.sort(2).values.diff(dim=2) > 0).sum(2) - 1).clamp_min(0)  # different values besides the two ends
-    fewest = torch.zeros_like(free)
-    for steps in range(255, 0, -1):  # the coarsest grid that fits is the last that is written
-        scaled = places * steps
-        off = (scaled - scaled.round()).abs()
-        allowed = steps * blur + 1e-3
-        chance = (2 * allowed.squeeze(2)).pow(free) * steps  # that so many values lie so near to some grid by accident
-        fewest = torch.where((off <= allowed).all(2) & (chance < CHANCE), steps, fewest)
+    fewest = torch.full_like(free, NONE)
+    for steps in torch.arange(1, 256, device=values.device, dtype=torch.float64).split(max(1, ROOM // values.numel())):
+        scaled = places * steps[:, None, None, None]
+        off = (scaled - scaled.round()).abs().amax(3)
+        allowed = steps[:, None, None] * blur + 1e-3
+        chance = (2 * allowed).pow(free) * steps[:, None, None]  # that so many values lie so near to some grid by accident
+        fits = (off <= allowed) & (chance < CHANCE)
+        fewest = torch.minimum(fewest, torch.where(fits, steps.long()[:, None, None], NONE).amin(0))
     constant = (high == low).squeeze(2)
-    fits = (fewest > 0) & ~constant
-    share = fits.sum(1) / (~constant).sum(1).clamp_min(1)
-    widest = torch.where(fits, fewest, 0).amax(1)
+    on = (fewest < NONE) & ~constant
+    share = on.sum(1) / (~constant).sum(1).clamp_min(1)
+    widest = torch.where(on, fewest, 0).amax(1)
     return [int(most).bit_length() if good >= SHARE and most else 0 for good, most in zip(share.tolist(), widest.tolist(), strict=True)]
 
 
