@@ -145,7 +145,7 @@ def test_what_cannot_be_used_is_left_out_and_said(spoken, tmp_path):
     task = load_task(model, folder, progress=False)
     assert len(task.evaluation) + len(task.calibration) + len(task.training) == 9
     assert task.notes[:4] == (
-        "1 utterances left out: longer than 30 s", "1 utterances left out: no words", "1 utterances left out: silent",
+        "1 utterance left out: longer than 30 s (3.wav)", "1 utterance left out: no words (1.wav)", "1 utterance left out: silent (2.wav)",
         "sound of 8,000 Hz (11 files) is resampled to 16,000 Hz",
     )  # fmt: skip
     (folder / "5.wav").write_bytes(b"no sound at all")
@@ -153,6 +153,16 @@ def test_what_cannot_be_used_is_left_out_and_said(spoken, tmp_path):
         load_task(model, folder, progress=False)
     (folder / "5.wav").unlink()
     with pytest.raises(DataError, match=r"metadata.csv, row 5: there is no file '5.wav'"):
+        load_task(model, folder, progress=False)
+    (folder / "metadata.csv").write_bytes("file_name,text\n1.wav,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(DataError, match="metadata.csv is not UTF-8: .* 0xe9 at byte 24; save it as UTF-8"):
+        load_task(model, folder, progress=False)
+    (folder / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(DataError, match="metadata.csv has the columns file_name, text and no row"):
+        load_task(model, folder, progress=False)
+    soundfile.write(folder / "1.wav", np.zeros(4000), 16)
+    (folder / "metadata.csv").write_text("file_name,text\n1.wav,bax\n")
+    with pytest.raises(DataError, match=r"item 0 of data .* \(1.wav\) has 16 samples a second, in which no speech can be heard"):
         load_task(model, folder, progress=False)
     (folder / "metadata.csv").write_text("name,words\n1.wav,bax\n")
     with pytest.raises(DataError, match="has columns name, words; expected file_name and one of text, transcription"):

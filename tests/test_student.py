@@ -130,7 +130,7 @@ def test_only_targeted_layers_move_and_masks_hold():
 def test_students_cut_in_depth_width_and_rank_come_closer_to_the_teacher(sort, before):
     task = tiny_task(sort)
     start = compress(task, Recipe(before))
-    made = compress(task, Recipe(before, wb.Transfer(transfer_steps=40, transfer_rate=1e-2, transfer_batch=TRAINING, ce_weight=0)))
+    made = compress(task, Recipe(before, wb.Transfer(transfer_steps=40, transfer_look_every=0, transfer_rate=1e-2, transfer_batch=TRAINING, ce_weight=0)))
     training = task.training
     with torch.no_grad():
         teacher = task.kind.logits(task.model, training)
@@ -145,7 +145,7 @@ def test_alignment_brings_states_closer_than_answers_alone():
     aim = states(task.model, task.training, [block])[1][block]
     angles = {}
     for align in ("none", "geodesic"):
-        made = compress(task, Recipe(PRUNE, wb.Transfer(transfer_steps=60, transfer_rate=1e-2, transfer_batch=TRAINING, align=align, align_weight=3, align_projection="fixed" if align == "none" else "none")))
+        made = compress(task, Recipe(PRUNE, wb.Transfer(transfer_steps=60, transfer_look_every=0, transfer_rate=1e-2, transfer_batch=TRAINING, align=align, align_weight=3, align_projection="fixed" if align == "none" else "none")))
         state = states(made.model, task.training, [block])[1][block]
         angles[align] = float(torch.arccos(torch.cosine_similarity(state, aim, dim=1)).mean())
     assert angles["geodesic"] < 0.9 * angles["none"]
@@ -213,7 +213,7 @@ def test_the_curve_goes_on_where_a_later_training_begins():
 def test_a_teacher_from_the_zoo_teaches_the_model_itself(tmp_path):
     task = tiny_task("vit")
     name = saved(tmp_path, seeded(vit, 7))
-    made = compress(task, Recipe(wb.Transfer(teachers=name, transfer_steps=40, transfer_batch=TRAINING, transfer_rate=1e-2, ce_weight=0)))
+    made = compress(task, Recipe(wb.Transfer(teachers=name, transfer_steps=40, transfer_look_every=0, transfer_batch=TRAINING, transfer_rate=1e-2, ce_weight=0)))
     from workbench.zoo.teachers import load_teacher
 
     teacher = load_teacher(name, task, torch.device("cpu"))

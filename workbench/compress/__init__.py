@@ -5,6 +5,7 @@ Importing this package registers the built-in methods; each lives in one file.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -83,7 +84,9 @@ def compress(
         changes = work.changes
         done.append(METHODS.functions[type(step)](step, work) or step)
         if work.changes == changes:
-            reasons = [f"{name}: {words[-1]}" for name, words in work.outcomes.items() if words]
+            said = Counter(words[-1] for words in work.outcomes.values() if words)  # what holds back most layers first
+            first = {words[-1]: name for name, words in reversed(work.outcomes.items()) if words}
+            reasons = [f"{first[words]}: {words}" for words, _ in said.most_common()]
             raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
         check_all(list(work.layers.values()))
         if place < len(recipe) and known.task is task:

@@ -15,6 +15,7 @@ from workbench.errors import DataError
 from workbench.tasks.spoken_words import EXTRA
 
 RATE = 16_000
+LOWEST = 2_000  # Hz: below, no consonant is left, and the header is wrong rather than the recording slow
 SILENCE = 1e-3  # of the largest amplitude, -60 dB: nothing that a person would hear
 SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"}
 
@@ -57,6 +58,8 @@ def opened(audio: Any, what: str) -> Sound:
         except (soundfile.LibsndfileError, OSError, TypeError, RuntimeError) as error:
             raise DataError(f"{what} cannot be read as sound: {' '.join(str(error).split())[:200]}") from None
         values = read.T
+    if rate < LOWEST:
+        raise DataError(f"{what} has {rate:,} samples a second, in which no speech can be heard: is its header right? {LOWEST:,} Hz are the least, {RATE:,} what models are given")
     mono = values.mean(0)
     if not np.isfinite(mono).all():
         raise DataError(f"{what} holds samples that are no numbers")

@@ -82,12 +82,17 @@ def audio_folder(path: Path) -> Mapping[str, Any] | None:
 
 def metadata(table: Path) -> dict[str, list[str]]:
     """Return the columns `audio` (paths) and `text` of a metadata.csv."""
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = list(rows[0]) if rows else []
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            read = csv.DictReader(file)
+            rows, names = list(read), list(read.fieldnames or ())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is not UTF-8: {error.reason} {error.object[error.start]:#x} at byte {error.start}; save it as UTF-8") from None
     words = next((name for name in WORD_NAMES if name in names), None)
     if "file_name" not in names or words is None:
         raise DataError(f"{table} has columns {', '.join(names) or '(none)'}; expected file_name and one of {', '.join(WORD_NAMES)}")
+    if not rows:
+        raise DataError(f"{table} has the columns {', '.join(names)} and no row: give one for each file of sound")
     for number, row in enumerate(rows):
         if not (table.parent / (row["file_name"] or "?")).is_file():
             raise DataError(f"{table}, row {number}: there is no file {row['file_name']!r}")
@@ -120,18 +125,18 @@ def speech_pools(reading: Reading, raw: Raw, sizes: Sizes) -> tuple[Pool, Pool |
     train = columns.train_name(raw, held_out_name)
     wanted = {train: sizes.calibration + sizes.training + (0 if held_out_name else sizes.evaluation)} | ({held_out_name: sizes.evaluation} if held_out_name else {})
     writing: Writing = reading.kind.writes  # type: ignore[attr-defined]
-    left, rates = Counter[str](), Counter[int]()
+    left, rates = dict[str, list[str]](), Counter[int]()
     heard = {split: listened(raw.name, raw.splits[split], count, writing, (left, rates)) for split, count in wanted.items()}
     everything = [utterance for some in heard.values() for utterance in some]
     make = Frames.of(everything, writing) if isinstance(reading.kind, FrameRecognition) else Windows.of(everything, writing, reading.config)
-    notes = [f"{count} utterances left out: {reason}" for reason, count in sorted(left.items())]
-    notes += [f"sound of {rate:,} Hz ({count} files) is resampled to {audio.RATE:,} Hz" for rate, count in sorted(rates.items()) if rate != audio.RATE]
+    notes = [f"{counted(len(names), 'utterance')} left out: {reason} ({some_of(names)})" for reason, names in sorted(left.items())]
+    notes += [f"sound of {rate:,} Hz ({counted(count, 'file')}) is resampled to {audio.RATE:,} Hz" for rate, count in sorted(rates.items()) if rate != audio.RATE]
     pools = {split: Pool(len(some), lambda index, some=some: make.items([some[i] for i in index])) for split, some in heard.items()}  # type: ignore[misc]
     return pools[train], pools.get(held_out_name or ""), tuple(notes)
 
 
-def listened(name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[Counter[str], Counter[int]]) -> list[Utterance]:
-    """Return the usable ones of up to twice as many rows as are wanted, drawn over the whole split; count those left out, and rates."""
+def listened(name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[dict[str, list[str]], Counter[int]]) -> list[Utterance]:
+    """Return the usable ones of up to twice as many rows as are wanted, drawn over the whole split; note the files left out by reason, and count rates."""
     left, rates = counts
     sound, words = speech_columns(name, rows)
     if type(rows.features[sound]).__name__ == "Audio":
@@ -143,23 +148,33 @@ def listened(name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[
     for number, row in zip(order, rows.select(order), strict=True):
         text = row[words] if isinstance(row[words], str) else ""
         if not any(map(str.isalnum, writing.normalise(text))):
-            left["no words"] += 1
+            left.setdefault("no words", []).append(name_of(row[sound]))
             continue
         what = f"item {number} of data {name!r} ({name_of(row[sound])})"
         opened = audio.opened(row[sound], what)
         rates[opened.rate] += 1
         if opened.silent or opened.seconds > MOST_SECONDS:
-            left["silent" if opened.silent else f"longer than {MOST_SECONDS:g} s"] += 1
+            left.setdefault("silent" if opened.silent else f"longer than {MOST_SECONDS:g} s", []).append(name_of(row[sound]))
             continue
         found.append(Utterance(row[sound], " ".join(text.split()), opened.seconds, what))
     if not found:
-        raise DataError(f"data {name!r} hold no utterance that can be used: {', '.join(f'{count} {reason}' for reason, count in left.items()) or 'no rows'}")
+        raise DataError(f"data {name!r} hold no utterance that can be used: {', '.join(f'{len(names)} {reason} ({some_of(names)})' for reason, names in left.items()) or 'no rows'}")
     return found
 
 
 def name_of(sound: Any) -> str:
     """Return a file's name for messages."""
     return Path(str(sound.get("path") or "in memory") if isinstance(sound, dict) else str(sound)).name
+
+
+def counted(count: int, noun: str) -> str:
+    """Return such as `1 file`, `2 files`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first three of some names, and whether there are more."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 @dataclass(frozen=True)

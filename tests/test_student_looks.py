@@ -1,0 +1,171 @@
+"""Transfer while it trains: looks at held-out items, the best of which is kept, and going on exactly; what Distill has, through the same code."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import KILLED
+from tiny_tasks import TRAINING, same, tiny_task, weights
+
+import workbench as wb
+from workbench.compress import checkpoints, compress
+from workbench.compress.held_out import HeldOut
+from workbench.compress.training import Run
+from workbench.errors import CompressionError
+from workbench.progress import Look, Training
+from workbench.recipe import Recipe
+
+PRUNE = wb.Prune(sparsity=0.5)
+FAST = {"transfer_steps": 12, "transfer_batch": 8, "transfer_rate": 1e-2, "transfer_look_every": 3}
+
+
+def taught(task, *, training=None, **options):
+    return compress(task, Recipe(PRUNE, wb.Transfer(**FAST | options)), training=training)
+
+
+def watched(seen: list[Look]) -> Training:
+    return Training(looked=lambda looks: seen.append(looks[-1]))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def improving(monkeypatch):
+    """Make each look better than the one before, so that the last step is what is kept."""
+    plain = HeldOut.look
+    monkeypatch.setattr(HeldOut, "look", lambda held, model, step: dataclasses.replace(plain(held, model, step), loss=-float(step)))
+
+
+# --- looks
+
+
+def test_looks_are_at_the_student_as_it_is_then(sort, device):
+    """The first look sees the student before it is taught; no two looks see the same."""
+    task, seen = tiny_task(sort, device), []
+    taught(task, training=watched(seen), transfer_look_every=4)
+    held = task.training[TRAINING - TRAINING // 10 :]
+    assert [look.step for look in seen] == [0, 4, 8, 12]
+    assert {look.items for look in seen} == {len(held)}
+    start = task.kind.score(compress(task, Recipe(PRUNE)).model, held)
+    nats = float((start.loss * start.weight).sum() / start.weight.sum())
+    assert seen[0].loss == pytest.approx(math.exp(nats) if seen[0].metric == "perplexity" else nats, rel=1e-5)
+    assert len({look.loss for look in seen}) == 4
+
+
+def test_held_out_items_are_never_drawn(monkeypatch):
+    seen = []
+    plain = Run.added
+    monkeypatch.setattr(Run, "added", lambda run, drawn, objective: seen.extend(drawn.index.tolist()) or plain(run, drawn, objective))
+    taught(tiny_task("vit"))
+    assert max(seen) < TRAINING - TRAINING // 10
+
+
+@pytest.mark.parametrize("align", ["none", "geodesic"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_looks_do_not_change_what_is_learned(improving, align, count):
+    """However often the student is looked at, the same items teach it to the same bits."""
+    task = tiny_task("vit")
+    options = {"align": align, "lora_count": count, "align_projection": "trained"}
+    often, seldom = (taught(task, transfer_look_every=every, **options) for every in (1, 11))
+    assert len(often.looks) == count * 13
+    assert len(seldom.looks) == count * 3
+    assert often.curve == seldom.curve
+    assert same(weights(often.model), weights(seldom.model))
+
+
+def test_what_is_kept_is_the_best_look():
+    """A rate that does harm after a while: the best look is not the last, and its weights are what is there."""
+    task, seen = tiny_task("vit"), []
+    options = {"transfer_steps": 30, "transfer_rate": 0.3}
+    made = taught(task, training=watched(seen), **options)
+    best = min(seen, key=lambda look: look.loss)
+    assert 0 <= best.step < 30
+    held = task.training[TRAINING - TRAINING // 10 :]
+    assert float(task.kind.score(made.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
+    assert made.looks == tuple(seen)
+    assert any(f"kept as after step {best.step}: held-out accuracy {best.value:.4g}" in row.outcome for row in made.report)
+    assert same(weights(taught(task, **options).model), weights(made.model))
+
+
+def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again():
+    task, count = tiny_task("vit"), []
+    training = Training(lambda curve, steps: count.append(steps), lambda: len(count) == 8)
+    made = taught(task, training=training, transfer_steps=30, transfer_rate=0.3)
+    assert made.recipe.get("transfer").transfer_stop_at == 8
+    assert [look.step for look in made.looks] == [0, 3, 6, 8]
+    again = compress(task, made.recipe)
+    assert same(weights(again.model), weights(made.model))
+    assert again.curve == made.curve
+
+
+def test_too_few_items_to_hold_out_are_said_by_the_name_of_the_option():
+    task = tiny_task("vit")
+    object.__setattr__(task, "training", task.training[:19])
+    made = taught(task)
+    assert made.warnings == ("transfer_look_every=3 is left out: it needs 20 training items, of which a tenth is held out, and 'noise' has 19; the last step is kept",)
+    assert made.looks == ()
+    assert same(weights(made.model), weights(taught(task, transfer_look_every=0).model))
+
+
+def test_without_looks_a_recipe_keeps_the_key_that_it_had():
+    """Points of ledgers that were measured before there were looks are those without looks."""
+    plain, saved, looking = (Recipe(PRUNE, wb.Transfer(**options)).key for options in ({"transfer_look_every": 0}, {"transfer_look_every": 0, "transfer_checkpoint_every": 5}, {}))
+    assert plain == "30a3b7781a92f70a"
+    assert len({plain, saved, looking}) == 3
+
+
+# --- going on exactly
+
+
+@pytest.mark.parametrize(("sort", "align"), [("vit", "geodesic"), ("llama", "none")])
+def test_a_killed_training_goes_on_to_the_same_bits(cache, sort, align):
+    options = {**FAST, "transfer_look_every": 5, "align": align, "align_projection": "trained"}
+    recipe = Recipe(PRUNE, wb.Transfer(**options, transfer_checkpoint_every=3))
+    task = tiny_task(sort)
+    plain = compress(task, Recipe(PRUNE, wb.Transfer(**options)))
+    script = KILLED.format(tests=str(Path(__file__).parent), sort=sort)
+    ended = subprocess.run([sys.executable, "-c", script, recipe.to_json()], env=os.environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(list(checkpoints.folder().glob("*.pt"))) == 1
+    made = compress(task, recipe)
+    assert made.warnings == ("transfer went on from step 6 of 12, where it was saved",)
+    assert made.curve == plain.curve
+    assert made.looks == plain.looks
+    assert same(weights(made.model), weights(plain.model))
+    assert list(checkpoints.folder().iterdir()) == []
+
+
+def test_a_training_that_was_ended_can_be_taken_up_again(cache):
+    task = tiny_task("vit")
+    ended = taught(task, training=Training(enough=lambda: True), transfer_checkpoint_every=5)
+    assert ended.recipe.get("transfer").transfer_stop_at == 1
+    made = taught(task, transfer_checkpoint_every=5, transfer_look_every=3)
+    assert made.warnings == ("transfer went on from step 1 of 12, where it was saved",)
+    assert made.curve == taught(task).curve
+
+
+def test_another_student_or_option_does_not_go_on_from_it(cache):
+    task = tiny_task("vit")
+    stopped = {"transfer_stop_at": 4, "transfer_checkpoint_every": 2}
+    taught(task, **stopped)
+    for other in ({"kl_weight": 0.5}, {"lora_rank": 2}, {"seed": 1}, {"align": "mse"}, {"targets": ("*fc1*",)}):
+        assert taught(task, **stopped, **other).warnings == ()
+    step = wb.Transfer(**FAST, **stopped)
+    assert compress(task, Recipe(wb.Prune(sparsity=0.6), step)).warnings == ()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_the_name_of_the_option(cache):
+    (cache / "compression-workbench").write_text("a file")
+    with pytest.raises(CompressionError, match="no checkpoint can be written to .*; free space there, or set transfer_checkpoint_every=0"):
+        taught(tiny_task("vit"), transfer_checkpoint_every=2)
