@@ -193,10 +193,12 @@ def device_map(model: nn.Module, memory: Mapping[int, int]) -> dict[str, int]:
     except ImportError:
         raise DeviceError("placement='spread' needs accelerate: pip install 'compression-workbench[gpus]'") from None
     size, blocks = model_bytes(model), blocks_of(model)
-    largest = max(map(model_bytes, blocks), default=0)
+    whole = [*blocks, *(module for module in outside(model, blocks) if next(module.children(), None) is None)]
+    step = max(1, max(map(model_bytes, whole), default=0))
     most = {index: int(free / (COPIES + ROOM)) for index, free in memory.items()}
-    even = {index: min(share, size // len(most) + largest) for index, share in most.items()}
-    for limits in (even, most):
+    shares = range(size // len(most) + step, max(most.values()) + step, step)  # as even as whole parts allow
+    for share in itertools.islice(shares, len(blocks) + 2):
+        limits = {index: min(share, mine) for index, mine in most.items()}
         found = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=sorted({type(block).__name__ for block in blocks}))
         if not set(found.values()) - set(most):
             return dict(found)
