@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workbench.runtime.schemes import KernelTick
 
 SHORT = {"group_size": "group", "scale_search": "search", "learning_rate": "rate", "distill_batch": "batch", "factorization": "by", "criterion": "by", "rank_allocation": "share", "conv": "kernels", "repair_rounds": "rounds", "activation_format": "format", "activation_scaling": "scaling", "activation_granularity": "per"}
-TITLES = {"rank_ratio": "rank", "weight_bits": "bits", "repair_ratio": "repair", "activation_bits": "activations", "kv_bits": "cache bits", "qat_steps": "QAT steps", "transfer_steps": "transfer steps"}
+TITLES = {"rank_ratio": "rank", "weight_bits": "bits", "repair_ratio": "repair", "activation_bits": "activations", "kv_bits": "cache bits", "qat_steps": "QAT steps", "transfer_steps": "transfer"}
 
 
 @dataclass(frozen=True)

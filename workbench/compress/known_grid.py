@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ NONE = 256  # stands for no grid: more steps than any
 ROOM = 2**24  # weights compared with grids at once
 SHARE = 0.95  # of the groups that must lie on a grid
 CHANCE = 0.05  # of one group to seem to lie on one by accident; that nearly all of them do is then out of the question
+
+
+class Sample(NamedTuple):
+    """What layers that are compared together have in common: groups and weights looked at, the groups' size (0: rows), their type's precision."""
+
+    groups: int
+    weights: int
+    group: int
+    eps: float
 
 
 def notes(statistics: Statistics) -> tuple[str, ...]:
@@ -66,20 +75,20 @@ def known_grids(stacks: Iterable[Tensor]) -> list[tuple[int, int] | None]:
     What is looked at of all layers is compared together: a GPU would wait for being asked about each.
     """
     found: list[tuple[int, int] | None] = []
-    samples: dict[tuple[int, int, float], list[Tensor]] = {}
-    places: dict[tuple[int, int, float], list[int]] = {}
+    samples: dict[Sample, list[Tensor]] = {}
+    places: dict[Sample, list[int]] = {}
     for stack in stacks:
         for group in GROUPS:
             size = group or stack.shape[2]
             if size >= FEWEST and stack.shape[2] % size == 0 and (not group or size < stack.shape[2]):
                 values = sampled(stack, size)
-                key = (*values.shape[1:], group, torch.finfo(stack.dtype).eps)
+                key = Sample(values.shape[1], values.shape[2], group, torch.finfo(stack.dtype).eps)
                 samples.setdefault(key, []).append(values)
                 places.setdefault(key, []).extend(range(len(found), len(found) + len(stack)))
         found += [None] * len(stack)
     for group in GROUPS:
-        for key in (key for key in samples if key[2] == group):
-            for place, bits in zip(places[key], widths(torch.cat(gathered(samples[key])), key[3]), strict=True):
+        for key in (key for key in samples if key.group == group):
+            for place, bits in zip(places[key], widths(torch.cat(gathered(samples[key])), key.eps), strict=True):
                 if bits and found[place] is None:
                     found[place] = bits, group
     return found
@@ -89,7 +98,8 @@ def sampled(stack: Tensor, size: int) -> Tensor:
     """Return some weights of some groups of `size` inputs, float64 [layers, groups, weights]. stack: [layers, outputs, inputs]."""
     groups = stack.unflatten(2, (-1, size)).flatten(1, 2)
     picked, seen = (spaced(count, most, stack.device) for count, most in ((groups.shape[1], SAMPLES), (size, MOST)))
-    return groups[:, picked][:, :, seen].double()
+    values: Tensor = groups[:, picked][:, :, seen].double()
+    return values
 
 
 def widths(values: Tensor, eps: float) -> list[int]:
