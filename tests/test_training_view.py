@@ -159,6 +159,14 @@ def test_stopping_keeps_and_measures_what_has_been_reached(session):
     assert [row.recipe for row in session.rows()] == [point.recipe]
 
 
+@pytest.mark.parametrize("step", [wb.Transfer(transfer_steps=3, transfer_batch=8), wb.QAT(qat_steps=3, qat_batch=8), wb.Distill(steps=3, distill_batch=8)], ids=lambda step: step.kind())
+def test_steps_of_every_training_are_counted_also_of_a_point_from_the_ledger(session, step):
+    recipe = wb.Recipe(*([] if step.kind() == "qat" else [wb.Prune(sparsity=0.3)]), *([wb.Quantize(weight_bits=4)] if step.kind() == "qat" else []), step)
+    for _ in range(2):  # trained, then found
+        assert session.run(recipe).complete
+        assert session.live.curve_steps == len(session.live.curve) == 3
+
+
 def test_moving_on_while_it_trains_leaves_nothing_of_it(session):
     training = threading.Event()
     session.on_live = lambda: training.set() if session.live.state == "training" else None

@@ -271,7 +271,8 @@ class Session:
         if point.recipe != self.live.recipe:  # training was stopped: the recipe says where
             self.live = replace(self.live, recipe=point.recipe)
             self.on_recipe(point.recipe)
-        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring", curve=point.curve, looks=point.held_out, curve_steps=sum(getattr(step, "steps", 0) for step in point.recipe))
+        steps = max(self.live.curve_steps, point.curve[-1][0] + 1 if point.curve else 0)  # of a point from the ledger, those that were done
+        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring", curve=point.curve, looks=point.held_out, curve_steps=steps)
         if self.live.prediction is not None and self.live.prediction.quality is None:
             self.live = replace(self.live, prediction=self.predicted(point.recipe))
         if point.complete:
