@@ -57,7 +57,7 @@ def test_looks_are_at_the_student_as_it_is_then(sort, device):
     held = task.training[TRAINING - TRAINING // 10 :]
     assert [look.step for look in seen] == [0, 4, 8, 12]
     assert {look.items for look in seen} == {len(held)}
-    start = task.kind.score(compress(task, Recipe(PRUNE)).model, held)
+    start = task.kind.score(compress(task, Recipe(PRUNE)).model, held.to(device))
     nats = float((start.loss * start.weight).sum() / start.weight.sum())
     assert seen[0].loss == pytest.approx(math.exp(nats) if seen[0].metric == "perplexity" else nats, rel=1e-5)
     assert len({look.loss for look in seen}) == 4
