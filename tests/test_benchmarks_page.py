@@ -126,6 +126,9 @@ def test_the_plain_way_rounds_as_the_product_does_and_a_missing_peer_says_why(tm
     first, *peers = record.rows
     assert first["theirs"]["value"] == pytest.approx(first["ours"]["warm_value"], rel=1e-3)
     assert all(first["ours"][f"{when}_{what}_s"] > 0 for when in ("cold", "warm") for what in ("predicted", "first_look", "full"))
+    assert first["rounds"] == against.ROUNDS
+    assert all(first["ours"][f"{when}_first_look_s"] <= first["ours"][f"{when}_full_s"] for when in ("cold", "warm"))
+    assert first["processor_over_full"] == pytest.approx(first["theirs"]["full_processor_s"] / first["ours"]["warm_full_processor_s"], abs=0.02)
     for row in peers:
         assert "theirs" in row or "No module named" in row["failed"]
 

@@ -24,7 +24,7 @@ from workbench.compress.layers import find_layers
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.fused import Head, Headless, find_head
 from workbench.measure.lengths import ordered, text_spans, trimmed
-from workbench.measure.prefix import Kept, find_chain
+from workbench.measure.prefix import Kept, alike, find_chain
 from workbench.measure.stand_ins import with_stand_ins
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
@@ -153,7 +153,7 @@ def test_taking_the_head_off_leaves_the_model_as_it_is():
 
 @pytest.fixture
 def one_thread():
-    """Some CPU products do not give the same bits twice with several threads: then nothing is left out, since the trial tells."""
+    """Some CPU products do not give the same bits twice with several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -173,6 +173,32 @@ def test_every_single_layer_scores_the_same_bits(name, device, one_thread):
         used.append(evaluator.unchanged_blocks(model))
     assert 0 in used
     assert max(used) == DEPTHS.get(name, 2)
+
+
+@pytest.mark.parametrize(("threads", "noise", "left_out"), [(1, 0.0, True), (1, 1e-7, False), (2, 0.0, True), (2, 1e-7, True), (2, 1e-3, False)])
+def test_with_several_threads_the_same_to_rounding_is_enough(monkeypatch, threads, noise, left_out):
+    task = structure_models.task_of("grouped")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    runs: list[float] = []
+
+    def noisy(model, items):
+        found = score(task.kind, model, items)
+        runs.append(noise)
+        return dataclasses.replace(found, loss=found.loss * (1 + noise * len(runs)))
+
+    assert (find_chain(task.model, noisy, task.evaluation[:1]) is not None) == left_out
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_readings_agree_only_with_finite_losses_and_the_same_answers(several):
+    one = Scores(torch.tensor([2.0, 3.0]), torch.zeros(2), torch.ones(2), torch.tensor([1, 2]))
+    assert alike(one, one, several=several)
+    assert alike(one, dataclasses.replace(one, loss=torch.tensor([2.00001, 3.0])), several=several) == several
+    assert not alike(one, dataclasses.replace(one, loss=torch.tensor([2.0001, 3.0])), several=several)
+    assert not alike(one, dataclasses.replace(one, answers=torch.tensor([1, 3])), several=several)
+    for bad in (math.inf, math.nan):  # what NaN in the place of hidden states makes
+        assert not alike(one, dataclasses.replace(one, loss=torch.tensor([2.0, bad])), several=several)
 
 
 def test_blocks_before_the_changed_one_are_not_run():

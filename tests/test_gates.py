@@ -41,7 +41,7 @@ def test_quality_may_not_drop_by_more_than_the_limit(base, drop, held, undecided
     assert verdict.gate == "max_quality_drop"
     assert verdict.held is held
     assert ("not shown to hold, the interval reaches beyond the limit" in verdict.words) is undecided
-    assert "limit 0.01" in verdict.words
+    assert "limit 0.01, which is 1 point" in verdict.words
 
 
 @pytest.mark.parametrize(("speed", "held", "undecided"), [((1.5, 1.2, 1.8), True, False), ((1.1, 1.0, 1.3), True, False), ((1.05, 0.9, 1.2), False, True), ((0.8, 0.7, 0.9), False, False)])
@@ -71,7 +71,7 @@ def test_only_gates_that_are_set_are_checked(base):
 
 def test_every_gate_that_did_not_hold_is_named(base):
     verdicts = check(Gates(max_quality_drop=0, max_file_bytes=1, min_speedup=1e-6), with_drop(base, 0.5, 0.4, 0.6))
-    with pytest.raises(GateFailed, match=r"^max_quality_drop: accuracy drop 0\.5000 \(0\.4000 to 0\.6000\), limit 0; max_file_bytes: file .* limit 1$"):
+    with pytest.raises(GateFailed, match=r"^max_quality_drop: accuracy drop 50 points \(40 to 60\), limit 0, which is 0 points; max_file_bytes: file .* limit 1$"):
         enforce(verdicts)
 
 

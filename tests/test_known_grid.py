@@ -8,7 +8,7 @@ from tiny_tasks import tiny_task
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.known_grid import known_grids, notes
+from workbench.compress.known_grid import FIRST, known_grids, notes, spaced
 from workbench.compress.scales import Spec, fit, form_of
 from workbench.recipe import Recipe
 from workbench.statistics import Statistics
@@ -70,3 +70,12 @@ def test_layers_looked_at_together_are_judged_one_by_one():
     wide, narrow = gaussian(2, 16, 256), gaussian(1, 24, 128, seed=1)
     stacks = [form_of(wide, fit(wide, spec), spec).dequantize(), gaussian(1, 16, 256, seed=2), form_of(narrow, fit(narrow, spec), spec).dequantize().half(), gaussian(2, 8, 16)]
     assert known_grids(stacks) == [grid for stack in stacks for grid in known_grids([stack])] == [(4, 64), (4, 64), None, (4, 64), None, None]
+
+
+def test_the_weights_that_are_tried_first_do_not_decide_alone():
+    weight = torch.rand(1, 64, 128, generator=torch.Generator().manual_seed(0))
+    first = spaced(128, FIRST, weight.device)  # both ends of a row are among them
+    weight[:, :, first] = torch.randint(0, 16, (1, 64, FIRST), generator=torch.Generator().manual_seed(1)) / 15
+    weight[:, :, first[0]], weight[:, :, first[-1]] = 0.0, 1.0
+    assert known_grids([weight]) == [None]
+    assert known_grids([(weight * 15).round() / 15]) == [(4, 0)]

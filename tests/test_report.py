@@ -120,6 +120,21 @@ def test_gate_that_does_not_hold_fails_but_keeps_the_report(made: tuple[Path, Pa
 
 
 @pytest.mark.notebook
+def test_a_report_says_what_it_does_unless_told_not_to(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """From the command line, with no terminal: lines on stderr, two paths on stdout, nothing of either on the page, and no socket left behind."""
+    _, ledger = made
+    words = ["report", "fashion-cnn", "--weight-bits", "4", "--evaluation-items", "200", "--ledger", str(ledger), "--output", str(tmp_path / "out")]
+    run, quiet = (subprocess.run([sys.executable, "-m", "workbench", *words, *more], capture_output=True, text=True, check=True, cwd=tmp_path) for more in ((), ("--quiet",)))
+    lines = run.stderr.splitlines()
+    assert lines[:2] == ["loading fashion-cnn", "this recipe: W4"]
+    assert [line for line in lines if line.startswith("temperature, ")] == [f"temperature, {i} of 3: W4 + distilled T{t}" for i, t in ((1, 1), (2, 2), (3, 4))]
+    assert run.stdout.splitlines() == quiet.stdout.splitlines() == [str(tmp_path / "out" / f"fashion-cnn.{end}") for end in ("html", "ipynb")]
+    assert quiet.stderr == ""
+    assert "temperature, 1 of 3" not in (tmp_path / "out" / "fashion-cnn.html").read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.notebook
 def test_papermill_command_refuses_bad_parameters_before_any_work(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "papermill", str(notebook_path()), str(tmp_path / "out.ipynb"), "-p", "model", "fashion-cnn", "-p", "weight_bits", "33"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)

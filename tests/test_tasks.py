@@ -159,12 +159,14 @@ def test_a_destroyed_model_still_gets_a_number(bad):
     assert scores.loss[1] < 0.01
 
 
-def test_reduction_by_chunks_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("chunks", [{"CHUNK": 30}, {"CACHED": 30}, {"CHUNK": 70, "CACHED": 30}])
+def test_reduction_by_chunks_changes_nothing(monkeypatch, chunks):
     import workbench.tasks
 
     logits, items = torch.randn(4, 9, 11), window_items(torch.randint(11, (4, 9)))
     whole = score(LANGUAGE_MODELLING, Answers(logits), items)
-    monkeypatch.setattr(workbench.tasks.choosing, "CHUNK", 30)
+    for name, size in chunks.items():
+        monkeypatch.setattr(workbench.tasks.choosing, name, size)
     parts = score(LANGUAGE_MODELLING, Answers(logits), items)
     assert torch.equal(whole.loss, parts.loss)
     assert torch.equal(whole.answers, parts.answers)

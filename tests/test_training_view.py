@@ -10,6 +10,7 @@ import tiny_tasks
 
 import workbench as wb
 from widgets.figures import curve_figure
+from widgets.honesty import badge
 from widgets.live import Live
 from widgets.session import Session
 from widgets.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
@@ -52,8 +53,8 @@ def test_the_words_say_whether_it_runs_ended_or_was_stopped():
 
 def test_the_newest_look_stands_in_the_words_and_the_best_one():
     looks = [Look(step, loss, "accuracy", 0.9, value, value - 0.1, value + 0.1, 64, 0.95) for step, loss, value in ((0, 2.0, 0.5), (5, 0.5, 0.8), (10, 0.7, 0.75))]
-    assert "held-out accuracy 0.8 [0.7, 0.9] after step 5 on 64 items, dense 0.9<" in curve_html([(0, 1.0)], 9, running=True, looks=looks[:2])
-    assert "held-out accuracy 0.75 [0.65, 0.85] after step 10 on 64 items, dense 0.9; best after step 5: 0.8" in curve_html([(0, 1.0)], 9, running=True, looks=looks)
+    assert "held-out accuracy 80.0% [70.0%, 90.0%] after step 5 on 64 items, dense 90.0%<" in curve_html([(0, 1.0)], 9, running=True, looks=looks[:2])
+    assert "held-out accuracy 75.0% [65.0%, 85.0%] after step 10 on 64 items, dense 90.0%; best after step 5: 80.0%" in curve_html([(0, 1.0)], 9, running=True, looks=looks)
 
 
 def look(step, value, low, high, dense=0.9):
@@ -111,10 +112,10 @@ def test_the_figure_of_a_point_shows_quality_at_each_look(session):
     loss, quality, dense = curve_figure(point).data
     assert list(loss.y) == [value for _, value in point.curve]
     assert list(quality.x) == [0, 2, 4]
-    assert list(quality.y) == [found.value for found in point.held_out]
-    assert [y + up for y, up in zip(quality.y, quality.error_y.array, strict=True)] == pytest.approx([found.high for found in point.held_out])
-    assert [y - down for y, down in zip(quality.y, quality.error_y.arrayminus, strict=True)] == pytest.approx([found.low for found in point.held_out])
-    assert set(dense.y) == {point.held_out[0].dense}
+    assert list(quality.y) == [100 * found.value for found in point.held_out]  # in percent, as everywhere
+    assert [y + up for y, up in zip(quality.y, quality.error_y.array, strict=True)] == pytest.approx([100 * found.high for found in point.held_out])
+    assert [y - down for y, down in zip(quality.y, quality.error_y.arrayminus, strict=True)] == pytest.approx([100 * found.low for found in point.held_out])
+    assert set(dense.y) == {100 * point.held_out[0].dense}
 
 
 def test_it_is_hidden_without_training_and_its_button_while_nothing_runs():
@@ -165,6 +166,18 @@ def test_steps_of_every_training_are_counted_also_of_a_point_from_the_ledger(ses
     for _ in range(2):  # trained, then found
         assert session.run(recipe).complete
         assert session.live.curve_steps == len(session.live.curve) == 3
+
+
+def test_what_is_being_computed_is_said_until_there_is_a_look(session, monkeypatch):
+    said = []
+    monkeypatch.setattr("widgets.session.DOING_SECONDS", 0.0)
+    session.on_live = lambda: said.append((session.live.doing, badge(session.live))) if session.live.point is None else None
+    session.run(wb.Recipe(wb.Prune(sparsity=0.4, criterion="wanda")))
+    words = [doing for doing, _ in said if doing]
+    assert any(word.startswith("calibration, ") for word in words)
+    assert all(f"predicted: {doing}</div>" in html for doing, html in said if doing)
+    assert session.live.doing == ""
+    assert "predicted" not in badge(session.live)
 
 
 def test_moving_on_while_it_trains_leaves_nothing_of_it(session):

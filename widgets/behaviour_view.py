@@ -99,4 +99,4 @@ def texts_html(label: str, records: Sequence[Continuation]) -> str:
     """Return what was given to both models, with their answers side by side."""
     rows = "".join(f"<tr><td>{escape(r.prompt)}</td><td>{escape(r.dense)}</td><td>{escape(r.compressed)}</td></tr>" for r in records)
     heads = "<th>given</th><th>dense</th><th>compressed</th>"
-    return f"<p><b>{escape(label)}</b></p><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<p><b>{escape(label)}</b></p><table class='wb-texts'><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"

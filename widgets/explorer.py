@@ -284,5 +284,7 @@ def dense_words(point: Measurement) -> str:
     quality = point.primary
     value = metric_named(quality.metric).words(quality.dense.value)
     time = f" &middot; {point.latency.dense_median_ms:.1f} ms" if point.latency else ""
+    if point.latency and point.latency.real_time_factors:
+        time += f" &middot; real-time factor {point.latency.real_time_factors[0]:.3f}"
     about = escape(f"{quality.metric} on {point.items:,} items of {point.context.data_name}; {point.context.device_name}")
     return f"<span title='{about}'><b>\N{BLACK STAR}</b> dense: <b>{value}</b> {escape(quality.metric)} &middot; {size(point.dense_sizes.file_bytes)}{time}</span>"

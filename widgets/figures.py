@@ -61,7 +61,7 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
             figure.add_trace(markers(record, chosen, color, width, words))
     figure.add_scatter(
         x=[shown_cost(record, record.dense_cost)], y=[scale * record.dense_quality], mode="markers", name="dense model",
-        marker={"symbol": "star", "size": 17, "color": ORANGE}, hovertemplate="dense model<br>%{y:.4g}<extra></extra>",
+        marker={"symbol": "star", "size": 17, "color": ORANGE}, hovertemplate=f"dense model<br>{metric_named(record.metric).words(record.dense_quality)}<extra></extra>",
     )  # fmt: skip
     ringed = [point for point in record.points if point.key == highlight]
     if ringed:
@@ -73,8 +73,10 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
     layout(figure, f"{escape(record.model)}: {record.metric} against {'size' if record.cost_name == 'file_bytes' else 'latency'}", cost, metric_title(record.metric))
     if record.metric == "perplexity":
         figure.update_yaxes(type="log", autorange="reversed")
+    elif not metric_named(record.metric).higher:
+        figure.update_yaxes(autorange="reversed")
     if record.cost_name == "file_bytes":
-        ticks = [base * 10**power for power in range(-3, 6) for base in (1, 2, 5)]
+        ticks = [base * 10**power for power in range(-3, 6) for base in (1, 1.5, 2, 3, 5, 7)]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
 
@@ -83,7 +85,9 @@ def metric_title(metric: str) -> str:
     """Return the axis title of a metric."""
     if metric == "perplexity":
         return "perplexity (log, better upwards)"
-    return f"{metric} (%)" if metric_named(metric).percent else metric
+    unit = ["%"] if metric_named(metric).percent else []
+    words = unit if metric_named(metric).higher else [*unit, "better upwards"]
+    return f"{metric} ({', '.join(words)})" if words else metric
 
 
 def markers(record: Tradeoff, points: Sequence[TradeoffPoint], color: str, width: int, name: str) -> go.Scatter:
@@ -115,7 +119,8 @@ def sliders_figure(sweeps: Mapping[str, Sequence[Measurement]], centre: Measurem
     rows = max(1, -(-len(shown) // 2))
     figure = make_subplots(rows=rows, cols=2, horizontal_spacing=0.11, vertical_spacing=0.24 / rows, subplot_titles=list(shown))
     about = metric_named(centre.primary.metric)
-    unit = f"{about.name} change ({about.change_unit})" if about.change_unit else f"{about.name} change"
+    told = ", ".join(filter(None, (about.change_unit, "" if about.higher else "less is better")))
+    unit = f"{about.name} change ({told})" if told else f"{about.name} change"
     for index, (slider, points) in enumerate(shown.items()):
         for trace in slider_traces(slider, points, centre):
             figure.add_trace(trace, row=index // 2 + 1, col=index % 2 + 1)
@@ -177,12 +182,14 @@ def curve_figure(point: Measurement) -> go.Figure:
 
 def add_looks(figure: go.Figure, looks: Sequence[Look]) -> None:
     """Add looks at held-out items on the right axis of a figure."""
-    metric, places, values = looks[0].metric, [look.step for look in looks], [look.value for look in looks]
-    bars = {"type": "data", "symmetric": False, "array": [look.high - look.value for look in looks], "arrayminus": [look.value - look.low for look in looks], "width": 3}
+    metric, places = looks[0].metric, [look.step for look in looks]
+    factor = metric_named(metric).scale
+    values = [factor * look.value for look in looks]
+    bars = {"type": "data", "symmetric": False, "array": [factor * (look.high - look.value) for look in looks], "arrayminus": [factor * (look.value - look.low) for look in looks], "width": 3}
     name = f"{metric} on {looks[-1].items} held-out items, {looks[-1].confidence:.0%} interval"
     figure.add_scatter(x=places, y=values, error_y=bars, mode="lines+markers", line={"color": ORANGE}, name=name, secondary_y=True)
-    figure.add_scatter(x=[0, max(places)], y=[looks[-1].dense] * 2, mode="lines", line={"color": GREY, "dash": "dash"}, name="dense model", secondary_y=True)
-    figure.update_yaxes(title=metric, showgrid=False, zeroline=False, automargin=True, secondary_y=True)
+    figure.add_scatter(x=[0, max(places)], y=[factor * looks[-1].dense] * 2, mode="lines", line={"color": GREY, "dash": "dash"}, name="dense model", secondary_y=True)
+    figure.update_yaxes(title=f"{metric} (%)" if metric_named(metric).percent else metric, showgrid=False, zeroline=False, automargin=True, secondary_y=True)
     figure.update_layout(margin={"r": 70})
 
 

@@ -8,6 +8,7 @@ import ipywidgets as ipw
 
 from widgets.live import Live
 from workbench.card import divergence_words
+from workbench.compare import time_words
 from workbench.measure.measurement import Measurement
 from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Estimate, Quality
@@ -46,9 +47,17 @@ def badge(live: Live) -> str:
     """Return what kind of numbers these are: predicted, measured on so many items, or measured."""
     words = STATES[live.state]
     kind = live.state
+    if live.doing and live.state == "measuring":
+        words = f"{words}: {live.doing}"
     if live.point is not None and (not live.point.complete or live.point.margin is not None):
         words = f"{'stopped' if live.state == 'cancelled' else 'measured'}: {live.point.items:,} of {live.point.items_total:,} items"
-    return f"<div class='wb-badge wb-{kind}'>{escape(words)}</div>"
+        words += ", timing" if live.state == "measuring" and only_timed(live.point) else ""
+    return f"<div class='wb-badge wb-{kind}' title='{escape(words)}'>{escape(words)}</div>"
+
+
+def only_timed(point: Measurement) -> bool:
+    """Return whether quality is known, and only time and memory are still being measured."""
+    return point.known_to(point.margin) and point.latency is None and "latency" not in point.missing
 
 
 def plus_minus(quality: Quality) -> tuple[str, str]:
@@ -112,7 +121,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
         ("file", f"{size(point.sizes.file_bytes)} of {size(point.dense_sizes.file_bytes)}"),
         ("time predicted", predicted_ms(point, guess)),
         *bound(guess),
-        ("time measured", f"{latency.median_ms:.2f} ms, dense {latency.dense_median_ms:.2f} ms" if latency else point.missing.get("latency", "…")),
+        ("time measured", time_words(point) if latency else point.missing.get("latency", "…")),
         ("run by", "; ".join((point.context.runtime, *point.kernels))),
         ("items", f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for calibration"),
         ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),

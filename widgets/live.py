@@ -25,6 +25,7 @@ class Live:
     prediction: Prediction | None = None
     point: Measurement | None = None
     state: str = "ready"  # loading, training, measuring, measured, cancelled, failed
+    doing: str = ""  # what is being computed, where it takes longer than a moment
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of the recipe, as far as it has come
     curve_steps: int = 0  # training steps planned
     looks: tuple[Look, ...] = ()  # at held-out items while it was trained

@@ -40,6 +40,7 @@ def y_range(dense: float, ys: Sequence[float], metric: str, choice: PlotChoice |
         least = 5.0 if metric_named(metric).percent else 0.0  # an error rate may well be 0
         reach = max([dense * 3, least, *(2 ** math.ceil(math.log2(y * 1.2)) for y in ys if y > dense * 2.5)])
         low = min([dense * 0.85, *(y * 0.95 for y in ys if y > 0)])
+        low = min(low, dense - 0.04 * reach) if metric_named(metric).percent else low  # room for the star of a model without errors
         return [math.log10(reach), math.log10(low)] if logarithmic(made, metric) else [reach, low]
     if not metric_named(metric).percent:
         return [min([0.8 * dense, *ys]), max([1.1 * dense, *ys])]

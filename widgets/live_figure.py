@@ -18,6 +18,7 @@ from widgets.figures import BLUE, GREEN, GREY, GRID, ORANGE, STANDINGS, wrap
 from widgets.live import Live
 from widgets.plot_choice import PlotChoice, scale
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.measure.quality import Estimate, Quality
 from workbench.tradeoff import Standing, Tradeoff, TradeoffPoint, cost_of, dense_cost_of, quality_of
 
@@ -119,7 +120,8 @@ def dense_changes(point: Measurement | None, choice: PlotChoice) -> Changes:
     if spent is None or quality is None:
         return {DENSE: {"x": [], "y": []}}
     y = 0.0 if choice.change else scale(quality.metric, change=False) * quality.dense.value
-    return {DENSE: {"x": [shown_cost(spent, choice)], "y": [y]}}
+    words = metric_named(quality.metric).words(quality.dense.value)
+    return {DENSE: {"x": [shown_cost(spent, choice)], "y": [y], "hovertemplate": f"dense model<br>{words}<extra></extra>"}}
 
 
 def live_changes(live: Live, anchor: Measurement | None, choice: PlotChoice) -> Changes:

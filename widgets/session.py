@@ -18,6 +18,7 @@ from widgets.live import Live
 from widgets.worker import Stale, Worker
 from workbench.bench import Bench
 from workbench.compress import Compressed, Distill
+from workbench.compress.layers import Progress
 from workbench.descend import Trial, descend
 from workbench.errors import Cancelled, DataError, ModelError, RecipeError
 from workbench.measure.measurement import Measurement
@@ -27,6 +28,7 @@ from workbench.recipe import Recipe
 from workbench.soften import softened
 
 CURVE_SECONDS = 0.1  # between two pictures of a training curve
+DOING_SECONDS = 0.5  # between two words on what is being computed
 Loaded = tuple[Choice, Bench, Predictor]
 
 
@@ -148,11 +150,27 @@ class Session:
             stop = self.enough = threading.Event()
             self.soften(stale, bench, recipe)
             training = Training(lambda curve, steps: self.trained(stale, curve, steps), stop.is_set, lambda looks: self.looked_at(stale, looks))
-            yield from bench.stream(recipe, cancelled=stale, on_compressed=self.take, training=training)
+            yield from bench.stream(recipe, cancelled=stale, on_compressed=self.take, training=training, working=self.working(stale))
             if self.compressed is not None:
                 yield from self.follow_up(bench, self.compressed)
 
         return make
+
+    def working(self, stale: Stale) -> Progress:
+        """Return what takes over what is being computed, twice a second, once it has taken more than a moment."""
+        told = time.monotonic()
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told < DOING_SECONDS:
+                return
+            told = time.monotonic()
+            with self.measurer.changed:
+                if not stale() and self.live.state == "measuring":
+                    self.live = replace(self.live, doing=f"{what}, {done:,} of {total:,}" if total > 1 else what)
+                    self.on_live()
+
+        return report
 
     def soften(self, stale: Stale, bench: Bench, recipe: Recipe) -> None:
         """Find out what the temperature of a recipe makes of one answer, for the curve's lesson; nothing where there is no distribution."""
@@ -272,7 +290,7 @@ class Session:
             self.live = replace(self.live, recipe=point.recipe)
             self.on_recipe(point.recipe)
         steps = max(self.live.curve_steps, point.curve[-1][0] + 1 if point.curve else 0)  # of a point from the ledger, those that were done
-        self.live = replace(self.live, point=point, state="measured" if point.complete else "measuring", curve=point.curve, looks=point.held_out, curve_steps=steps)
+        self.live = replace(self.live, point=point, doing="", state="measured" if point.complete else "measuring", curve=point.curve, looks=point.held_out, curve_steps=steps)
         if self.live.prediction is not None and self.live.prediction.quality is None:
             self.live = replace(self.live, prediction=self.predicted(point.recipe))
         if point.complete:
@@ -306,12 +324,12 @@ class Session:
         with self.measurer.changed:
             if self.measurer.busy:
                 self.measurer.cancel()
-                self.live = replace(self.live, state="measured" if self.live.point is not None and self.live.point.complete else "cancelled")
+                self.live = replace(self.live, state="measured" if self.live.point is not None and self.live.point.complete else "cancelled", doing="")
                 self.on_live()
 
     def failed(self, error: BaseException) -> None:
         """Report what the current measurement raised."""
-        self.live = replace(self.live, state="failed")
+        self.live = replace(self.live, state="failed", doing="")
         self.on_error(error)
         self.on_live()
 

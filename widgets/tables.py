@@ -10,6 +10,7 @@ from workbench.card import quality_words, verdict
 from workbench.gates import Verdict
 from workbench.measure.measurement import Measurement
 from workbench.report import Job
+from workbench.report_points import Moved
 from workbench.summary import layer_rows, provenance_rows, summary
 from workbench.words import size
 
@@ -52,7 +53,7 @@ def points_table(points: Sequence[Measurement]) -> str:
         [
             {
                 "recipe": p.recipe.label(),
-                p.primary.metric: quality_words(p.primary).split(" ", 1)[1],
+                p.primary.metric: quality_words(p.primary).removeprefix(f"{p.primary.metric} "),
                 "file": size(p.sizes.file_bytes),
                 "smaller": f"{p.shrink:.2f}x",
                 "speed against dense": "" if p.latency is None else f"{p.latency.speedup.value:.2f}x ({p.latency.speedup.low:.2f} to {p.latency.speedup.high:.2f})",
@@ -60,6 +61,13 @@ def points_table(points: Sequence[Measurement]) -> str:
             for p in sorted(points, key=lambda p: p.sizes.file_bytes)
         ]
     )
+
+
+def left_out_list(moves: Sequence[Moved]) -> str:
+    """Return which points of which slider a report had no time for; nothing if it had."""
+    found = "".join(f"<li>{escape(words)}</li>" for one in moves if (words := one.words()))
+    more = "Made again, this report goes on from here, since no point is measured twice; with <code>slider_minutes = 0</code> it waits for all."
+    return f"<ul>{found}</ul><p>{more}</p>" if found else ""
 
 
 def gates_box(verdicts: Sequence[Verdict]) -> str:
@@ -72,4 +80,4 @@ def gates_box(verdicts: Sequence[Verdict]) -> str:
 
 def notes_list(point: Measurement) -> str:
     """Return what a reader must know about model and data."""
-    return "".join(f"<li>{escape(note)}</li>" for note in point.warnings)
+    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in point.warnings)}</ul>" if point.warnings else ""

@@ -9,6 +9,8 @@ import ipywidgets as ipw
 
 from widgets.live import Live
 from widgets.softened_html import softened_html
+from workbench.measure.estimate import Estimate
+from workbench.measure.metrics import metric_named
 from workbench.progress import Curve, Look
 
 WIDTH, HEIGHT = 360, 54  # of the picture, in its own units
@@ -53,8 +55,9 @@ def look_words(looks: Sequence[Look]) -> str:
     if not looks:
         return ""
     last, best = looks[-1], min(looks, key=lambda look: look.loss)
-    words = f"; held-out {last.metric} {last.value:.4g} [{last.low:.4g}, {last.high:.4g}] after step {last.step} on {last.items} items, dense {last.dense:.4g}"
-    return words if best is last else f"{words}; best after step {best.step}: {best.value:.4g}"
+    metric = metric_named(last.metric)
+    words = f"; held-out {last.metric} {metric.interval(Estimate(last.value, last.low, last.high))} after step {last.step} on {last.items} items, dense {metric.words(last.dense)}"
+    return words if best is last else f"{words}; best after step {best.step}: {metric.words(best.value)}"
 
 
 def curve_svg(curve: Curve, steps: int, looks: Sequence[Look] = ()) -> str:

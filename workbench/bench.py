@@ -27,7 +27,7 @@ from workbench.neighbours import Neighbours
 from workbench.placement import place_task, placement_named
 from workbench.placement import words as placed
 from workbench.prediction_score import Predicted
-from workbench.progress import Bar, Training
+from workbench.progress import Bar, Shown, Training
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
 from workbench.statistics import Statistics
@@ -67,7 +67,7 @@ class Bench:
         margin: float | None = None,
         offline: bool = False,
         seed: int = 0,
-        progress: bool = True,
+        progress: Shown = True,
     ) -> None:
         """Load the model and its data.
 
@@ -88,7 +88,7 @@ class Bench:
                 or 1% of perplexity; None reads all items.
             offline: never reach for the network.
             seed: of the order of data.
-            progress: whether to show a progress bar.
+            progress: True shows a progress bar, "lines" a line on stderr every ten seconds.
 
         Raises:
             ModelError, DataError, DeviceError, LedgerError, RuntimeRefused: see `workbench.errors`.
@@ -107,7 +107,7 @@ class Bench:
             if isinstance(model, Task)
             else load_task(
                 model, data, device=str(self.device), offline=offline, evaluation_items=evaluation_items, calibration_items=calibration_items,
-                training_items=training_items, context=context_length, seed=seed, progress=progress, placement=placement_named(placement),
+                training_items=training_items, context=context_length, seed=seed, progress=progress is True, placement=placement_named(placement),
             )
         )  # fmt: skip
         self.evaluation = self.task.evaluation.to(self.device)
@@ -148,16 +148,16 @@ class Bench:
 
     def stream(
         self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, on_compressed: Callable[[Compressed], None] | None = None,
-        training: Training | None = None, margin: float | None = None,
+        training: Training | None = None, margin: float | None = None, working: Progress = no_progress,
     ) -> Iterator[Measurement]:
-        """Yield the measurement after 16, 64, 256 and all evaluation items; the last one is complete and in the ledger.
+        """Yield the measurement after 16, 64, 256 and all evaluation items, then the complete one, with latency and memory, that is in the ledger.
 
         Intervals are joint over the looks (`workbench.measure.joint`): they hold however early one stops. Arguments as `measure`;
         `on_compressed` gets the compressed model before the first look, unless the ledger has the point already. `training`
-        watches training steps; where it ends one early, the points' recipe says where.
+        watches training steps; where it ends one early, the points' recipe says where. `working(what, done, total)` is told what is done between.
         """
         enough = self.margin if margin is None else checked_margin(margin)
-        return self.looks(recipe, self.early(), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training, margin=enough)
+        return self.looks(recipe, self.early(), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training, margin=enough, working=working)
 
     def early(self) -> tuple[int, ...]:
         """Return the numbers of items that are looked at before all are read."""
@@ -165,15 +165,15 @@ class Bench:
 
     def looks(
         self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None, on_compressed: Callable[[Compressed], None] | None = None,
-        training: Training | None = None, margin: float | None = None,
+        training: Training | None = None, margin: float | None = None, working: Progress = no_progress,
     ) -> Iterator[Measurement]:
-        """Yield a measurement after each of the `early` numbers of items, until one is known to `margin`, then the complete one."""
+        """Yield a measurement after each of the `early` numbers of items and after all, until one is known to `margin`, then the complete one."""
         known = None if again else self.ledger.find(self.context.key(recipe))
         if known is not None and known.known_to(margin):
             yield known
             return
         with Bar(recipe.label(), shown=self.show_progress) as bar:
-            progress = stoppable(bar, cancelled)
+            progress = stoppable(both(bar, working), cancelled)
             predicted = self.predicts(recipe)
             ahead = () if (told := forecast(self, recipe, early[0] if early else len(self.evaluation))) is None else (told.words(),)
             for words in ahead:
@@ -184,7 +184,7 @@ class Bench:
             if on_compressed is not None:
                 on_compressed(compressed)
             partial = Partial(self, compressed, (*early, len(self.evaluation)), progress, time.perf_counter() - start, margin=margin, resume=not again)
-            yield from partial.early()
+            yield from partial.looks()
             point = partial.finish()
         if predicted is not None and point.recipe == recipe:  # training that was stopped has made another one
             point = dataclasses.replace(point, predicted=predicted)
@@ -297,6 +297,16 @@ def checked_margin(margin: float | None) -> float | None:
     if margin is not None and not 0 <= margin < float("inf"):
         raise DataError(f"margin={margin!r} is refused: give half the width that an interval may have, such as 0.01, or 0 to read all items")
     return margin
+
+
+def both(one: Progress, other: Progress) -> Progress:
+    """Return what tells both."""
+
+    def report(what: str, done: int, total: int) -> None:
+        one(what, done, total)
+        other(what, done, total)
+
+    return report
 
 
 def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progress:

@@ -9,13 +9,9 @@ from workbench.words import size
 
 
 def quality_words(quality: Quality) -> str:
-    """Return such as `accuracy 93.1% -> 92.3% (-0.8 points, -1.3 to -0.3)`."""
-    before, after, change = quality.dense.value, quality.compressed.value, quality.change
-    if metric_named(quality.metric).percent:
-        return f"{quality.metric} {before:.1%} to {after:.1%} ({100 * change.value:+.1f} points, {100 * change.low:+.1f} to {100 * change.high:+.1f})"
-    if quality.metric == "perplexity":
-        return f"perplexity {before:.4g} to {after:.4g} ({change.value:+.1%}, {change.low:+.1%} to {change.high:+.1%})"
-    return f"{quality.metric} {before:.4g} to {after:.4g} ({change.value:+.3g}, {change.low:+.3g} to {change.high:+.3g})"
+    """Return such as `accuracy 93.1% to 92.3% (-0.8 points, -1.3 to -0.3)`."""
+    metric = metric_named(quality.metric)
+    return f"{quality.metric} {metric.words(quality.dense.value)} to {metric.words(quality.compressed.value)} ({metric.change_words(quality.change)})"
 
 
 def divergence_words(point: Measurement) -> str:

@@ -30,6 +30,8 @@ COMMON = (
     ("recipe", str, "a whole recipe as JSON, as Recipe.to_json() writes it, in place of the options of single methods"),
 )
 
+QUIET = click.option("--quiet", "-q", is_flag=True, help="say nothing on stderr while it works")
+
 
 def flag(name: str) -> str:
     """Return the command-line spelling of an option."""
@@ -124,8 +126,9 @@ def runtimes(device: str | None, quick: bool) -> None:
 @click.option("--again", is_flag=True, help="measure even if the ledger has this point")
 @click.option("--export", "directory", type=click.Path(path_type=Path), help="also write the compressed model to this directory")
 @click.option("--overwrite", is_flag=True, help="replace an earlier export there")
+@QUIET
 @click.pass_context
-def measure(ctx: click.Context, /, again: bool, directory: Path | None, overwrite: bool, **given: Any) -> None:
+def measure(ctx: click.Context, /, again: bool, directory: Path | None, overwrite: bool, quiet: bool, **given: Any) -> None:
     """Compress MODEL by one recipe, measure it against the dense model, and print one table."""
     from workbench.bench import Bench
     from workbench.export import check_target
@@ -134,7 +137,7 @@ def measure(ctx: click.Context, /, again: bool, directory: Path | None, overwrit
     job = job_from({**given, "plugins": list(ctx.obj)})
     if directory is not None:
         check_target(directory, overwrite=overwrite)
-    bench = Bench(job.model, **{**job.settings, "progress": sys.stderr.isatty()})
+    bench = Bench(job.model, **{**job.settings, "progress": False if quiet else sys.stderr.isatty() or "lines"})
     point = bench.measure(job.recipe, again=again)
     show_point(point)
     if directory is not None:
@@ -144,13 +147,15 @@ def measure(ctx: click.Context, /, again: bool, directory: Path | None, overwrit
 @workbench.command(cls=JobCommand)
 @click.option("--output", type=click.Path(path_type=Path), default="reports", show_default=True, help="directory of the executed notebook and the page")
 @click.option("--name", help="of both files; left out: the model's name")
+@click.option("--slider-minutes", type=float, help="for the points of one slider, moved alone; the rest is left out, and said; 0 waits for all [default: 5]")
+@QUIET
 @click.pass_context
-def report(ctx: click.Context, /, output: Path, name: str | None, **given: Any) -> None:
+def report(ctx: click.Context, /, output: Path, name: str | None, quiet: bool, **given: Any) -> None:
     """Run the report notebook on MODEL. Exit code 0: every gate held; 1: one did not, or the work failed; 2: bad usage."""
     from workbench.report import report as run
 
     chosen = {key: value for key, value in given.items() if value is not None and value is not False}
-    page = run({**chosen, "plugins": list(ctx.obj)}, output, name=name, progress=sys.stderr.isatty())
+    page = run({**chosen, "plugins": list(ctx.obj)}, output, name=name, progress=not quiet)
     click.echo(f"{page}\n{page.with_suffix('.ipynb')}")
 
 

@@ -146,7 +146,11 @@ def time_words(point: Measurement) -> str:
     """Return the measured time next to the dense model's of the same run."""
     if point.latency is None:
         return point.missing.get("latency", "not measured")
-    return f"{point.latency.median_ms:.2f} ms, dense {point.latency.dense_median_ms:.2f} ms"
+    words = f"{point.latency.median_ms:.2f} ms, dense {point.latency.dense_median_ms:.2f} ms"
+    if point.latency.real_time_factors is not None:
+        before, after = point.latency.real_time_factors
+        words += f"; real-time factor {after:.3f}, dense {before:.3f}"
+    return words
 
 
 def ratio_words(point: Measurement) -> str:

@@ -51,6 +51,8 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
         record |= {name: getattr(row.sizes, name), f"dense_{name}": getattr(row.dense_sizes, name)}
     for name in ("median_ms", "p95_ms", "dense_median_ms", "dense_p95_ms"):
         record[f"latency_{name}"] = None if latency is None else getattr(latency, name)
+    if latency is not None and latency.real_time_factors is not None:  # of speech alone
+        record |= dict(zip(("dense_real_time_factor", "real_time_factor"), latency.real_time_factors, strict=True))
     record |= spread("speedup_ratio", None if latency is None else latency.speedup)
     record |= {
         "latency_batch_items": context.latency_batch, "latency_rounds": None if latency is None else latency.rounds,

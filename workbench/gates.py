@@ -10,6 +10,7 @@ from pydantic import Field
 
 from workbench.errors import GateFailed
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.recipe import configuration
 from workbench.words import size
 
@@ -37,7 +38,10 @@ def check(gates: Gates, point: Measurement) -> tuple[Verdict, ...]:
     found = []
     if gates.max_quality_drop is not None:
         drop, limit = point.primary.drop, gates.max_quality_drop
-        reach = f"{point.primary.metric} drop {drop.value:.4f} ({drop.low:.4f} to {drop.high:.4f}), limit {limit:g}"
+        metric = metric_named(point.primary.metric)
+        low, high = (f"{metric.change_scale * end:.4g}" for end in (drop.low, drop.high))
+        given = f"{limit:g}, which is {metric.amount(limit)}" if metric.change_scale > 1 else f"{limit:g}"
+        reach = f"{metric.name} drop {metric.amount(drop.value)} ({low} to {high}), limit {given}"
         found.append(Verdict("max_quality_drop", drop.high <= limit, f"{reach}{doubt(drop.low <= limit < drop.high)}"))
     if gates.max_file_bytes is not None:
         actual = point.sizes.file_bytes

@@ -49,19 +49,18 @@ class Partial:
         self.scores: list[Scores] = [] if begun is None else [begun.scores]
         self.earlier = None if begun is None else begun.divergences
         self.outputs = bench.evaluator.outputs()
-        self.count = counts[-1]  # items that will be read
+        self.last: Measurement | None = None  # the last look
         self.level = bench.statistics.once(("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence))
         self.neighbour = bench.neighbours.nearest(compressed.recipe)
         self.plan = plan(compressed, bench.device.type, bench.runtime)
         self.sizes = counted_sizes(compressed.model, compressed.layers)
 
-    def early(self) -> Iterator[Measurement]:
-        """Iterate over the looks before the last, until one knows enough."""
-        for count in self.counts[:-1]:
-            point = self.look(count)
-            yield point
-            if point.known_to(self.margin):
-                self.count = count
+    def looks(self) -> Iterator[Measurement]:
+        """Iterate over the looks, until one knows enough or all items are read; none has latency or memory yet."""
+        for count in self.counts:
+            self.last = self.look(count)
+            yield self.last
+            if self.last.known_to(self.margin):
                 return
 
     def known(self) -> Known | None:
@@ -95,10 +94,11 @@ class Partial:
         )
 
     def finish(self) -> Measurement:
-        """Return the complete measurement: all items that are needed, latency, memory. Quality that has been read survives a failing timer."""
+        """Return the last look made complete: packed sizes, divergence, latency, memory. Quality that has been read survives a failing timer."""
         bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
-        self.sizes = sizes(self.compressed.model, self.compressed.layers)  # packed, not only counted
-        point = self.with_divergence(self.remembered(self.look(self.count)), missing)
+        assert self.last is not None  # noqa: S101  for the type checker: `looks` comes first
+        packed = sizes(self.compressed.model, self.compressed.layers)  # not only counted
+        point = self.with_divergence(self.remembered(dataclasses.replace(self.last, sizes=packed)), missing)
         dense, items = bench.task.model, bench.latency_items
         if reason := untimed(dense):
             cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
@@ -125,16 +125,16 @@ class Partial:
         outputs, self.outputs = self.outputs, None
         if outputs is None:
             return point
-        found = attempt(WHAT, missing, lambda: self.divergence(outputs, missing))
+        found = attempt(WHAT, missing, lambda: self.divergence(outputs, point.items, missing))
         if found is not None and point.items < point.items_total:
             self.bench.neighbours.begin(point.key, self.scores[0], found.each)
         return point if found is None else dataclasses.replace(point, kl=found.kl, kl_items=found.items, kl_answers=found.answers)
 
-    def divergence(self, outputs: Outputs, missing: dict[str, str]) -> Divergence | None:
+    def divergence(self, outputs: Outputs, count: int, missing: dict[str, str]) -> Divergence | None:
         """Return the KL divergence of what the model said, None with the reason in `missing` where too little of it is kept."""
         bench = self.bench
         try:
-            return divergence(bench.evaluator, bench.reference, self.compressed.model, outputs, self.count, level=self.level, same=not len(self.compressed.recipe), earlier=self.earlier, progress=self.progress)
+            return divergence(bench.evaluator, bench.reference, self.compressed.model, outputs, count, level=self.level, same=not len(self.compressed.recipe), earlier=self.earlier, progress=self.progress)
         except DataError as error:
             missing[WHAT] = str(error)
             return None

@@ -1,13 +1,17 @@
-"""A progress bar for long work, in a terminal and in a notebook."""
+"""What long work says of itself: a progress bar in a terminal and in a notebook, lines where there is neither."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 Curve = Sequence[tuple[int, float]]  # (training step, loss)
+Shown = bool | Literal["lines"]  # a bar, nothing, or now and then a line on stderr
+EVERY_S = 10.0  # between two lines
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,26 @@ class Training:
 
 
 class Bar:
-    """Shows what is being done and how far it is; call it as `bar(what, done, total)`. Opens nothing until then."""
+    """Shows what is being done and how far it is; call it as `bar(what, done, total)`. Opens nothing until then.
 
-    def __init__(self, label: str, *, shown: bool = True) -> None:
+    With "lines" it writes a line every ten seconds, for files and pipes: what is done sooner says nothing.
+    """
+
+    def __init__(self, label: str, *, shown: Shown = True) -> None:
         """Remember the label, such as the recipe's."""
         self.label, self.shown = label, shown
         self.bar: Any = None
+        self.told = time.monotonic()
         self.what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show `done` of `total` of `what`."""
         if not self.shown:
+            return
+        if self.shown == "lines":
+            if time.monotonic() - self.told >= EVERY_S:
+                self.told = time.monotonic()
+                say(f"{self.label}: {what}{f' {done:,} of {total:,}' if total > 1 else ''}")
             return
         if self.bar is None:
             from tqdm.auto import tqdm
@@ -75,3 +88,8 @@ class Bar:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def say(words: str) -> None:
+    """Write a line on stderr at once."""
+    print(words, file=sys.stderr, flush=True)  # noqa: T201  progress for people

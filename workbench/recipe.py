@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Targets = tuple[str, ...]
 
-PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "margin", "runtime", "placement", "progress", "plugins", "recipe")  # parameters of a job besides recipe and gates
+PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "margin", "runtime", "placement", "progress", "slider_minutes", "plugins", "recipe")  # parameters of a job besides recipe and gates
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
-RESERVED = {*PLAIN, "targets", "again", "export", "overwrite", "output", "name", "plugin", "help"}  # and every name that begins as a gate's
+RESERVED = {*PLAIN, "targets", "again", "export", "overwrite", "output", "name", "plugin", "quiet", "help"}  # and every name that begins as a gate's
 
 
 def explain(owner: str, error: ValidationError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 import sysconfig
 import tempfile
 import warnings
@@ -30,11 +31,15 @@ class Job:
     recipe: Recipe
     gates: Gates
     settings: dict[str, Any]
+    slider_minutes: float = 5.0  # for the points of one slider; 0 waits for all
 
     def bench(self) -> Bench:
         """Return the bench of this job: the model and its data, loaded."""
         from workbench.bench import Bench
+        from workbench.progress import say
 
+        if self.settings.get("progress") == "lines":
+            say(f"loading {self.model}")
         return Bench(self.model, **self.settings)
 
 
@@ -73,13 +78,16 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
     recipe = chosen_recipe(given["recipe"], {name: given[name] for name in METHODS.options()}, seed)
     settings = {name: given[name] for name in ("data", "device", "ledger", "runtime", "placement") if given[name] is not None}
     settings |= {"seed": seed, **{name: str(given[name]).lower() in {"true", "1", "yes"} for name in ("offline", "progress")}}
+    if given["progress"] == "lines":
+        settings["progress"] = "lines"
     if given["evaluation_items"] is not None:
         settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
     if given["margin"] is not None:
         settings["margin"] = fraction("margin", given["margin"])
     if not given["model"]:
         raise RecipeError("parameter 'model' is missing: give a catalogue name such as 'fashion-vit', a directory or a hub id")
-    return Job(str(given["model"]), recipe, Gates(**{name: given[name] for name in gates}), settings)
+    minutes = fraction("slider_minutes", given["slider_minutes"], "5, or 0 to wait for every point") if given["slider_minutes"] is not None else Job.slider_minutes
+    return Job(str(given["model"]), recipe, Gates(**{name: given[name] for name in gates}), settings, minutes)
 
 
 def chosen_recipe(whole_recipe: Any, options: Mapping[str, Any], seed: int) -> Recipe:
@@ -120,14 +128,14 @@ def whole(name: str, value: Any, least: int) -> int:
     return number
 
 
-def fraction(name: str, value: Any) -> float:
+def fraction(name: str, value: Any, example: str = "0.01") -> float:
     """Return a parameter as a finite number of at least 0."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise RecipeError(f"{name}={value!r} is refused: give a number of at least 0, such as 0.01")
+        raise RecipeError(f"{name}={value!r} is refused: give a number of at least 0, such as {example}")
     return number
 
 
@@ -148,7 +156,7 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
         parameters: notebook parameters by name: `model`, sliders and their choices or a whole `recipe`, gates (see `job_from`).
         output: a directory, made if it is missing.
         name: of both files; None takes the model's name.
-        progress: whether papermill shows its progress bar.
+        progress: whether to say on stderr what is done: a line for each point and every ten seconds, in a terminal also a bar over the cells.
 
     Raises:
         RecipeError: a bad parameter, before any work.
@@ -171,7 +179,7 @@ def report(parameters: Mapping[str, Any], output: str | Path = "reports", *, nam
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of papermill and its helpers; the notebook has its own process
         try:
-            papermill.execute_notebook(notebook_path(), notebook, parameters=notebook_parameters(parameters), kernel_name="python3", progress_bar=progress, config=kernel_config())
+            execute(notebook, notebook_parameters(parameters), progress=progress)
         except papermill.PapermillExecutionError as error:
             kinds: dict[str, type[WorkbenchError]] = {"GateFailed": GateFailed, "LedgerError": LedgerError, "RecipeError": RecipeError}
             failure = kinds.get(error.ename, WorkbenchError)(error.evalue if error.ename in kinds else f"{error.ename}: {error.evalue}")
@@ -194,11 +202,42 @@ def write_page(notebook: Path, page: Path) -> None:
         raise WorkbenchError(f"cannot write the page {str(page)!r}: {error.strerror}; the executed notebook is {str(notebook)!r}") from None
 
 
-def kernel_config() -> Any:
-    """Return settings that let the kernel talk through local sockets, not TCP ports, where the system has them."""
+class Above:
+    """A file that writes whole lines on stderr, above a progress bar where there is one."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self.rest = ""
+
+    def write(self, text: str) -> int:
+        """Write the lines that are whole; hold the rest."""
+        from tqdm import tqdm
+
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            tqdm.write(line, file=sys.stderr)
+        return len(text)
+
+    def flush(self) -> None:
+        """Show the lines at once."""
+        sys.stderr.flush()
+
+
+def execute(notebook: Path, parameters: Mapping[str, Any], *, progress: bool) -> None:
+    """Run the report notebook with parameters and write it, executed, to `notebook` after every cell."""
+    import papermill
+
+    given = {**parameters, "progress": "lines"} if progress else dict(parameters)
+    shown = {"progress_bar": progress and sys.stderr.isatty(), "stderr_file": Above() if progress else None}
+    with tempfile.TemporaryDirectory(prefix="wb-", ignore_cleanup_errors=True) as sockets:
+        papermill.execute_notebook(notebook_path(), notebook, parameters=given, kernel_name="python3", config=kernel_config(sockets), **shown)
+
+
+def kernel_config(folder: str) -> Any:
+    """Return settings that let the kernel talk through local sockets in `folder`, not TCP ports, where the system has them."""
     from traitlets.config import Config
 
-    return Config({"KernelManager": {"transport": "ipc"}}) if os.name == "posix" else Config()
+    return Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder) / "k")}}) if os.name == "posix" else Config()
 
 
 def to_html(notebook: Path) -> str:
@@ -209,6 +248,9 @@ def to_html(notebook: Path) -> str:
 
     document = nbformat.read(notebook, as_version=4)
     document.cells = [cell for cell in document.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    for cell in document.cells:  # what was said on the way is for the terminal
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(document)
     body = re.sub(r"<script[^>]*\ssrc=[^>]*></script>", "", body)  # plotly asks a CDN for MathJax, which no figure here uses

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from workbench.card import divergence_words, quality_words, speed_words
+from workbench.card import divergence_words, speed_words
 from workbench.measure.measurement import Measurement
+from workbench.measure.metrics import metric_named
 from workbench.prediction_score import told
 from workbench.words import size
 
@@ -11,9 +12,8 @@ from workbench.words import size
 def summary(point: Measurement) -> list[tuple[str, str, str]]:
     """Return (what, dense, compressed) rows of everything measured at this point."""
     before, after, latency = point.dense_sizes, point.sizes, point.latency
-    rows = [(q.metric, f"{q.dense.value:.4g} [{q.dense.low:.4g}, {q.dense.high:.4g}]", f"{q.compressed.value:.4g} [{q.compressed.low:.4g}, {q.compressed.high:.4g}]")
-            for q in point.quality]  # fmt: skip
-    rows += [(f"paired change of {q.metric}", "", quality_words(q).split("(", 1)[1].rstrip(")")) for q in point.quality]
+    rows = [(q.metric, metric_named(q.metric).interval(q.dense), metric_named(q.metric).interval(q.compressed)) for q in point.quality]
+    rows += [(f"paired change of {q.metric}", "", metric_named(q.metric).change_words(q.change)) for q in point.quality]
     rows.append(("answers that changed", "", f"{point.flips.value:.1%} [{point.flips.low:.1%}, {point.flips.high:.1%}]"))
     if point.kl is not None:
         rows.append(("KL to dense", "", divergence_words(point)))
@@ -22,6 +22,9 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
     if latency is not None:
         where = f"batch {latency.batch} of {'x'.join(map(str, latency.input_shape))}"
         rows.append((f"latency, median and 95th percentile ({where})", f"{latency.dense_median_ms:.2f}, {latency.dense_p95_ms:.2f} ms", f"{latency.median_ms:.2f}, {latency.p95_ms:.2f} ms"))
+        if latency.real_time_factors is not None:
+            factors = latency.real_time_factors
+            rows.append(("real-time factor: seconds of work per second of sound", f"{factors[0]:.3f}", f"{factors[1]:.3f}"))
         rows.append(("speed against dense", "", speed_words(point)))
         rows.append(("run by", "", "; ".join((f"runtime {point.context.runtime}", *point.kernels))))
     if point.peak_memory_bytes is not None:
@@ -30,7 +33,7 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
         kept = point.cache
         rows.append((f"keys and values kept of {kept.context:,} tokens, bytes", f"{kept.dense:,}", f"{kept.compressed:,} ({kept.dense / kept.compressed:.2f}x smaller)"))
     if point.margin is not None:
-        rows.append(("evaluation items read", "", f"{point.items:,} of {point.items_total:,}: stopped on purpose, the change of {point.primary.metric} was known to ±{point.margin:g}"))
+        rows.append(("evaluation items read", "", f"{point.items:,} of {point.items_total:,}: stopped on purpose, the change of {point.primary.metric} was known to ±{metric_named(point.primary.metric).amount(point.margin)}"))
     if point.predicted is not None:
         rows.append((f"{point.predicted.metric} as predicted before", "", told(point)))
     rows += [(f"not measured: {name}", "", why) for name, why in point.missing.items()]

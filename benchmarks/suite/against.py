@@ -3,7 +3,10 @@
 One run, one model, the same 4-bit groups (or 8 bits a row), the same evaluation tokens; loading is left out for all. The others
 copy the model, compress it, and evaluate everything as transformers users do: `model(**inputs, labels=...)`, float32 logits and
 cross entropy. `cold` is the first setting of a session (for this product, the same with a bit less); it includes the dense
-model's evaluation, without which no loss can be told, and what is computed once. `warm` is any later one.
+model's evaluation, without which no loss can be told, and what is computed once. `warm` is any later one: this product and the
+other take turns, each of its turns a setting that is new to it, and medians are kept. Both end when all items' quality is known;
+latency, memory and divergence, which this product measures after that, are counted for nobody. `processor` is the time that the
+process has spent computing, which says more than the clock where the machine is shared.
 
 The peers are no dependencies: `--peers FOLDER` names where they were installed (`pip install --target FOLDER --no-deps torchao
 llmcompressor compressed-tensors loguru nvidia-ml-py auto-round`). One that cannot run leaves its error in the result.
@@ -18,6 +21,7 @@ import importlib.metadata
 import io
 import logging
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -35,6 +39,8 @@ from workbench.tasks.base import Task
 
 WHAT = "seconds from a setting to its quality: this product's prediction, first look and full interval against compressing and evaluating everything"
 GROUP = 64  # divides every layer of every target
+ROUNDS = 3  # in turn, as long as they are short
+SHORT = 15.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -154,44 +160,66 @@ def evaluate(task: Task, model: nn.Module, place: torch.device) -> float:
     return math.exp(mean) if task.kind.primary == "perplexity" else mean
 
 
-def ours(task: Task, first: wb.Recipe, later: wb.Recipe, folder: str) -> dict[str, Any]:
-    """Return seconds of this product for the first setting of a session and for a later one, and the later one's quality."""
-    bench = wb.Bench(task, ledger=f"{folder}/{time.monotonic_ns()}.journal", progress=False)
-    predictor = Predictor(bench)
-    predictor.predict(wb.Recipe())  # as the panel does when a model is loaded
-    found: dict[str, Any] = {}
-    for name, recipe in (("cold", first), ("warm", later)):
-        start = time.perf_counter()
-        predictor.predict(recipe)
-        found[f"{name}_predicted_s"] = round(time.perf_counter() - start, 4)
-        found |= {f"{name}_{what}": value for what, value in full(bench, recipe).items()}
-    return found
+@dataclass
+class Ours:
+    """This product on one task, and the settings that it has not seen yet; mutable."""
 
+    bench: wb.Bench
+    predictor: Predictor
+    settings: list[wb.Recipe]
 
-def full(bench: wb.Bench, recipe: wb.Recipe) -> dict[str, Any]:
-    """Return seconds to the first look and to the full interval, and the quality that they say."""
-    start, seen = time.perf_counter(), dict[str, Any]()
-    for point in bench.stream(recipe, again=True):
-        synchronise(bench.device)
-        seen.setdefault("first_look_s", round(time.perf_counter() - start, 3))
-        seen.setdefault("first_look_items", point.items)
-        seen.setdefault("first_look", [round(point.primary.compressed.low, 4), round(point.primary.compressed.high, 4)])
-        if point.items == point.items_total:
-            whole = point.provenance.compress_seconds + point.provenance.evaluate_seconds
-            seen |= {"full_s": round(min(whole, time.perf_counter() - start), 3), "value": round(point.primary.compressed.value, 4), "dense_value": round(point.primary.dense.value, 4)}
-            break
-    return seen
+    @staticmethod
+    def opened(task: Task, recipe: wb.Recipe, folder: str) -> Ours:
+        """Return it as the panel has it when a model is loaded; its second setting will be `recipe`, the others differ in bits."""
+        bench = wb.Bench(task, ledger=f"{folder}/{time.monotonic_ns()}.journal", progress=False)
+        predictor = Predictor(bench)
+        predictor.predict(wb.Recipe())
+        (step,) = recipe
+        bits = (step.weight_bits - 1, step.weight_bits, 5, 6)  # type: ignore[attr-defined]
+        return Ours(bench, predictor, [wb.Recipe(dataclasses.replace(step, weight_bits=one)) for one in bits[: 1 + ROUNDS]])  # type: ignore[call-arg]
+
+    def next(self) -> dict[str, Any]:
+        """Measure the next setting: seconds to the prediction, the first look and all items, and the quality that they say."""
+        recipe, start, spent, seen = self.settings.pop(0), time.perf_counter(), time.process_time(), dict[str, Any]()
+        self.predictor.predict(recipe)
+        seen["predicted_s"] = round(time.perf_counter() - start, 4)
+        for point in self.bench.stream(recipe, again=True):
+            synchronise(self.bench.device)
+            now, used = round(time.perf_counter() - start, 3), round(time.process_time() - spent, 3)
+            if "first_look_s" not in seen:
+                seen |= {"first_look_s": now, "first_look_items": point.items, "first_look": [round(point.primary.compressed.low, 4), round(point.primary.compressed.high, 4)]}
+            if point.items == point.items_total and "full_s" not in seen:
+                seen |= {"full_s": now, "full_processor_s": used, "compress_s": round(point.provenance.compress_seconds, 3)}
+                seen |= {"value": round(point.primary.compressed.value, 4), "dense_value": round(point.primary.dense.value, 4)}
+        return seen
 
 
 def theirs(way: Way, task: Task, place: torch.device, dense_s: float) -> dict[str, Any]:
     """Return seconds of another way: compressing, evaluating, and both; the first time with the dense model's evaluation."""
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     model = way.compress(task.model, task)
     synchronise(place)
     compressed = time.perf_counter()
     value = round(evaluate(task, model, place), 4)
-    end = time.perf_counter()
-    return {"compress_s": round(compressed - start, 3), "evaluate_s": round(end - compressed, 3), "warm_full_s": round(end - start, 3), "cold_full_s": round(end - start + dense_s, 3), "value": value}
+    whole = time.perf_counter() - start
+    return {"compress_s": round(compressed - start, 3), "evaluate_s": round(start + whole - compressed, 3), "warm_full_s": round(whole, 3), "cold_full_s": round(whole + dense_s, 3),
+            "full_processor_s": round(time.process_time() - spent, 3), "value": value}  # fmt: skip
+
+
+def in_turn(way: Way, task: Task, place: torch.device, dense_s: float, mine: Ours) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return what they and this product take, medians of rounds in turn, and how many rounds there were."""
+    others, me, start = list[dict[str, Any]](), list[dict[str, Any]](), time.perf_counter()
+    cold = mine.next()
+    while len(me) < ROUNDS and (not me or time.perf_counter() - start < SHORT):
+        others.append(theirs(way, task, place, dense_s))
+        me.append(mine.next())
+    found = {f"{when}_{name}": value for when, row in (("cold", cold), ("warm", medians(me))) for name, value in row.items()}
+    return medians(others), found, len(me)
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median of each time, and of everything else the first."""
+    return {name: round(statistics.median(row[name] for row in rows), 4) if name.endswith("_s") else value for name, value in rows[0].items()}
 
 
 def peer_versions() -> dict[str, str]:
@@ -216,19 +244,15 @@ def run(target: str, options: Options, record: Record) -> None:
     evaluate(task, task.model, place)
     dense_s = time.perf_counter() - start
     record.settings["dense_evaluation_s"] = round(dense_s, 3)
-    mine: dict[wb.Recipe, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for way in ways(task):
             if record.late(options, way.name):
                 return
             try:
-                other = theirs(way, task, place, dense_s)
+                theirs(way, dataclasses.replace(task, evaluation=task.evaluation[:1]), place, 0.0)  # what cannot run says so soon, what is slow the first time has been
             except Exception as error:  # noqa: BLE001  whatever a peer raises is its result here
                 record.add(name=way.name, setting=way.setting, failed=" ".join(f"{type(error).__name__}: {error}".split())[:400])
                 continue
-            if way.recipe not in mine:
-                (step,) = way.recipe
-                mine[way.recipe] = ours(task, wb.Recipe(dataclasses.replace(step, weight_bits=step.weight_bits - 1)), way.recipe, folder)
-            me = mine[way.recipe]
-            ratios = {f"{one}_full_over_{what}": round(other[f"{one}_full_s"] / max(me[f"{one}_{what}_s"], 1e-4), 1) for one in ("cold", "warm") for what in ("predicted", "first_look", "full")}
-            record.add(name=way.name, setting=way.setting, theirs=other, ours=me, **ratios)
+            other, me, rounds = in_turn(way, task, place, dense_s, Ours.opened(task, way.recipe, folder))
+            ratios = {f"{one}_full_over_{what}": round(other[f"{one}_full_s"] / max(me[f"{one}_{what}_s"], 1e-4), 1 if what != "full" else 2) for one in ("cold", "warm") for what in ("predicted", "first_look", "full")}
+            record.add(name=way.name, setting=way.setting, rounds=rounds, theirs=other, ours=me, **ratios, processor_over_full=round(other["full_processor_s"] / me["warm_full_processor_s"], 2))

@@ -110,12 +110,12 @@ def against(found: list[Result]) -> list[str]:
         rows = []
         for row in one["rows"]:
             if "failed" in row:
-                rows.append((row["name"], row["setting"], f"does not run here: {row['failed']}", *[None] * 7))
+                rows.append((row["name"], row["setting"], f"does not run here: {row['failed']}", *[None] * 8))
                 continue
             other, mine = row["theirs"], row["ours"]
             times = [f"{number(row[f'warm_full_over_{what}'])} ({number(row[f'cold_full_over_{what}'])})" for what in ("predicted", "first_look", "full")]
-            rows.append((row["name"], row["setting"], f"{number(other['warm_full_s'])} ({number(other['cold_full_s'])})", *(f"{number(mine[f'warm_{what}_s'])} ({number(mine[f'cold_{what}_s'])})" for what in ("predicted", "first_look", "full")), *times, f"{other['value']:g} / {mine['warm_value']:g}"))
-        lines += table(("way", "setting", "theirs, s", "our prediction, s", "our first look, s", "our full interval, s", "over prediction", "over first look", "over full", f"{one['metric']}: theirs / ours"), rows)
+            rows.append((row["name"], row["setting"], f"{number(other['warm_full_s'])} ({number(other['cold_full_s'])})", *(f"{number(mine[f'warm_{what}_s'])} ({number(mine[f'cold_{what}_s'])})" for what in ("predicted", "first_look", "full")), *times, None if "processor_over_full" not in row else number(row["processor_over_full"]), f"{other['value']:g} / {mine['warm_value']:g}"))
+        lines += table(("way", "setting", "theirs, s", "our prediction, s", "our first look, s", "our full interval, s", "over prediction", "over first look", "over full", "over full, processor time", f"{one['metric']}: theirs / ours"), rows)
     return lines
 
 

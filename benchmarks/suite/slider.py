@@ -49,7 +49,7 @@ class Watch:
         session.on_live = self.note
 
     def note(self) -> None:
-        """Note the first of each; what was evaluated in full is seen together with its latency, so its time is the point's own."""
+        """Note the first of each."""
         live, now = self.session.live, 1000 * (time.perf_counter() - self.start)
         if live.prediction is not None:
             self.seen.setdefault("predicted", now)
@@ -57,8 +57,7 @@ class Watch:
             return
         self.seen.setdefault("first", now)
         if live.point.items == live.point.items_total and "all" not in self.seen:
-            spent = 1000 * (live.point.provenance.compress_seconds + live.point.provenance.evaluate_seconds)
-            self.seen["all"] = min(now, spent)
+            self.seen["all"] = now
         if live.point.complete:
             self.seen.setdefault("complete", now)
 

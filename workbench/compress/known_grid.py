@@ -23,6 +23,7 @@ SAMPLES = 32  # groups looked at in each layer
 GROUPS = (0, 128, 64, 32)  # sizes tried, the largest first; 0 is a whole row
 FEWEST = 24  # inputs of a group below which few values say nothing
 MOST = 128  # inputs looked at in each group
+FIRST = 8  # of which so many are tried first: they rule out nearly every layer that lies on no grid
 NONE = 256  # stands for no grid: more steps than any
 ROOM = 2**24  # weights compared with grids at once
 SHARE = 0.95  # of the groups that must lie on a grid
@@ -109,19 +110,37 @@ def widths(values: Tensor, eps: float) -> list[int]:
     places = (values - low) / spread  # 0 to 1
     blur = (eps * values.abs().amax(2, keepdim=True) / spread).squeeze(2)  # what the dtype's rounding moves a value by, in these places
     free = ((values.sort(2).values.diff(dim=2) > 0).sum(2) - 1).clamp_min(0)  # different values besides the two ends
+    varied = ~(high == low).squeeze(2)
+    some = places[:, :, spaced(places.shape[2], FIRST, places.device)]
+    maybe = torch.nonzero(share_of(fewest_steps(some, blur, free) < NONE, varied) >= SHARE).flatten()  # a grid without some weights is none of all
     fewest = torch.full_like(free, NONE)
-    for steps in torch.arange(1, 256, device=values.device, dtype=torch.float64).split(max(1, ROOM // values.numel())):
+    if len(maybe):
+        fewest[maybe] = fewest_steps(places[maybe], blur[maybe], free[maybe])
+    on = (fewest < NONE) & varied
+    share = share_of(on, varied)
+    widest = torch.where(on, fewest, 0).amax(1)
+    return [int(most).bit_length() if good >= SHARE and most else 0 for good, most in zip(share.tolist(), widest.tolist(), strict=True)]
+
+
+def share_of(on: Tensor, varied: Tensor) -> Tensor:
+    """Return which share of the groups that are not constant lies on a grid: float32 [layers] of bool [layers, groups]."""
+    return (on & varied).sum(1) / varied.sum(1).clamp_min(1)
+
+
+def fewest_steps(places: Tensor, blur: Tensor, free: Tensor) -> Tensor:
+    """Return the least number of steps of a grid that all weights of a group lie on, `NONE` without one: int64 [layers, groups].
+
+    places: [layers, groups, weights], 0 to 1; blur [layers, groups], how far each may be off; free [layers, groups], how many different ones there are.
+    """
+    fewest = torch.full_like(free, NONE)
+    for steps in torch.arange(1, 256, device=places.device, dtype=torch.float64).split(max(1, ROOM // max(1, places.numel()))):
         scaled = places * steps[:, None, None, None]
         off = (scaled - scaled.round()).abs().amax(3)
         allowed = steps[:, None, None] * blur + 1e-3
         chance = (2 * allowed).pow(free) * steps[:, None, None]  # that so many values lie so near to some grid by accident
         fits = (off <= allowed) & (chance < CHANCE)
         fewest = torch.minimum(fewest, torch.where(fits, steps.long()[:, None, None], NONE).amin(0))
-    constant = (high == low).squeeze(2)
-    on = (fewest < NONE) & ~constant
-    share = on.sum(1) / (~constant).sum(1).clamp_min(1)
-    widest = torch.where(on, fewest, 0).amax(1)
-    return [int(most).bit_length() if good >= SHARE and most else 0 for good, most in zip(share.tolist(), widest.tolist(), strict=True)]
+    return fewest
 
 
 def spaced(count: int, most: int, device: torch.device) -> Tensor:

@@ -40,12 +40,12 @@ class Latency:
 
 
 def measure_latency(
-    kind: Kind, dense: nn.Module, realised: nn.Module, items: Items, *, most: int = 20, least: int = 7, budget_s: float = 20.0, progress: Progress = no_progress
+    kind: Kind, dense: nn.Module, realised: nn.Module, items: Items, *, most: int = 20, least: int = 6, budget_s: float = 10.0, progress: Progress = no_progress
 ) -> Latency:
     """Time both models on the same batch in turn, the order swapped every round so that neither always runs first.
 
-    Three untimed rounds, then `most` timed ones, or as many as fit into `budget_s` seconds but at least `least` (a median's
-    95% interval needs six).
+    Three untimed rounds, then `most` timed ones; of a slow model, one and as many as fit into `budget_s` seconds, but at least
+    `least` (a median's 95% interval needs six).
     """
     clock = Clock(items.labels.device)
 

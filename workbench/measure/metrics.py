@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.measure.estimate import Estimate
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -41,6 +43,25 @@ class Metric:
     def words(self, value: float) -> str:
         """Return a value in words, such as `93.1%`."""
         return f"{value:.1%}" if self.percent else f"{value:.3f}" if self.high == 1.0 else f"{value:.4g}"
+
+    def interval(self, estimate: Estimate) -> str:
+        """Return a value with its interval, such as `93.1% [92.0%, 94.1%]`."""
+        return f"{self.words(estimate.value)} [{self.words(estimate.low)}, {self.words(estimate.high)}]"
+
+    def change_words(self, change: Estimate) -> str:
+        """Return a change with its interval, such as `-0.8 points, -1.3 to -0.3`, or `+1.2%, +0.9% to +1.5%` of a ratio."""
+        value, low, high = (self.change_scale * number for number in (change.value, change.low, change.high))
+        if self.ratio:
+            return f"{value:+.1f}%, {low:+.1f}% to {high:+.1f}%"
+        if self.percent:
+            return f"{value:+.1f} points, {low:+.1f} to {high:+.1f}"
+        return f"{value:+.3g}{self.unit and f' {self.unit}'}, {low:+.3g} to {high:+.3g}"
+
+    def amount(self, value: float) -> str:
+        """Return how large a change is, without its sign, such as `0.87 points`, `1 point`, `1.25%`, `0.0123`."""
+        shown = f"{self.change_scale * value:.4g}"
+        unit = "%" if self.ratio else f" {self.change_unit}" if self.change_unit else ""
+        return f"{shown} point" if unit == " points" and shown == "1" else f"{shown}{unit}"
 
     def change_digits(self) -> int:
         """Return how many digits a shown change has after the point."""
