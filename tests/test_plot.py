@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -233,3 +234,25 @@ def test_axes_follow_the_choice():
 def test_standing_traces_keep_their_colours(rows):
     changes = history_changes(tradeoff(rows))
     assert {changes[index]["marker"]["color"] for index in (DOMINATED, NOISE, FRONT)} <= {"#3b82f6", "#8b95a5"}
+
+
+def test_points_and_choices_may_come_from_two_threads(view, rows):
+    """The thread that draws and the browser's: plotly's figure stands no two at once."""
+    failed: list[BaseException] = []
+
+    def draws() -> None:
+        try:
+            for count in range(12):
+                view.show_history(rows[: 1 + count % len(rows)])
+                view.show_live(Live(rows[0].recipe, point=rows[0], state="measured"))
+        except BaseException as error:  # noqa: BLE001  whatever it is, it fails the test
+            failed.append(error)
+
+    thread = threading.Thread(target=draws)
+    thread.start()
+    for cost in ("latency", "file_bytes") * 6:
+        view.bar.choice = PlotChoice(cost=cost, log_cost=cost == "file_bytes")
+    thread.join(60)
+    assert failed == []
+    view.show_history(rows)
+    assert view.figure.data[MEASURED].x == (rows[0].sizes.file_bytes / 1e6,)

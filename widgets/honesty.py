@@ -52,7 +52,7 @@ def badge(live: Live) -> str:
     if live.point is not None and (not live.point.complete or live.point.margin is not None):
         words = f"{'stopped' if live.state == 'cancelled' else 'measured'}: {live.point.items:,} of {live.point.items_total:,} items"
         words += ", timing" if live.state == "measuring" and only_timed(live.point) else ""
-    return f"<div class='wb-badge wb-{kind}' title='{escape(words)}'>{escape(words)}</div>"
+    return f"<div title='{escape(words)}' class='wb-badge wb-{kind}'>{escape(words)}</div>"
 
 
 def only_timed(point: Measurement) -> bool:

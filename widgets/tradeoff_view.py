@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from workbench.tradeoff import Tradeoff, tradeoff
 class TradeoffView(ipw.VBox):
     """Quality against cost, coloured by a third number. What is shown is `bar.choice`.
 
-    `show_history`, `show_pinned` and `show_live` write into separate traces; during a drag only the two live ones are sent.
+    `show_history`, `show_pinned` and `show_live` write into separate traces; during a drag only the two live ones are sent. Points
+    arrive from the thread that draws, choices from the browser's: one is drawn at a time.
     """
 
     def __init__(self, on_pick: Callable[[str], None], on_select: Callable[[list[str]], None] = lambda _keys: None) -> None:
@@ -39,6 +41,7 @@ class TradeoffView(ipw.VBox):
         self.framed: tuple[Any, ...] = ()
         self.marked: dict[int, list[str]] = {}
         self.boxed = False
+        self.drawing = threading.RLock()
         self.figure = kept_figure(live_figure())
         self.figure._config = {**self.figure._config, "responsive": True, "displaylogo": False}  # noqa: SLF001  there is no public way
         for index in HISTORY:
@@ -71,9 +74,10 @@ class TradeoffView(ipw.VBox):
 
     def drag(self) -> None:
         """Let a drag mark points or zoom; boxes go when it zooms again."""
-        self.figure.update_layout(dragmode="select" if self.bar.selecting else "zoom")
-        if not self.bar.selecting:
-            self.unmark()
+        with self.drawing:
+            self.figure.update_layout(dragmode="select" if self.bar.selecting else "zoom")
+            if not self.bar.selecting:
+                self.unmark()
 
     def unmark(self) -> None:
         """Take a box off the plot. Python never hears of it, so that setting what Python believes to be there would send nothing."""
@@ -84,28 +88,32 @@ class TradeoffView(ipw.VBox):
 
     def show_history(self, rows: Sequence[Measurement]) -> None:
         """Draw the past anew."""
-        self.rows = rows
-        self.unmark()
-        anchor = self.anchor()
-        self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
-        self.draw(self.history())
+        with self.drawing:
+            self.rows = rows
+            self.unmark()
+            anchor = self.anchor()
+            self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
+            self.draw(self.history())
 
     def show_pinned(self, keys: Collection[str]) -> None:
         """Draw rings around the points with these keys; they are drawn however many points there are."""
-        self.pinned = tuple(keys)
-        self.draw(self.history())
+        with self.drawing:
+            self.pinned = tuple(keys)
+            self.draw(self.history())
 
     def show_live(self, live: Live) -> None:
         """Draw the present: only the two live points (and the star) are sent."""
-        self.live = live
-        self.draw(self.present())
+        with self.drawing:
+            self.live = live
+            self.draw(self.present())
 
     def redraw(self) -> None:
         """Draw everything, after the axes have changed."""
-        self.framed = ()
-        anchor = self.anchor()
-        self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
-        self.draw({**self.history(), **self.present()})
+        with self.drawing:
+            self.framed = ()
+            anchor = self.anchor()
+            self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
+            self.draw({**self.history(), **self.present()})
 
     def record(self) -> Tradeoff | None:
         """Return the record of what is drawn of the past, None without a point that has this cost."""
