@@ -101,6 +101,11 @@ class Statistics:
         device = streams_to(self.task.model)
         return value if device is None else cast("T", moved(value, device))
 
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """Return the task's model's layers by name: to read, not to write."""
+        return find_layers(self.task.model)[0]
+
     def second_moment(self, name: str) -> Tensor:
         """Return E[x x^T] of a layer's inputs, float32 [inputs, inputs], on the model's device.
 

@@ -44,7 +44,7 @@ class LayerReport:
 
 def layer_reports(work: Work) -> tuple[LayerReport, ...]:
     """Return one report for every weight of the dense model, in the order of its modules."""
-    dense, _ = find_layers(work.task.model)
+    dense = work.statistics.layers if work.statistics.task is work.task else find_layers(work.task.model)[0]
     now: dict[str, list[Layer]] = {}
     for layer in work.layers.values():
         now.setdefault(layer.origin, []).append(layer)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from workbench.compress.factors import Form, Shape, cost, factor_shapes, form_for
-from workbench.compress.layers import find_layers, output_head
+from workbench.compress.layers import Layer, find_layers, output_head
 from workbench.measure.predicted_inputs import BUFFERS, after_activations
 from workbench.runtime.forms import HALVES
 
@@ -152,9 +152,9 @@ class Outline:
     anatomy: Anatomy | None = None  # without it, what a structured step leaves is unknown
 
     @classmethod
-    def of(cls, model: nn.Module, positions: dict[str, int] | None = None, anatomy: Anatomy | None = None) -> Outline:
-        """Read the shapes of a model."""
-        layers = {name: layer for layer in find_layers(model)[0].values() for name in (layer.name, *layer.others)}
+    def of(cls, model: nn.Module, positions: dict[str, int] | None = None, anatomy: Anatomy | None = None, known: Iterable[Layer] | None = None) -> Outline:
+        """Read the shapes of a model; `known` are its layers, where they have been found before."""
+        layers = {name: layer for layer in (find_layers(model)[0].values() if known is None else known) for name in (layer.name, *layer.others)}
         weights, rest = [], []
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for key, value in model.state_dict().items():

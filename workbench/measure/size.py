@@ -37,7 +37,7 @@ def file_content(packed: Packed) -> bytes:
 
 def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
     """Return what `sizes` returns, by counting non-zero weights instead of packing them: quick enough for a first look."""
-    outline, promised = Outline.of(model), {name: layer for layer in layers for name in (layer.name, *layer.others)}
+    outline, promised = Outline.of(model, known=layers), {name: layer for layer in layers for name in (layer.name, *layer.others)}
     counts = nonzeros([layer for layer in layers if layer.mask is not None or layer.grid is not None])
     counts = {name: counts[layer.name] for name, layer in promised.items() if layer.name in counts}
     weights = tuple(with_promises(weight, promised[weight.name], counts.get(weight.name)) if weight.name in promised else weight for weight in outline.weights)
