@@ -23,9 +23,8 @@ from widgets.live_figure import DENSE, DOMINATED, FRONT, HISTORY, MEASURED, NOIS
 from widgets.plot_bar import PlotBar
 from widgets.plot_choice import COST_NAMES, SHADE_NAMES, PlotChoice, logarithmic
 from widgets.tradeoff_view import TradeoffView
-from workbench.measure.quality import Estimate
 from workbench.predict import Predictor
-from workbench.tradeoff import COSTS, SHADES, cost_of, dense_cost_of, ends, quality_of, shade_of, shades, standing, standings, tradeoff
+from workbench.tradeoff import COSTS, SHADES, cost_of, dense_cost_of, quality_of, shade_of, shades, tradeoff
 
 RECIPES = (
     wb.Recipe(), wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=4)), wb.Recipe(wb.Quantize(weight_bits=8)),
@@ -114,14 +113,6 @@ def test_a_record_of_another_metric_and_of_changes(rows):
     assert {p.key: p.quality.value for p in change.points} == {row.key: row.primary.change.value for row in rows}
     with pytest.raises(ValueError, match="got 0 in 0 points"):
         tradeoff(rows, metric="word error rate")
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=25))
-def test_standings_in_one_pass_are_those_of_looking_at_every_pair(values):
-    pairs = [(Estimate(d, d - half, d + half), Estimate(c, c - half / 2, c + half / 2)) for d, c, half in values]
-    pairs += [(Estimate(math.nan, math.nan, math.nan), pairs[0][1]), (Estimate(math.inf, 3.0, math.inf), pairs[0][1])]
-    found = standings(ends(drop for drop, _ in pairs), ends(cost for _, cost in pairs))
-    assert found == [standing(pair, pairs[:i] + pairs[i + 1 :]) for i, pair in enumerate(pairs)]
 
 
 def test_pins_are_rings_and_survive_thinning(view, rows):

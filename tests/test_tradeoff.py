@@ -18,7 +18,18 @@ from workbench.errors import RecipeError
 from workbench.measure.measurement import Measurement
 from workbench.measure.quality import Estimate
 from workbench.sweep import around
-from workbench.tradeoff import cost_of, ends, standing, standings
+from workbench.tradeoff import cost_of, ends, standings
+
+
+def standing(mine, others) -> str:
+    """Return a point's standing among others, looking at each; (drop, cost), both better when smaller."""
+    result = "front"
+    for drop, cost in others:
+        if drop.value <= mine[0].value and cost.value <= mine[1].value and (drop.value, cost.value) != (mine[0].value, mine[1].value):
+            if drop.high < mine[0].low and cost.high <= mine[1].low:
+                return "dominated"
+            result = "within noise"
+    return result
 
 
 def near(value: float, half: float = 0.0) -> Estimate:
@@ -37,7 +48,8 @@ def near(value: float, half: float = 0.0) -> Estimate:
     ],
 )
 def test_a_point_is_dominated_only_beyond_the_noise(mine, others, expected) -> None:
-    assert standing(mine, others) == expected
+    pairs = [mine, *others]
+    assert standings(ends(drop for drop, _ in pairs), ends(cost for _, cost in pairs))[0] == standing(mine, others) == expected
 
 
 @pytest.fixture(scope="module")

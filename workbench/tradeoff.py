@@ -136,17 +136,6 @@ def shades(rows: Sequence[Measurement], shade: Shade) -> list[float | None]:
     return [None] * len(rows) if shade == "standing" else [shade_of(row, shade) for row in rows]
 
 
-def standing(mine: tuple[Estimate, Estimate], others: Iterable[tuple[Estimate, Estimate]]) -> Standing:
-    """Return a point's standing among others; each is (drop, cost), both better when smaller."""
-    result: Standing = "front"
-    for drop, cost in others:
-        if drop.value <= mine[0].value and cost.value <= mine[1].value and (drop.value, cost.value) != (mine[0].value, mine[1].value):
-            if drop.high < mine[0].low and cost.high <= mine[1].low:
-                return "dominated"
-            result = "within noise"
-    return result
-
-
 @uncollected()
 def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: str | None = None, change: bool = False, shade: Shade = "standing") -> Tradeoff:
     """Return the record of a trade-off plot of complete points of one model, in the order in which they were measured.
@@ -210,7 +199,7 @@ def ends(estimates: Iterable[Estimate]) -> Ends:
 
 
 def standings(drops: Ends, costs: Ends) -> list[Standing]:
-    """Return the standing of each point among all, as `standing` does for one, in n log n steps; what is NaN compares with nothing.
+    """Return the standing of each point among all, as `Tradeoff` says, in n log n steps; what is NaN compares with nothing and stands on the front.
 
     Args:
         drops: value, low and high of n quality drops, [3, n].
