@@ -89,6 +89,7 @@ def test_a_layer_gets_a_value_of_its_own(panel):
     control = panel.page.locator(".wb-layer-control:visible").first
     control.locator("button", has_text="own value").click()
     handle = control.locator(".noUi-handle")
+    handle.wait_for()  # the slider appears once the kernel has answered; what is hidden takes no focus
     handle.focus()
     panel.page.keyboard.press("End")
     panel.settled_on(r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.\d+\), Prune\(targets=\('vit\.layers\.1\.mlp\.fc1',\), sparsity=0\.99\)\)$", 60)

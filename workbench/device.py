@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,12 @@ def pick(wanted: str | None = None) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise DeviceError(f"device {wanted!r} is not here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use 'cpu'")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def placed(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return whole numbers as a tensor [values] on a device, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def describe(device: torch.device) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 
 from workbench.compress import snapshots
 from workbench.compress.activations import Activations
-from workbench.compress.batch import check_all, know_finite
+from workbench.compress.batch import know_finite
+from workbench.compress.checks import check_all
 from workbench.compress.copies import can_share, own_parameters, sharing_copy, twin
 from workbench.compress.distill import Distill
 from workbench.compress.kv_cache import KVCache
@@ -88,7 +89,7 @@ def compress(
             first = {words[-1]: name for name, words in reversed(work.outcomes.items()) if words}
             reasons = [f"{first[words]}: {words}" for words, _ in said.most_common()]
             raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
-        check_all(list(work.layers.values()))
+        check_all(list(work.layers.values()), work.dense)
         if place < len(recipe) and known.task is task:
             snapshots.keep(recipe.steps[:place], done, work)
     if not shared:

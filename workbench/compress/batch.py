@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from workbench.compress import passes
 from workbench.compress.layers import Layer
 from workbench.device import allowed_bytes
 from workbench.errors import CompressionError
@@ -61,6 +62,18 @@ class Batch:
         """Return the weights in the model's dtype, [layers, outputs, inputs], a copy."""
         return torch.stack([layer.as_matrix(layer.parameter.detach()) for layer in self.layers])
 
+    def in_place(self) -> list[Tensor] | None:
+        """Return the matrices where they lie, for `workbench.compress.passes`; None if its kernels cannot read them, or one may not be finite."""
+        if not all(layer.finite and not layer.transposed for layer in self.layers):
+            return None
+        weights = [layer.as_matrix(layer.parameter.detach()) for layer in self.layers]
+        return weights if passes.suited(weights) else None
+
+    def put(self, matrices: Sequence[Tensor]) -> None:
+        """Give each module its matrix [outputs, inputs], of its own dtype, as it is: not copied."""
+        for layer, matrix in zip(self.layers, matrices, strict=True):
+            layer.put(nn.Parameter(layer.as_stored(matrix), requires_grad=False))
+
     def write(self, stack: Tensor) -> None:
         """Store [layers, outputs, inputs] into the modules, as new parameters in each module's dtype.
 
@@ -90,26 +103,6 @@ class Batch:
         return found
 
 
-def check_all(layers: Sequence[Layer]) -> None:
-    """Verify every promise of every layer on the tensors themselves, and that what was written is finite; waits for the device once.
-
-    Raises:
-        CompressionError: a weight is infinite or NaN.
-        BrokenPromiseError: see `Layer.check`, which words what is broken.
-
-    """
-    flags = [flag for batch in grouped(layers) if (flag := batch.broken()) is not None]
-    ranks = any(layer.rank is not None and layer.rank not in layer.parameter.shape for layer in layers)
-    if ranks or (flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())):
-        for batch in grouped(layers):
-            for layer in batch.layers:
-                if not layer.finite and not layer.pristine and not bool(torch.isfinite(layer.parameter).all()):
-                    raise CompressionError(f"layer {layer.name!r} {batch.shape} became infinite or NaN: the step is too strong for it")
-                layer.check()
-    for layer in layers:
-        layer.finite = layer.finite or not layer.pristine
-
-
 def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
     """Mark which layers of the dense model are finite, seen once: the others raise where a step reads them."""
 
@@ -127,9 +120,10 @@ def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
         layer.finite = layer.name in found
 
 
-def grouped(layers: Iterable[Layer]) -> Iterator[Batch]:
+def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:
     """Yield batches of layers with the same shape, dtype, device and kind of promises, in order of each batch's first layer.
 
+    With `whole`, all of them together: where they are worked on in place, which takes no memory.
     Layers of a streamed model are on its device while their batch is worked on.
     """
     groups: dict[object, list[Layer]] = {}
@@ -143,7 +137,7 @@ def grouped(layers: Iterable[Layer]) -> Iterator[Batch]:
         room = min(ROOM.get((streams_to(weight) or weight.device).type, 2**20), max(LEAST, total // PARTS))
         if (away := streams_to(weight)) is not None:
             room = min(room, allowed_bytes(away) // WORKING)
-        most = max(1, room // max(1, weight.numel()))
+        most = len(group) if whole else max(1, room // max(1, weight.numel()))
         for start in range(0, len(group), most):
             with visiting(group[start : start + most]):
                 yield Batch(tuple(group[start : start + most]))

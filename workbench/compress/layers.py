@@ -19,6 +19,7 @@ from workbench.compress.quantized_inputs import smoothing_of
 from workbench.errors import BrokenPromiseError, CompressionError
 
 if TYPE_CHECKING:
+    from workbench.compress.passes import Change
     from workbench.runtime.forms import Form
 
 
@@ -33,7 +34,7 @@ class Layer:
 
     `rows` and `columns` (int64) are the outputs and inputs of the dense weight that are left where structure was removed, None
     for all. `place` is where `origin` stands in this model if blocks before it were removed, else empty. `finite` says that the
-    weight was seen to be finite since it was written last.
+    weight was seen to be finite since it was written last; `change` is what became of it since the dense model, where that is known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Layer:
     columns: Tensor | None = None
     place: str = ""
     finite: bool = False
+    looked: tuple[object, object, object, Change] | None = None  # parameter, mask and grid as they were, and what was found
 
     @property
     def transposed(self) -> bool:
@@ -122,6 +124,13 @@ class Layer:
             raise CompressionError(f"layer {self.name!r} {tuple(matrix.shape)} became infinite or NaN: the step is too strong for it")
         values = torch.empty_like(self.parameter, device=matrix.device, memory_format=torch.contiguous_format)
         self.put(nn.Parameter(values.copy_(self.as_stored(matrix)), requires_grad=False))
+
+    @property
+    def change(self) -> Change | None:
+        """Return what was found when the weight, as it is now, was looked over; None if nobody has (see `workbench.compress.checks`)."""
+        if self.looked is None or any(now is not then for now, then in zip((self.parameter, self.mask, self.grid), self.looked, strict=False)):
+            return None
+        return self.looked[3]
 
     def put(self, parameter: nn.Parameter) -> None:
         """Give the module, and those that share its weight, another one; the old one may belong to the dense model too and is left as it is."""

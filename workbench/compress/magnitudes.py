@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.layers import Layer
 from workbench.compress.selection import first_true
+from workbench.device import placed
 from workbench.runtime.forms import HALVES
 
 if TYPE_CHECKING:
@@ -60,10 +61,22 @@ def keep(stored: Tensor, below: Tensor, removed: Sequence[int]) -> Tensor:
         removed: how many go from each layer.
 
     """
-    gone = torch.tensor(removed, dtype=torch.int32, device=stored.device)[:, None]
+    threshold, stay = thresholds(below, removed)
+    found, edge = keys(stored), threshold.to(torch.int16)
+    return (found > edge) | first_true(found == edge, stay)
+
+
+def thresholds(below: Tensor, removed: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return (the magnitude of each layer above which weights stay, how many of those equal to it stay), int [layers, 1].
+
+    Args:
+        below: what `counts` returns.
+        removed: how many go from each layer.
+
+    """
+    gone = placed(removed, torch.int32, below.device)[:, None]
     place = torch.searchsorted(below, gone, right=True).clamp_(max=VALUES - 1)  # the last stands for "above all"
-    found, threshold = keys(stored), place.to(torch.int16)
-    return (found > threshold) | first_true(found == threshold, below.gather(1, place) - gone)
+    return place, below.gather(1, place) - gone
 
 
 def below_threshold(layers: Sequence[Layer], statistics: Statistics, target: int) -> tuple[dict[str, int], dict[str, int]]:

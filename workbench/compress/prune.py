@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from workbench.compress import allocate, magnitudes, sparsegpt
+from workbench.compress import allocate, magnitudes, passes, sparsegpt
 from workbench.compress.batch import Batch, reported
 from workbench.compress.importance import Evidence, evidence_for, importance
 from workbench.compress.layers import Layer
@@ -209,10 +209,7 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
     """Remove weights of layers of one shape, and leave the masks."""
     group = None if step.group is None else kept_of_group(step.group, sparsity / step.sparsity)
     if magnitudes.countable(step, batch.layers):
-        matrices = batch.finite()
-        kept = magnitudes.keep(matrices.flatten(1), magnitudes.counts(batch, evidence.work.statistics), counts).view_as(matrices)
-        batch.write(matrices.mul_(kept))
-        promise(batch, kept)
+        promise(batch, zeroed(batch, magnitudes.counts(batch, evidence.work.statistics), counts))
         return
     matrices = batch.matrices()
     if step.criterion == "sparsegpt":
@@ -224,6 +221,18 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         matrices.mul_(kept)
     batch.write(matrices)
     promise(batch, kept)
+
+
+def zeroed(batch: Batch, below: Tensor, counts: list[int]) -> Tensor:
+    """Set the smallest counted magnitudes to zero; return which weights stay. `below`: see `magnitudes.counts`."""
+    if (weights := batch.in_place()) is not None:
+        pruned, kept = passes.prune(weights, *magnitudes.thresholds(below, counts))
+        batch.put(pruned)
+        return kept
+    matrices = batch.finite()
+    kept = magnitudes.keep(matrices.flatten(1), below, counts).view_as(matrices)
+    batch.write(matrices.mul_(kept))
+    return kept
 
 
 def promise(batch: Batch, kept: Tensor) -> None:

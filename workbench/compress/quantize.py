@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from workbench.compress import awq, gptq, hqq, known_grid, mixed
+from workbench.compress import awq, gptq, hqq, known_grid, mixed, passes
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.layers import Layer
 from workbench.compress.moments import second_moment_of
@@ -18,6 +18,7 @@ from workbench.compress.work import Work
 from workbench.errors import RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
 from workbench.runtime.forms import HALVES, Form, split
+from workbench.runtime.grid import Grid
 
 __all__ = ["SHRINKS", "Quantize", "fit_grids", "quantize"]
 
@@ -135,11 +136,11 @@ def quantize(step: Quantize, work: Work) -> None:
     for bits, members in by_width(step, layers, work).items():
         for batch in of_one_sort(members):
             work.progress(step.kind(), done, len(layers))
-            form, half = rounded(step, batch, bits, work)
+            form, half, made = rounded(step, batch, bits, work)
             for layer, own in zip(batch.layers, split(form, half), strict=True):
                 layer.grid = own
                 work.took(step, layer, words(step, layer, bits))
-            batch.write(form.dequantize())
+            batch.put(made) if made else batch.write(form.dequantize())
             done += len(batch.layers)
     work.progress(step.kind(), len(layers), len(layers))
 
@@ -168,15 +169,26 @@ def of_one_sort(layers: list[Layer]) -> Iterator[Batch]:
         yield from grouped(layer for layer in layers if layer.table is tables)
 
 
-def rounded(step: Quantize, batch: Batch, bits: int, work: Work) -> tuple[Form, tuple[bool, ...]]:
-    """Return the stacked form of a batch's weights, and in which layers its scales are float16 numbers."""
-    stack, spec = batch.matrices(), step.spec(bits)
+def rounded(step: Quantize, batch: Batch, bits: int, work: Work) -> tuple[Form, tuple[bool, ...], list[Tensor]]:
+    """Return the stacked form of a batch's weights, in which layers its scales are float16 numbers, and the weights on the grid where they were made with it."""
+    spec = step.spec(bits)
+    by_inputs = step.rounding in BY_INPUTS and not batch.layers[0].table
+    nearest = step.number_format == "integer" and step.rounding != "hqq" and not by_inputs
+    if nearest and (weights := batch.in_place()) is not None:
+        scales = scales_of(batch.matrices, batch, spec, work)
+        made, codes = passes.to_grid(weights, scales.scale, scales.zero, bits)
+        return Grid(codes, scales.scale, scales.zero, bits), scales.half, made
+    return *solved(step, batch, spec, work, by_inputs=by_inputs), []
+
+
+def solved(step: Quantize, batch: Batch, spec: Spec, work: Work, *, by_inputs: bool) -> tuple[Form, tuple[bool, ...]]:
+    """Return the stacked form of a batch's weights by plain operations, and in which layers its scales are float16 numbers."""
+    stack = batch.matrices()
     if step.number_format in HALVES:
         return form_of(stack, None, spec), (False,) * len(stack)
-    by_inputs = step.rounding in BY_INPUTS and not batch.layers[0].table
     if by_inputs and step.rounding == "awq":
         return awq.search(stack, torch.stack([second_moment_of(layer, work) for layer in batch.layers]), spec)
-    scales = scales_of(stack, batch, spec, work)
+    scales = scales_of(lambda: stack, batch, spec, work)
     masks = masks_of(batch)
     if step.rounding == "hqq":
         return hqq.solve(stack, scales, spec, masks), scales.half
@@ -192,11 +204,11 @@ def masks_of(batch: Batch) -> Tensor | None:
     return torch.stack(masks) if masks else None
 
 
-def scales_of(stack: Tensor, batch: Batch, spec: Spec, work: Work) -> Scales:
-    """Return the scales of a batch; those of the dense weights are kept for the next move to this width."""
+def scales_of(read: Callable[[], Tensor], batch: Batch, spec: Spec, work: Work) -> Scales:
+    """Return the scales of a batch; those of the dense weights are kept for the next move to this width. `read` returns the batch's matrices."""
     if not all(layer.pristine for layer in batch.layers):
-        return fit(stack, spec)
-    return work.statistics.once(("scales", spec, tuple(layer.origin for layer in batch.layers)), lambda: fit(stack, spec), lasting=True, optional=True)
+        return fit(read(), spec)
+    return work.statistics.once(("scales", spec, tuple(layer.origin for layer in batch.layers)), lambda: fit(read(), spec), lasting=True, optional=True)
 
 
 def words(step: Quantize, layer: Layer, bits: int) -> str:

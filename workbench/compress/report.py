@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.compress.batch import Batch, grouped
+from workbench.compress.checks import look_over
 from workbench.compress.factors import kind_of, product
-from workbench.compress.layers import Layer, can_hold, find_layers
+from workbench.compress.layers import Layer, can_hold
 from workbench.compress.quantized_inputs import acting_weight
 from workbench.runtime.forms import effective_bits
 from workbench.streaming import visiting
@@ -44,11 +45,10 @@ class LayerReport:
 
 def layer_reports(work: Work) -> tuple[LayerReport, ...]:
     """Return one report for every weight of the dense model, in the order of its modules."""
-    dense = work.statistics.layers if work.statistics.task is work.task else find_layers(work.task.model)[0]
     now: dict[str, list[Layer]] = {}
     for layer in work.layers.values():
         now.setdefault(layer.origin, []).append(layer)
-    measured = changes(dense, now)
+    measured = changes(work.dense, now)
     return tuple(one_report(name, "; ".join(words) or work.left.get(name, "left dense"), now.get(name, []), measured.get(name), work) for name, words in work.outcomes.items())
 
 
@@ -88,11 +88,12 @@ def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, t
 
     Weights that left with removed structure count as zero.
     """
+    look_over([layers[0] for layers in now.values() if len(layers) == 1], dense)
+    found = {name: told for name, layers in now.items() if (told := known_change(layers)) is not None}
     alike: dict[object, list[str]] = {}
     for name, layers in now.items():
-        if name in dense:
+        if name in dense and name not in found:
             alike.setdefault(tuple((layer.parameter.shape, layer.parameter.dtype, layer.role) for layer in layers), []).append(name)
-    found: dict[str, tuple[float, int]] = {}
     for names in alike.values():
         for batch in grouped(dense[name] for name in names):
             mine = [layer.name for layer in batch.layers]
@@ -105,6 +106,14 @@ def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, t
             both = torch.stack([errors.double(), torch.as_tensor(zeros).double()]).tolist()
             found.update({name: (error, int(count)) for name, error, count in zip(mine, *both, strict=True)})
     return found
+
+
+def known_change(layers: list[Layer]) -> tuple[float, int] | None:
+    """Return what `changes` says of one weight, None if nobody has looked it over."""
+    change = layers[0].change if len(layers) == 1 else None
+    if change is None:
+        return None
+    return (math.sqrt(change.errors / change.squares) if change.squares else math.nan), change.zeros
 
 
 def multiplied(parts: list[list[Layer]], dense: Layer) -> Tensor:

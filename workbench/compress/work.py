@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -52,6 +53,11 @@ class Work:
         self.head = output_head(self.model)
         self.taken: dict[str, list[str]] = {}
         self.done: dict[tuple[str, str], Step] = {}  # the last step of a kind that changed a layer
+
+    @cached_property
+    def dense(self) -> dict[str, Layer]:
+        """Return the layers of the dense model, by name."""
+        return self.statistics.layers if self.statistics.task is self.task else find_layers(self.task.model)[0]
 
     def say(self, layer: Layer | str, words: str) -> None:
         """Record what happened to a layer, for the report."""

@@ -51,8 +51,8 @@ def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
 
 def nonzeros(layers: list[Layer]) -> dict[str, int]:
     """Return the number of weights of each layer that are not zero."""
-    found: dict[str, int] = {}
-    for batch in grouped(layers):
+    found = {layer.name: layer.parameter.numel() - layer.change.zeros for layer in layers if layer.change is not None}
+    for batch in grouped(layer for layer in layers if layer.name not in found):
         counts = (batch.stored() != 0).flatten(1).sum(1).tolist()
         found.update(zip((layer.name for layer in batch.layers), counts, strict=True))
     return found

@@ -1,0 +1,220 @@
+"""Kernels that work on many weights at once: the bits of the plain operations. Interpreted by Triton where there is no GPU."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_tasks
+import torch
+
+import workbench as wb
+from workbench.compress import compress, magnitudes, passes
+from workbench.compress.checks import check_all, look_over
+from workbench.compress.layers import find_layers
+from workbench.compress.report import changes
+from workbench.errors import BrokenPromiseError, CompressionError
+from workbench.measure.size import counted_sizes
+from workbench.runtime.grid import Grid
+from workbench.statistics import Statistics
+
+SHAPES = [(5, 7), (64, 64), (96, 128)]  # the last takes three programs a layer
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when Triton is imported: a process of its own
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request):
+    """Give the device on which the kernels run."""
+    if (request.param == "interpreted") is not INTERPRETED:
+        pytest.skip("see test_the_kernels_interpreted")
+    passes.refused.cache_clear()
+    yield torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+    passes.refused.cache_clear()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton, whose interpreter this needs, is not installed")
+def test_the_kernels_interpreted():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, check=False, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+
+
+@pytest.fixture(params=[torch.float16, torch.float32, torch.bfloat16], ids=str)
+def dtype(request, place):
+    if request.param == torch.bfloat16 and place.type == "cpu":
+        pytest.skip("Triton's interpreter cuts bfloat16 off where a GPU rounds it")
+    assert passes.refused(place, request.param) == ""
+    return request.param
+
+
+def some_weights(shape, dtype, device, layers=3, seed=0):
+    """Return weights with many ties, zeros of both signs, and both signs of everything."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(-30, 31, shape, generator=generator) / 64 * (-1) ** layer).to(device, dtype) for layer in range(layers)]
+
+
+def plainly_pruned(weight, removed):
+    """Return (weights, mask) with the `removed` smallest magnitudes gone, of equal ones the last; by sorting."""
+    order = sorted(range(weight.numel()), key=lambda place: (-abs(float(weight.flatten()[place])), place))
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[order[: weight.numel() - removed]] = True
+    return weight.cpu() * mask.view(weight.shape), mask.view(weight.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.31, 0.9, 1.0])
+def test_pruning_keeps_the_largest_and_of_equal_ones_the_first(shape, share, dtype, place):
+    if dtype == torch.float32:
+        pytest.skip("magnitudes of 32 bits are not counted")
+    weights = some_weights(shape, dtype, place)
+    removed = [round(share * weights[0].numel()), 3, 0]
+    below = torch.stack([torch.bincount(magnitudes.keys(weight.flatten()).long(), minlength=magnitudes.VALUES) for weight in weights]).cumsum(1).int()
+    pruned, masks = passes.prune(weights, *magnitudes.thresholds(below, removed))
+    for weight, count, made, mask in zip(weights, removed, pruned, masks, strict=True):
+        expected, kept = plainly_pruned(weight, count)
+        assert torch.equal(mask.cpu(), kept)
+        assert torch.equal(made.cpu().view(torch.int16), expected.view(torch.int16))  # also the signs of zeros
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("groups", [(96, 4), (96, 1), (1, 1)], ids=str)
+def test_rounding_gives_the_bits_of_the_grid(bits, symmetric, groups, dtype, place):
+    generator = torch.Generator().manual_seed(bits)
+    weights = [torch.randn(96, 128, generator=generator).to(place, dtype) for _ in range(2)]
+    scale = torch.rand(2, *groups, generator=generator).to(place) + 0.02
+    zero = None if symmetric else torch.randint(1 << bits, (2, *groups), dtype=torch.uint8, generator=generator).to(place)
+    made, codes = passes.to_grid(weights, scale, zero, bits)
+    for layer, weight in enumerate(weights):
+        expected = Grid(torch.empty(0), scale[layer], None if zero is None else zero[layer], bits).snap(weight.float())
+        assert torch.equal(codes[layer], expected.codes)
+        assert torch.equal(made[layer], expected.dequantize().to(dtype))
+
+
+def test_a_survey_counts_what_became_of_weights(dtype, place):
+    dense = some_weights((96, 128), dtype, place)
+    masks = [torch.rand(96, 128, generator=torch.Generator().manual_seed(layer)).to(place) > 0.5 for layer in range(3)]
+    now = [weight * mask for weight, mask in zip(dense, masks, strict=True)]
+    found = passes.changes(passes.survey(dense, now, masks, None))
+    for one, before, after in zip(found, dense, now, strict=True):
+        assert one.wrong == 0
+        assert one.zeros == int((after == 0).sum())
+        assert one.squares == pytest.approx(float(before.double().square().sum()), rel=1e-5)
+        assert one.errors == pytest.approx(float((after.double() - before.double()).square().sum()), rel=1e-5)
+
+
+def test_a_survey_counts_broken_promises_and_lost_numbers(dtype, place):
+    dense = some_weights((96, 128), dtype, place)
+    mask = torch.ones(96, 128, dtype=torch.bool, device=place)
+    mask[0, :5] = False
+    now = [torch.ones_like(weight) for weight in dense]
+    now[1][3, 3], now[1][95, 127], now[2][50, 1] = math.nan, math.inf, -math.inf
+    assert [one.wrong for one in passes.changes(passes.survey(dense, now, [mask] * 3, None))] == [5, 7, 6]
+    grid = Grid(torch.full((96, 128), 3, dtype=torch.uint8, device=place), torch.ones(96, 4, device=place, dtype=torch.float16), torch.ones(96, 4, dtype=torch.uint8, device=place), 4)
+    held = [torch.full_like(weight, 2.0) for weight in dense]
+    held[0][1, 1] = 3.0
+    assert [one.wrong for one in passes.changes(passes.survey(dense, held, None, [grid] * 3))] == [1, 0, 0]
+
+
+RECIPES = {
+    "sparse": wb.Recipe(wb.Prune(sparsity=0.3)),
+    "rows": wb.Recipe(wb.Quantize(weight_bits=4)),
+    "groups": wb.Recipe(wb.Quantize(weight_bits=3, group_size=8, grid="symmetric", scale_search=False)),
+    "both": wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=5)),
+    "tensor": wb.Recipe(wb.Quantize(weight_bits=8, granularity="tensor")),
+    "rank": wb.Recipe(wb.LowRank(rank_ratio=0.5), wb.Prune(sparsity=0.6, criterion="wanda")),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_recipe_gives_the_same_model_report_and_size_either_way(recipe, sort, dtype, place, monkeypatch):
+    task = tiny_tasks.tiny_task(sort, str(place))
+    task.model.to(dtype)
+    fused = compress(task, recipe, Statistics(task))
+    monkeypatch.setattr(passes, "refused", lambda *_: "not now")
+    plain = compress(task, recipe, Statistics(task))
+    assert any(layer.change is not None for layer in fused.layers) or sort == "gpt2"  # whose matrices are stored the other way round
+    assert not any(layer.change is not None for layer in plain.layers)
+    for (name, ours), theirs in zip(fused.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)), name
+    for ours, theirs in zip(fused.report, plain.report, strict=True):
+        assert (ours.name, ours.outcome, ours.sparsity, ours.bits, ours.weights) == (theirs.name, theirs.outcome, theirs.sparsity, theirs.bits, theirs.weights)
+        assert (ours.relative_error is None) is (theirs.relative_error is None)
+        assert ours.relative_error is None or ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-5, abs=1e-7)
+    assert counted_sizes(fused.model, fused.layers) == counted_sizes(plain.model, plain.layers)
+
+
+def test_what_was_looked_over_is_looked_over_again_once_it_changes(place):
+    task = tiny_tasks.tiny_task("llama", str(place))
+    made = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), Statistics(task))
+    dense = find_layers(task.model)[0]
+    layer = next(layer for layer in made.layers if layer.change is not None)
+    before = layer.change
+    layer.write(layer.matrix() / 2)
+    assert layer.change is None
+    look_over([layer], dense)
+    assert layer.change is not None
+    assert layer.change.errors > before.errors
+    layer.mask = layer.mask.clone()
+    assert layer.change is None
+
+
+def test_a_broken_promise_names_its_layer(place):
+    task = tiny_tasks.tiny_task("llama", str(place))
+    dense = find_layers(task.model)[0]
+    made = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), Statistics(task))
+    layer = next(layer for layer in made.layers if layer.mask is not None)
+    layer.write(layer.matrix() + 1)
+    with pytest.raises(BrokenPromiseError, match=layer.name):
+        check_all(made.layers, dense)
+    assert layer.change is not None
+    layer.put(torch.nn.Parameter(torch.full_like(layer.parameter, math.nan), requires_grad=False))
+    with pytest.raises(CompressionError, match=rf"{layer.name}.*infinite or NaN"):
+        check_all(made.layers, dense)
+
+
+def test_an_all_zero_weight_has_no_relative_error(place):
+    task = tiny_tasks.tiny_task("llama", str(place))
+    layer = next(iter(find_layers(task.model)[0].values()))
+    torch.nn.init.zeros_(layer.module.weight)
+    error, zeros = changes({layer.name: layer}, {layer.name: [layer]})[layer.name]
+    assert math.isnan(error)
+    assert zeros == layer.parameter.numel()
+
+
+def test_weights_that_the_kernels_cannot_read_are_left_to_plain_operations(place):
+    weight = torch.ones(16, 16, device=place)
+    assert passes.suited([weight])
+    assert not passes.suited([weight.t()[:, :8]])  # not in line
+    assert not passes.suited([torch.ones(17, device=place)[1:]])  # an odd address
+    assert not passes.suited([weight.double()])
+    assert "float64" in passes.refused(place, torch.float64)
+
+
+def test_a_kernel_that_gives_other_bits_is_not_used(place, monkeypatch):
+    right = passes.to_grid
+
+    def wrong(*given):
+        made, codes = right(*given)
+        return made, codes.flip(1)
+
+    monkeypatch.setattr(passes, "to_grid", wrong)
+    assert "rounding torch.float16 weights gives other bits" in passes.refused(place, torch.float16)
+    monkeypatch.setattr(passes, "to_grid", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in passes.refused(place, torch.float32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of a GPU")
+def test_without_a_gpu_the_plain_operations_are_used():
+    passes.refused.cache_clear()
+    assert passes.refused(torch.device("cpu"), torch.float32) == "Triton kernels need a CUDA GPU"
+    assert not passes.suited([torch.ones(16)])
+    passes.refused.cache_clear()

@@ -1,0 +1,177 @@
+"""One kernel for what would be many on a GPU: pruning, rounding and looking over all weights of one shape, each read once.
+
+Every function takes contiguous weights of one shape and dtype, wherever they lie, and gives the bits of the plain operations of
+`magnitudes`, `runtime.grid` and `report` (sums of squares: those up to their last digits). Whether the kernels do so on this
+device is tried once, before they are used; where they do not, or Triton is missing, the plain operations are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from workbench.device import placed
+from workbench.runtime.grid import Grid
+
+BLOCK = 4096  # weights that one program reads
+WARPS = 8
+ALIGNED = 16  # bytes, so that many weights are read by one instruction
+MOST = 2**31 - 2**13  # weights of a layer: places are 32-bit numbers
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a weight has become: `squares` and `errors` are the sums of the dense weights' squares and of the squared changes.
+
+    `zeros` counts exact zeros; `wrong` weights that are infinite or NaN, or break the promise of a mask or a grid.
+    """
+
+    squares: float
+    errors: float
+    zeros: int
+    wrong: int
+
+
+def suited(*stacks: Sequence[Tensor]) -> bool:
+    """Return whether the kernels read these tensors: on one device where they are right for the first one's dtype, contiguous, aligned."""
+    tensors = [tensor for stack in stacks for tensor in stack]
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if not all(tensor.device == device and tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0 and 0 < tensor.numel() <= MOST for tensor in tensors):
+        return False
+    return not refused(device, dtype)
+
+
+@cache
+def refused(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the kernels are not used for weights of a dtype on a device, "" if they are; compiles and tries them at the first call."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels need a CUDA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+        return f"no kernel reads {dtype}"
+    try:
+        return trial(device, dtype)
+    except Exception as error:  # noqa: BLE001  compilers and drivers raise what they like; the plain operations are there
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def trial(device: torch.device, dtype: torch.dtype) -> str:
+    """Return which kernel gives other bits than the plain operations, "" if none does; on weights with many ties, zeros and both signs."""
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.randint(-40, 41, (2, 96, 96), generator=generator) / 64).to(device, dtype)
+    scale, zero = torch.rand(2, 96, 3, generator=generator).to(device) / 16 + 0.01, torch.full((2, 96, 3), 3, dtype=torch.uint8, device=device)
+    plain = Grid(torch.empty(0), scale, zero, 3).snap(weights.float())
+    rounded, codes = to_grid(list(weights.unbind()), scale, zero, 3)
+    if not (torch.equal(codes, plain.codes) and torch.equal(torch.stack(rounded), plain.dequantize().to(dtype))):
+        return f"rounding {dtype} weights gives other bits than the plain operations"
+    grids = [Grid(code, own, offset, 3) for code, own, offset in zip(codes, scale, zero, strict=True)]
+    found = changes(survey(list(weights.unbind()), rounded, masks=None, grids=grids))
+    if any(one.wrong or one.zeros != int((now == 0).sum()) for one, now in zip(found, rounded, strict=True)):
+        return f"looking over {dtype} weights counts otherwise than the plain operations"
+    return trial_of_masks(weights) if dtype.itemsize == 2 else ""
+
+
+def trial_of_masks(weights: Tensor) -> str:
+    """Return what is wrong with pruning by counted magnitudes, "" if nothing is."""
+    from workbench.compress import magnitudes  # which reads batches, and these may come here
+
+    keys = magnitudes.keys(weights.flatten(1)).long()
+    below = torch.stack([torch.bincount(row, minlength=magnitudes.VALUES) for row in keys]).cumsum(1).int()
+    removed = [weights[0].numel() // 3, 0]
+    kept = magnitudes.keep(weights.flatten(1), below, removed).view_as(weights)
+    pruned, masks = prune(list(weights.unbind()), *magnitudes.thresholds(below, removed))
+    if torch.equal(masks, kept) and torch.equal(torch.stack(pruned).view(torch.int16), (weights * kept).view(torch.int16)):
+        return ""
+    return f"pruning {weights.dtype} weights gives other bits than the plain operations"
+
+
+def table(tensors: Sequence[Tensor]) -> Tensor:
+    """Return where tensors lie, int64 [tensors] on their device, without waiting for it."""
+    return placed([tensor.data_ptr() for tensor in tensors], torch.int64, tensors[0].device)
+
+
+def prune(weights: list[Tensor], threshold: Tensor, stay: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return (the weights with zeros for what went, masks bool [layers, *shape]) of 16-bit weights; ties go to the first.
+
+    Args:
+        weights: finite, of one shape and 16-bit dtype.
+        threshold: of each layer, int [layers, 1]: magnitudes above it stay, as the integers that `magnitudes.keys` makes of them.
+        stay: how many of those equal to it stay, int [layers, 1].
+
+    """
+    from workbench.runtime import triton_weights as kernels
+
+    size, device = weights[0].numel(), weights[0].device
+    grid = -(-size // BLOCK), len(weights)
+    fresh = [torch.empty_like(weight) for weight in weights]
+    masks = torch.empty(len(weights), *weights[0].shape, dtype=torch.bool, device=device)
+    ties = torch.empty(len(weights), grid[0], dtype=torch.int32, device=device)
+    where, edge = table(weights), threshold.int()
+    kernels.count_ties[grid](where, edge, ties, size, BLOCK, num_warps=WARPS)
+    before = ties.cumsum(1, dtype=torch.int32) - ties
+    kernels.prune[grid](where, edge, stay.int(), before, table(fresh), masks.view(torch.uint8), size, BLOCK, num_warps=WARPS)
+    return fresh, masks
+
+
+def to_grid(weights: list[Tensor], scale: Tensor, zero: Tensor | None, bits: int) -> tuple[list[Tensor], Tensor]:
+    """Return (the weights as they are on the grid, in their dtype, codes uint8 [layers, *shape]).
+
+    Args:
+        weights: finite matrices of one shape.
+        scale: positive, float32 [layers, outputs, groups] or [layers, 1, 1].
+        zero: zero points, uint8 shaped as `scale`, None for a symmetric grid.
+        bits: of a code, up to 8.
+
+    """
+    from workbench.runtime import triton_weights as kernels
+
+    size, groups = weights[0].numel(), scale[0].numel()
+    fresh = [torch.empty_like(weight) for weight in weights]
+    codes = torch.empty(len(weights), *weights[0].shape, dtype=torch.uint8, device=scale.device)
+    scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
+    kernels.to_grid[-(-size // BLOCK), len(weights)](
+        table(weights), scale, scale if zero is None else zero, table(fresh), codes, size, groups,
+        kernels.named(weights[0].dtype), (1 << bits) - 1, size // groups, zero is not None, BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return fresh, codes
+
+
+def survey(dense: list[Tensor], now: list[Tensor], masks: list[Tensor] | None, grids: list[Grid] | None) -> Tensor:
+    """Return what became of each weight, float64 [layers, 4] on the device, for `changes`; waits for nothing.
+
+    Args:
+        dense: the weights as they were.
+        now: as they are, of the same shape and dtype.
+        masks: bool, True where a weight was kept; None without.
+        grids: of one kind, whose codes the weights must be; None without.
+
+    """
+    from workbench.runtime import triton_weights as kernels
+
+    size, first = now[0].numel(), grids[0] if grids else None
+    blocks = -(-size // BLOCK)
+    found = torch.empty(len(now), blocks, 4, device=now[0].device)
+    here = table(now)
+    tables = [here] * 4  # in the place of what is not there: never read
+    if masks is not None:
+        tables[0] = table(masks)
+    if grids and first is not None:
+        tables[1:3] = table([grid.codes for grid in grids]), table([grid.scale for grid in grids])
+        tables[3] = here if first.zero_point is None else table([grid.zero_point for grid in grids if grid.zero_point is not None])
+    kernels.survey[blocks, len(now)](
+        table(dense), here, *tables, found, size, kernels.named(now[0].dtype), kernels.named(torch.float32 if first is None else first.scale.dtype), 0 if first is None else first.bits,
+        size if first is None else size // first.scale.numel(), masks is not None, first is not None and first.zero_point is not None, BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return found.sum(1, dtype=torch.float64)
+
+
+def changes(found: Tensor) -> list[Change]:
+    """Return what `survey` has found, read once."""
+    return [Change(squares, errors, int(zeros), int(wrong)) for squares, errors, zeros, wrong in found.tolist()]
