@@ -16,12 +16,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from workbench.compress.selection import keep_fewer, spread
 from workbench.device import placed
 from workbench.runtime.grid import Grid
 
 BLOCK = 4096  # weights that one program reads
 WARPS = 8
 ALIGNED = 16  # bytes, so that many weights are read by one instruction
+WIDEST = 2**14  # inputs of a row that one program holds
 MOST = 2**31 - 2**13  # weights of a layer: places are 32-bit numbers
 
 
@@ -75,7 +77,32 @@ def trial(device: torch.device, dtype: torch.dtype) -> str:
     found = changes(survey(list(weights.unbind()), rounded, masks=None, grids=grids))
     if any(one.wrong or one.zeros != int((now == 0).sum()) for one, now in zip(found, rounded, strict=True)):
         return f"looking over {dtype} weights counts otherwise than the plain operations"
-    return trial_of_masks(weights) if dtype.itemsize == 2 else ""
+    return trial_of_scales(weights) or trial_of_rows(weights) or (trial_of_masks(weights) if dtype.itemsize == 2 else "")
+
+
+def trial_of_scales(weights: Tensor) -> str:
+    """Return what is wrong with the search for scales, "" if nothing is."""
+    groups = weights.float().unflatten(2, (-1, 32))
+    low, high = extremes(list(weights.unbind()), 32)
+    if not (torch.equal(low, groups.amin(3).clamp_max(0)) and torch.equal(high, groups.amax(3).clamp_min(0))):
+        return f"the ranges of {weights.dtype} weights are not those of the plain operations"
+    scales = torch.stack([(high - low + 0.01) / (7 + place) for place in range(6)])
+    errors = (groups - (groups / scales.unsqueeze(-1)).round().clamp(-4, 3) * scales.unsqueeze(-1)).square().sum(4)
+    chosen = errors.gather(0, search(list(weights.unbind()), scales, None, 3))
+    return "" if bool((chosen <= 1.0001 * errors.amin(0) + 1e-9).all()) else f"the scales found for {weights.dtype} weights are not the best ones"
+
+
+def trial_of_rows(weights: Tensor) -> str:
+    """Return what is wrong with pruning row by row, "" if nothing is."""
+    layers, rows, columns = weights.shape
+    norms = (1 + torch.arange(layers * columns, device=weights.device) % 5).view(layers, columns) / 4
+    scores = (weights.float().abs() * norms.unsqueeze(1)).flatten(0, 1)
+    removed = [rows * 40 + 7, 5]
+    kept = keep_fewer(scores, [count for total in removed for count in spread(total, rows)]).view_as(weights)
+    pruned, masks = prune_rows(list(weights.unbind()), norms, removed)
+    if torch.equal(masks, kept) and torch.equal(torch.stack(pruned), weights * kept):
+        return ""
+    return f"pruning rows of {weights.dtype} weights gives other bits than the plain operations"
 
 
 def trial_of_masks(weights: Tensor) -> str:
@@ -118,6 +145,74 @@ def prune(weights: list[Tensor], threshold: Tensor, stay: Tensor) -> tuple[list[
     before = ties.cumsum(1, dtype=torch.int32) - ties
     kernels.prune[grid](where, edge, stay.int(), before, table(fresh), masks.view(torch.uint8), size, BLOCK, num_warps=WARPS)
     return fresh, masks
+
+
+def prune_rows(weights: list[Tensor], norms: Tensor, removed: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """Return (the weights with zeros for what went, masks bool [layers, outputs, inputs]): the smallest |w| * norm of each row go.
+
+    Args:
+        weights: finite matrices of one shape, at most `WIDEST` inputs.
+        norms: of the inputs, float32 [layers, inputs], at least 0.
+        removed: how many weights of each layer go: the same number from each of its rows, or one more from the first ones.
+
+    """
+    from workbench.runtime import triton_weights as kernels
+
+    rows, columns = weights[0].shape
+    fresh = [torch.empty_like(weight) for weight in weights]
+    masks = torch.empty(len(weights), rows, columns, dtype=torch.bool, device=norms.device)
+    gone = placed([number for total in removed for number in divmod(total, rows)], torch.int32, norms.device)
+    together, block = tile(columns)
+    kernels.prune_rows[-(-rows // together), len(weights)](
+        table(weights), norms.contiguous(), gone, table(fresh), masks.view(torch.uint8), rows, columns, kernels.named(weights[0].dtype), together, block, num_warps=warps(block)
+    )
+    return fresh, masks
+
+
+def tile(columns: int) -> tuple[int, int]:
+    """Return how many rows of so many weights one program takes, and how many places it has for each: powers of two."""
+    block = max(16, 1 << (columns - 1).bit_length())
+    return max(1, BLOCK // block), block
+
+
+def warps(block: int) -> int:
+    """Return how many warps share a tile: 32 weights a thread at most."""
+    return max(4, min(16, block // 1024))
+
+
+def extremes(weights: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
+    """Return the least weight of each group, at most 0, and the largest, at least 0: float32 [layers, outputs, groups]. `size`: inputs of a group, up to `WIDEST`."""
+    from workbench.runtime import triton_weights as kernels
+
+    rows, columns = weights[0].shape
+    low, high = (torch.empty(len(weights), rows, columns // size, device=weights[0].device) for _ in range(2))
+    together, block = tile(size)
+    groups = low[0].numel()
+    kernels.extremes[-(-groups // together), len(weights)](table(weights), low, high, groups, size, kernels.named(weights[0].dtype), together, block, num_warps=warps(block))
+    return low, high
+
+
+def search(weights: list[Tensor], scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Return which of the candidates rounds each group of weights with the least squared error, int64 [1, layers, outputs, groups]; of equal ones the first.
+
+    Args:
+        weights: finite matrices of one shape.
+        scales: positive, float32 [candidates, layers, outputs, groups], of at most `WIDEST` inputs a group.
+        zeros: zero points, uint8 shaped as `scales`, None for a symmetric grid.
+        bits: of a code.
+
+    """
+    from workbench.runtime import triton_weights as kernels
+
+    best = torch.empty(1, *scales.shape[1:], dtype=torch.int64, device=scales.device)
+    groups, scales, zeros = scales[0, 0].numel(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+    size = weights[0].numel() // groups
+    together, block = tile(size)
+    kernels.search[-(-groups // together), len(weights)](
+        table(weights), scales, scales if zeros is None else zeros, best, groups, size, len(scales), scales[0].numel(),
+        kernels.named(weights[0].dtype), (1 << bits) - 1, zeros is not None, together, block, num_warps=warps(block),
+    )  # fmt: skip
+    return best
 
 
 def to_grid(weights: list[Tensor], scale: Tensor, zero: Tensor | None, bits: int) -> tuple[list[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.compress import allocate, magnitudes, passes, sparsegpt
 from workbench.compress.batch import Batch, reported
-from workbench.compress.importance import Evidence, evidence_for, importance
+from workbench.compress.importance import Evidence, evidence_for, importance, input_norms
 from workbench.compress.layers import Layer
 from workbench.compress.schedule import rounds
 from workbench.compress.selection import keep_of_groups
@@ -211,6 +211,11 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
     if magnitudes.countable(step, batch.layers):
         promise(batch, zeroed(batch, magnitudes.counts(batch, evidence.work.statistics), counts))
         return
+    if (weights := by_rows(step, batch)) is not None:
+        pruned, kept = passes.prune_rows(weights, input_norms(batch, evidence), counts)
+        batch.put(pruned)
+        promise(batch, kept)
+        return
     matrices = batch.matrices()
     if step.criterion == "sparsegpt":
         masks = [layer.mask for layer in batch.layers if layer.mask is not None]
@@ -221,6 +226,12 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         matrices.mul_(kept)
     batch.write(matrices)
     promise(batch, kept)
+
+
+def by_rows(step: Prune, batch: Batch) -> list[Tensor] | None:
+    """Return the weights where they lie if one kernel prunes their rows by `wanda`, None if it does not."""
+    alone = step.criterion == "wanda" and step.allocation != "global" and step.group is None and batch.layers[0].mask is None
+    return batch.in_place() if alone and batch.shape[1] <= passes.WIDEST else None
 
 
 def zeroed(batch: Batch, below: Tensor, counts: list[int]) -> Tensor:

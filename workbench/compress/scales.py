@@ -5,12 +5,14 @@ Stacks are float32 [layers, outputs, inputs]; scales [layers, outputs, groups], 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from workbench.compress import passes
 from workbench.runtime.forms import FLOAT8_MOST, HALVES, Cast, FloatFormat, FloatGrid, Form, decode_float, encode_float, split
 from workbench.runtime.grid import Grid, nearest_codes
 
@@ -54,6 +56,34 @@ def fit(stack: Tensor, spec: Spec) -> Scales:
     """Return the scales of least squared error among the candidate ranges: the full one, or with `search` 24 down to 40% of it."""
     groups = spec.grouped(stack)
     low, high = groups.amin(3).clamp_max(0), groups.amax(3).clamp_min(0)
+
+    def best(scales: Tensor, zeros: Tensor | None) -> Tensor:
+        errors = [rounding_error(groups, scale, None if zeros is None else zeros[place], spec) for place, scale in enumerate(scales)]
+        return torch.stack(errors).argmin(0, keepdim=True)
+
+    return among(low, high, spec, best)
+
+
+def fit_in_place(weights: list[Tensor], spec: Spec) -> Scales:
+    """Return what `fit` returns for integers, by kernels that read the weights where they lie (see `workbench.compress.passes`).
+
+    Sums of squares differ in their last digits, so that of candidates that are as good another one may be taken.
+    """
+    low, high = passes.extremes(weights, spec.group_size or weights[0].shape[1])
+    return among(low, high, spec, lambda scales, zeros: passes.search(weights, scales, zeros, spec.bits))
+
+
+def in_place(spec: Spec, columns: int) -> bool:
+    """Return whether `fit_in_place` fits matrices of so many inputs."""
+    return spec.number_format == "integer" and not spec.whole and (spec.group_size or columns) <= passes.WIDEST
+
+
+def among(low: Tensor, high: Tensor, spec: Spec, best: Callable[[Tensor, Tensor | None], Tensor]) -> Scales:
+    """Return the best scales for ranges [low, high], [layers, outputs, groups] each.
+
+    `best` is given candidates for scales and zero points, [candidates, layers, outputs, groups], and returns which one each group
+    takes, int64 [1, layers, outputs, groups]: of equal ones the first, the widest range.
+    """
     search = spec.search and spec.number_format != "float8"  # whose precision is the same at every scale
     shrinks = torch.linspace(1.0, 0.4, SHRINKS) if search else torch.ones(1)
     half = torch.zeros_like(low[:, :1, :1], dtype=torch.bool) if spec.number_format == "float8" else fit_half(widest_scale(low, high, spec), float(shrinks[-1]))
@@ -61,9 +91,8 @@ def fit(stack: Tensor, spec: Spec) -> Scales:
     scales, zeros = affine(low * factors, high * factors, half, spec)  # [candidates, layers, outputs, groups]: few kernels for all of them
     if not search:
         return Scales(scales[0], None if zeros is None else zeros[0], tuple(half.flatten().tolist()))
-    errors = [rounding_error(groups, scale, None if zeros is None else zeros[place], spec) for place, scale in enumerate(scales)]
-    best = torch.stack(errors).argmin(0, keepdim=True)  # of equal ones the first, the widest range
-    return Scales(scales.gather(0, best)[0], None if zeros is None else zeros.gather(0, best)[0], tuple(half.flatten().tolist()))
+    chosen = best(scales, zeros)
+    return Scales(scales.gather(0, chosen)[0], None if zeros is None else zeros.gather(0, chosen)[0], tuple(half.flatten().tolist()))
 
 
 def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:

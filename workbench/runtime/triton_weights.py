@@ -54,6 +54,74 @@ def prune(weights_ptr, threshold_ptr, stay_ptr, before_ptr, out_ptr, mask_ptr, s
 
 
 @triton.jit
+def prune_rows(weights_ptr, norm_ptr, gone_ptr, out_ptr, mask_ptr, rows, columns, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the mask (uint8 [layers, rows, columns]) of the largest |w| * norm (float32 [layers, columns]) of each row, and the weights that it leaves.
+
+    gone [layers, 2], int32: how many go from each row, and from how many rows, the first, one more. The threshold is found by halving
+    the range of the numbers' bits, which are ordered as the numbers are: 31 counts of rows that stay in registers.
+    """
+    layer = tl.program_id(1)
+    row, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (place < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + place[None, :]
+    weight = tl.load(address(weights_ptr, layer, TYPE) + at, mask=inside, other=0.0)
+    score = tl.abs(weight.to(tl.float32)) * tl.load(norm_ptr + layer * columns + place, mask=place < columns, other=0.0)[None, :]
+    bits = tl.where(inside, score.to(tl.int32, bitcast=True), -1)
+    stay = columns - tl.load(gone_ptr + 2 * layer) - (row < tl.load(gone_ptr + 2 * layer + 1)).to(tl.int32)
+    low, high = stay * 0, stay * 0 + 0x7F800000
+    for _ in range(31):
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1) >= stay
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    equal = (bits == low[:, None]).to(tl.int32)
+    room = stay - tl.sum((bits > low[:, None]).to(tl.int32), axis=1)
+    kept = (bits > low[:, None]) | ((equal != 0) & (tl.cumsum(equal, axis=1) <= room[:, None]))
+    tl.store(address(out_ptr, layer, TYPE) + at, tl.where(kept, weight, weight * 0.0), mask=inside)
+    tl.store(mask_ptr + layer.to(tl.int64) * rows * columns + at, kept.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def extremes(weights_ptr, low_ptr, high_ptr, groups, size, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the smallest weight of each group of `size` in line, at most 0, and the largest, at least 0: float32 [layers, groups]."""
+    layer = tl.program_id(1)
+    group, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (group < groups)[:, None] & (place < size)[None, :]
+    weight = tl.load(address(weights_ptr, layer, TYPE) + group.to(tl.int64)[:, None] * size + place[None, :], mask=inside, other=0.0).to(tl.float32)
+    out = layer.to(tl.int64) * groups + group
+    tl.store(low_ptr + out, tl.min(weight, axis=1), mask=group < groups)
+    tl.store(high_ptr + out, tl.max(weight, axis=1), mask=group < groups)
+
+
+@triton.jit
+def search(
+    weights_ptr, scale_ptr, zero_ptr, best_ptr, groups, size, candidates, step,
+    TYPE: tl.constexpr, MOST: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write which of the candidates rounds each group with the least squared error, the first of equal ones: int64 [layers, groups].
+
+    scale float32 and zero uint8 are [candidates, layers, groups], `step` from one candidate to the next.
+    """
+    layer = tl.program_id(1)
+    group, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    there = group < groups
+    inside = there[:, None] & (place < size)[None, :]
+    weight = tl.load(address(weights_ptr, layer, TYPE) + group.to(tl.int64)[:, None] * size + place[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = layer.to(tl.int64) * groups + group
+    best, least = tl.zeros((ROWS,), dtype=tl.int64), tl.full((ROWS,), float("inf"), dtype=tl.float32)
+    for candidate in range(candidates):
+        scale = tl.load(scale_ptr + candidate * step + at, mask=there, other=1.0)
+        zero = tl.load(zero_ptr + candidate * step + at, mask=there, other=0).to(tl.float32) if HAS_ZERO else 0.0 * scale + (MOST + 1) / 2
+        steps = (weight * (1.0 / scale)[:, None] + 12582912.0) - 12582912.0
+        steps = tl.minimum(tl.maximum(steps, -zero[:, None]), (MOST - zero)[:, None])
+        error = weight - steps * scale[:, None]
+        error = tl.sum(error * error, axis=1)
+        best = tl.where(error < least, candidate, best)
+        least = tl.minimum(error, least)
+    tl.store(best_ptr + at, best, mask=there)
+
+
+@triton.jit
 def to_grid(
     weights_ptr, scale_ptr, zero_ptr, out_ptr, codes_ptr, size, groups,
     TYPE: tl.constexpr, MOST: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
