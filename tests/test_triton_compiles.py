@@ -1,0 +1,72 @@
+"""Kernels compile for GPUs that are not here: Triton brings its own compiler, which needs no GPU."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+TABLE, ARCHITECTURES = "*i64", (80, 90)  # A100, H100
+TYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def compiled(kernel, arguments, constants, architecture, *, aligned=(), warps=8):
+    """Return the code of a kernel; `aligned` arguments are multiples of 16, as most sizes and all addresses are."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pruning_by_magnitude_reads_and_writes_many_weights_an_instruction(architecture):
+    from workbench.runtime import triton_weights as kernels
+
+    numbers = {"threshold_ptr": "*i32", "stay_ptr": "*i32", "before_ptr": "*i32", "ties_ptr": "*i32", "mask_ptr": "*u8", "size": "i32", "weights_ptr": TABLE, "out_ptr": TABLE}
+    for kernel in (kernels.count_ties, kernels.prune):
+        code = compiled(kernel, numbers, {"BLOCK": 4096}, architecture, aligned=["size"] + ["mask_ptr"] * (kernel is kernels.prune))
+        assert "ld.global.v4" in code
+        assert kernel is kernels.count_ties or "st.global.v4" in code
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("block", [64, 16384])
+def test_kernels_over_rows_compile(block, dtype, architecture):
+    from workbench.compress.passes import tile, warps
+    from workbench.runtime import triton_weights as kernels
+
+    together, places = tile(block)
+    constants = {"TYPE": kernels.named(dtype), "ROWS": together, "BLOCK": places}
+    numbers = {"norm_ptr": "*fp32", "gone_ptr": "*i32", "mask_ptr": "*u8", "low_ptr": "*fp32", "high_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*u8", "best_ptr": "*i64"}
+    numbers |= {"weights_ptr": TABLE, "out_ptr": TABLE} | dict.fromkeys(("rows", "columns", "groups", "size", "candidates", "step"), "i32")
+    more = {kernels.prune_rows: {}, kernels.extremes: {}, kernels.search: {"MOST": 15, "HAS_ZERO": True}}
+    for kernel, own in more.items():
+        code = compiled(kernel, numbers, constants | own, architecture, aligned=["columns" if kernel is kernels.prune_rows else "size"], warps=warps(places))
+        assert "ld.global.v4" in code
+        assert ".local" not in code  # nothing falls out of the registers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("bits", [0, 4])
+def test_kernels_over_weights_compile(bits, dtype, architecture):
+    from workbench.runtime import triton_weights as kernels
+
+    numbers = dict.fromkeys(("weights_ptr", "out_ptr", "dense_ptr", "now_ptr", "mask_ptr"), TABLE) | {"found_ptr": "*fp32", "size": "i32", "groups": "i32"}
+    name = kernels.named(dtype)
+    survey = {"TYPE": name, "SCALE": kernels.named(torch.float16), "BITS": bits, "GROUP": 64, "HAS_MASK": not bits, "HAS_ZERO": True, "BLOCK": 4096}
+    assert "ld.global.v4" in compiled(kernels.survey, numbers | {"codes_ptr": TABLE, "scale_ptr": TABLE, "zero_ptr": TABLE}, survey, architecture, aligned=["size"])
+    if bits:
+        grid = {"TYPE": name, "MOST": 15, "GROUP": 64, "HAS_ZERO": True, "BLOCK": 4096}
+        code = compiled(kernels.to_grid, numbers | {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8"}, grid, architecture, aligned=["size", "codes_ptr"])
+        assert "st.global.v4" in code
