@@ -48,8 +48,8 @@ def test_kernels_over_rows_compile(block, dtype, architecture):
     together, places = tile(block)
     constants = {"TYPE": kernels.named(dtype), "ROWS": together, "BLOCK": places}
     numbers = {"norm_ptr": "*fp32", "gone_ptr": "*i32", "mask_ptr": "*u8", "low_ptr": "*fp32", "high_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*u8", "best_ptr": "*i64"}
-    numbers |= {"weights_ptr": TABLE, "out_ptr": TABLE} | dict.fromkeys(("rows", "columns", "groups", "size", "candidates", "step"), "i32")
-    more = {kernels.prune_rows: {}, kernels.extremes: {}, kernels.search: {"MOST": 15, "HAS_ZERO": True}}
+    numbers |= {"weights_ptr": TABLE, "out_ptr": TABLE} | dict.fromkeys(("rows", "columns", "groups", "size", "candidates", "step", "most"), "i32")
+    more = {kernels.prune_rows: {}, kernels.extremes: {}, kernels.search: {"HAS_ZERO": True}}
     for kernel, own in more.items():
         code = compiled(kernel, numbers, constants | own, architecture, aligned=["columns" if kernel is kernels.prune_rows else "size"], warps=warps(places))
         assert "ld.global.v4" in code
@@ -58,15 +58,15 @@ def test_kernels_over_rows_compile(block, dtype, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("bits", [0, 4])
-def test_kernels_over_weights_compile(bits, dtype, architecture):
+@pytest.mark.parametrize("gridded", [False, True])
+def test_kernels_over_weights_compile(gridded, dtype, architecture):
     from workbench.runtime import triton_weights as kernels
 
-    numbers = dict.fromkeys(("weights_ptr", "out_ptr", "dense_ptr", "now_ptr", "mask_ptr"), TABLE) | {"found_ptr": "*fp32", "size": "i32", "groups": "i32"}
+    numbers = dict.fromkeys(("weights_ptr", "out_ptr", "dense_ptr", "now_ptr", "mask_ptr"), TABLE) | {"found_ptr": "*fp32", "size": "i32", "groups": "i32", "most": "i32"}
     name = kernels.named(dtype)
-    survey = {"TYPE": name, "SCALE": kernels.named(torch.float16), "BITS": bits, "GROUP": 64, "HAS_MASK": not bits, "HAS_ZERO": True, "BLOCK": 4096}
+    survey = {"TYPE": name, "SCALE": kernels.named(torch.float16), "HAS_GRID": gridded, "GROUP": 64, "HAS_MASK": not gridded, "HAS_ZERO": True, "BLOCK": 4096}
     assert "ld.global.v4" in compiled(kernels.survey, numbers | {"codes_ptr": TABLE, "scale_ptr": TABLE, "zero_ptr": TABLE}, survey, architecture, aligned=["size"])
-    if bits:
-        grid = {"TYPE": name, "MOST": 15, "GROUP": 64, "HAS_ZERO": True, "BLOCK": 4096}
+    if gridded:
+        grid = {"TYPE": name, "GROUP": 64, "HAS_ZERO": True, "BLOCK": 4096}
         code = compiled(kernels.to_grid, numbers | {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8"}, grid, architecture, aligned=["size", "codes_ptr"])
         assert "st.global.v4" in code

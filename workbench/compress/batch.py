@@ -113,6 +113,8 @@ def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
             flags += torch.isfinite(batch.stored()).flatten(1).all(1).unbind()
             names += [layer.name for layer in batch.layers]
         good = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+        for device, dtype in {(layer.parameter.device, layer.parameter.dtype) for layer in layers}:
+            passes.refused(device, dtype)  # tried here, where nobody waits for a move yet
         return frozenset(name for name, fine in zip(names, good, strict=True) if fine)
 
     found = statistics.once("finite layers", look)

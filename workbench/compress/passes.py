@@ -209,8 +209,8 @@ def search(weights: list[Tensor], scales: Tensor, zeros: Tensor | None, bits: in
     size = weights[0].numel() // groups
     together, block = tile(size)
     kernels.search[-(-groups // together), len(weights)](
-        table(weights), scales, scales if zeros is None else zeros, best, groups, size, len(scales), scales[0].numel(),
-        kernels.named(weights[0].dtype), (1 << bits) - 1, zeros is not None, together, block, num_warps=warps(block),
+        table(weights), scales, scales if zeros is None else zeros, best, groups, size, len(scales), scales[0].numel(), (1 << bits) - 1,
+        kernels.named(weights[0].dtype), zeros is not None, together, block, num_warps=warps(block),
     )  # fmt: skip
     return best
 
@@ -232,8 +232,8 @@ def to_grid(weights: list[Tensor], scale: Tensor, zero: Tensor | None, bits: int
     codes = torch.empty(len(weights), *weights[0].shape, dtype=torch.uint8, device=scale.device)
     scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
     kernels.to_grid[-(-size // BLOCK), len(weights)](
-        table(weights), scale, scale if zero is None else zero, table(fresh), codes, size, groups,
-        kernels.named(weights[0].dtype), (1 << bits) - 1, size // groups, zero is not None, BLOCK, num_warps=WARPS,
+        table(weights), scale, scale if zero is None else zero, table(fresh), codes, size, groups, (1 << bits) - 1,
+        kernels.named(weights[0].dtype), size // groups, zero is not None, BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return fresh, codes
 
@@ -261,8 +261,9 @@ def survey(dense: list[Tensor], now: list[Tensor], masks: list[Tensor] | None, g
         tables[1:3] = table([grid.codes for grid in grids]), table([grid.scale for grid in grids])
         tables[3] = here if first.zero_point is None else table([grid.zero_point for grid in grids if grid.zero_point is not None])
     kernels.survey[blocks, len(now)](
-        table(dense), here, *tables, found, size, kernels.named(now[0].dtype), kernels.named(torch.float32 if first is None else first.scale.dtype), 0 if first is None else first.bits,
-        size if first is None else size // first.scale.numel(), masks is not None, first is not None and first.zero_point is not None, BLOCK, num_warps=WARPS,
+        table(dense), here, *tables, found, size, 0 if first is None else (1 << first.bits) - 1,
+        kernels.named(now[0].dtype), kernels.named(torch.float32 if first is None else first.scale.dtype), first is not None,
+        1 if first is None else size // first.scale.numel(), masks is not None, first is not None and first.zero_point is not None, BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return found.sum(1, dtype=torch.float64)
 

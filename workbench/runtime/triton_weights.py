@@ -93,14 +93,14 @@ def extremes(weights_ptr, low_ptr, high_ptr, groups, size, TYPE: tl.constexpr, R
     tl.store(high_ptr + out, tl.max(weight, axis=1), mask=group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def search(
-    weights_ptr, scale_ptr, zero_ptr, best_ptr, groups, size, candidates, step,
-    TYPE: tl.constexpr, MOST: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    weights_ptr, scale_ptr, zero_ptr, best_ptr, groups, size, candidates, step, most,
+    TYPE: tl.constexpr, HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write which of the candidates rounds each group with the least squared error, the first of equal ones: int64 [layers, groups].
 
-    scale float32 and zero uint8 are [candidates, layers, groups], `step` from one candidate to the next.
+    scale float32 and zero uint8 are [candidates, layers, groups], `step` from one candidate to the next; codes are at most `most`.
     """
     layer = tl.program_id(1)
     group, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -111,9 +111,9 @@ def search(
     best, least = tl.zeros((ROWS,), dtype=tl.int64), tl.full((ROWS,), float("inf"), dtype=tl.float32)
     for candidate in range(candidates):
         scale = tl.load(scale_ptr + candidate * step + at, mask=there, other=1.0)
-        zero = tl.load(zero_ptr + candidate * step + at, mask=there, other=0).to(tl.float32) if HAS_ZERO else 0.0 * scale + (MOST + 1) / 2
+        zero = tl.load(zero_ptr + candidate * step + at, mask=there, other=0).to(tl.float32) if HAS_ZERO else 0.0 * scale + (most + 1) * 0.5
         steps = (weight * (1.0 / scale)[:, None] + 12582912.0) - 12582912.0
-        steps = tl.minimum(tl.maximum(steps, -zero[:, None]), (MOST - zero)[:, None])
+        steps = tl.minimum(tl.maximum(steps, -zero[:, None]), (most - zero)[:, None])
         error = weight - steps * scale[:, None]
         error = tl.sum(error * error, axis=1)
         best = tl.where(error < least, candidate, best)
@@ -121,12 +121,12 @@ def search(
     tl.store(best_ptr + at, best, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def to_grid(
-    weights_ptr, scale_ptr, zero_ptr, out_ptr, codes_ptr, size, groups,
-    TYPE: tl.constexpr, MOST: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    weights_ptr, scale_ptr, zero_ptr, out_ptr, codes_ptr, size, groups, most,
+    TYPE: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the nearest codes (uint8 [layers, size], at most MOST) and the weights that they stand for.
+    """Write the nearest codes (uint8 [layers, size], at most `most`) and the weights that they stand for.
 
     scale float32 and zero uint8 are [layers, groups]; GROUP weights in line share one. The operations are those of
     `workbench.runtime.grid`, in their order: the same bits.
@@ -137,23 +137,23 @@ def to_grid(
     weight = tl.load(address(weights_ptr, layer, TYPE) + place, mask=inside, other=0.0).to(tl.float32)
     group = layer.to(tl.int64) * groups + place // GROUP
     scale = tl.load(scale_ptr + group, mask=inside, other=1.0)
-    zero = tl.load(zero_ptr + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else (MOST + 1) / 2
+    zero = tl.load(zero_ptr + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else (most + 1) * 0.5
     steps = tl.minimum(tl.maximum(tl.div_rn(weight, scale), -1048576.0), 1048576.0)
     steps = (steps + 12582912.0) - 12582912.0  # to the nearest whole number, halves to even
-    code = tl.minimum(tl.maximum(steps + zero, 0.0), MOST * 1.0)
+    code = tl.minimum(tl.maximum(steps + zero, 0.0), most * 1.0)
     tl.store(codes_ptr + layer.to(tl.int64) * size + place, code.to(tl.uint8), mask=inside)
     tl.store(address(out_ptr, layer, TYPE) + place, ((code - zero) * scale).to(TYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def survey(
-    dense_ptr, now_ptr, mask_ptr, codes_ptr, scale_ptr, zero_ptr, found_ptr, size,
-    TYPE: tl.constexpr, SCALE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    dense_ptr, now_ptr, mask_ptr, codes_ptr, scale_ptr, zero_ptr, found_ptr, size, most,
+    TYPE: tl.constexpr, SCALE: tl.constexpr, HAS_GRID: tl.constexpr, GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write what a block of each layer's weights has become, float32 [layers, blocks, 4].
 
     The sums of squares of the dense weights and of the changes, the number of zeros, and that of weights that are infinite, NaN,
-    not zero where the mask says so, or not what their codes stand for (BITS of 0: there are none).
+    not zero where the mask says so, or not what their codes, at most `most`, stand for.
     """
     layer, block = tl.program_id(1), tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
@@ -166,11 +166,11 @@ def survey(
     if HAS_MASK:
         kept = tl.load(address(mask_ptr, layer, tl.uint8) + place, mask=inside, other=1)
         wrong = wrong | ((kept == 0) & (now != 0.0))
-    if BITS:
+    if HAS_GRID:
         code = tl.load(address(codes_ptr, layer, tl.uint8) + place, mask=inside, other=0).to(tl.float32)
         group = place // GROUP
         scale = tl.load(tl.load(scale_ptr + layer).to(tl.pointer_type(SCALE)) + group, mask=inside, other=1.0).to(tl.float32)
-        zero = tl.load(tl.load(zero_ptr + layer).to(tl.pointer_type(tl.uint8)) + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else 0.0 + (1 << (BITS - 1))
+        zero = tl.load(tl.load(zero_ptr + layer).to(tl.pointer_type(tl.uint8)) + group, mask=inside, other=0).to(tl.float32) if HAS_ZERO else (most + 1) * 0.5
         wrong = wrong | (((code - zero) * scale).to(TYPE).to(tl.float32) != now)
     out = found_ptr + (layer * tl.num_programs(0) + block) * 4
     tl.store(out, tl.sum(dense * dense, axis=0))
