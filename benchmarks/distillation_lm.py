@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation import flops, matmul_rate
+from arithmetic import flop
+from evaluation import matmul_rate
 
 import workbench as wb
 from workbench.device import describe
@@ -100,7 +101,7 @@ def main() -> None:
                          ledger=f"{folder}/points.journal", progress=False)  # fmt: skip
         context = bench.evaluation.inputs["input_ids"].shape[1]
         rate = matmul_rate(bench.device, torch.bfloat16 if bench.device.type == "cuda" else torch.float32)
-        work = flops(bench.task) / len(bench.evaluation) * options.batch * (3 if options.cache else 4)
+        work = flop(bench.task, bench.evaluation[:1]) * options.batch * (3 if options.cache else 4)
         result = {"model": options.model, "device": describe(bench.device), "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "versions": versions(),
                   "command": "python " + shlex.join(sys.argv), "note": options.note, "data": bench.task.data_name, "training": len(bench.task.training), "context": context, "batch": options.batch,
                   "cached": bool(options.cache), "rate_tflops": round(rate / 1e12, 1), "step_tflop": round(work / 1e12, 3), "rows": []}  # fmt: skip

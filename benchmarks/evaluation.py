@@ -5,7 +5,8 @@
 Weights and tokens are random: times depend on shapes, not on values. One model is pruned to half everywhere, another one in its
 last quarter of blocks only. `whole` makes all logits of a batch, `fused` reduces them piece by piece, `graphed` replays one CUDA
 graph, `from block` starts from the dense model's hidden states. `once` is the first reading, with what is tried, captured or
-kept in it; `ms` the median of the next ones. The floor is the arithmetic of the products at the rate that a large product reaches here.
+kept in it; `ms` the median of the next ones. The floor is the arithmetic (benchmarks/arithmetic.py, as everywhere in the suite) at the
+rate that a large product reaches here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from arithmetic import flop
 from shapes import SHAPES, random_task
 from torch import nn
 
@@ -31,14 +33,6 @@ from workbench.measure.graphed import Graphs
 from workbench.tasks import score
 from workbench.tasks.base import Scores, Task
 from workbench.versions import versions
-
-
-def flops(task: Task) -> float:
-    """Return the operations of all products for all windows: weights, and attention over the earlier half of each window on average."""
-    config, (windows, context) = task.model.config, task.evaluation.inputs["input_ids"].shape
-    weights = sum(module.weight.numel() for module in task.model.modules() if isinstance(module, nn.Linear))
-    attention = 2 * context * config.hidden_size * config.num_hidden_layers  # scores and values, 2 operations a product, half of the positions
-    return float(windows * context * (2 * weights + attention))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -130,7 +124,7 @@ def main() -> None:
     everywhere = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), shared=True).model
     late = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=tuple(f"model.layers.{i}.*" for i in range(first, blocks)))), shared=True).model
     rate = matmul_rate(device, next(task.model.parameters()).dtype)
-    floor = flops(task) / rate * 1000
+    floor = flop(task, task.evaluation.to(device)) / rate * 1000
     found: dict[str, dict[str, object]] = {}
     reference: dict[str, Scores] = {}
     for name, read in readers(task, device, everywhere, late).items():

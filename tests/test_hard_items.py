@@ -96,3 +96,51 @@ def test_what_is_no_likelihood_is_not_widened():
     weight = draw.integers(20, 128, 30).astype(float)
     one, other = made(loss, draw.random(30), weight), made(loss, draw.random(30), weight)
     assert quality("perplexity", one, other)[1].change == mean(other.correct - one.correct, one.weight, 0.95)
+
+
+def test_no_interval_of_a_loss_reaches_below_zero_and_no_upper_end_moves():
+    """8 utterances, one of which is lost: Student's interval of the mean, which is positive, begins at -1."""
+    before, after = np.array([0.02] * 7 + [0.9]), np.array([0.05] * 7 + [6.0])
+    dense, mine = made(before, before < 0.7), made(after, after < 0.7)
+    for primary, known in (("accuracy", None), ("accuracy", Known(dense)), ("perplexity", None)):
+        few = 8 if known is None else 7
+        some, read = dense.first(few), mine.first(few)
+        found = quality(primary, some, read, known=known)
+        plain = [mean(values, some.weight, 0.95, widening(some.loss, dense.loss)) for values in (read.loss, read.loss - some.loss)]
+        loss = next(one for one in found if one.metric in {"loss", "perplexity"})
+        if known is None:
+            assert plain[0].low < 0
+            least, shown = (0.0, lambda x: x) if loss.metric == "loss" else (1.0, math.exp)
+            assert loss.compressed.low == least
+            assert loss.compressed.high == pytest.approx(shown(plain[0].high))
+            assert (loss.change.low < 0) == (plain[1].low < 0)  # a change may be negative
+        assert loss.dense.low >= 0
+        assert loss.dense.low <= loss.dense.value <= loss.dense.high
+        assert 0 <= loss.compressed.low <= loss.compressed.value <= loss.compressed.high
+
+
+def test_squared_errors_and_shares_of_tokens_stay_in_their_range():
+    draw = np.random.default_rng(4)
+    values = np.array([0.0] * 7 + [0.8])
+    one, other = (made(loss, np.zeros(8), score=draw.random(8), cosine=draw.random(8)) for loss in (values, values[::-1].copy()))
+    assert quality("rank correlation", one, other)[1].compressed.low == 0
+    assert quality("rank correlation", one, other)[1].change.low < 0
+    shares = np.array([0.999] * 7 + [0.5]), np.array([0.001] * 7 + [0.5])
+    right, wrong = (made(np.ones(8), share, np.full(8, 100.0)) for share in shares)
+    found = quality("perplexity", right, wrong)[1]
+    assert found.dense.high == 1
+    assert found.dense.low < found.dense.value < 1
+    assert found.compressed.low == 0
+    assert found.change.low == -1
+
+
+def test_what_is_cut_off_is_where_the_truth_cannot_be():
+    """The cut intervals hold exactly as often as the whole ones: exponential losses of mean 0.1, of which 8 are read."""
+    draw, held = np.random.default_rng(5), {"cut": 0, "whole": 0}
+    for _ in range(400):
+        scores = made(draw.exponential(0.1, 8) * draw.integers(0, 2, 8) * 2, np.ones(8))
+        cut, whole = quality("accuracy", scores, scores)[1].compressed, mean(scores.loss, scores.weight, 0.95, widening(scores.loss, scores.loss))
+        assert (cut.value, cut.high) == (whole.value, whole.high)
+        held["cut"] += cut.low <= 0.1 <= cut.high
+        held["whole"] += whole.low <= 0.1 <= whole.high
+    assert held["cut"] == held["whole"]

@@ -77,6 +77,19 @@ def test_no_text_in_a_point_is_taken_for_the_marks_around_its_layers(measured, t
     back = Measurement.from_json(point.to_json())
     assert back == point == everything(point)
     assert back.layers[0].outcome == outcome
+    line = json.dumps({"op_code": 4, "study_id": 0, "user_attrs": {"recipe": name, "measurement": point.to_json(), "why": why}, "system_attrs": {outcome: why}}, separators=(",", ":")).encode() + b"\n"
+    late = Measurement.from_line(line, 0)
+    assert late == point
+    assert late.to_json() == point.to_json()
+    assert Measurement.from_line(line, 1) is None
+
+
+def test_figures_are_what_the_point_says_also_of_a_changed_copy(measured):
+    late = Measurement.from_json(measured.to_json())
+    for row in (measured, late, dataclasses.replace(late, items=late.items - 1), pickle.loads(pickle.dumps(late))):  # noqa: S301
+        change = row.primary.change
+        assert row.figures == (row.complete, (row.context.model_fingerprint, row.context.data_fingerprint), row.primary.metric, (change.value, change.low, change.high), row.sizes.file_bytes)
+    assert not dataclasses.replace(late, items=late.items - 1).figures.complete
 
 
 def test_points_stored_otherwise_are_read_at_once(measured):
@@ -106,6 +119,39 @@ def test_the_journal_reads_what_optuna_reads_and_the_other_way_round(tmp_path, m
     assert fresh[0].trials == fresh[1].trials == mine.study.trials == theirs.trials
     assert len(fresh[0].trials) == 3
     assert fresh[0].user_attrs == fresh[1].user_attrs == theirs.user_attrs != {}
+
+
+def test_optuna_is_shown_the_studies_and_what_this_process_wrote_alone(tmp_path, measured):
+    where = tmp_path / "points.journal"
+    first = Ledger(where)
+    for number in (1, 2):
+        first.add(numbered(measured, number))
+    other = optuna.create_study(storage=optuna.storages.JournalStorage(Journal(where)), study_name="another", directions=["minimize"])
+    other.tell(other.ask(), 1.0)
+    mine = Ledger(where)
+    assert [len(mine.book.trials), len(mine.study.trials)] == [0, 2]
+    first.add(numbered(measured, 3))
+    mine.add(numbered(measured, 4))
+    mine.annotate(f"{1:016x}", note="kept")
+    for _ in range(2):
+        mine.refresh()
+    assert [len(mine.book.trials), len(mine.study.trials)] == [1, 4]
+    assert sorted(int(row.key, 16) for row in mine.rows()) == [1, 2, 3, 4]
+    assert mine.unreadable == 0  # the other study's trial is not ours
+    assert Ledger(where).annotations() == mine.annotations() != {}
+    assert [trial.user_attrs["key"] for trial in mine.study.trials] == [f"{number:016x}" for number in (1, 2, 3, 4)]
+
+
+def test_a_broken_line_that_another_process_wrote_is_named_each_time_and_hides_nothing_before_it(tmp_path, measured):
+    where = tmp_path / "points.journal"
+    ledger, other = Ledger(where), Ledger(where)
+    other.add(numbered(measured, 1))
+    with where.open("ab") as file:
+        file.write(b'{"op_code":4,"study_id"~0}\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match="JSON|delimiter|expected"):
+            ledger.refresh()
+        assert [int(row.key, 16) for row in ledger.rows()] == [1]
 
 
 def test_what_another_process_added_is_taken_over_once(tmp_path, measured):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_training import KILLED
 from tiny_tasks import TRAINING, same, tiny_task, weights
 
@@ -78,16 +79,17 @@ def test_looks_do_not_change_what_is_learned(improving, align, count):
     task = tiny_task("vit")
     options = {"align": align, "lora_count": count, "align_projection": "trained"}
     often, seldom = (taught(task, transfer_look_every=every, **options) for every in (1, 11))
-    assert len(often.looks) == count * 13
-    assert len(seldom.looks) == count * 3
+    assert len(often.looks) == 13
+    assert len(seldom.looks) == 3
     assert often.curve == seldom.curve
     assert same(weights(often.model), weights(seldom.model))
 
 
-def test_what_is_kept_is_the_best_look():
-    """A rate that does harm after a while: the best look is not the last, and its weights are what is there."""
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_kept_is_the_best_look(count):
+    """A rate that does harm after a while: the best look is not the last, and its weights are what is there; of several LoRAs, those of their mean."""
     task, seen = tiny_task("vit"), []
-    options = {"transfer_steps": 30, "transfer_rate": 0.3}
+    options = {"transfer_steps": 30, "transfer_rate": 0.3, "lora_count": count}
     made = taught(task, training=watched(seen), **options)
     best = min(seen, key=lambda look: look.loss)
     assert 0 <= best.step < 30
@@ -98,15 +100,37 @@ def test_what_is_kept_is_the_best_look():
     assert same(weights(taught(task, **options).model), weights(made.model))
 
 
-def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again():
+@pytest.mark.parametrize("loras", [1, 2])
+def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again(loras):
     task, count = tiny_task("vit"), []
     training = Training(lambda curve, steps: count.append(steps), lambda: len(count) == 8)
-    made = taught(task, training=training, transfer_steps=30, transfer_rate=0.3)
+    made = taught(task, training=training, transfer_steps=30, transfer_rate=0.3, lora_count=loras)
     assert made.recipe.get("transfer").transfer_stop_at == 8
     assert [look.step for look in made.looks] == [0, 3, 6, 8]
     again = compress(task, made.recipe)
     assert same(weights(again.model), weights(made.model))
     assert again.curve == made.curve
+
+
+def test_several_loras_learn_what_each_learns_alone_and_are_averaged():
+    """Side by side is only how they are run: the mean of three trained apart, with the seeds that each has, is the same."""
+    task = tiny_task("vit")
+    options = {"transfer_look_every": 0, "align_projection": "trained"}
+    together = taught(task, lora_count=3, seed=5, **options)
+    alone = [taught(task, seed=5 + index, **options) for index in range(3)]
+    for name, tensor in weights(together.model).items():
+        mean = torch.stack([weights(made.model)[name].double() for made in alone]).mean(0)
+        assert torch.allclose(tensor.double(), mean, atol=1e-6), name
+    assert [loss for _, loss in together.curve] == pytest.approx([sum(losses) / 3 for losses in zip(*([loss for _, loss in made.curve] for made in alone), strict=True)], rel=1e-5)
+
+
+def test_looks_are_at_the_mean_of_several(improving):
+    task, seen = tiny_task("vit"), []
+    made = taught(task, training=watched(seen), lora_count=2, transfer_look_every=4)
+    found = task.kind.score(made.model, task.training[TRAINING - TRAINING // 10 :])
+    assert [look.step for look in seen] == [0, 4, 8, 12]
+    assert seen[-1].value == pytest.approx(float(found.correct.mean()))
+    assert any("mean of 2, trained 12 steps" in row.outcome and "kept as after step 12: held-out accuracy" in row.outcome for row in made.report)
 
 
 def test_too_few_items_to_hold_out_are_said_by_the_name_of_the_option():
@@ -128,9 +152,9 @@ def test_without_looks_a_recipe_keeps_the_key_that_it_had():
 # --- going on exactly
 
 
-@pytest.mark.parametrize(("sort", "align"), [("vit", "geodesic"), ("llama", "none")])
-def test_a_killed_training_goes_on_to_the_same_bits(cache, sort, align):
-    options = {**FAST, "transfer_look_every": 5, "align": align, "align_projection": "trained"}
+@pytest.mark.parametrize(("sort", "align", "count"), [("vit", "geodesic", 2), ("llama", "none", 1)])
+def test_a_killed_training_goes_on_to_the_same_bits(cache, sort, align, count):
+    options = {**FAST, "transfer_look_every": 5, "align": align, "align_projection": "trained", "lora_count": count}
     recipe = Recipe(PRUNE, wb.Transfer(**options, transfer_checkpoint_every=3))
     task = tiny_task(sort)
     plain = compress(task, Recipe(PRUNE, wb.Transfer(**options)))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from test_training import close, distilled
-from tiny_tasks import TRAINING, same, tiny_task, weights
+from tiny_tasks import TRAINING, same, tiny_task, vit, weights
+from tiny_tasks import items as tiny_items
 
 import workbench as wb
+from workbench.compress import compress, teacher_answers
 from workbench.compress.inner import Seen, see
 from workbench.compress.teacher_cache import teacher_cache
 from workbench.compress.teacher_tables import DiskTable, disk_folder, free_bytes
+from workbench.errors import CompressionError
+from workbench.recipe import Recipe
 from workbench.statistics import Statistics
 
 
@@ -38,9 +43,9 @@ def test_each_item_is_computed_once_for_all_recipes(monkeypatch):
 
     monkeypatch.setattr(type(task.kind), "logits", counted)
     first = distilled(task, steps=20, teacher_cache_mb=16, statistics=statistics)
-    assert sum(read) == TRAINING + 1  # and one item to measure its size
+    assert sum(read) == TRAINING + 2  # and one item each to see that it answers with numbers, and to measure their size
     distilled(task, wb.Prune(sparsity=0.7), steps=20, teacher_cache_mb=16, statistics=statistics)
-    assert sum(read) == TRAINING + 1
+    assert sum(read) == TRAINING + 3
     assert same(weights(distilled(task, steps=20, teacher_cache_mb=16).model), weights(first.model))  # what was read before does not matter
 
 
@@ -72,7 +77,7 @@ def test_a_head_that_something_follows_is_not_replayed():
 def test_answers_beyond_the_budget_are_computed_anew_and_that_is_said(monkeypatch):
     task = tiny_task("vit")
     plain = distilled(task, hidden_weight=1)
-    monkeypatch.setattr(importlib.import_module("workbench.compress.distill"), "MB", 1000)
+    monkeypatch.setattr(teacher_answers, "MB", 1000)
     made = distilled(task, hidden_weight=1, teacher_cache_mb=5)
     assert made.warnings == ("teacher_cache_mb=5 is too little for the teacher's answers to 40 training items, 40 MB: they are computed at each step",)
     assert same(weights(made.model), weights(plain.model))
@@ -95,7 +100,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Let a "megabyte" be 1,000 bytes, so that tiny answers exceed budgets."""
-    monkeypatch.setattr(importlib.import_module("workbench.compress.distill"), "MB", 1000)
+    monkeypatch.setattr(teacher_answers, "MB", 1000)
 
 
 @pytest.mark.parametrize("more", [{}, {"hidden_weight": 1.0}, {"train_precision": "mixed"}], ids=["answers", "hidden states", "mixed"])
@@ -130,7 +135,7 @@ def test_answers_beyond_both_budgets_are_computed_anew_and_that_is_said(few, fol
 
 
 def test_a_disk_without_room_is_not_filled(folder, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("workbench.compress.distill"), "free_bytes", lambda _: 10)
+    monkeypatch.setattr(teacher_answers, "free_bytes", lambda _: 10)
     task = tiny_task("vit")
     plain, made = distilled(task), distilled(task, teacher_cache_disk_mb=5)
     assert made.warnings == (f"teacher_cache_disk_mb=5 is not used: the teacher's answers take 1 MB, and {folder} has 0 MB free; they are computed at each step",)
@@ -173,3 +178,153 @@ def test_a_file_is_closed_when_its_table_goes(tmp_path):
     del table
     assert file.closed
     assert list(Path(tmp_path).iterdir()) == []
+
+
+# --- what Transfer keeps
+
+
+FAST = {"transfer_steps": 8, "transfer_batch": 8, "transfer_rate": 1e-2, "transfer_look_every": 0}
+
+
+def taught(task, statistics=None, **options):
+    return compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Transfer(**FAST | options)), statistics)
+
+
+def other_teacher(folder, seed: int = 7, sort=vit):
+    """Save a model whose weights depend on the seed; return its folder."""
+    model, generator = sort(), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Count the items that each model reads."""
+    counts: Counter[int] = Counter()
+    kind = type(tiny_task("vit").kind)
+    plain = kind.logits
+
+    def counted(kind, model, items):
+        counts[id(model)] += len(items)
+        return plain(kind, model, items)
+
+    monkeypatch.setattr(kind, "logits", counted)
+    return counts
+
+
+@pytest.mark.parametrize("more", [{}, {"kl_weight": 0}, {"align": "none"}, {"lora_count": 2}, {"align": "mse", "align_projection": "trained"}], ids=str)
+def test_kept_answers_and_states_transfer_what_computed_ones_do(sort, device, more):
+    task = tiny_task(sort, device)
+    plain, kept = taught(task, **more), taught(task, transfer_cache_mb=16, **more)
+    assert kept.warnings == ()
+    assert [loss for _, loss in kept.curve] == pytest.approx([loss for _, loss in plain.curve], rel=1e-3)
+    assert close(task, plain, kept, 1e-2)
+
+
+@pytest.mark.parametrize("where", ["transfer_cache_mb", "transfer_cache_disk_mb"])
+def test_each_teacher_reads_each_item_once_whatever_the_temperature(tmp_path, folder, asked, where):
+    task = tiny_task("vit")
+    statistics, options = Statistics(task), {"teachers": f"dense,{other_teacher(tmp_path / 'a')}", where: 16}
+    taught(task, statistics, **options)
+    other = next(teacher for key in statistics.kept if key[0] == "teacher" for teacher in statistics.kept.get(key))
+    before = asked[id(task.model)], asked[id(other)]
+    hot = taught(task, statistics, transfer_temperature=5.0, **options)
+    after = asked[id(task.model)], asked[id(other)]
+    fitted = len(task.calibration)  # projections, with the first
+    assert [late - early for late, early in zip(after, before, strict=True)] == [1 + fitted, 1]  # and one item to see that it answers
+    assert before[1] == 2 + TRAINING  # that, one to measure its size, and all
+    plain = taught(task, transfer_temperature=5.0, teachers=options["teachers"])
+    assert [loss for _, loss in hot.curve] == pytest.approx([loss for _, loss in plain.curve], rel=1e-3)
+    assert close(task, plain, hot, 1e-2)
+
+
+def test_another_teacher_under_the_same_name_is_asked_anew(tmp_path):
+    """A folder that was trained again, and that the statistics have let go meanwhile."""
+    task = tiny_task("vit")
+    statistics, name = Statistics(task), other_teacher(tmp_path / "a")
+    options = {"teachers": name, "align": "none", "ce_weight": 0}
+    first = taught(task, statistics, transfer_cache_mb=16, **options)
+    other_teacher(tmp_path / "a", seed=8)
+    statistics.kept.pop(("teacher", name))
+    second, plain = taught(task, statistics, transfer_cache_mb=16, **options), taught(task, **options)
+    assert second.curve[0][1] == pytest.approx(plain.curve[0][1], rel=1e-4)
+    assert second.curve[0][1] != pytest.approx(first.curve[0][1], rel=1e-2)
+
+
+def test_other_training_items_are_asked_about_anew():
+    task = tiny_task("vit")
+    statistics = Statistics(task)
+    taught(task, statistics, transfer_cache_mb=16)
+    object.__setattr__(task, "training", tiny_items("vit", TRAINING, 9))
+    second, plain = taught(task, statistics, transfer_cache_mb=16), taught(task)
+    assert [loss for _, loss in second.curve] == pytest.approx([loss for _, loss in plain.curve], rel=1e-3)
+
+
+def test_all_teachers_share_the_budget_and_what_was_used_longest_ago_goes(few, folder):
+    task = tiny_task("vit")
+    one = TRAINING * 4 * 4  # bytes of the answers of one teacher: 1 "MB"
+    assert 0.5 * 1000 < one < 1000
+    statistics, options = Statistics(task), {"align": "none", "transfer_cache_mb": 1}
+    answers = lambda: {key for key in statistics.kept.get("teachers' answers")[0]}  # noqa: E731, C416
+    assert taught(task, statistics, **options).warnings == ()
+    assert answers() == {(False, "dense", (True, ()))}
+    assert distilled(task, statistics=statistics, teacher_cache_mb=1).warnings == ()
+    assert answers() == {(False, "tiny-vit", (False, False, False))}  # both would be 1.28 "MB"
+    made = taught(task, statistics, transfer_cache_mb=1, transfer_cache_disk_mb=1, align="geodesic")
+    assert made.warnings == ("transfer_cache_mb=1 and transfer_cache_disk_mb=1 are too little for the teacher's answers to 40 training items, 27 MB: they are computed at each step",)
+    assert same(weights(made.model), weights(taught(task, align="geodesic").model))
+    made = taught(task, statistics, transfer_cache_mb=1, transfer_steps=2)
+    assert made.warnings == ("transfer_cache_mb=1 is not used: 2 steps of 8 items read fewer than the 40 training items",)
+
+
+def test_states_that_have_no_row_for_each_item_are_not_kept(monkeypatch):
+    task = tiny_task("vit")
+    plain = torch.nn.Module.__call__
+
+    def flat(module, *args, **named):
+        found = plain(module, *args, **named)
+        return found.flatten(0, 1) if type(module).__name__ == "Rows" else found
+
+    class Rows(torch.nn.Identity):
+        """A block that passes on all tokens of all items in one list."""
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", flat)
+    cache, _ = teacher_cache(lambda items: Seen(torch.zeros(len(items), 4), {"aims": (Rows()(torch.zeros(len(items), 5, 3)),)}), task.model, task.training, 16)
+    assert not cache.by_item
+
+
+def test_a_teacher_that_runs_out_of_memory_is_asked_about_fewer_items_at_a_time():
+    task = tiny_task("vit")
+
+    def answers(items):
+        if len(items) > 3:
+            raise torch.OutOfMemoryError(f"CUDA out of memory for {len(items)} items")
+        return Seen(task.kind.logits(task.model, items))
+
+    cache, _ = teacher_cache(answers, task.model, task.training, 16)
+    index = torch.tensor([5, 39, 0, 5])
+    assert torch.allclose(cache.look_up(index).logits, task.kind.logits(task.model, task.training[index]), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["dense", "other"])
+def test_a_teacher_that_answers_nan_is_refused_by_its_name(tmp_path, bad):
+    task = tiny_task("vit")
+    name = other_teacher(tmp_path / "a")
+    if bad == "dense":
+        task.model.classifier.bias.data[1] = torch.nan
+    else:
+        model = vit()
+        model.classifier.weight.data[1] = 3e38  # finite, as a checkpoint must be; its answer overflows
+        model.save_pretrained(name)
+    with pytest.raises(CompressionError, match=rf"teacher '{'dense' if bad == 'dense' else re.escape(name)}' answers with numbers that are not finite \(1 of 4\): nothing can be learned from them; check its weights"):
+        taught(task, teachers=f"dense,{name}")
+
+
+@pytest.mark.parametrize("where", [{}, {"teacher_cache_mb": 16}], ids=["computed", "kept"])
+def test_a_teacher_that_answers_nan_to_some_items_is_refused_when_it_does(where):
+    task = tiny_task("vit")
+    task.training.inputs["pixel_values"][1:] *= 1e38  # overflows
+    with pytest.raises(CompressionError, match=r"teacher 'tiny-vit' answers with numbers that are not finite \(\d+ of 32\): .* check its weights and the training items, or load it in float32"):
+        distilled(task, **where)

@@ -49,7 +49,7 @@ def near(value: float, half: float = 0.0) -> Estimate:
 )
 def test_a_point_is_dominated_only_beyond_the_noise(mine, others, expected) -> None:
     pairs = [mine, *others]
-    assert standings(ends(drop for drop, _ in pairs), ends(cost for _, cost in pairs))[0] == standing(mine, others) == expected
+    assert standings(ends(dataclasses.astuple(drop) for drop, _ in pairs), ends(dataclasses.astuple(cost) for _, cost in pairs))[0] == standing(mine, others) == expected
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_standings_are_the_plain_definition_with_ties_and_unknown_ends(pairs, re
     pairs += [pairs[i % len(pairs)] for i in repeated if pairs]
     known = [not any(math.isnan(x) for one in pair for x in (one.value, one.low, one.high)) for pair in pairs]
     plain = [standing(pair, [other for j, other in enumerate(pairs) if known[j] and j != i]) if known[i] else "front" for i, pair in enumerate(pairs)]
-    assert standings(ends(drop for drop, _ in pairs), ends(cost for _, cost in pairs)) == plain
+    assert standings(ends(dataclasses.astuple(drop) for drop, _ in pairs), ends(dataclasses.astuple(cost) for _, cost in pairs)) == plain
 
 
 @st.composite

@@ -7,7 +7,10 @@ last line (power cut, full disk) is cut off when the file is next opened; nothin
 from __future__ import annotations
 
 import unicodedata
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +18,7 @@ from pydantic import ValidationError
 
 from workbench.errors import LedgerError, RecipeError
 from workbench.garbage import uncollected
-from workbench.journal import Journal
+from workbench.journal import Journal, Sifted
 from workbench.measure.measurement import Measurement
 
 if TYPE_CHECKING:
@@ -59,34 +62,55 @@ class Ledger:
             LedgerError: the place cannot be read or written.
 
         """
-        self.where = str(where)
+        self.where, self.name = str(where), study
         self.unreadable = 0
         self.unsaved: list[Measurement] = []
         self.points: dict[str, Measurement] = {}
         self.read = 0
         with uncollected():
             try:
-                self.study = open_study(self.where, study)
+                self.sifted = None if "://" in self.where else Sifted(Path(self.where))
+                self.book = open_study(self.where if self.sifted is None else self.sifted, study)
+                self.number = self.book._storage.get_study_id_from_name(study)  # noqa: SLF001  the study gives it in no other way
+                self.refresh()
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 raise LedgerError(f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}") from None
-            self.refresh()
+
+    @property
+    def study(self) -> optuna.Study:
+        """Return the Optuna study with all its trials, read anew."""
+        return open_study(self.where, self.name)
 
     def refresh(self) -> None:
         """Take over what other processes have added since the last time."""
-        trials = self.study.get_trials(deepcopy=False)
-        new, self.read = trials[self.read :], len(trials)
+        trials = self.book.get_trials(deepcopy=False)
         with uncollected():
+            if self.sifted is not None:
+                self.refresh_from(self.sifted.aside)
+                return
+            new, self.read = trials[self.read :], len(trials)
             for trial in new:
-                self.take(trial.user_attrs.get("measurement"))
+                self.take(partial(Measurement.from_json, trial.user_attrs.get("measurement") or ""))
 
-    def take(self, text: str | None) -> None:
+    def refresh_from(self, lines: deque[bytes]) -> None:
+        """Take over the points in lines of a journal; a line that is broken stays, and raises `ValueError`."""
+        while lines:
+            line = lines.popleft()
+            try:
+                self.take(partial(Measurement.from_line, line, self.number))
+            except BaseException:
+                lines.appendleft(line)
+                raise
+
+    def take(self, read: Callable[[], Measurement | None]) -> None:
         """Keep one stored point; one that this version cannot read (a plugin that is not loaded) is counted, not lost."""
         try:
-            point = Measurement.from_json(text or "")
+            point = read()
         except (ValidationError, RecipeError):
             self.unreadable += 1
             return
-        self.points[point.key] = point
+        if point is not None:
+            self.points[point.key] = point
 
     def __len__(self) -> int:
         """Return the number of points."""
@@ -128,14 +152,14 @@ class Ledger:
         for name, value in given.items():
             if value is not None:
                 try:
-                    self.study.set_user_attr(name, value)
+                    self.book.set_user_attr(name, value)
                 except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                     raise LedgerError(f"cannot write the {name.split()[0]} on {key!r} to {self.where!r}: {' '.join(str(error).split())}") from None
         return self.annotations().get(key, Annotation())
 
     def annotations(self) -> dict[str, Annotation]:
         """Return what is said about points, by key; a point that is neither pinned nor noted is left out."""
-        found = self.study.user_attrs
+        found = self.book.user_attrs
         keys = dict.fromkeys(name.partition(" ")[2] for name in found if name.startswith(("note ", "pinned ")))
         said = {key: Annotation(str(found.get(f"note {key}", "")), bool(found.get(f"pinned {key}", False))) for key in keys}
         return {key: annotation for key, annotation in said.items() if annotation != Annotation()}
@@ -157,7 +181,7 @@ class Ledger:
         self.unsaved.append(point)
         while self.unsaved:
             try:
-                self.study.add_trial(as_trial(self.unsaved[0]))
+                self.book.add_trial(as_trial(self.unsaved[0]))
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 raise LedgerError(f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}: {' '.join(str(error).split())}") from None
             self.unsaved.pop(0)
@@ -195,14 +219,15 @@ def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
     return optuna.create_trial(params=params, distributions=distributions, values=values, user_attrs=attributes)
 
 
-def open_study(where: str, study: str) -> optuna.Study:
-    """Open or create an Optuna study in a journal file or at a storage URL."""
+def open_study(where: str | Journal, study: str) -> optuna.Study:
+    """Open or create an Optuna study in a journal, at its path or at a storage URL."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if "://" in where:
+    if isinstance(where, str) and "://" in where:
         return load_or_create(optuna.storages.get_storage(where), study)
-    return load_or_create(optuna.storages.JournalStorage(Journal(Path(where))), study)  # type: ignore[arg-type]  # see Journal
+    journal = where if isinstance(where, Journal) else Journal(Path(where))
+    return load_or_create(optuna.storages.JournalStorage(journal), study)  # type: ignore[arg-type]  # see Journal
 
 
 def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -27,19 +28,22 @@ SHADES: tuple[Shade, ...] = get_args(Shade)
 OFF = {"sparsity": 0.0, "rank": 1.0}  # where a slider stands while its method is off; bits have no such value
 
 
-@dataclass(frozen=True)
-class TradeoffPoint:
+class TradeoffPoint(NamedTuple):
     """One point of the plot. `cost` is bytes, or time relative to the dense model (1 = as fast; lower is faster).
 
     `shade` is the number that its colour stands for, None where there is none (no latency, not quantized). Words are made from
     the measured `row` when they are asked for: among thousands of points few are read.
     """
 
-    row: Measurement = field(repr=False)
+    row: Measurement
     quality: Estimate
     cost: Estimate
     standing: Standing
     shade: float | None = None
+
+    def __repr__(self) -> str:
+        """Return all but the measured row, which is long."""
+        return f"TradeoffPoint({self.label}, quality={self.quality}, cost={self.cost}, standing={self.standing!r}, shade={self.shade})"
 
     @property
     def key(self) -> str:
@@ -152,50 +156,73 @@ def tradeoff(rows: Iterable[Measurement], cost: Cost = "file_bytes", *, metric: 
 
     """
     known = comparable(rows, cost, metric)
-    stands = standings(drops_of(known), costs_of(known, cost))
-    points = [
-        TradeoffPoint(row, quality.change if change else quality.compressed, estimate(spent, cost), stand, shaded)
-        for (row, quality, spent), stand, shaded in zip(known, stands, shades([row for row, _, _ in known], shade), strict=True)
-    ]
-    first, quality, _ = known[0]
-    dense_cost = next((found for row, _, _ in known if (found := dense_cost_of(row, cost)) is not None), float("nan"))
-    return Tradeoff(
-        first.context.model_name, quality.metric, cost, 0.0 if change else quality.dense.value, dense_cost, tuple(sorted(points, key=lambda p: p.cost.value)), change, shade,
-    )  # fmt: skip
+    chosen, stands, shaded = known.rows, standings(known.drops, known.costs), shades(known.rows, shade)
+    read = attrgetter("change" if change else "compressed")
+    qualities = [read(row.quality[0]) for row in chosen] if metric is None else [read(quality_of(row, metric)) for row in chosen]
+    made = list(map(TradeoffPoint._make, zip(chosen, qualities, map(Estimate, *known.costs.tolist()), stands, shaded, strict=True)))
+    points = tuple(map(made.__getitem__, known.costs[0].argsort(kind="stable").tolist()))
+    quality = quality_of(chosen[0], metric)
+    assert quality is not None  # noqa: S101  for the type checker: `comparable` has left out what lacks it
+    dense_cost = next((found for row in chosen if (found := dense_cost_of(row, cost)) is not None), float("nan"))
+    return Tradeoff(chosen[0].context.model_name, quality.metric, cost, 0.0 if change else quality.dense.value, dense_cost, points, change, shade)
 
 
-def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = None) -> list[tuple[Measurement, Quality, Any]]:
-    """Return the complete rows that have this cost and metric, with the metric and what `spending` reads.
+@dataclass(frozen=True)
+class Known:
+    """Complete points of one model that have a cost and a metric, their quality drops and costs."""
+
+    rows: list[Measurement]
+    drops: Ends
+    costs: Ends
+
+
+def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = None) -> Known:
+    """Return the complete rows that have this cost and metric.
 
     Raises:
         ValueError: none, or of several models.
 
     """
-    spent_by = spending(cost)
-    known = [(row, quality, spent) for row in rows if row.complete and (spent := spent_by(row)) is not None and (quality := quality_of(row, metric)) is not None]
-    models = set(map(attrgetter("context.model_fingerprint", "context.data_fingerprint"), (row for row, _, _ in known)))
+    chosen = list(rows)
+    told = list(map(attrgetter("figures"), chosen))
+    if not all(one.complete for one in told):
+        chosen, told = [row for row, one in zip(chosen, told, strict=True) if one.complete], [one for one in told if one.complete]
+    models = {one.data for one in told}
+    if metric is None and cost == "file_bytes":  # what most plots show lies together
+        drops, costs = turned([one.metric for one in told], ends(one.change for one in told)), np.tile([float(one.file_bytes) for one in told], (3, 1))
+    else:
+        spent_by = spending(cost)
+        known = [(row, quality, spent) for row in chosen if (spent := spent_by(row)) is not None and (quality := quality_of(row, metric)) is not None]
+        chosen, drops, costs = [row for row, _, _ in known], drops_of(known), costs_of(known, cost)
+        models = {row.figures.data for row in chosen}
     if len(models) != 1:
-        raise ValueError(f"a trade-off needs points of one model on one data set; got {len(models)} in {len(known)} points")
-    return known
+        raise ValueError(f"a trade-off needs points of one model on one data set; got {len(models)} in {len(chosen)} points")
+    return Known(chosen, drops, costs)
 
 
 def drops_of(known: Sequence[tuple[Measurement, Quality, Any]]) -> Ends:
     """Return the quality drops of points, as `Quality.drop`."""
-    changes = ends(quality.change for _, quality, _ in known)
-    higher = {name: metric_named(name).higher for name in {quality.metric for _, quality, _ in known}}
-    return np.where(np.array([higher[quality.metric] for _, quality, _ in known]), -changes[[0, 2, 1]], changes)
+    return turned([quality.metric for _, quality, _ in known], ends((change.value, change.low, change.high) for change in (quality.change for _, quality, _ in known)))
+
+
+def turned(metrics: list[str], changes: Ends) -> Ends:
+    """Return changes of these metrics so that positive is worse."""
+    higher = {name: metric_named(name).higher for name in set(metrics)}
+    if len(set(higher.values())) == 1:
+        return -changes[[0, 2, 1]] if next(iter(higher.values())) else changes
+    return np.where([higher[name] for name in metrics], -changes[[0, 2, 1]], changes)
 
 
 def costs_of(known: Sequence[tuple[Measurement, Quality, Any]], cost: Cost) -> Ends:
     """Return the costs of points, as `cost_of`."""
     if cost == "latency":
-        return 1 / ends(latency.speedup for _, _, latency in known)[[0, 2, 1]]
-    return np.tile(np.array([count for _, _, count in known], dtype=float), (3, 1))
+        return 1 / ends((ratio.value, ratio.low, ratio.high) for ratio in (latency.speedup for _, _, latency in known))[[0, 2, 1]]
+    return np.tile(np.fromiter((count for _, _, count in known), float, len(known)), (3, 1))
 
 
-def ends(estimates: Iterable[Estimate]) -> Ends:
-    """Return [value, low, high] of n estimates, [3, n]."""
-    return np.array(list(map(attrgetter("value", "low", "high"), estimates)), dtype=float).reshape(-1, 3).T
+def ends(estimates: Iterable[tuple[float, float, float]]) -> Ends:
+    """Return (value, low, high) of n estimates as [3, n]."""
+    return np.fromiter(chain.from_iterable(estimates), float).reshape(-1, 3).T
 
 
 def standings(drops: Ends, costs: Ends) -> list[Standing]:
@@ -228,8 +255,8 @@ def best(costs: NDArray[np.float64], drops: NDArray[np.float64], limits: NDArray
 def pareto(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:
     """Return the points on the front, cheapest first."""
     known = comparable(rows, cost)
-    stands = standings(drops_of(known), costs_of(known, cost))
-    front = [TradeoffPoint(row, quality.compressed, estimate(spent, cost), "front") for (row, quality, spent), stand in zip(known, stands, strict=True) if stand == "front"]
+    stands, costs = standings(known.drops, known.costs), known.costs.T
+    front = [TradeoffPoint(known.rows[place], known.rows[place].primary.compressed, Estimate(*costs[place].tolist()), "front") for place, stand in enumerate(stands) if stand == "front"]
     return tuple(sorted(front, key=lambda point: point.cost.value))
 
 

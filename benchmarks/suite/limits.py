@@ -5,30 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import workbench as wb
+from benchmarks.arithmetic import flop
 from benchmarks.suite.record import Options, Record, synchronise
 from workbench.compress import compress
 from workbench.device import pick
 from workbench.measure.evaluator import Evaluator
 from workbench.runtime.roofline import limits_of
 from workbench.statistics import Statistics
-from workbench.tasks.base import Items, Task
+from workbench.tasks.base import Task
 
 WHAT = "evaluation of a model that was just compressed against the arithmetic floor; compression against the time that copying its bytes takes; medians"
 FLOORS = {"135m": 3.0, "smollm2-135m": 3.0, "1.1b": 1.4, "6.7b": 1.3}  # aims on an H100: times the floor
 BANDWIDTH = 0.6  # aim: of what a copy reaches
-
-
-def flop(task: Task, items: Items) -> int:
-    """Return the floating-point operations of one pass over `items`, counted on the first of them (a causal mask saves none)."""
-    with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]), FlopCounterMode(display=False) as counter:  # the counter knows no shared keys and values in the others
-        task.kind.logits(task.model, items[:1])
-    return int(counter.get_total_flops()) * len(items)
 
 
 def evaluation(task: Task, options: Options, record: Record) -> None:
@@ -45,7 +36,7 @@ def evaluation(task: Task, options: Options, record: Record) -> None:
         times.append(time.perf_counter() - start)
         if index and record.spent > options.seconds / 2:
             break
-    limits, operations = limits_of(str(place)), flop(task, items[:1]) * len(items)
+    limits, operations = limits_of(str(place)), flop(task, items)
     bits = 8 * next(task.model.parameters()).dtype.itemsize
     rate = 2 * limits.multiply_adds_per_s[bits]
     spent, floor = statistics.median(times[1:]), operations / rate

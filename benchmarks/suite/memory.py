@@ -74,19 +74,20 @@ def peak_bytes(bench: wb.Bench, work: Callable[[], object]) -> int:
     return peak
 
 
-def look(bench: wb.Bench, recipe: wb.Recipe) -> int:
-    """Compress by a recipe, evaluate everything, and return the bytes of the compressed copy that are its own."""
-    model = compress(bench.task, recipe, bench.statistics, shared=True).model
+def look(bench: wb.Bench, recipe: wb.Recipe) -> tuple[int, int]:
+    """Compress by a recipe, evaluate everything; return the bytes of the compressed copy that are its own, and of the masks and codes that were checked against it."""
+    made = compress(bench.task, recipe, bench.statistics, shared=True)
+    promised = unique_bytes(tensors([(layer.mask, layer.grid) for layer in made.layers]))
+    model = made.model
+    del made
     bench.evaluator.scores(model, [], len(bench.evaluation))
     own = {id(p) for p in bench.task.model.parameters()}
-    return unique_bytes(p for p in model.parameters() if id(p) not in own)
+    return unique_bytes(p for p in model.parameters() if id(p) not in own), promised
 
 
-def budget_of(bench: wb.Bench) -> int | None:
-    """Return what the caches may hold on the device: what is computed once, hidden states, a graph's copy; None before anything is kept."""
-    budget, prefix = bench.statistics.kept.budget, bench.evaluator.prefix
-    if budget is None:
-        return None
+def budget_of(bench: wb.Bench) -> int:
+    """Return what the caches may hold on the device: what is computed once, hidden states, a graph's copy."""
+    budget, prefix = bench.statistics.kept.limits, bench.evaluator.prefix
     graphs = graphed.SHARE * torch.cuda.get_device_properties(bench.device).total_memory if bench.device.type == "cuda" else 0
     return int(budget.device + (0 if prefix is None else prefix.kept.budget) + graphs)
 
@@ -110,10 +111,10 @@ def run(target: str, options: Options, record: Record) -> None:
                 look(bench, first)
                 record.settings["cache_budget_bytes"] = budget_of(bench)
                 kept = cached_bytes(bench)
-                copies: list[int] = []
+                copies: list[tuple[int, int]] = []
                 peak = peak_bytes(bench, lambda recipe=second, into=copies: into.append(look(bench, recipe)))
             except (RuntimeError, wb.errors.WorkbenchError) as error:
                 record.add(name=name, failed=" ".join(f"{type(error).__name__}: {error}".split())[:300])
                 continue
-            allowed = dense + copies[0] + kept
-            record.add(name=name, peak_bytes=dense + kept + peak, compressed_bytes=copies[0], cached_bytes=kept, beyond_bytes=dense + kept + peak - allowed, times_dense=round((dense + kept + peak) / dense, 3))
+            (copy, promised), whole = copies[0], dense + kept + peak
+            record.add(name=name, peak_bytes=whole, compressed_bytes=copy, cached_bytes=kept, beyond_bytes=peak - copy, promised_bytes=promised, times_dense=round(whole / dense, 3))

@@ -94,11 +94,12 @@ def memory(found: list[Result]) -> list[str]:
         budget = one.get("cache_budget_bytes")
         for row in one["rows"]:
             if "failed" in row:
-                rows.append((one["target"], where(one), row["name"], *[None] * 5, row["failed"]))
+                rows.append((one["target"], where(one), row["name"], *[None] * 6, row["failed"]))
                 continue
+            promised = number(row["promised_bytes"] / 1e6) if "promised_bytes" in row else None
             mega = [number(value / 1e6) for value in (row["peak_bytes"], one["dense_bytes"], row["compressed_bytes"], row["cached_bytes"])]
-            rows.append((one["target"], where(one), row["name"], *mega, "none stated" if budget is None else number(budget / 1e6), number(row["beyond_bytes"] / 1e6)))
-    return table(("model", "device", "slider", "peak, MB", "dense model, MB", "compressed copy, MB", "cached, MB", "cache budget, MB", "beyond the three, MB"), rows)
+            rows.append((one["target"], where(one), row["name"], *mega, "none stated" if budget is None else number(budget / 1e6), number(row["beyond_bytes"] / 1e6), promised))
+    return table(("model", "device", "slider", "peak, MB", "dense model, MB", "compressed copy, MB", "cached, MB", "cache budget, MB", "beyond the model, its copy and the cached, MB", "masks and codes, MB"), rows)
 
 
 def against(found: list[Result]) -> list[str]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from workbench.compress.distill_losses import Divergence, divergence_loss
-from workbench.compress.inner import PAIRS, Pairs, Seen, inner_loss, padding_masks, pair_up, see, showing_attention
+from workbench.compress.inner import PAIRS, Pairs, Seen, inner_loss, padding_masks, pair_up, see, share_of, showing_attention
 from workbench.compress.layers import Layer
-from workbench.compress.teacher_cache import TeacherCache, teacher_cache
-from workbench.compress.teacher_tables import disk_folder, free_bytes
+from workbench.compress.teacher_answers import Allowance, Asked, Teacher, check_finite
 from workbench.compress.training import Drawn, Plan, Trained, identity, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
@@ -23,9 +22,6 @@ from workbench.recipe import METHODS, About, Step, configuration
 from workbench.tasks.base import Items, Kind, Losses
 from workbench.tasks.choosing import Choosing
 from workbench.tasks.sentence_similarity import SentenceSimilarity
-
-MB = 2**20
-T = TypeVar("T")
 
 
 @configuration
@@ -131,7 +127,7 @@ def distill(step: Distill, work: Work) -> Distill:
 
 def report(step: Distill, work: Work, layers: list[Layer], trained: Trained) -> None:
     """Write into the report what was trained, and what a target left out."""
-    words = f"distilled {step.stop_at or step.steps} steps at T={step.temperature:g}{trained.words()}"
+    words = f"distilled {trained.steps} steps at T={step.temperature:g}{trained.words()}"
     for layer in layers:
         work.took(step, layer, words)
     for name in work.left if step.everything else ():  # embeddings and shared weights learn too
@@ -177,7 +173,7 @@ class Lesson:
         """Check on one item that student and teacher can be compared, and find out whether the teacher's answers can be kept.
 
         Raises:
-            CompressionError: hidden states or attention maps are asked for that are not there, or do not fit.
+            CompressionError: hidden states or attention maps are asked for that are not there, or do not fit; the teacher answers with NaN.
             RecipeError: the layer map names a block that is not there.
 
         """
@@ -187,30 +183,23 @@ class Lesson:
         self.eye = Eye(work.task.kind, step.hidden_weight > 0, step.attention_weight > 0, mixed and device.type == "cuda")
         self.teacher = self.eye.teacher(work.task.model)
         self.pairs = self.fitting()
-        self.cache = self.kept_answers() if step.teacher_cache_mb or step.teacher_cache_disk_mb else None
+        check_finite(work.task.model_name, self.teacher(work.task.training[:1]).logits)
+        teacher = Teacher(work.task.model_name, work.task.model, self.teacher, (self.eye.states, self.eye.maps, self.eye.mixed))
+        self.asked = Asked([teacher], work, Allowance(step.teacher_cache_mb, step.teacher_cache_disk_mb, step.steps, step.distill_batch, "teacher_cache"))
         if mixed and not self.eye.mixed:
             work.warnings.append(f"train_precision='mixed' saves nothing on {device.type}: weights are held, and the arithmetic is done, in float32")
 
     def loss(self, drawn: Drawn) -> Tensor:
         """Return the loss of some training items, a scalar."""
         step = self.step
-        wanted = self.answers(drawn)
+        (wanted,) = answers = self.asked(drawn)
         found = self.eye.see(self.work.model, drawn)
         with self.eye.arithmetic():
             loss = distillation_loss(found.logits, wanted.logits, drawn.labels, step.temperature, step.alpha, kind=self.eye.kind, divergence=step.divergence, skew=step.skew)
             if self.pairs:
-                loss = loss + inner_loss(found, wanted, self.pairs, padding_masks(drawn), hidden_weight=step.hidden_weight, attention_weight=step.attention_weight)
+                loss = loss + inner_loss(found, wanted, self.pairs, padding_masks(drawn), hidden_weight=step.hidden_weight, attention_weight=step.attention_weight, share=share_of(drawn, drawn.whole))
+        self.asked.check(answers, loss)
         return loss
-
-    def answers(self, drawn: Drawn) -> Seen:
-        """Return what the teacher shows for training items: as it was kept, or computed now."""
-        if self.cache is not None:
-            try:
-                return self.cache.look_up(drawn.index)
-            except OSError as error:
-                self.cache = None
-                self.work.warnings.append(f"the teacher's answers can no longer be kept in {disk_folder()}: {error.strerror or error}; from here on they are computed at each step")
-        return self.teacher(drawn)
 
     @torch.no_grad()
     def fitting(self) -> Pairs:
@@ -221,33 +210,6 @@ class Lesson:
         probe = task.training[:1]
         names = f"the compressed {task.model_name}", task.model_name
         return pair_up(eye.teacher(self.work.model)(probe), self.teacher(probe), step.layer_map, states=eye.states, maps=eye.maps, names=names)
-
-    def kept_answers(self) -> TeacherCache | None:
-        """Return the teacher's answers to all training items, kept with the statistics of the task; None where that does not pay or fit.
-
-        They do not depend on the recipe: the next one finds them there. Where memory is too small for them, they go to disk.
-        """
-        step, task, eye, statistics = self.step, self.work.task, self.eye, self.work.statistics
-        count, given = len(task.training), " and ".join(f"{name}={value}" for name in ("teacher_cache_mb", "teacher_cache_disk_mb") if (value := getattr(step, name)))
-        verb = ("is", "are")[" and " in given]
-        if step.steps * step.distill_batch < count:
-            self.work.warnings.append(f"{given} {verb} not used: {step.steps} steps of {step.distill_batch} items read fewer than the {count} training items")
-            return None
-
-        def once(make: Callable[[], T], *more: object) -> T:
-            return statistics.once(("teacher's answers", eye.states, eye.maps, eye.mixed, *more), make) if statistics.task is task else make()
-
-        cache, size = once(lambda: teacher_cache(self.teacher, task.model, task.training, task.batch_size))
-        if size <= step.teacher_cache_mb * MB:
-            return cache
-        if size > step.teacher_cache_disk_mb * MB:
-            self.work.warnings.append(f"{given} {verb} too little for the teacher's answers to {count} training items, {-(-size // MB)} MB: they are computed at each step")
-            return None
-        free = free_bytes(disk_folder())
-        if size > free:
-            self.work.warnings.append(f"teacher_cache_disk_mb={step.teacher_cache_disk_mb} is not used: the teacher's answers take {-(-size // MB)} MB, and {disk_folder()} has {free // MB} MB free; they are computed at each step")
-            return None
-        return once(lambda: dataclasses.replace(cache, folder=disk_folder(), tables={}, filled=set()), "on disk")
 
 
 def distillation_loss(

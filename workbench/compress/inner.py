@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,14 +126,34 @@ def check_shapes(mine: Tensor, yours: Tensor, what: str, other: str, option: str
         )
 
 
-def inner_loss(student: Seen, teacher: Seen, pairs: Pairs, masks: Sequence[Tensor], *, hidden_weight: float, attention_weight: float) -> Tensor:
-    """Return hidden_weight * the mean distance of hidden states + attention_weight * that of attention maps, a scalar; each mean is over its pairs."""
+def inner_loss(
+    student: Seen, teacher: Seen, pairs: Pairs, masks: Sequence[Tensor], *, hidden_weight: float, attention_weight: float, share: Callable[[Tensor], Tensor | float] = lambda _states: 1.0
+) -> Tensor:
+    """Return hidden_weight * the mean distance of hidden states + attention_weight * that of attention maps, a scalar; each mean is over its pairs.
+
+    `share` is of states or maps, what their distance is multiplied by: see `share_of`.
+    """
     total = student.logits.new_zeros((), dtype=torch.float32)
     for weight, groups, distance in ((hidden_weight, STATES, state_loss), (attention_weight, MAPS, attention_loss)):
-        terms = [distance(student.inside[name][a], teacher.inside[name][b], masks) for name in groups if name in pairs for a, b in pairs[name]]
+        terms = [distance(student.inside[name][a], teacher.inside[name][b], masks) * share(teacher.inside[name][b]) for name in groups if name in pairs for a, b in pairs[name]]
         if terms and weight:
             total = total + weight * torch.stack(terms).mean()
     return total
+
+
+def share_of(part: Items, whole: Items | None) -> Callable[[Tensor], Tensor | float]:
+    """Return what a distance over a part of a batch is multiplied by, so that all parts, weighted by their labels, add up to that of the `whole` (None: it is it)."""
+    if whole is None:
+        return lambda _states: 1.0
+    labels = (part.labels != -100).sum() / (whole.labels != -100).sum()
+
+    def share(states: Tensor) -> Tensor:
+        shape = (len(part), states.shape[-2] if states.ndim == 4 else states.shape[1]) if states.ndim > 2 else (len(part),)
+        mine, all_of_it = ([mask for mask in padding_masks(items) if mask.shape == (len(items), *shape[1:])] for items in (part, whole))
+        positions = (mine[0] != 0).sum() / (all_of_it[0] != 0).sum() if mine else torch.tensor(len(part) / len(whole))
+        return positions.to(labels.device) / labels
+
+    return share
 
 
 def padding_masks(items: Items) -> tuple[Tensor, ...]:

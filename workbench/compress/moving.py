@@ -58,6 +58,11 @@ class Moving:
         for copy in self.hidden:
             copy.settle()
 
+    def largest_gradient(self) -> Tensor:
+        """Return the largest absolute value in all gradients, a scalar float32; NaN or infinite where one of them is."""
+        found = [tensor.grad for tensor in (*self.weights, *self.steps) if tensor.grad is not None and tensor.numel()]
+        return torch.stack([norm.float() for norm in torch._foreach_norm(found, ord=torch.inf)]).max() if found else torch.zeros(())  # noqa: SLF001  the optimizers' own way to few launches
+
     def finite(self) -> bool:
         """Return whether every number that moves is finite."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in (*self.weights, *self.steps))

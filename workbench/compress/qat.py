@@ -95,13 +95,12 @@ def qat(step: QAT, work: Work) -> QAT:
     trained = train(step, work, layers, plan, objective, start=lambda batch: start_of(batch, dense))
     if trained.ended:
         step = dataclasses.replace(step, qat_stop_at=trained.steps)  # what was really done, and gives the same bits again
-    told(step, layers, work)
+    told(step, layers, work, trained.steps)
     return step
 
 
-def told(step: QAT, layers: list[Layer], work: Work) -> None:
-    """Write into the report what was trained, and what a target left out."""
-    steps = step.qat_stop_at or step.qat_steps
+def told(step: QAT, layers: list[Layer], work: Work, steps: int) -> None:
+    """Write into the report what was trained for how many steps, and what a target left out."""
     for layer in layers:
         on_grid = layer.grid is not None and not isinstance(layer.grid, Cast)
         work.took(step, layer, f"trained {steps} steps {'on its grid' if on_grid else 'along with the grids of others'} by {step.qat_loss} loss")

@@ -14,12 +14,15 @@ from workbench.compress.batch import Batch, grouped
 from workbench.compress.checks import look_over
 from workbench.compress.factors import kind_of, product
 from workbench.compress.layers import Layer, can_hold
+from workbench.compress.passes import Change
 from workbench.compress.quantized_inputs import acting_weight
 from workbench.runtime.forms import effective_bits
 from workbench.streaming import visiting
 
 if TYPE_CHECKING:
     from workbench.compress.work import Work
+
+PIECE = {"cuda": 2**25, "cpu": 2**20}  # weights that are compared at once
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, t
 
     Weights that left with removed structure count as zero.
     """
-    look_over([layers[0] for layers in now.values() if len(layers) == 1], dense)
-    found = {name: told for name, layers in now.items() if (told := known_change(layers)) is not None}
+    found = untouched(dense, now)
+    look_over([layers[0] for name, layers in now.items() if len(layers) == 1 and name not in found], dense)
+    found |= {name: told for name, layers in now.items() if name not in found and (told := known_change(layers)) is not None}
     alike: dict[object, list[str]] = {}
     for name, layers in now.items():
         if name in dense and name not in found:
@@ -99,13 +103,44 @@ def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, t
             mine = [layer.name for layer in batch.layers]
             parts = [now[name] for name in mine]
             with visiting([layer for part in parts for layer in part]):
-                zeros = sum((Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*parts, strict=True))
-                original = batch.stored().float()
-                current = spread_out(multiplied(parts, batch.layers[0]), parts, original)
-                errors = (current - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)
-            both = torch.stack([errors.double(), torch.as_tensor(zeros).double()]).tolist()
+                both = compared(batch, parts).tolist()
             found.update({name: (error, int(count)) for name, error, count in zip(mine, *both, strict=True)})
     return found
+
+
+def untouched(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, tuple[float, int]]:
+    """Return what `changes` says of the weights that no step wrote: an embedding is often a quarter of a model. They are looked at once, not at every move."""
+    same = [dense[name] for name, (layer, *more) in now.items() if name in dense and not more and layer.pristine and layer.smooth is None]
+    unseen = [layer for layer in same if layer.change is None]
+    counts = {layer.name: count for batch in grouped(unseen) for layer, count in zip(batch.layers, nonzeros([layer.parameter for layer in batch.layers]), strict=True)}
+    for layer in unseen:
+        layer.looked = layer.parameter, layer.mask, layer.grid, Change(float(counts[layer.name]), 0.0, layer.parameter.numel() - counts[layer.name], 0)
+    return {layer.name: told for layer in same if (told := known_change([layer])) is not None}
+
+
+def nonzeros(weights: Sequence[Tensor]) -> list[int]:
+    """Return how many weights are not zero, of each."""
+    return [int(count) for count in torch.stack([torch.count_nonzero(weight) for weight in weights]).tolist()]
+
+
+def compared(batch: Batch, parts: list[list[Layer]]) -> Tensor:
+    """Return the relative errors of what became of a batch of dense weights, and the exact zeros stored, float64 [2, layers].
+
+    A weight that stands for one of its own shape is gone through piece by piece: the output head of a large model is a gigabyte in float32.
+    """
+    if any(len(part) > 1 or part[0].rows is not None or part[0].columns is not None or part[0].smooth is not None for part in parts):
+        zeros = sum((Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*parts, strict=True))
+        original = batch.stored().float()
+        change = spread_out(multiplied(parts, batch.layers[0]), parts, original).sub_(original)
+        return torch.stack([(change.flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)).double(), torch.as_tensor(zeros).double()])
+    rows, columns = batch.shape
+    step = max(1, PIECE.get(batch.layers[0].parameter.device.type, 2**20) // (len(parts) * columns))
+    sums = torch.zeros(3, len(parts), dtype=torch.float64, device=batch.layers[0].parameter.device)
+    for start in range(0, rows, step):
+        before, after = (torch.stack([layer.as_matrix(layer.parameter.detach())[start : start + step] for layer in layers]).flatten(1) for layers in (batch.layers, [one for one, in parts]))
+        zeros, original = (after == 0).sum(1), before.float()
+        sums += torch.stack([(after.float() - original).norm(dim=1).double().square(), original.norm(dim=1).double().square(), zeros.double()])
+    return torch.stack([(sums[0] / sums[1]).sqrt(), sums[2]])
 
 
 def known_change(layers: list[Layer]) -> tuple[float, int] | None:

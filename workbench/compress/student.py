@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from workbench.compress.layers import Layer
 from workbench.compress.lora import Adapted, Adapters, mean_of, without_gradients
 from workbench.compress.manifold import DISTANCES, Fit
-from workbench.compress.student_states import Pair, captured, check_points, paired_blocks, points
-from workbench.compress.student_teachers import DENSE, loaded, names_of, together
-from workbench.compress.training import Plan, Trained, identity, train
+from workbench.compress.student_states import Pair, captured, check_points, count_points, paired_blocks, points
+from workbench.compress.student_teachers import DENSE, loaded, names_of, showing, together
+from workbench.compress.teacher_answers import Allowance, Asked, Teacher
+from workbench.compress.training import Drawn, Plan, Trained, identity, train
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
@@ -34,23 +35,24 @@ class Transfer(Step):
     by the mean of their softened answers; states are aligned with the first. Everything but LoRA and projections is frozen
     and keeps its bits; the model runs afterwards at the cost it had before. Masks hold, ranks and shapes stay.
 
-    Looks at held-out items, the best of which is kept, and savings to disk are as Distill has them; with several LoRAs each has looks
-    of its own, their mean none, and an interrupted training goes on at the LoRA that it was in after training those before it again.
+    Several LoRAs take their steps side by side, each on batches of its own, and do not see each other; what a look sees, what is kept
+    and what is folded is the student with the mean of their changes. A point of the curve is the mean of their losses. Looks at
+    held-out items, the best of which is kept, savings to disk, and teachers' answers that are computed once are as Distill has them.
 
     What it does not do: adapt weights on a grid (the fold would leave it: put Transfer before Quantize), biases, norms or, unless
-    named, embeddings; save the memory of weight gradients; cache what teachers answer.
+    named, embeddings; save the memory of weight gradients; go on with the other LoRAs where one diverges.
     """
 
     slider: ClassVar[str] = "transfer_steps"
     position: ClassVar[int] = 24
     stops: ClassVar[tuple[float, ...]] = (50, 200)
     aside: ClassVar[bool] = True
-    added: ClassVar[tuple[str, ...]] = ("transfer_checkpoint_every",)
+    added: ClassVar[tuple[str, ...]] = ("transfer_checkpoint_every", "transfer_cache_mb", "transfer_cache_disk_mb")
     about: ClassVar[tuple[About, ...]] = (
         About("transfer_steps, lora_rank", "LoRA, Hu et al. 2021; Hinton et al. 2015", "nothing", "training of low-rank changes, folded at the end", "adapts no weight on a grid"),
         About("align=geodesic", "Logit Distillation on Manifolds, 2026", "nothing", "the same, and one pass of both models over calibration data", "needs a teacher of the same family"),
         About("align=mse, cosine", "FitNets, Romero et al. 2015; PKD, Sun et al. 2019", "nothing", "the same", "needs a teacher of the same family"),
-        About("teachers", "averaged softened targets, Hinton et al. 2015", "the teachers are loaded", "one pass of each teacher a step", "aligns states with the first only"),
+        About("teachers", "averaged softened targets, Hinton et al. 2015", "the teachers are loaded; with transfer_cache_mb their answers", "one pass of each teacher a step, none once its answers are kept", "aligns states with the first only"),
         About("lora_count", "model soups, Wortsman et al. 2022", "nothing", "so many trainings", "averages changes, which is not the mean of answers"),
     )  # fmt: skip
 
@@ -71,6 +73,9 @@ class Transfer(Step):
     transfer_stop_at: Annotated[int, Field(ge=0, le=1_000_000, description="end after so many steps of the schedule; 0 runs all")] = 0
     transfer_look_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between looks at held-out items, the best of which is kept; 0 keeps the last step")] = 20
     transfer_checkpoint_every: Annotated[int, Field(ge=0, le=1_000_000, description="steps between savings to disk that an interrupted training goes on from; 0 saves none")] = 0
+
+    transfer_cache_mb: Annotated[int, Field(ge=0, le=1_000_000, description="memory for all teachers' answers and states, computed once if they fit; 0 computes them anew")] = 0
+    transfer_cache_disk_mb: Annotated[int, Field(ge=0, le=100_000_000, description="disk for them where that memory is too little, in the user's cache directory; removed at the end")] = 0
 
     @model_validator(mode="after")
     def fits_together(self) -> Transfer:
@@ -108,11 +113,9 @@ def transfer(step: Transfer, work: Work) -> Transfer:
     adapted = Adapted(work.model, work.task.kind, layers)
     lessons = Lessons(step, work, adapted, teachers)
     lessons.prepare()
-    several, done = [], Trained(0, ended=False)
-    for index in range(step.lora_count):
-        adapters = Adapters(adapted.batches, step.lora_rank, step.lora_alpha, step.seed + index, list(lessons.projections.values()) if step.align_projection == "trained" else [])
-        done = lessons.train(adapters, index)
-        several.append(adapters)
+    projections = list(lessons.projections.values()) if step.align_projection == "trained" else []
+    several = [Adapters(adapted.batches, step.lora_rank, step.lora_alpha, step.seed + index, projections) for index in range(step.lora_count)]
+    done = lessons.train(several)
     adapted.fold(mean_of(several))
     if done.ended:
         step = dataclasses.replace(step, transfer_stop_at=done.steps)  # what was really done, and gives the same bits again
@@ -129,7 +132,7 @@ def can_adapt(layer: Layer, work: Work) -> bool:
 
 @dataclasses.dataclass
 class Lessons:
-    """What a student learns from: the loss of its answers and states; `pairs` and `projections` are filled by `prepare`."""
+    """What a student learns from: the loss of its answers and states; `pairs`, `projections` and `asked` are filled by `prepare`."""
 
     step: Transfer
     work: Work
@@ -137,16 +140,32 @@ class Lessons:
     teachers: list[nn.Module]
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     projections: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by the student's block
+    asked: Asked = dataclasses.field(init=False)
+    squared: tuple[Items, list[Tensor]] | None = None  # a batch that is worked through in parts, and the squares of what it aims at
 
     def prepare(self) -> None:
+        """Find what is compared, and whether what teachers show can be kept. Raises as `align`."""
+        step = self.step
+        if step.align != "none":
+            self.align()
+        self.asked = Asked(self.shown(), self.work, Allowance(step.transfer_cache_mb, step.transfer_cache_disk_mb, step.transfer_steps, step.transfer_batch * step.lora_count, "transfer_cache"))
+
+    def shown(self) -> list[Teacher]:
+        """Return the teachers that are asked at each step, and what each shows: answers, and of the first the states that are compared."""
+        answers, kind, found = self.step.kl_weight > 0, self.work.task.kind, []
+        for name, model in zip(names_of(self.step.teachers), self.teachers, strict=True):
+            blocks = tuple(self.aims()) if model is self.teachers[0] else ()
+            if answers or blocks:
+                found.append(Teacher(name, model, showing(kind, model, blocks, answers=answers), (answers, blocks)))
+        return found
+
+    def align(self) -> None:
         """Find which states are compared, leave out those that no LoRA can change, and fit the projections to the calibration data.
 
         Raises:
             CompressionError: states that cannot be compared, or of different widths without a projection, or none downstream of a LoRA.
 
         """
-        if self.step.align == "none":
-            return
         self.pairs = paired_blocks(self.work.model, self.work.task.model, self.teachers[0], last=self.step.align_layers == "last")
         self.pairs = [pair for pair in self.pairs if pair.student in self.downstream()]
         if not self.pairs:
@@ -185,16 +204,16 @@ class Lessons:
         """Return the teacher's blocks whose states are compared, each once."""
         return list(dict.fromkeys(pair.teacher for pair in self.pairs))
 
-    def train(self, adapters: Adapters, index: int) -> Trained:
-        """Train one LoRA on its own batches; nothing else in reach of the optimizer, so everything else keeps its bits."""
+    def train(self, several: list[Adapters]) -> Trained:
+        """Train LoRAs, each on its own batches; nothing else in reach of the optimizer, so everything else keeps its bits."""
         step, work = self.step, self.work
-        inner = Work(adapters, work.task, work.statistics, work.progress, work.training, curve=work.curve, looks=work.looks, warnings=work.warnings)
+        inner = Work(nn.ModuleList(several), work.task, work.statistics, work.progress, work.training, curve=work.curve, looks=work.looks, warnings=work.warnings)
         advice = f"lower transfer_rate={step.transfer_rate:g}"
         plan = Plan(
-            "transfer", "transfer", advice, step.transfer_steps, step.transfer_rate, step.transfer_batch, step.seed + index, step.transfer_stop_at, may_end=step.lora_count == 1,
+            "transfer", "transfer", advice, step.transfer_steps, step.transfer_rate, step.transfer_batch, step.seed, step.transfer_stop_at, learners=step.lora_count,
             look_every=step.transfer_look_every, checkpoint_every=step.transfer_checkpoint_every, identity=self.identity() if step.transfer_checkpoint_every else "", prefix="transfer_",
         )  # fmt: skip
-        return train(dataclasses.replace(step, targets=("*",)), inner, [], plan, lambda items: self.loss(adapters, items), shown=lambda: self.folded(adapters))
+        return train(dataclasses.replace(step, targets=("*",)), inner, [], plan, lambda items: self.loss(several[items.learner], items), shown=lambda: self.folded(several))
 
     def identity(self) -> str:
         """Return what a checkpoint depends on besides the data and the student's weights: options, and the weights of teachers."""
@@ -203,43 +222,67 @@ class Lessons:
         return " ".join([identity(self.step, "transfer_"), *map(fingerprint, self.teachers)])
 
     @torch.no_grad()
-    def folded(self, adapters: Adapters) -> nn.Module:
-        """Return the student with the changes of one LoRA in its weights; training does not see them, as it puts its own in their place."""
-        self.adapted.fold(adapters.changes())
+    def folded(self, several: list[Adapters]) -> nn.Module:
+        """Return the student with the mean of the LoRAs' changes in its weights; training does not see it, as it puts each one's own in their place."""
+        self.adapted.fold(mean_of(several))
         return self.work.model
 
-    def loss(self, adapters: Adapters, items: Items) -> Tensor:
+    def loss(self, adapters: Adapters, items: Drawn) -> Tensor:
         """Return the scalar loss of the student with `adapters` on items of the task."""
         step, kind = self.step, self.work.task.kind
         with captured(self.work.model, [pair.student for pair in self.pairs]) as mine:
             logits = self.adapted.logits(items, adapters.changes())
         total = step.ce_weight * kind.loss(logits, items.labels) if step.ce_weight else logits.new_zeros((), dtype=torch.float32)
-        if not step.kl_weight and not self.pairs:
-            return total
-        with torch.no_grad(), captured(self.teachers[0], self.aims()) as theirs:
-            asked = self.teachers if step.kl_weight else self.teachers[:1]
-            answers = [kind.logits(teacher, items) for teacher in asked]
+        answers = self.asked(items)
         if step.kl_weight:
-            wanted = together(kind, answers, step.transfer_temperature)
+            wanted = together(kind, [seen.logits for seen in answers], step.transfer_temperature)
             total = total + step.kl_weight * kind.soft_loss(logits, wanted, items.labels, step.transfer_temperature)
-        return total + step.align_weight * self.distance(adapters, items, mine, theirs) if self.pairs else total
+        if self.pairs:
+            total = total + step.align_weight * self.distance(adapters, items, mine, dict(zip(self.aims(), answers[0].inside["aims"], strict=True)))
+        self.asked.check(answers, total)
+        return total
 
-    def distance(self, adapters: Adapters, items: Items, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+    def distance(self, adapters: Adapters, items: Drawn, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
         """Return the mean over the compared blocks of the distance between projected states and their aims."""
         trained, found = list(adapters.projections), []
         for index, pair in enumerate(self.pairs):
             state = points(mine[pair.student], items)
             projection = trained[index] if trained else self.projections.get(pair.student)
-            found.append(DISTANCES[self.step.align](state if projection is None else state @ projection, points(theirs[pair.teacher], items)))
+            wanted = points(theirs[pair.teacher], items)
+            found.append(DISTANCES[self.step.align](state if projection is None else state @ projection, wanted) * self.share(index, items, theirs[pair.teacher], wanted))
         return torch.stack(found).mean()
+
+    def share(self, index: int, items: Drawn, states: Tensor, wanted: Tensor) -> Tensor | float:
+        """Return what the distance of a part of a batch is multiplied by, so that all parts, weighted by their labels, add up to that of the batch."""
+        if items.whole is None:
+            return 1.0
+        labels = (items.labels != -100).sum() / (items.whole.labels != -100).sum()
+        if self.step.align == "mse":  # a ratio of two means over the batch
+            return wanted.square().sum() / self.squares(items)[index] / labels
+        return len(wanted) / count_points(states, wanted, items, items.whole) / labels
+
+    @torch.no_grad()
+    def squares(self, part: Drawn) -> list[Tensor]:
+        """Return the sum of squares of each pair's aims over the whole batch that a part is of, read once a batch in parts as large."""
+        whole = part.whole
+        assert isinstance(whole, Drawn)  # noqa: S101  for the type checker
+        if self.squared is None or self.squared[0] is not whole:
+            sums: list[Tensor] = []
+            for some in whole.batches(len(part)):
+                assert isinstance(some, Drawn)  # noqa: S101  for the type checker
+                states = dict(zip(self.aims(), self.asked(some)[0].inside["aims"], strict=True))
+                found = [points(states[pair.teacher], some).square().sum() for pair in self.pairs]
+                sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
+            self.squared = whole, sums
+        return self.squared[1]
 
 
 def told(step: Transfer, work: Work, layers: list[Layer], several: list[Adapters], outcome: tuple[nn.Module, Trained]) -> None:
-    """Write into the report what was trained, by how many numbers, and of one LoRA which look was kept; `outcome` is the first teacher and how the last training ended."""
+    """Write into the report what was trained, by how many numbers, and which look was kept; `outcome` is the first teacher and how the training ended."""
     teacher, done = outcome
     count, size = sum(adapters.count() for adapters in several), sum(parameter.numel() for parameter in teacher.parameters())
     way = " + ".join([*["CE"] * bool(step.ce_weight), *["KL"] * bool(step.kl_weight), *[step.align] * (step.align != "none")])
     averaged = f", mean of {step.lora_count}," if step.lora_count > 1 else ""
-    words = f"LoRA of rank {step.lora_rank}{averaged} trained {step.transfer_stop_at or step.transfer_steps} steps by {way}, folded; trainable in all: {count:,} numbers, {count / size:.2%} of the teacher's {size:,}{done.words() if len(several) == 1 else ''}"
+    words = f"LoRA of rank {step.lora_rank}{averaged} trained {done.steps} steps by {way}, folded; trainable in all: {count:,} numbers, {count / size:.2%} of the teacher's {size:,}{done.words()}"
     for layer in layers:
         work.took(step, layer, words)

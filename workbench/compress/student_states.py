@@ -74,12 +74,24 @@ def points(states: Tensor, items: Items) -> Tensor:
         return states.float().movedim(1, -1).flatten(0, 2)
     if states.ndim != 3:
         return states.float().flatten(0, -2)
-    mask, length = items.inputs.get("attention_mask"), states.shape[1]
+    counted = which(states.shape[1], items)
+    return states.float().flatten(0, 1) if counted is None else states[counted].float()
+
+
+def which(length: int, items: Items) -> Tensor | None:
+    """Return which of `length` tokens or frames of each item count, bool [N, length]; None for all."""
+    mask = items.inputs.get("attention_mask")
     if items.labels.ndim == 2 and items.labels.shape[1] == length:
-        return states[items.labels != -100].float()
+        return items.labels != -100
     if mask is not None and mask.ndim == 2 and mask.shape[1] % length == 0:  # an encoder of sound makes one frame of a few
-        return states[mask[:, :: mask.shape[1] // length] != 0].float()
-    return states.float().flatten(0, 1)
+        return mask[:, :: mask.shape[1] // length] != 0
+    return None
+
+
+def count_points(states: Tensor, found: Tensor, items: Items, whole: Items) -> Tensor | float:
+    """Return how many points a whole batch has, of which `items` are a part with `states` and the points `found`."""
+    counted = which(states.shape[1], whole) if states.ndim == 3 else None
+    return len(found) / len(items) * len(whole) if counted is None else counted.sum()
 
 
 def check_points(pair: Pair, student: Tensor, teacher: Tensor) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.compress.inner import Seen
+from workbench.compress.student_states import captured
+from workbench.compress.teacher_answers import check_finite
+from workbench.compress.teacher_cache import Compute
 from workbench.compress.work import Work
 from workbench.errors import CompressionError, RecipeError
-from workbench.tasks.base import Kind
+from workbench.streaming import device_of
+from workbench.tasks.base import Items, Kind
 from workbench.tasks.sentence_similarity import SentenceSimilarity
 
 DENSE = "dense"  # the name of the model that is being compressed
@@ -32,7 +39,7 @@ def loaded(names: list[str], work: Work) -> list[nn.Module]:
 
     Raises:
         ModelError: see `workbench.zoo.teachers.load_teacher`.
-        CompressionError: a teacher cannot run the student's items, or answers in another shape.
+        CompressionError: a teacher cannot run the student's items, answers in another shape, or with NaN.
 
     """
     found = [work.task.model if name == DENSE else work.statistics.once(("teacher", name), lambda name=name: other(name, work)) for name in names]  # type: ignore[misc]
@@ -41,12 +48,28 @@ def loaded(names: list[str], work: Work) -> list[nn.Module]:
         mine = work.task.kind.logits(work.model, items).shape
         for name, teacher in zip(names, found, strict=True):
             try:
-                theirs = work.task.kind.logits(teacher, items).shape
+                answer = work.task.kind.logits(teacher, items)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise CompressionError(f"teacher {name!r} cannot read what {work.task.model_name!r} reads: {' '.join(str(error).split())[:200]}") from None
-            if theirs != mine:
-                raise CompressionError(f"teacher {name!r} answers in the shape {list(theirs)}, the student in {list(mine)}: give a teacher with the same classes or vocabulary")
+            if answer.shape != mine:
+                raise CompressionError(f"teacher {name!r} answers in the shape {list(answer.shape)}, the student in {list(mine)}: give a teacher with the same classes or vocabulary")
+            check_finite(name, answer)
     return found
+
+
+def showing(kind: Kind, model: nn.Module, blocks: tuple[str, ...], *, answers: bool) -> Compute:
+    """Return a function of items, which does not keep the model in memory, that shows its logits (none of each item without `answers`) and what `blocks` pass on."""
+    there = weakref.ref(model)
+
+    @torch.no_grad()
+    def compute(items: Items) -> Seen:
+        teacher = there()
+        assert teacher is not None  # noqa: S101  for the type checker: whoever trains with a teacher holds it
+        with captured(teacher, list(blocks)) as states:
+            logits = kind.logits(teacher, items.to(device_of(teacher)))
+        return Seen(logits if answers else logits[..., :0], {"aims": tuple(states[block] for block in blocks)} if blocks else {})
+
+    return compute
 
 
 def other(name: str, work: Work) -> nn.Module:

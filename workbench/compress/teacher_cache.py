@@ -32,6 +32,7 @@ class TeacherCache:
     head: nn.Module | None = None
     slice_last: bool = False
     folder: Path | None = None
+    by_item: bool = True  # whether all that is shown has one row for each item; else nothing can be kept
     tables: dict[str, Table] = field(default_factory=dict)
     filled: set[int] = field(default_factory=set)
 
@@ -56,12 +57,28 @@ class TeacherCache:
         """Compute one chunk."""
         start = place * self.chunk
         stop = min(start + self.chunk, len(self.training))
-        for name, values in self.packed(self.training[start:stop]).items():
+        for name, values in self.fitting(self.training[start:stop]).items():
             if name not in self.tables:
                 rows = len(self.training)
                 self.tables[name] = MemoryTable.like(values, rows) if self.folder is None else DiskTable.like(self.folder, values, rows)
             self.tables[name].put(start, values)
         self.filled.add(place)
+
+    def fitting(self, items: Items) -> dict[str, Tensor]:
+        """Return what is kept of the answers to some items; computed half by half where memory runs out.
+
+        Raises:
+            torch.OutOfMemoryError: not even one item fits.
+
+        """
+        try:
+            return self.packed(items)
+        except torch.OutOfMemoryError:
+            if len(items) == 1:
+                raise
+        half = len(items) // 2
+        first, second = self.fitting(items[:half]), self.fitting(items[half:])
+        return {name: torch.cat([values, second[name]]) for name, values in first.items()}
 
     def packed(self, items: Items) -> dict[str, Tensor]:
         """Return what is kept of the teacher's answers, by name, first dimension = item."""
@@ -112,14 +129,16 @@ def teacher_cache(compute: Compute, teacher: nn.Module, training: Items, chunk: 
     """
     head = output_layer(teacher)
     seen, states = watched(compute, head, training[:1])
-    inside = sum(one.nbytes for values in seen.inside.values() for one in values)
+    shown = [one for values in seen.inside.values() for one in values]
+    inside = sum(one.nbytes for one in shown)
     if states is not None and states.shape[0] == 1 and states.nbytes < seen.logits.nbytes:
         for slice_last in (False, True):
             made = TeacherCache(compute, training, chunk, head, slice_last)
             again = made.replay(states)
             if again.shape == seen.logits.shape and torch.allclose(again.float(), seen.logits.float(), rtol=1e-3, atol=1e-3):
                 return made, len(training) * (states.nbytes + inside)
-    return TeacherCache(compute, training, chunk), len(training) * (seen.logits.nbytes + inside)
+    by_item = all(len(one) == 1 for one in (seen.logits, *shown))
+    return TeacherCache(compute, training, chunk, by_item=by_item), len(training) * (seen.logits.nbytes + inside)
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from workbench.compress import checkpoints
 from workbench.compress.batch import Batch
+from workbench.compress.blow_up import trouble, worse
 from workbench.compress.copies import own_parameters
 from workbench.compress.held_out import HeldOut, held_out
 from workbench.compress.hidden import hidden_copies
@@ -37,7 +39,8 @@ class Plan:
     With a `step_rate` above 0 the step sizes of grids are learned too, at that rate of Adam for their logarithms.
 
     A batch is worked through in `accumulate` parts, whose gradients are added: their losses are weighted by the labels that they
-    score. With `look_every` below `steps`, held-out items are looked at so often, and the best look is what is kept. With `checkpoint_every`,
+    score. With several `learners` the model is made of so many parts, each of which has batches of its own, drawn with `seed`,
+    `seed` + 1 and so on; a point of the curve is the mean of their losses. With `look_every` below `steps`, held-out items are looked at so often, and the best look is what is kept. With `checkpoint_every`,
     the training is saved so often under a name made of `identity` and all that it starts from, and goes on from there. `widen`
     holds 16-bit parameters in float32 meanwhile. Messages call these options by their names with `prefix` before them.
     """
@@ -53,6 +56,7 @@ class Plan:
     may_end: bool = True
     step_rate: float = 0.0
     accumulate: int = 1
+    learners: int = 1
     look_every: int = 0
     checkpoint_every: int = 0
     identity: str = ""
@@ -82,19 +86,21 @@ class Trained:
 
 @dataclass(frozen=True)
 class Drawn(Items):
-    """Training items, and which ones they are: `index` int64 [N], on the CPU."""
+    """Training items, and which ones they are: `index` int64 [N], on the CPU; which `learner` they are for, from 0; of which batch they are a part, if they are."""
 
     index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    learner: int = 0
+    whole: Items | None = None
 
     def __getitem__(self, index: slice | Tensor) -> Drawn:
         """Return the items of a slice or of an index tensor."""
         some = Items.__getitem__(self, index)
-        return Drawn(some.inputs, some.labels, self.index[index])
+        return Drawn(some.inputs, some.labels, self.index[index], self.learner, self.whole)
 
     def to(self, device: torch.device | str) -> Drawn:
         """Return the same items on `device`; the index stays."""
         there = Items.to(self, device)
-        return Drawn(there.inputs, there.labels, self.index)
+        return Drawn(there.inputs, there.labels, self.index, self.learner, self.whole)
 
 
 Objective = Callable[[Drawn], Tensor]
@@ -114,10 +120,11 @@ def train(
     All parameters move where the targets of `step` begin with all layers, else those of the modules of `layers`; what a
     target leaves out never does. The parameters become the model's own first. The curve continues that of earlier trainings.
 
-    A loss that is not finite ends it: the weights go back to the best ones seen, and the warnings say so.
+    It ends where it diverges (see `workbench.compress.blow_up`): the weights go back to the best ones seen, and the warnings say so. They
+    are those of the best look, else those before the tenth of all steps in which training loss was lowest, or those that it began with.
 
     Raises:
-        CompressionError: the loss is not finite before anything is worth keeping, or not even one item fits into memory.
+        CompressionError: loss or gradients are not finite before the first step, or not even one item fits into memory.
 
     """
     shown = shown or (lambda: work.model)
@@ -193,7 +200,7 @@ class Run:
     shown: Shown
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    generator: torch.Generator
+    generators: list[torch.Generator]  # one a learner
     parts: int
     before: int  # points of earlier trainings on the curve
     losses: list[float] = field(default_factory=list)
@@ -209,7 +216,7 @@ class Run:
         groups: list[dict[str, Any]] = [{"params": moving.weights, "lr": plan.learning_rate}, {"params": moving.steps, "lr": plan.step_rate}]
         optimizer = torch.optim.Adam(groups if moving.steps else groups[:1])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / plan.steps)))
-        return cls(work, plan, moving, held, shown, optimizer, schedule, torch.Generator().manual_seed(plan.seed), plan.accumulate, len(work.curve))
+        return cls(work, plan, moving, held, shown, optimizer, schedule, [torch.Generator().manual_seed(plan.seed + learner) for learner in range(plan.learners)], plan.accumulate, len(work.curve))
 
     @property
     def last(self) -> int:
@@ -221,63 +228,73 @@ class Run:
         self.look()
         while self.done < self.last and not self.ended:
             self.work.progress(self.plan.what, self.done, self.plan.steps)
-            loss = self.advance(objective)
-            if loss is not None:
-                return self.fall_back(loss, path)
+            wrong = self.advance(objective)
+            if wrong:
+                return self.fall_back(wrong, path)
             self.work.training.watch(self.work.curve, self.before + self.plan.steps)
             self.ended = self.plan.may_end and self.work.training.enough()
             self.look()
             if path is not None and (self.done % self.plan.checkpoint_every == 0 or self.ended or self.done == self.last < self.plan.steps):
                 checkpoints.save(path, self.state(), f"{self.plan.prefix}checkpoint_every")
         if not self.moving.finite():
-            return self.fall_back(math.nan, path)
+            return self.fall_back("a weight is not finite", path)
         self.kept = self.done
         if self.held is not None and self.best is not None and self.best[0] != self.done:
             self.kept = self.best[0]
             self.moving.restore(self.best[2])
+        elif self.held is None and (words := worse(self.losses)):
+            self.work.warnings.append(f"{self.plan.noun} {words}; {self.plan.advice}")
         if path is not None and self.done == self.plan.steps:
             path.unlink(missing_ok=True)
         return None
 
-    def advance(self, objective: Objective) -> float | None:
-        """Do one optimizer step; return the loss instead, and do nothing, if it is not finite."""
-        training = self.work.task.training
-        count = len(training) - (0 if self.held is None else len(self.held.items))
-        index = torch.randint(count, (min(self.plan.batch, count),), generator=self.generator)
-        some = training[index]
-        loss = float(self.gradients(Drawn(some.inputs, some.labels, index).to(next(self.work.model.parameters()).device), objective))
-        if not math.isfinite(loss):
-            return loss
+    def advance(self, objective: Objective) -> str:
+        """Do one optimizer step; return what is wrong instead, and do nothing, if the training has diverged."""
+        total = self.gradients(self.drawn(), objective)
+        self.moving.pass_through()
+        loss, largest = torch.stack([total.float(), self.moving.largest_gradient().to(total.device)]).tolist()  # one wait for the device
+        if wrong := trouble(loss, largest, self.losses):
+            return wrong
         self.losses.append(loss)
         self.remember()
-        self.moving.pass_through()
         self.optimizer.step()
         self.schedule.step()
         self.moving.hold()
         self.work.curve.append((self.before + self.done, loss))
         self.done += 1
-        return None
+        return ""
 
-    def gradients(self, drawn: Drawn, objective: Objective) -> Tensor:
-        """Leave the gradients of the loss of a batch in the parameters; return it, or the first part of it that is not finite.
+    def drawn(self) -> list[Drawn]:
+        """Return the next batch of each learner, on the model's device."""
+        training, device = self.work.task.training, next(self.work.model.parameters()).device
+        count = len(training) - (0 if self.held is None else len(self.held.items))
+        found = []
+        for learner, generator in enumerate(self.generators):
+            index = torch.randint(count, (min(self.plan.batch, count),), generator=generator)
+            some = training[index]
+            found.append(Drawn(some.inputs, some.labels, index, learner).to(device))
+        return found
 
-        Where memory runs out, the batch is worked through in twice as many parts from then on.
+    def gradients(self, batches: list[Drawn], objective: Objective) -> Tensor:
+        """Leave the gradients of the losses of all batches in the parameters; return their mean, or what is not finite of it.
+
+        Where memory runs out, batches are worked through in twice as many parts from then on.
         """
         while True:
+            self.work.model.zero_grad(set_to_none=True)
             try:
-                return self.added(drawn, objective)
+                return torch.stack([self.added(drawn, objective) for drawn in batches]).mean()
             except torch.OutOfMemoryError:
                 self.work.model.zero_grad(set_to_none=True)
-            self.halve(len(drawn))
+            self.halve(len(batches[0]))
 
     def added(self, drawn: Drawn, objective: Objective) -> Tensor:
-        """Return the loss of a batch, worked through part by part, with its gradients added up."""
-        self.work.model.zero_grad(set_to_none=True)
+        """Return the loss of a batch, worked through part by part, or the first part of it that is not finite; its gradients are added to what is there."""
         scored = (drawn.labels != -100).sum()
         total: Tensor | None = None
         for part in drawn.batches(-(-len(drawn) // self.parts)):
             assert isinstance(part, Drawn)  # noqa: S101  for the type checker
-            loss = objective(part)
+            loss = objective(dataclasses.replace(part, whole=drawn) if len(part) < len(drawn) else part)
             if not torch.isfinite(loss):
                 return loss.detach()
             if len(part) < len(drawn):
@@ -319,35 +336,36 @@ class Run:
     def remember(self) -> None:
         """Without looks, keep the weights every so often if the losses of late are the lowest yet: something to go back to if the next steps diverge."""
         window = max(10, self.plan.steps // 10)
-        if self.held is not None or not self.plan.may_end or self.done == 0 or self.done % window:
+        if self.held is not None or self.done % window:
             return
-        late = sum(self.losses[-window:]) / window
+        late = statistics.fmean(self.losses[-window:])
         if self.best is None or late < self.best[1]:
             self.best = self.done, late, self.moving.snapshot()
 
-    def fall_back(self, loss: float, path: Path | None) -> None:
-        """Go back to the best weights after a step that diverged.
+    def fall_back(self, wrong: str, path: Path | None) -> None:
+        """Go back to the best weights where the training diverged; `wrong` says how.
 
         Raises:
-            CompressionError: there are none.
+            CompressionError: not one step was done.
 
         """
         if path is not None:
             path.unlink(missing_ok=True)
-        words = f"{self.plan.noun} diverged at step {self.done} of {self.plan.steps}: loss {loss}; "
-        if self.best is None or self.best[0] == 0:
+        words = f"{self.plan.noun} diverged at step {self.done} of {self.plan.steps}: {wrong}; "
+        if self.best is None or self.done == 0:
             raise CompressionError(words + self.plan.advice)
         self.moving.restore(self.best[2])
         self.done = self.kept = self.best[0]
         self.ended = True
-        self.work.warnings.append(f"{words}the weights after step {self.done} are kept, where {'held-out' if self.held else 'training'} loss was lowest ({self.best[1]:.3g}); {self.plan.advice}")
+        where = f"after step {self.done}" if self.done else "from before the first step"
+        self.work.warnings.append(f"{words}the weights {where} are kept, where {'held-out' if self.held else 'training'} loss was lowest ({self.best[1]:.3g}); {self.plan.advice}")
 
     def state(self) -> dict[str, Any]:
         """Return all that the next step depends on."""
         best = None if self.best is None else {"step": self.best[0], "loss": self.best[1], "weights": self.best[2]}
         return {
             "losses": self.losses, "parts": self.parts, "looks": [dataclasses.astuple(look) for look in self.looks], "best": best, "moving": self.moving.snapshot(),
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(),
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generators": [generator.get_state() for generator in self.generators],
         }  # fmt: skip
 
     def resume(self, path: Path | None) -> None:
@@ -360,7 +378,8 @@ class Run:
         self.moving.restore(state["moving"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generator"])
+        for generator, bits in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(bits)
         self.best = None if best is None else (best["step"], best["loss"], [one.to(now) for one, now in zip(best["weights"], self.moving.snapshot(), strict=True)])
         self.done = len(self.losses)
         self.work.curve += [(self.before + place, loss) for place, loss in enumerate(self.losses)]

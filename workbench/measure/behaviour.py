@@ -80,7 +80,7 @@ def behaviour(task: Task, compressed: nn.Module, confidence: float = 0.95, progr
     flips = tuple(Flip(int(i), task.labels[labels[i]], task.labels[old[i]], task.labels[new[i]], float(kl[i])) for i in order)
     classes = tuple(class_change(task.labels[c], (old == labels)[labels == c], (new == labels)[labels == c], confidence) for c in range(len(task.labels)))
     weight = torch.ones(len(labels), dtype=torch.float64)
-    return Behaviour(len(labels), mean(kl, weight, confidence), flips, classes, confusion(labels, old, len(task.labels)), confusion(labels, new, len(task.labels)))
+    return Behaviour(len(labels), mean(kl, weight, confidence).within(0.0), flips, classes, confusion(labels, old, len(task.labels)), confusion(labels, new, len(task.labels)))
 
 
 def answers(task: Task, model: nn.Module, progress: Progress) -> Tensor:

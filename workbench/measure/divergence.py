@@ -247,7 +247,7 @@ def divergence(
     each = Each(both, torch.where(mask, kl, 0.0).sum(1) / weight.clamp(min=1), weight).joined(earlier)
     if len(each.index) < 2:
         raise DataError(f"outputs of {len(each.index)} of {count} items are kept within {evaluator.sampler.budget:,} bytes: an interval needs at least 2")
-    found = Estimate(0.0, 0.0, 0.0) if same else not_below_zero(mean(each.kl, each.answers, level))
+    found = Estimate(0.0, 0.0, 0.0) if same else mean(each.kl, each.answers, level).within(0.0)
     return Divergence(found, len(each.index), int(each.answers.sum()), each)
 
 
@@ -278,8 +278,3 @@ def kl_of_logits(dense: Tensor, other: Tensor) -> Tensor:
     total = terms.sum(-1, dtype=torch.float64)
     broken = ~torch.isfinite(total)
     return torch.where(broken, torch.inf, total.clamp(min=0))
-
-
-def not_below_zero(found: Estimate) -> Estimate:
-    """Return an estimate of what cannot be negative."""
-    return Estimate(max(0.0, found.value), max(0.0, found.low), max(0.0, found.high))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from workbench.compress.report import LayerReport
+from workbench.journal import CREATE_TRIAL, parsed
 from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.quality import Estimate, Quality
@@ -22,6 +24,7 @@ from workbench.recipe import Recipe
 RecipeField = Annotated[InstanceOf[Recipe], BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v), PlainSerializer(lambda r: r.to_json())]
 
 LAYERS = '"layers":[', '],"provenance":{'  # what stands before and after the layers of a stored point
+QUOTED = tuple(json.dumps(mark)[1:-1].encode() for mark in LAYERS)  # the same where the point is a string in a line of JSON
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class Provenance:
     evaluate_seconds: float
     calibration_items: int
     training_items: int
+
+
+class Figures(NamedTuple):
+    """What a trade-off plot reads of a point, together: of a hundred thousand, finding it takes longer than working with it."""
+
+    complete: bool
+    data: tuple[str, str]  # fingerprints of the model and its data
+    metric: str
+    change: tuple[float, float, float]  # value, low, high
+    file_bytes: int
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="constants"))
@@ -97,11 +110,23 @@ class Measurement:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Read the layers of a stored point when they are first asked for."""
+            """Read the layers of a stored point when they are first asked for, and find its figures then."""
+            if name == "figures":
+                self.__dict__["figures"] = figures = self.found_figures()
+                return figures
             if name != "layers" or "stored" not in self.__dict__:
                 raise AttributeError(f"a Measurement has no {name!r}")
-            self.__dict__["layers"] = found = ADAPTER().validate_json(self.__dict__["stored"]).layers
+            self.__dict__["layers"] = found = ADAPTER().validate_json(self.to_json()).layers
             return found
+
+    else:
+        figures: ClassVar[Figures]
+
+    def found_figures(self) -> Figures:
+        """Return what `figures` keeps."""
+        quality, context = self.quality[0], self.context
+        change = quality.change
+        return Figures(self.complete, (context.model_fingerprint, context.data_fingerprint), quality.metric, (change.value, change.low, change.high), self.sizes.file_bytes)
 
     @property
     def complete(self) -> bool:
@@ -124,8 +149,10 @@ class Measurement:
 
     def to_json(self) -> str:
         """Return the measurement as one line of JSON: a stored point as it was stored."""
-        stored: str | None = self.__dict__.get("stored")
-        return ADAPTER().dump_json(self).decode() if stored is None else stored
+        stored: str | bytes | None = self.__dict__.get("stored")
+        if stored is None:
+            return ADAPTER().dump_json(self).decode()
+        return stored if isinstance(stored, str) else str(parsed(stored)["user_attrs"]["measurement"])
 
     @staticmethod
     def from_json(text: str) -> Measurement:
@@ -139,10 +166,48 @@ class Measurement:
         if not 0 < start < end:
             whole: Measurement = ADAPTER().validate_json(text)
             return whole
-        made: Measurement = ADAPTER().validate_json(f"{text[:start]}{LAYERS[0]}{text[end:]}")
+        return Measurement.without_layers(f"{text[:start]}{LAYERS[0]}{text[end:]}", text)
+
+    @staticmethod
+    def from_line(line: bytes, study: int) -> Measurement | None:
+        """Return the measurement in a line of a journal that makes a trial of a study by number, None if the line does something else.
+
+        The line waits as it is for when its layers are asked for; what stands around them is all that is read of it.
+
+        Raises:
+            pydantic.ValidationError: the trial holds no measurement.
+            RecipeError: its recipe cannot be read, see `Recipe.from_json`.
+            ValueError: the line is no JSON.
+
+        """
+        short = cut(line)
+        log = parsed(short)
+        if log["op_code"] != CREATE_TRIAL or log["study_id"] != study:
+            return None
+        text = log.get("user_attrs", {}).get("measurement", "")
+        return Measurement.from_json(text) if short is line else Measurement.without_layers(text, line)
+
+    @staticmethod
+    def without_layers(text: str, stored: str | bytes) -> Measurement:
+        """Return the measurement of a text whose layers were cut out, which are in `stored`: the whole text, or a journal's line."""
+        made: Measurement = ADAPTER().validate_json(text)
         del made.__dict__["layers"]
-        made.__dict__["stored"] = text
+        made.__dict__["stored"] = stored
+        made.__dict__["figures"] = made.found_figures()  # while all of it is at hand
         return made
+
+
+def cut(line: bytes) -> bytes:
+    """Return a journal's line without the layers of the measurement in it, itself where they are not found for certain.
+
+    Within a string of JSON every quote follows a backslash: what looks like the end of a string and the beginning of the next
+    is just that, and no text in a point has the marks.
+    """
+    begin = line.find(b'"measurement":"')
+    start, end = line.find(QUOTED[0], begin), line.rfind(QUOTED[1])
+    if not 0 < begin < start < end or any(line.find(edge, begin + 15, end) >= 0 for edge in (b'","', b'"},"')):
+        return line
+    return line[: start + len(QUOTED[0])] + line[end:]
 
 
 @cache

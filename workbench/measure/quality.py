@@ -93,13 +93,15 @@ def quality(
 
 
 def losses(dense: Scores, compressed: Scores, level: float, known: Known | None, *, likely: bool = True) -> Triple:
-    """Return the mean loss of both and its change; unless they are `likely` (negative log-likelihoods) with Student's intervals as they are."""
+    """Return the mean loss of both, which no interval takes below 0, and its change; unless they are `likely` (negative log-likelihoods) with Student's intervals as they are."""
     whole = dense if known is None else known.dense
     wide, wider = (widening(read.loss, whole.loss) if likely else 1.0 for read in (whole, dense))
     base = mean(whole.loss, whole.weight, level, wide)
     if known is not None:
-        return base, *known.means("loss", compressed, level, wider)[1:]
-    return base, mean(compressed.loss, dense.weight, level, wider), mean(compressed.loss - dense.loss, dense.weight, level, wider)
+        _, mine, change = known.means("loss", compressed, level, wider)
+    else:
+        mine, change = mean(compressed.loss, dense.weight, level, wider), mean(compressed.loss - dense.loss, dense.weight, level, wider)
+    return base.within(0.0), mine.within(0.0), change
 
 
 def rights(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
@@ -110,8 +112,10 @@ def rights(dense: Scores, compressed: Scores, level: float, known: Known | None)
         plain = proportion(before, level), proportion(after, level), paired_proportions(before, after, level)
         return plain if known is None else known.answers(compressed, level)
     if known is not None:
-        return known.means("correct", compressed, level)
-    return mean(before, weight, level), mean(after, weight, level), mean(after - before, weight, level)
+        base, mine, change = known.means("correct", compressed, level)
+    else:
+        base, mine, change = mean(before, weight, level), mean(after, weight, level), mean(after - before, weight, level)
+    return base.within(0.0, 1.0), mine.within(0.0, 1.0), change.within(-1.0, 1.0)
 
 
 def flips(dense: Scores, compressed: Scores, confidence: float = 0.95, looks: int = 1, *, level: float | None = None) -> Estimate:
@@ -123,14 +127,14 @@ def flips(dense: Scores, compressed: Scores, confidence: float = 0.95, looks: in
     if "cosine" in dense.details:
         return reversed_orders(*reversals(dense, compressed), level)
     changed = (dense.answers != compressed.answers).double()
-    return proportion(changed, level) if changed.ndim == 1 else mean(changed.mean(1), dense.weight, level)
+    return proportion(changed, level) if changed.ndim == 1 else mean(changed.mean(1), dense.weight, level).within(0.0, 1.0)
 
 
 def reversed_orders(shares: Tensor, weight: Tensor, level: float) -> Estimate:
     """Return the mean share of reversed pairs; each item stands in many pairs, which doubles the error of the mean (Hoeffding 1948)."""
     found = mean(shares, weight, level)
     half = 2 * (found.high - found.value)
-    return Estimate(found.value, max(0.0, found.value - half), min(1.0, found.value + half))
+    return Estimate(found.value, found.value - half, found.value + half).within(0.0, 1.0)
 
 
 def exp(x: float) -> float:
