@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_tasks
 import torch
+from interpreted import INTERPRETED
 
 from workbench.ledger import Ledger
 from workbench.tasks.base import Task
@@ -42,6 +43,14 @@ def device(request: pytest.FixtureRequest):
         return
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # comparisons with float64 need all of float32
         yield request.param
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest) -> torch.device:
+    """Give the device on which Triton's kernels run: a GPU, or the CPU where they are interpreted."""
+    if (request.param == "interpreted") is not INTERPRETED:
+        pytest.skip("runs in a process in which Triton interprets its kernels, see tests/interpreted.py")
+    return torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 
 
 @pytest.fixture(params=tiny_tasks.SORTS)

@@ -36,6 +36,7 @@ PARTS = ("loss", "correct", "weight", "answers")
 
 
 def evaluator_of(task: Task, **settings) -> Evaluator:
+    settings = {"fused": False} | settings  # bits are compared with those of the model run as it is; see test_fused_blocks.py
     return Evaluator(task, task.evaluation.to(next(task.model.parameters()).device), **settings)
 
 

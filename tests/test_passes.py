@@ -1,16 +1,11 @@
 """Kernels that work on many weights at once: the bits of the plain operations. Interpreted by Triton where there is no GPU."""
 
-import importlib.util
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny_tasks
 import torch
+from interpreted import INTERPRETED, outside, passed
 
 import workbench as wb
 from workbench.compress import compress, magnitudes, passes
@@ -26,17 +21,6 @@ from workbench.statistics import Statistics
 SHAPES = [(5, 7), (64, 64), (96, 128)]  # the last takes three programs a layer
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided when Triton is imported: a process of its own
-
-
-@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request):
-    """Give the device on which the kernels run."""
-    if (request.param == "interpreted") is not INTERPRETED:
-        pytest.skip("see test_the_kernels_interpreted")
-    return torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
-
-
 @pytest.fixture
 def untried():
     """Forget whether the kernels are right, before and after."""
@@ -45,13 +29,9 @@ def untried():
     passes.refused.cache_clear()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton, whose interpreter this needs, is not installed")
+@outside
 def test_the_kernels_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(command, check=False, env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+    assert passed(__file__) > 100
 
 
 @pytest.fixture(params=[torch.float16, torch.float32, torch.bfloat16], ids=str)

@@ -21,6 +21,7 @@ from workbench import placement, streaming
 from workbench.compress import compress
 from workbench.compress.copies import sharing_copy
 from workbench.compress.layers import find_layers
+from workbench.compress.report import LayerReport
 from workbench.errors import CompressionError, DeviceError
 from workbench.measure.evaluator import Evaluator
 from workbench.placement import attach_spread, device_map, model_bytes, place, place_task
@@ -62,6 +63,13 @@ def at_home(model: torch.nn.Module) -> bool:
     return all(tensor.device.type == "cpu" and not hasattr(tensor, "home") and streams_to(tensor) is not None for tensor in (*model.parameters(), *model.buffers()))
 
 
+def alike(one: tuple[LayerReport, ...], other: tuple[LayerReport, ...]) -> bool:
+    """Return whether two reports say the same; relative errors to the last digits of their sums, which a GPU adds up in another order for resident layers."""
+    errors = [[0.0 if layer.relative_error is None else layer.relative_error for layer in layers] for layers in (one, other)]
+    rest = [[dataclasses.replace(layer, relative_error=None) for layer in layers] for layers in (one, other)]
+    return rest[0] == rest[1] and errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_bits_are_those_of_the_resident_model(sort, device, name):
     resident, streamed = tiny_tasks.tiny_task(sort, device), streamed_task(sort, device)
@@ -72,9 +80,9 @@ def test_the_bits_are_those_of_the_resident_model(sort, device, name):
         assert at_home(streamed.model)
         theirs = {key: tensor.cpu() for key, tensor in made.model.state_dict().items()}
         assert tiny_tasks.same(theirs, mine.model.state_dict())
-        assert made.report == mine.report
+        assert alike(made.report, mine.report)
         assert made.warnings == mine.warnings
-        scores = [Evaluator(task, task.evaluation.to(device)).scores(model, [], 40) for task, model in ((resident, made.model), (streamed, mine.model))]
+        scores = [Evaluator(task, task.evaluation.to(device), fused=False).scores(model, [], 40) for task, model in ((resident, made.model), (streamed, mine.model))]
         assert torch.equal(scores[0].loss, scores[1].loss)
         assert torch.equal(scores[0].answers, scores[1].answers)
         assert at_home(mine.model)
@@ -83,8 +91,11 @@ def test_the_bits_are_those_of_the_resident_model(sort, device, name):
 def test_measured_points_are_the_same_and_say_what_is_missing(sort, device, tmp_path):
     recipe = RECIPES["sparsegpt, repair"]
     benches = [wb.Bench(tiny_tasks.tiny_task(sort), device=device, placement=where, ledger=tmp_path / f"{where}.journal", progress=False) for where in ("device", "streamed")]
+    for bench in benches:
+        bench.evaluator.fused = False  # as a streamed model is run
     for one, other in zip(*(list(bench.stream(recipe)) for bench in benches), strict=True):
-        assert (one.quality, one.flips, one.sizes, one.dense_sizes, one.layers) == (other.quality, other.flips, other.sizes, other.dense_sizes, other.layers)
+        assert (one.quality, one.flips, one.sizes, one.dense_sizes) == (other.quality, other.flips, other.sizes, other.dense_sizes)
+        assert alike(one.layers, other.layers)
     assert other.complete
     assert other.latency is None
     assert other.missing["latency"].startswith("streamed: the model (0.0")

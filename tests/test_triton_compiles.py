@@ -57,6 +57,21 @@ def test_kernels_over_rows_compile(block, dtype, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["*bf16", "*fp16", "*fp32"])
+def test_kernels_of_blocks_compile(name, architecture):
+    from workbench.runtime import triton_blocks as kernels
+
+    numbers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr", "gate_ptr", "up_ptr", "cos_ptr", "sin_ptr"), name) | {"eps": "fp32"}
+    numbers |= dict.fromkeys(("rows", "width", "size", "tokens", "heads", *(f"{what}_{side}" for what in ("x", "out") for side in ("item", "head", "token")), "cos_item", "cos_token"), "i32")
+    for kernel, constants in {kernels.rms_norm: {"ROWS": 1, "BLOCK": 4096}, kernels.gated: {"BLOCK": 2048}, kernels.rotary: {"HALF": 64, "HEADS": 32, "BLOCK": 64}}.items():
+        aligned = [argument for argument in kernel.arg_names if argument in numbers and argument not in {"eps", "tokens", "heads", "rows"}]
+        code = compiled(kernel, numbers, constants, architecture, aligned=aligned)
+        assert "ld.global.v4" in code
+        assert "st.global.v" in code
+        assert ".local" not in code
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("gridded", [False, True])
 def test_kernels_over_weights_compile(gridded, dtype, architecture):

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -37,6 +38,11 @@ def placed(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     """Return whole numbers as a tensor [values] on a device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def launching(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches kernels on a device: of itself it takes the current GPU, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def describe(device: torch.device) -> str:

@@ -125,7 +125,7 @@ def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
 def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:
     """Yield batches of layers with the same shape, dtype, device and kind of promises, in order of each batch's first layer.
 
-    With `whole`, all of them together: where they are worked on in place, which takes no memory.
+    With `whole`, all of them together if they are not streamed: where they are worked on in place, which takes no memory.
     Layers of a streamed model are on its device while their batch is worked on.
     """
     groups: dict[object, list[Layer]] = {}
@@ -139,7 +139,7 @@ def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:
         room = min(ROOM.get((streams_to(weight) or weight.device).type, 2**20), max(LEAST, total // PARTS))
         if (away := streams_to(weight)) is not None:
             room = min(room, allowed_bytes(away) // WORKING)
-        most = len(group) if whole else max(1, room // max(1, weight.numel()))
+        most = len(group) if whole and away is None else max(1, room // max(1, weight.numel()))
         for start in range(0, len(group), most):
             with visiting(group[start : start + most]):
                 yield Batch(tuple(group[start : start + most]))

@@ -12,6 +12,7 @@ from workbench.compress.batch import Batch, grouped
 from workbench.compress.layers import Layer
 from workbench.errors import CompressionError
 from workbench.runtime.grid import Grid
+from workbench.streaming import streams_to
 
 
 def check_all(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
@@ -44,7 +45,7 @@ def check_all(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
 def look_over(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
     """Note in `Layer.change` what became of each weight since the dense model, where one kernel can see it: see `workbench.compress.passes`.
 
-    Waits for the device once. Weights of another shape than the dense one, or stored in another form than affine integers, are left.
+    Waits for the device once. Weights of another shape than the dense one, streamed ones, or those stored in another form than affine integers, are left.
     """
     fits = [layer for layer in layers if layer.change is None and comparable(layer, dense.get(layer.origin))]
     found: list[tuple[Batch, Tensor]] = []
@@ -65,7 +66,7 @@ def look_over(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
 
 def comparable(layer: Layer, dense: Layer | None) -> bool:
     """Return whether a weight stands for the whole of a dense one of its shape, and multiplies what that is given."""
-    if dense is None or layer.rank is not None or layer.role or layer.transposed or layer.rows is not None or layer.columns is not None:
+    if dense is None or streams_to(layer.parameter) is not None or layer.rank is not None or layer.role or layer.transposed or layer.rows is not None or layer.columns is not None:
         return False
     ours, theirs = layer.parameter, dense.parameter
     same = (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)

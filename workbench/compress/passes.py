@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workbench.compress.selection import keep_fewer, spread
-from workbench.device import placed
+from workbench.device import launching, placed
 from workbench.runtime.grid import Grid
 
 BLOCK = 4096  # weights that one program reads
@@ -141,9 +141,11 @@ def prune(weights: list[Tensor], threshold: Tensor, stay: Tensor) -> tuple[list[
     masks = torch.empty(len(weights), *weights[0].shape, dtype=torch.bool, device=device)
     ties = torch.empty(len(weights), grid[0], dtype=torch.int32, device=device)
     where, edge = table(weights), threshold.int()
-    kernels.count_ties[grid](where, edge, ties, size, BLOCK, num_warps=WARPS)
+    with launching(device):
+        kernels.count_ties[grid](where, edge, ties, size, BLOCK, num_warps=WARPS)
     before = ties.cumsum(1, dtype=torch.int32) - ties
-    kernels.prune[grid](where, edge, stay.int(), before, table(fresh), masks.view(torch.uint8), size, BLOCK, num_warps=WARPS)
+    with launching(device):
+        kernels.prune[grid](where, edge, stay.int(), before, table(fresh), masks.view(torch.uint8), size, BLOCK, num_warps=WARPS)
     return fresh, masks
 
 
@@ -163,9 +165,10 @@ def prune_rows(weights: list[Tensor], norms: Tensor, removed: Sequence[int]) -> 
     masks = torch.empty(len(weights), rows, columns, dtype=torch.bool, device=norms.device)
     gone = placed([number for total in removed for number in divmod(total, rows)], torch.int32, norms.device)
     together, block = tile(columns)
-    kernels.prune_rows[-(-rows // together), len(weights)](
-        table(weights), norms.contiguous(), gone, table(fresh), masks.view(torch.uint8), rows, columns, kernels.named(weights[0].dtype), together, block, num_warps=warps(block)
-    )
+    with launching(norms.device):
+        kernels.prune_rows[-(-rows // together), len(weights)](
+            table(weights), norms.contiguous(), gone, table(fresh), masks.view(torch.uint8), rows, columns, kernels.named(weights[0].dtype), together, block, num_warps=warps(block)
+        )
     return fresh, masks
 
 
@@ -188,7 +191,8 @@ def extremes(weights: list[Tensor], size: int) -> tuple[Tensor, Tensor]:
     low, high = (torch.empty(len(weights), rows, columns // size, device=weights[0].device) for _ in range(2))
     together, block = tile(size)
     groups = low[0].numel()
-    kernels.extremes[-(-groups // together), len(weights)](table(weights), low, high, groups, size, kernels.named(weights[0].dtype), together, block, num_warps=warps(block))
+    with launching(low.device):
+        kernels.extremes[-(-groups // together), len(weights)](table(weights), low, high, groups, size, kernels.named(weights[0].dtype), together, block, num_warps=warps(block))
     return low, high
 
 
@@ -208,10 +212,11 @@ def search(weights: list[Tensor], scales: Tensor, zeros: Tensor | None, bits: in
     groups, scales, zeros = scales[0, 0].numel(), scales.contiguous(), None if zeros is None else zeros.contiguous()
     size = weights[0].numel() // groups
     together, block = tile(size)
-    kernels.search[-(-groups // together), len(weights)](
-        table(weights), scales, scales if zeros is None else zeros, best, groups, size, len(scales), scales[0].numel(), (1 << bits) - 1,
-        kernels.named(weights[0].dtype), zeros is not None, together, block, num_warps=warps(block),
-    )  # fmt: skip
+    with launching(best.device):
+        kernels.search[-(-groups // together), len(weights)](
+            table(weights), scales, scales if zeros is None else zeros, best, groups, size, len(scales), scales[0].numel(), (1 << bits) - 1,
+            kernels.named(weights[0].dtype), zeros is not None, together, block, num_warps=warps(block),
+        )  # fmt: skip
     return best
 
 
@@ -231,10 +236,11 @@ def to_grid(weights: list[Tensor], scale: Tensor, zero: Tensor | None, bits: int
     fresh = [torch.empty_like(weight) for weight in weights]
     codes = torch.empty(len(weights), *weights[0].shape, dtype=torch.uint8, device=scale.device)
     scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
-    kernels.to_grid[-(-size // BLOCK), len(weights)](
-        table(weights), scale, scale if zero is None else zero, table(fresh), codes, size, groups, (1 << bits) - 1,
-        kernels.named(weights[0].dtype), size // groups, zero is not None, BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with launching(codes.device):
+        kernels.to_grid[-(-size // BLOCK), len(weights)](
+            table(weights), scale, scale if zero is None else zero, table(fresh), codes, size, groups, (1 << bits) - 1,
+            kernels.named(weights[0].dtype), size // groups, zero is not None, BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return fresh, codes
 
 
@@ -260,11 +266,12 @@ def survey(dense: list[Tensor], now: list[Tensor], masks: list[Tensor] | None, g
     if grids and first is not None:
         tables[1:3] = table([grid.codes for grid in grids]), table([grid.scale for grid in grids])
         tables[3] = here if first.zero_point is None else table([grid.zero_point for grid in grids if grid.zero_point is not None])
-    kernels.survey[blocks, len(now)](
-        table(dense), here, *tables, found, size, 0 if first is None else (1 << first.bits) - 1,
-        kernels.named(now[0].dtype), kernels.named(torch.float32 if first is None else first.scale.dtype), first is not None,
-        1 if first is None else size // first.scale.numel(), masks is not None, first is not None and first.zero_point is not None, BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with launching(found.device):
+        kernels.survey[blocks, len(now)](
+            table(dense), here, *tables, found, size, 0 if first is None else (1 << first.bits) - 1,
+            kernels.named(now[0].dtype), kernels.named(torch.float32 if first is None else first.scale.dtype), first is not None,
+            1 if first is None else size // first.scale.numel(), masks is not None, first is not None and first.zero_point is not None, BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return found.sum(1, dtype=torch.float64)
 
 

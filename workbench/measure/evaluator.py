@@ -14,10 +14,11 @@ from workbench.compress.layers import Progress, no_progress
 from workbench.device import free_fraction
 from workbench.measure.divergence import Outputs, Sampler, has_distribution, scored
 from workbench.measure.fused import Head, find_head
+from workbench.measure.fused_blocks import FusedBlocks, fused_blocks
 from workbench.measure.graphed import Graphs, Read
 from workbench.measure.lengths import in_place, ordered, text_spans, trimmed, trims
 from workbench.measure.prefix import Kept, Prefix
-from workbench.streaming import streaming
+from workbench.streaming import streaming, streams_to
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
 from workbench.tasks.choosing import tally
@@ -37,7 +38,8 @@ class Evaluator:
     read in batches of like length, and blocks that are the dense model's own start from its hidden states, of which at most
     `budget` bytes are kept (None: 256 MB on a CPU, a twentieth of a GPU's memory). On a GPU, models whose weights alone changed
     are replayed as one graph, unless `graphs` is False (see `workbench.measure.graphed`). Where a model does not allow one of
-    these, which is tried once, it is run as it is.
+    these, which is tried once, it is run as it is. There too, norms, gated products and rotary embeddings are one kernel each, unless
+    `fused` is False (see `workbench.measure.fused_blocks`).
     """
 
     task: Task
@@ -47,6 +49,7 @@ class Evaluator:
     spans: list[Tensor | None] = field(default_factory=list)  # one entry, when known: where texts begin and end, None to read them padded
     prefix: Prefix | None = None
     graphs: Graphs | bool = True
+    fused: FusedBlocks | bool = True
     last: tuple[weakref.ref[nn.Module], int] | None = None  # the model that was read last, and its unchanged blocks
     kept: Sampler | None = None  # which answers are compared as distributions
 
@@ -69,11 +72,12 @@ class Evaluator:
         done = sum(map(len, parts))
         with streaming(self.task.model), streaming(model):
             blocks = None if done >= count else self.blocks(model, again=done > 0)
+            run = model if blocks is None else self.fuse(model)
             with self.replayed(model, blocks, again=done > 0) as replay:
                 while done < count:
                     together = SORTED if self.text_spans() is not None or replay is not None else 1
                     upto = min(count, done + self.task.batch_size * together)
-                    parts.append(self.read(model, done, upto, blocks or 0, progress, outputs=outputs) if replay is None else self.replay(replay, done, upto, progress, outputs))
+                    parts.append(self.read(run, done, upto, blocks or 0, progress, outputs=outputs) if replay is None else self.replay(replay, done, upto, progress, outputs))
                     done = upto
         joined = Scores.join(parts)
         parts[:] = [joined]
@@ -136,8 +140,8 @@ class Evaluator:
     def run(self, model: nn.Module, items: Items, outputs: Outputs | None = None, index: Tensor | None = None) -> Scores:
         """Return what a model does on one batch, with the output head taken off where that gives the same."""
         if outputs is None or index is None:
-            return score(self.task.kind, self.prepared(model), items)
-        return scored(self.task.kind, self.prepared(model), items, outputs, index)
+            return score(self.task.kind, self.headless(model), items)
+        return scored(self.task.kind, self.headless(model), items, outputs, index)
 
     def head_of(self, model: nn.Module, rows: Tensor) -> nn.Module | None:
         """Return what makes logits of a model's kept outputs [..., width], None if these are logits."""
@@ -145,9 +149,20 @@ class Evaluator:
         return None if head is None or rows.shape[-1] == head.classes else model.get_submodule(head.name)
 
     def prepared(self, model: nn.Module) -> nn.Module:
-        """Return what is called for a model: itself, or without its output head where that gives the same."""
+        """Return what is called for a model: itself, or with fused blocks and without its output head where that gives the same."""
+        return self.headless(self.fuse(model))
+
+    def headless(self, model: nn.Module) -> nn.Module:
+        """Return a model without its output head where that gives the same, else itself."""
         head = self.head(type(model))
         return model if head is None else head.off(model)
+
+    def fuse(self, model: nn.Module) -> nn.Module:
+        """Return a language model with fused blocks on a GPU, else itself; models that are streamed there are run as they are."""
+        if self.fused is True:
+            alone = isinstance(self.task.kind, LanguageModelling) and streams_to(self.task.model) is None
+            self.fused = (fused_blocks(self.items.labels.device) if alone else None) or False
+        return model if self.fused is False or self.fused is True else self.fused.of(model)
 
     def head(self, make: type[nn.Module]) -> Head | None:
         """Return the output head of language models of a class, None where they must make their logits themselves."""

@@ -1,0 +1,252 @@
+"""Blocks with one kernel where transformers has many: what takes a stand-in, what does not, and that the same comes out."""
+
+import dataclasses
+
+import pytest
+import tiny_tasks
+import torch
+from interpreted import outside, passed
+from tiny_tasks import tiny_task
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import workbench as wb
+from workbench.compress import compress
+from workbench.compress.layers import find_layers
+from workbench.measure.evaluator import Evaluator
+from workbench.measure.fused_blocks import NEAR, FusedBlocks, FusedGate, FusedNorm, FusedRotary, Operations, fused_blocks, near
+from workbench.measure.graphed import alike
+from workbench.runtime import block_operations
+
+CPU = torch.device("cpu")
+
+
+@outside
+def test_the_kernels_interpreted():
+    assert passed(__file__) > 30
+
+
+@dataclasses.dataclass
+class Plain:
+    """The operations in plain torch, which counts how often each is used."""
+
+    used: dict[str, int] = dataclasses.field(default_factory=lambda: {"norm": 0, "gated": 0, "rotary": 0})
+
+    def norm(self, x, weight, eps):
+        self.used["norm"] += 1
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def gated(self, gate, up):
+        self.used["gated"] += 1
+        return nn.functional.silu(gate) * up
+
+    def rotary(self, q, k, cos, sin):
+        self.used["rotary"] += 1
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+
+    def blocks(self):
+        return FusedBlocks(Operations(self.norm, self.gated, self.rotary), CPU)
+
+
+def evaluators(task, plain):
+    items = task.evaluation.to(next(task.model.parameters()).device)
+    return Evaluator(task, items, fused=plain.blocks()), Evaluator(task, items, fused=False)
+
+
+# --- which modules are left for stand-ins
+
+
+def test_every_norm_product_and_rotation_of_a_llama_takes_a_stand_in():
+    plain, model = Plain(), tiny_task("llama").model
+    made = plain.blocks().of(model)
+    kinds = [type(module) for module in made.modules()]
+    assert [kinds.count(kind) for kind in (FusedNorm, FusedGate, FusedRotary)] == [5, 2, 2]
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with torch.inference_mode():
+        ids = torch.arange(12)[None]
+        plain.used = dict.fromkeys(plain.used, 0)
+        assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert plain.used == {"norm": 5, "gated": 2, "rotary": 2}  # of one run: the model itself used none
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert not any(isinstance(module, FusedNorm | FusedGate | FusedRotary) for module in model.modules())
+
+
+@pytest.mark.parametrize("sort", ["vit", "resnet", "gpt2", "bert"])
+def test_models_of_another_make_are_run_as_they_are(sort):
+    model = tiny_task(sort).model
+    assert Plain().blocks().of(model) is model
+
+
+def test_a_norm_that_computes_something_else_is_kept():
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    class PlusOneRMSNorm(modeling_llama.LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return (1 + self.weight) * super().forward(hidden_states)
+
+    blocks = Plain().blocks()
+    odd, gemma, fine = PlusOneRMSNorm(16), Gemma2RMSNorm(16), modeling_llama.LlamaRMSNorm(16)
+    assert blocks.stand_in(odd) is None
+    assert "PlusOneRMSNorm computes something else" in blocks.refused[PlusOneRMSNorm, torch.float32]
+    assert blocks.stand_in(gemma) is None
+    assert isinstance(blocks.stand_in(fine), FusedNorm)
+
+
+def test_a_product_with_another_function_or_order_is_kept():
+    task = tiny_task("llama")
+    mlp = task.model.model.layers[0].mlp
+    blocks = Plain().blocks()
+    assert isinstance(blocks.stand_in(mlp), FusedGate)
+
+    class Other(type(mlp)):
+        def forward(self, x):
+            return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+    other = Other(task.model.config)
+    other.requires_grad_(False)
+    assert blocks.stand_in(other) is None
+    mlp.act_fn = nn.GELU()
+    assert Plain().blocks().stand_in(mlp) is None
+
+
+def test_a_module_with_hooks_or_on_another_device_is_kept():
+    norm = modeling_llama.LlamaRMSNorm(16)
+    assert FusedBlocks(Plain().blocks().operations, torch.device("cuda", 0)).stand_in(norm) is None
+    norm.register_forward_hook(lambda *_: None)
+    assert Plain().blocks().stand_in(norm) is None
+
+
+def test_a_kernel_that_fails_is_not_asked_again():
+    calls = []
+
+    def broken(*_):
+        calls.append(1)
+        raise RuntimeError("no compiler here")
+
+    model = tiny_task("llama").model
+    blocks = FusedBlocks(Operations(broken, broken, broken), CPU)
+    assert blocks.of(model) is model
+    assert blocks.of(model) is model
+    assert len(calls) == 3  # one a class
+    assert set(blocks.refused.values()) == {"RuntimeError: no compiler here"}
+
+
+def test_the_file_of_the_model_keeps_its_own_function():
+    own = modeling_llama.apply_rotary_pos_emb
+    plain, model = Plain(), tiny_task("llama").model
+    made = plain.blocks().of(model)
+    with torch.inference_mode():
+        made(input_ids=torch.arange(5)[None])
+    assert modeling_llama.apply_rotary_pos_emb is own
+    with torch.enable_grad():
+        used = dict(plain.used)
+        made(input_ids=torch.arange(5)[None])
+        assert plain.used["rotary"] == used["rotary"]  # where gradients are asked for, the model's own is used
+
+
+def test_without_a_gpu_nothing_is_fused():
+    assert fused_blocks(CPU) is None
+    task = tiny_task("llama")
+    evaluator = Evaluator(task, task.evaluation)
+    assert evaluator.fuse(task.model) is task.model
+
+
+# --- the evaluator with and without
+
+RECIPES = {
+    "dense": wb.Recipe(), "sparse": wb.Recipe(wb.Prune(sparsity=0.5)), "rank": wb.Recipe(wb.LowRank(rank_ratio=0.5)), "bits": wb.Recipe(wb.Quantize(weight_bits=4)),
+    "inputs": wb.Recipe(wb.Activations()), "narrow": wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")), "short": wb.Recipe(wb.Prune(sparsity=0.5, pattern="layers")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("sort", ["llama", "untied"])
+def test_scores_are_the_same_with_and_without(sort, recipe):
+    task, plain = tiny_task(sort), Plain()
+    model = compress(task, recipe, shared=True).model
+    fused, own = evaluators(task, plain)
+    for part in ("loss", "answers"):
+        assert torch.equal(getattr(fused.scores(model, [], 48), part), getattr(own.scores(model, [], 48), part))
+    assert min(plain.used.values()) > 0
+    assert alike(task.model, model) is (recipe.label() in {"dense", "50% sparse", "W4"})  # stand-ins never get into the models themselves
+
+
+def test_known_blocks_are_left_out_with_fused_ones():
+    task, plain = tiny_tasks.tiny_task("llama", model=tiny_tasks.spread(deep())), Plain()
+    name = next(name for name in find_layers(task.model)[0] if ".layers.3." in name)
+    model = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=(name,))), shared=True).model
+    fused, own = evaluators(task, plain)
+    first = fused.scores(model, [], 48)
+    assert fused.unchanged_blocks(model) == 3
+    plain.used = dict.fromkeys(plain.used, 0)
+    again = fused.scores(model, [], 48)
+    assert plain.used["gated"] == len(list(task.evaluation.batches(task.batch_size)))  # of the fourth block alone
+    assert torch.equal(first.loss, again.loss)
+    assert torch.equal(again.loss, own.scores(model, [], 48).loss)
+
+
+def deep():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    return LlamaForCausalLM(config)
+
+
+# --- the kernels
+
+
+@pytest.fixture(params=[torch.float16, torch.float32, torch.bfloat16], ids=str)
+def dtype(request, place):
+    if request.param == torch.bfloat16 and place.type == "cpu":
+        pytest.skip("Triton's interpreter cuts bfloat16 off where a GPU rounds it")
+    return request.param
+
+
+def numbers(place, dtype, *shape, seed=0, scale=3.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(place, dtype)
+
+
+@pytest.mark.parametrize("width", [16, 100, 576, 4096])
+@pytest.mark.parametrize("rows", [(1,), (3, 7)], ids=str)
+def test_norms_agree_with_float64_and_with_the_model(width, rows, dtype, place):
+    norm = modeling_llama.LlamaRMSNorm(width, eps=1e-5).to(place, dtype).requires_grad_(False)
+    norm.weight.copy_(numbers(place, dtype, width, seed=1))
+    x = numbers(place, dtype, *rows, width)
+    x[0] = 0
+    found, wide = block_operations.rms_norm(x, norm.weight, 1e-5), x.double()
+    exact = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert (found.double() - exact).abs().amax() <= NEAR[dtype] * exact.abs().amax()
+    assert (found == norm(x)).float().mean() > (0.98 if dtype.itemsize == 2 else 0.5)  # another order of summing moves few of them
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 777), (2, 5, 1024)], ids=str)
+def test_gated_products_agree_with_float64_and_with_the_model(shape, dtype, place):
+    gate, up = numbers(place, dtype, *shape, scale=5.0), numbers(place, dtype, *shape, seed=1)
+    gate.view(-1)[0] = -80.0  # whose exponential is large
+    found, wide = block_operations.gated(gate, up), gate.double()
+    assert torch.isfinite(found).all()
+    assert near((wide / (1 + (-wide).exp()) * up.double()).to(dtype), found)
+    assert (found == nn.functional.silu(gate) * up).float().mean() > (0.99 if dtype.itemsize == 2 else 0.5)
+
+
+@pytest.mark.parametrize("width", [2, 24, 64, 128])
+@pytest.mark.parametrize("items", [1, 2])
+@pytest.mark.parametrize("heads", [(2, 1), (9, 3)], ids=str)
+def test_rotations_give_the_bits_of_the_model(heads, items, width, dtype, place):
+    q, k = (numbers(place, dtype, 2, 7, count, width, seed=count).transpose(1, 2) for count in heads)
+    cos, sin = numbers(place, dtype, items, 7, width, seed=5), numbers(place, dtype, items, 7, width, seed=6)
+    for given in ((q, k), (q.contiguous(), k.contiguous())):
+        expected = modeling_llama.apply_rotary_pos_emb(*given, cos, sin)
+        assert all(torch.equal(one, two) for one, two in zip(expected, block_operations.rotary(*given, cos, sin), strict=True))
+
+
+def test_a_model_agrees_with_itself_run_as_it_is(dtype, place):
+    task = tiny_task("llama", str(place))
+    model = task.model.to(dtype)
+    blocks = FusedBlocks(Operations(block_operations.rms_norm, block_operations.gated, block_operations.rotary), place)
+    ids = torch.arange(24, device=place).view(2, 12)
+    with torch.inference_mode():
+        expected, found = model(input_ids=ids).logits, blocks.of(model)(input_ids=ids).logits
+    assert set(blocks.refused.values()) == {""}
+    assert (expected.float() - found.float()).abs().amax() <= 4 * NEAR[dtype] * expected.float().abs().amax()
