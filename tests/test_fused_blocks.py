@@ -17,6 +17,7 @@ from workbench.measure.evaluator import Evaluator
 from workbench.measure.fused_blocks import NEAR, FusedBlocks, FusedGate, FusedNorm, FusedRotary, Operations, fused_blocks, near
 from workbench.measure.graphed import alike
 from workbench.runtime import block_operations
+from workbench.tasks.choosing import token_loss
 
 CPU = torch.device("cpu")
 
@@ -250,3 +251,38 @@ def test_a_model_agrees_with_itself_run_as_it_is(dtype, place):
         expected, found = model(input_ids=ids).logits, blocks.of(model)(input_ids=ids).logits
     assert set(blocks.refused.values()) == {""}
     assert (expected.float() - found.float()).abs().amax() <= 4 * NEAR[dtype] * expected.float().abs().amax()
+
+
+# --- losses
+
+
+@pytest.mark.parametrize("classes", [3, 64, 5000])
+def test_losses_agree_with_float64_and_answers_with_the_first_largest(classes, dtype, place):
+    logits = numbers(place, dtype, 9, classes, scale=4.0)
+    labels = torch.randint(classes, (9,), generator=torch.Generator().manual_seed(1)).to(place)
+    labels[3] = -100
+    logits[5, -1] = logits[5, 1] = 50.0
+    logits[6, 0] = -torch.inf
+    labels[6] = 1
+    assert block_operations.losses_refused(place, dtype) == ""
+    loss, answers = block_operations.losses(logits, labels)
+    assert torch.allclose(loss.double(), nn.functional.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="none"), rtol=1e-5, atol=1e-6)
+    assert torch.equal(answers.cpu(), logits.cpu().argmax(-1))
+    assert answers[5] == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, which interprets: that is what is wanted here
+def test_a_destroyed_row_counts_as_lost(dtype, place):
+    logits = numbers(place, dtype, 4, 64)
+    logits[0, 5], logits[1], logits[2, 7] = torch.nan, -torch.inf, torch.inf
+    labels = torch.zeros(4, dtype=torch.int64, device=place)
+    loss, _ = token_loss(logits, labels)
+    assert torch.isposinf(loss).tolist() == [True, True, True, False]
+
+
+def test_slices_of_logits_are_reduced_where_they_lie(dtype, place):
+    logits, labels = numbers(place, dtype, 6, 40), torch.arange(6, device=place)
+    loss, answers = block_operations.losses(logits[:, :20], labels)
+    expected = block_operations.losses(logits[:, :20].contiguous(), labels)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(answers, expected[1])

@@ -61,10 +61,13 @@ def test_kernels_over_rows_compile(block, dtype, architecture):
 def test_kernels_of_blocks_compile(name, architecture):
     from workbench.runtime import triton_blocks as kernels
 
-    numbers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr", "gate_ptr", "up_ptr", "cos_ptr", "sin_ptr"), name) | {"eps": "fp32"}
-    numbers |= dict.fromkeys(("rows", "width", "size", "tokens", "heads", *(f"{what}_{side}" for what in ("x", "out") for side in ("item", "head", "token")), "cos_item", "cos_token"), "i32")
-    for kernel, constants in {kernels.rms_norm: {"ROWS": 1, "BLOCK": 4096}, kernels.gated: {"BLOCK": 2048}, kernels.rotary: {"HALF": 64, "HEADS": 32, "BLOCK": 64}}.items():
-        aligned = [argument for argument in kernel.arg_names if argument in numbers and argument not in {"eps", "tokens", "heads", "rows"}]
+    numbers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr", "gate_ptr", "up_ptr"), name) | dict.fromkeys(("rows", "width", "size"), "i32") | {"eps": "fp32"}
+    counts = {"rows", "q_blocks", "items", "tokens", "q_heads", "k_heads"}  # whatever they are, the same code serves
+    numbers |= {argument: name if argument.endswith("_ptr") else "i32" for argument in kernels.rotary.arg_names}
+    numbers |= {"logits_ptr": name, "label_ptr": "*i64", "loss_ptr": "*fp32", "answer_ptr": "*i64", "classes": "i32", "row_stride": "i32"}
+    assert "ld.global.v4" in compiled(kernels.losses, numbers, {"BLOCK": 4096}, architecture, aligned=["logits_ptr", "classes", "row_stride"], warps=4)
+    for kernel, constants in {kernels.rms_norm: {"ROWS": 1, "BLOCK": 4096}, kernels.gated: {"BLOCK": 2048}, kernels.rotary: {"HALF": 64, "ROWS": 16, "BLOCK": 64}}.items():
+        aligned = [argument for argument in kernel.arg_names if argument in numbers and argument not in counts | {"eps", *constants}]
         code = compiled(kernel, numbers, constants, architecture, aligned=aligned)
         assert "ld.global.v4" in code
         assert "st.global.v" in code

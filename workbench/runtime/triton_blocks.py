@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type,import-not-found,import-untyped,untyped-decorator"
 # ruff: noqa: ANN001, ANN201, N803, PLR0917  Triton compiles these functions: parameters that are compile-time constants are in capitals
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # in Python, where there is no CUDA library
 
 
 @triton.jit
@@ -28,13 +31,13 @@ def rms_norm(x_ptr, weight_ptr, out_ptr, rows, width, eps, ROWS: tl.constexpr, B
 
 @triton.jit
 def gated(gate_ptr, up_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    """Write silu(gate) * up."""
+    """Write silu(gate) * up, by the exponential that torch's own kernel calls."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     kind = out_ptr.dtype.element_ty
     gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
+    silu = tl.div_rn(gate, 1.0 + (tl.exp(-gate) if INTERPRETED else libdevice.exp(-gate)))
     tl.store(out_ptr + place, (silu.to(kind).to(tl.float32) * up).to(kind), mask=inside)
 
 
@@ -45,23 +48,66 @@ def turned(first, second, cos, sin, KIND: tl.constexpr):
 
 
 @triton.jit
-def rotary(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, tokens, heads,
+def turn(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, block, rows, tokens, heads,
     x_item, x_head, x_token, out_item, out_head, out_token, cos_item, cos_token,
-    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write x * cos + rotate_half(x) * sin of one token: x and out [items, heads, tokens, 2 HALF], cos and sin [items, tokens, 2 HALF], strides given."""
-    item, token = tl.program_id(0) // tokens, tl.program_id(0) % tokens
-    item = item.to(tl.int64)
-    head, place = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    inside = (head < heads)[:, None] & (place < HALF)[None, :]
+    """Write x * cos + rotate_half(x) * sin of some rows, counted over heads first, then tokens, then items."""
+    row, place = block * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (place < HALF)[None, :]
+    head, token, item = row % heads, row // heads % tokens, (row // heads // tokens).to(tl.int64)
     kind: tl.constexpr = out_ptr.dtype.element_ty
-    angles = item * cos_item + token * cos_token + place
-    there = place < HALF
-    cos_low, cos_high = tl.load(cos_ptr + angles, mask=there, other=0.0).to(tl.float32)[None, :], tl.load(cos_ptr + angles + HALF, mask=there, other=0.0).to(tl.float32)[None, :]
-    sin_low, sin_high = tl.load(sin_ptr + angles, mask=there, other=0.0).to(tl.float32)[None, :], tl.load(sin_ptr + angles + HALF, mask=there, other=0.0).to(tl.float32)[None, :]
-    at = x_ptr + item * x_item + token * x_token + head[:, None] * x_head + place[None, :]
+    angles = (item * cos_item + token * cos_token)[:, None] + place[None, :]
+    at = x_ptr + (item * x_item + head * x_head + token * x_token)[:, None] + place[None, :]
     low, high = tl.load(at, mask=inside, other=0.0).to(tl.float32), tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    to = out_ptr + item * out_item + token * out_token + head[:, None] * out_head + place[None, :]
+    cos_low, cos_high = tl.load(cos_ptr + angles, mask=inside, other=0.0).to(tl.float32), tl.load(cos_ptr + angles + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_low, sin_high = tl.load(sin_ptr + angles, mask=inside, other=0.0).to(tl.float32), tl.load(sin_ptr + angles + HALF, mask=inside, other=0.0).to(tl.float32)
+    to = out_ptr + (item * out_item + head * out_head + token * out_token)[:, None] + place[None, :]
     tl.store(to, turned(low, -high, cos_low, sin_low, kind), mask=inside)
     tl.store(to + HALF, turned(high, low, cos_high, sin_high, kind), mask=inside)
+
+
+@triton.jit(do_not_specialize=["q_blocks", "items", "tokens", "q_heads", "k_heads"])
+def rotary(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, q_blocks, items, tokens, q_heads, k_heads,
+    q_item, q_head, q_token, k_item, k_head, k_token, q_out_item, q_out_head, q_out_token, k_out_item, k_out_head, k_out_token, cos_item, cos_token,
+    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn queries and keys [items, heads, tokens, 2 HALF], their strides given, by cos and sin [items, tokens, 2 HALF]; the first `q_blocks` programs take the queries."""
+    block = tl.program_id(0)
+    if block < q_blocks:
+        turn(
+            q_ptr, cos_ptr, sin_ptr, q_out_ptr, block, items * tokens * q_heads, tokens, q_heads,
+            q_item, q_head, q_token, q_out_item, q_out_head, q_out_token, cos_item, cos_token, HALF, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        turn(
+            k_ptr, cos_ptr, sin_ptr, k_out_ptr, block - q_blocks, items * tokens * k_heads, tokens, k_heads,
+            k_item, k_head, k_token, k_out_item, k_out_head, k_out_token, cos_item, cos_token, HALF, ROWS, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def losses(logits_ptr, label_ptr, loss_ptr, answer_ptr, classes, row_stride, BLOCK: tl.constexpr):
+    """Write the cross entropy of one row of logits (float32; 0 where the label is negative) and its largest class, the first of equal ones (int64).
+
+    The row is read once: its largest logit and the sum of exponentials relative to it grow together (Milakov & Gimelshein 2018).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    start = logits_ptr + row * row_stride
+    most, total, answer = tl.full((BLOCK,), float("-inf"), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.int32)
+    for first in range(0, classes, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        logit = tl.load(start + place, mask=place < classes, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, logit)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(most - base) + tl.exp(logit - base)
+        answer = tl.where(logit > most, place, answer)
+        most = higher
+    top = tl.max(most, axis=0)
+    tl.store(answer_ptr + row, tl.min(tl.where(most == top, answer, classes), axis=0).to(tl.int64))
+    whole = tl.sum(total * tl.exp(tl.where(most == float("-inf"), 0.0, most) - top), axis=0)
+    label = tl.load(label_ptr + row)
+    wanted = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
+    tl.store(loss_ptr + row, tl.where(label < 0, 0.0, top - wanted + tl.log(whole)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
+from workbench.runtime.block_operations import losses, losses_refused
 from workbench.tasks.base import Items, Scores
 
 CHUNK = 2**24  # logits made at a time: 64 MB in float32, enough rows for a matrix product at full speed
@@ -114,12 +115,19 @@ def token_loss(logits: Tensor | Unprojected, labels: Tensor) -> tuple[Tensor, Te
     classes = logits.classes if isinstance(logits, Unprojected) else logits.shape[-1]
     rows, few = (max(1, size // classes) for size in ((CUDA_CHUNK, CUDA_CHUNK) if labels.is_cuda else (CHUNK, CACHED)))
     chunks = logits.chunks(rows) if isinstance(logits, Unprojected) else torch.split(logits.reshape(-1, classes), rows)
-    parts = [(F.nll_loss(some.log_softmax(-1, dtype=torch.float32), wanted, ignore_index=-100, reduction="none"), some.argmax(-1))
+    parts = [reduced(some, wanted)
              for chunk, labelled in zip(chunks, torch.split(target, rows), strict=True)
              for some, wanted in zip(torch.split(chunk, few), torch.split(labelled, few), strict=True)]  # fmt: skip
     loss = torch.cat([part[0] for part in parts]).reshape(labels.shape)
     answers = torch.cat([part[1] for part in parts]).reshape(labels.shape)
     return torch.where(torch.isfinite(loss), loss, torch.inf), answers
+
+
+def reduced(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss and the answer of each row of logits [rows, classes]; on a GPU by one kernel that reads them once."""
+    if logits.stride(-1) == 1 and not logits.requires_grad and not losses_refused(logits.device, logits.dtype):
+        return losses(logits, labels)
+    return F.nll_loss(logits.log_softmax(-1, dtype=torch.float32), labels, ignore_index=-100, reduction="none"), logits.argmax(-1)
 
 
 def _sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
