@@ -112,15 +112,16 @@ def untouched(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str,
     """Return what `changes` says of the weights that no step wrote: an embedding is often a quarter of a model. They are looked at once, not at every move."""
     same = [dense[name] for name, (layer, *more) in now.items() if name in dense and not more and layer.pristine and layer.smooth is None]
     unseen = [layer for layer in same if layer.change is None]
-    counts = {layer.name: count for batch in grouped(unseen) for layer, count in zip(batch.layers, nonzeros([layer.parameter for layer in batch.layers]), strict=True)}
-    for layer in unseen:
-        layer.looked = layer.parameter, layer.mask, layer.grid, Change(float(counts[layer.name]), 0.0, layer.parameter.numel() - counts[layer.name], 0)
+    for batch in grouped(unseen):
+        for layer, change in zip(batch.layers, unchanged([layer.parameter for layer in batch.layers]), strict=True):
+            layer.looked = layer.parameter, layer.mask, layer.grid, change
     return {layer.name: told for layer in same if (told := known_change([layer])) is not None}
 
 
-def nonzeros(weights: Sequence[Tensor]) -> list[int]:
-    """Return how many weights are not zero, of each."""
-    return [int(count) for count in torch.stack([torch.count_nonzero(weight) for weight in weights]).tolist()]
+def unchanged(weights: Sequence[Tensor]) -> list[Change]:
+    """Return what is known of weights that are the dense model's."""
+    sums = torch.stack([torch.stack([torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).double().square(), torch.count_nonzero(weight)]) for weight in weights]).tolist()
+    return [Change(squares, 0.0, weight.numel() - int(count), 0) for weight, (squares, count) in zip(weights, sums, strict=True)]
 
 
 def compared(batch: Batch, parts: list[list[Layer]]) -> Tensor:
