@@ -72,8 +72,8 @@ class Evaluator:
         done = sum(map(len, parts))
         with streaming(self.task.model), streaming(model):
             blocks = None if done >= count else self.blocks(model, again=done > 0)
-            run = model if blocks is None else self.fuse(model)
             with self.replayed(model, blocks, again=done > 0) as replay:
+                run = model if blocks is None or replay is not None else self.fuse(model)
                 while done < count:
                     together = SORTED if self.text_spans() is not None or replay is not None else 1
                     upto = min(count, done + self.task.batch_size * together)

@@ -82,6 +82,7 @@ class FusedBlocks:
     device: torch.device
     refused: dict[tuple[type[nn.Module], torch.dtype], str] = field(default_factory=dict)
     codes: dict[type[nn.Module], types.FunctionType] = field(default_factory=dict)
+    others: set[type[nn.Module]] = field(default_factory=set)  # classes of which nothing can be fused
 
     def of(self, model: nn.Module) -> nn.Module:
         """Return a model that computes the same with fewer kernels; itself where nothing in it can be fused."""
@@ -91,7 +92,11 @@ class FusedBlocks:
 
     def stand_in(self, module: nn.Module) -> nn.Module | None:
         """Return what takes a module's place, None if it is run as it is."""
+        if type(module) in self.others:
+            return None
         make = self.maker(module)
+        if make is None and "gate_proj" not in module._modules:  # noqa: SLF001  there is no public way to see them
+            self.others.add(type(module))
         if make is None or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001  there is no public way to see them
             return None
         weight = next(module.parameters(), None)
