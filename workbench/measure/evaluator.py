@@ -162,7 +162,9 @@ class Evaluator:
         if self.fused is True:
             alone = isinstance(self.task.kind, LanguageModelling) and streams_to(self.task.model) is None
             self.fused = (fused_blocks(self.items.labels.device) if alone else None) or False
-        return model if self.fused is False or self.fused is True else self.fused.of(model)
+            if isinstance(self.fused, FusedBlocks):
+                self.fused.of(self.task.model)  # classes are tried on modules that nobody compressed
+        return self.fused.of(model) if isinstance(self.fused, FusedBlocks) else model
 
     def head(self, make: type[nn.Module]) -> Head | None:
         """Return the output head of language models of a class, None where they must make their logits themselves."""

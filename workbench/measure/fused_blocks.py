@@ -2,8 +2,8 @@
 
 Modules are left for stand-ins that share their weights and call their layers; the model itself stays as it is. Every model that is
 scored on a GPU is run so, dense and compressed alike, so that pairs stay pairs. That the kernels compute what a class of modules
-computes is tried once, on numbers of its own dtype: products and rotations give the same bits but for the last digit of an
-exponential, norms those of another order of summing. Latency is never measured this way: users run the model as it is.
+computes is tried once, on numbers of its own dtype: products and rotations give the same bits, norms those of another order of
+summing. Where a kernel fails later, the module's own code runs on. Latency is never measured this way: users run the model as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.measure.stand_ins import StandIn, with_stand_ins
+from workbench.measure.stand_ins import PassesOn, StandIn, with_stand_ins
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files name it
-NEAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2e-6}  # of the largest value that comes out: two roundings
+NEAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2e-6}  # of a number: two roundings
 TOKENS, HEADS = 24, 3  # to try on
 
 
@@ -33,10 +33,30 @@ class Operations:
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass
+class Operation:
+    """One of them, asked until it fails; `failed` says why it did. Mutable."""
+
+    run: Callable[..., Any]
+    failed: str = ""
+
+    def __call__(self, *given: Any) -> Any:
+        """Return what it makes, None if it cannot or if gradients are asked for, which it has none of."""
+        if self.failed or torch.is_grad_enabled():
+            return None
+        try:
+            return self.run(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  compilers and drivers raise what they like; the module's own code runs on
+            self.failed = reason(error)
+            return None
+
+
 class FusedNorm(StandIn):
     """An RMS norm."""
 
-    def __init__(self, module: nn.Module, norm: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    def __init__(self, module: nn.Module, norm: Operation) -> None:
         """Remember the module and what computes it."""
         super().__init__(module)
         self.norm = norm
@@ -44,13 +64,15 @@ class FusedNorm(StandIn):
     def forward(self, given: Tensor) -> Any:
         """Return what the module returns."""
         module = self.__dict__["instead_of"]
-        return self.norm(given, module.weight, module.variance_epsilon) if given.dtype == module.weight.dtype else module(given)
+        weight = module.weight
+        made = self.norm(given, weight, module.variance_epsilon) if given.dtype == weight.dtype and given.device == weight.device else None
+        return module(given) if made is None else made
 
 
 class FusedGate(StandIn):
     """Two layers multiplied through a SiLU (Shazeer 2020), and the layer after them, which are the module's own."""
 
-    def __init__(self, module: nn.Module, gated: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, module: nn.Module, gated: Operation) -> None:
         """Remember the module and what computes it."""
         super().__init__(module)
         self.gated = gated
@@ -58,7 +80,9 @@ class FusedGate(StandIn):
     def forward(self, given: Tensor) -> Any:
         """Return what the module returns."""
         module = self.__dict__["instead_of"]
-        return module.down_proj(self.gated(module.gate_proj(given), module.up_proj(given)))
+        gate, up = module.gate_proj(given), module.up_proj(given)
+        made = self.gated(gate, up) if gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in NEAR else None
+        return module.down_proj(module.act_fn(gate) * up if made is None else made)
 
 
 class FusedRotary(StandIn):
@@ -74,63 +98,68 @@ class FusedRotary(StandIn):
         return self.run(self.__dict__["instead_of"], *given, **named)
 
 
+Make = Callable[[nn.Module], nn.Module]
+
+
 @dataclass
 class FusedBlocks:
-    """Stand-ins for the modules of models on one device; `refused` says of each class why it is run as it is. Mutable; tries each class once."""
+    """Stand-ins for the modules of models on one device. Mutable; tries each class once.
+
+    `refused` says of each class why it is run as it is, `failed` of each operation why it is no longer used.
+    """
 
     operations: Operations
     device: torch.device
     refused: dict[tuple[type[nn.Module], torch.dtype], str] = field(default_factory=dict)
-    codes: dict[type[nn.Module], types.FunctionType] = field(default_factory=dict)
-    others: set[type[nn.Module]] = field(default_factory=set)  # classes of which nothing can be fused
+    codes: dict[type[nn.Module], types.FunctionType | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Let each operation remember whether it failed."""
+        self.norm, self.gated, self.rotary = Operation(self.operations.norm), Operation(self.operations.gated), Operation(self.operations.rotary)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Return why operations are no longer used, by name."""
+        return {name: one.failed for name, one in (("norm", self.norm), ("gated", self.gated), ("rotary", self.rotary)) if one.failed}
 
     def of(self, model: nn.Module) -> nn.Module:
         """Return a model that computes the same with fewer kernels; itself where nothing in it can be fused."""
-        places = {name: made for name, module in model.named_modules() if (made := self.stand_in(module)) is not None}
-        inside = [name for name in places if name.rpartition(".")[0] in places]  # a norm within an attention, which its stand-in calls itself
-        return with_stand_ins(model, {name: made for name, made in places.items() if name not in inside}) if places else model
+        return self.within(model) or model
+
+    def within(self, module: nn.Module) -> nn.Module | None:
+        """Return what takes a module's place: a stand-in, or a copy that holds some; None if it is run as it is."""
+        children = {name: made for name, child in module._modules.items() if child is not None and (made := self.within(child)) is not None}  # noqa: SLF001  the quickest way
+        held = with_stand_ins(module, children) if children else None
+        return self.stand_in(held or module) or held
 
     def stand_in(self, module: nn.Module) -> nn.Module | None:
-        """Return what takes a module's place, None if it is run as it is."""
-        if type(module) in self.others:
-            return None
+        """Return what computes a module, None if it is run as it is."""
         make = self.maker(module)
-        if make is None and "gate_proj" not in module._modules:  # noqa: SLF001  there is no public way to see them
-            self.others.add(type(module))
-        if make is None or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001  there is no public way to see them
+        if make is None or not untouched(module):
             return None
         weight = next(module.parameters(), None)
         if weight is None or weight.dtype not in NEAR or weight.device != self.device:
             return None
         key = type(module), weight.dtype
         if key not in self.refused:
-            self.refused[key] = self.trial(module, make, weight)
+            self.refused[key] = self.trial(module, weight)
         return None if self.refused[key] else make(module)
 
-    def maker(self, module: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+    def maker(self, module: nn.Module) -> Make | None:
         """Return what makes a stand-in for modules that look like this one."""
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter):
-            return lambda one: FusedNorm(one, self.operations.norm)
-        if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= module._modules.keys() and is_silu(module.get_submodule("act_fn")):  # noqa: SLF001  as above
-            return lambda one: FusedGate(one, self.operations.gated)
-        if self.code(type(module)) is not None:
-            return lambda one: FusedRotary(one, self.codes[type(one)])
-        return None
-
-    def code(self, make: type[nn.Module]) -> types.FunctionType | None:
-        """Return the code of an attention with our rotary embedding in the place of its file's, None if it calls none."""
-        own = make.__dict__.get("forward")
-        if not isinstance(own, types.FunctionType) or own.__closure__ or ROTARY not in own.__code__.co_names or not callable(own.__globals__.get(ROTARY)):
-            return None
-        if make not in self.codes:
-            around = {**own.__globals__, ROTARY: either(self.operations.rotary, own.__globals__[ROTARY])}
-            made = types.FunctionType(own.__code__, around, own.__name__, own.__defaults__)
-            made.__kwdefaults__ = own.__kwdefaults__
-            self.codes[make] = made
-        return self.codes[make]
+        kind, children = type(module), module._modules  # noqa: SLF001  as above
+        if not children:
+            norm = kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter)
+            return (lambda one: FusedNorm(one, self.norm)) if norm else None
+        if "gate_proj" in children:
+            return (lambda one: FusedGate(one, self.gated)) if {"up_proj", "down_proj", "act_fn"} <= children.keys() and is_silu(children["act_fn"]) else None
+        if kind not in self.codes:
+            self.codes[kind] = code(kind, self.rotary)
+        run = self.codes[kind]
+        return None if run is None else lambda one: FusedRotary(one, run)
 
     @torch.inference_mode()
-    def trial(self, module: nn.Module, make: Callable[[nn.Module], nn.Module], weight: Tensor) -> str:
+    def trial(self, module: nn.Module, weight: Tensor) -> str:
         """Return why a class of modules is run as it is, "" if its stand-in computes the same."""
         generator = torch.Generator(weight.device).manual_seed(0)
 
@@ -138,41 +167,77 @@ class FusedBlocks:
             return torch.randn(*shape, generator=generator, device=weight.device).mul_(2).to(weight.dtype)
 
         try:
-            stand_in = make(module)
-            if isinstance(stand_in, FusedRotary):
-                width = 2 * (int(getattr(module, "head_dim", 64)) // 2)
-                given = numbers(2, TOKENS, HEADS, width).transpose(1, 2), numbers(2, TOKENS, 1, width).transpose(1, 2), numbers(2, TOKENS, width), numbers(2, TOKENS, width)
-                pairs = list(zip(type(module).forward.__globals__[ROTARY](*given), self.operations.rotary(*given), strict=True))
-            else:
-                inputs = numbers(1, TOKENS, int(weight.shape[-1]))
-                pairs = [(module(inputs), stand_in(inputs))]
+            same = self.same(module, numbers)
         except Exception as error:  # noqa: BLE001  compilers, drivers and modules raise what they like; the module is run as it is
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        close = all(one.shape == two.shape and one.dtype == two.dtype and near(one, two) for one, two in pairs)
-        return "" if close else f"{type(module).__name__} computes something else than the kernel for {weight.dtype}"
+            return reason(error)
+        return "" if same else f"{type(module).__name__} computes something else than the kernel for {weight.dtype}"
+
+    def same(self, module: nn.Module, numbers: Callable[..., Tensor]) -> bool:
+        """Return whether an operation makes what a module makes of some numbers: the bits of rotations, to rounding of norms and products."""
+        children = module._modules  # noqa: SLF001  as above
+        if not children:
+            given = numbers(1, TOKENS, *module.weight.shape)  # type: ignore[arg-type, misc]
+            return near(module(given), self.operations.norm(given, module.weight, module.variance_epsilon))  # type: ignore[arg-type]
+        if "gate_proj" in children:
+            gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+            given = numbers(1, TOKENS, int(next(gate.parameters()).shape[-1]))
+            products = with_stand_ins(module, {"down_proj": PassesOn(down)})(given)  # what the module's own code gives to its last layer
+            return near(products, self.operations.gated(gate(given), up(given)))
+        width = 2 * (int(getattr(module, "head_dim", 64)) // 2)
+        q, k, cos, sin = numbers(2, TOKENS, HEADS, width).transpose(1, 2), numbers(2, TOKENS, 1, width).transpose(1, 2), numbers(2, TOKENS, width), numbers(2, TOKENS, width)
+        own = type(module).forward.__globals__[ROTARY](q, k, cos, sin)
+        return all(torch.equal(one, two) for one, two in zip(own, self.operations.rotary(q, k, cos, sin), strict=True))
 
 
-def near(expected: Tensor, found: Tensor) -> bool:
-    """Return whether all numbers agree to two roundings of the larger ones."""
-    most = expected.float().abs().amax()
-    return bool(torch.isfinite(most) and ((expected.float() - found.float()).abs().amax() <= NEAR[expected.dtype] * most))
+def code(make: type[nn.Module], ours: Operation) -> types.FunctionType | None:
+    """Return the code of an attention with our rotary embedding in the place of its file's, None if it calls none."""
+    own = make.forward
+    if not isinstance(own, types.FunctionType) or own.__closure__ or ROTARY not in own.__code__.co_names or not callable(own.__globals__.get(ROTARY)):
+        return None
+    made = types.FunctionType(own.__code__, {**own.__globals__, ROTARY: either(ours, own.__globals__[ROTARY])}, own.__name__, own.__defaults__)
+    made.__kwdefaults__ = own.__kwdefaults__
+    return made
 
 
-def is_silu(module: nn.Module) -> bool:
-    """Return whether a module is x * sigmoid(x)."""
-    return isinstance(module, nn.SiLU) or type(module).__name__ in {"SiLU", "SiLUActivation"}
-
-
-def either(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+def either(ours: Operation, theirs: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function for both: ours for [items, heads, tokens, width] with one dtype, theirs for anything else."""
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
-        same = len({tensor.dtype for tensor in (q, k, cos, sin)}) == 1 and q.ndim == 4 and cos.ndim == 3 and q.shape[-1] == cos.shape[-1] == k.shape[-1]
-        if more or named or not same or q.shape[-1] % 2 or torch.is_grad_enabled():
-            return theirs(q, k, cos, sin, *more, **named)
-        return ours(q, k, cos, sin)
+        made = ours(q, k, cos, sin) if not more and not named and rotates(q, k, cos, sin) else None
+        return theirs(q, k, cos, sin, *more, **named) if made is None else made
 
     return rotary
+
+
+def rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Return whether queries, keys and angles have the shapes and dtypes that the kernel takes."""
+    if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape or q.shape[3] % 2:
+        return False
+    fits = (q.shape[0], q.shape[2], q.shape[3]) == (k.shape[0], k.shape[2], k.shape[3]) and q.shape[2:] == cos.shape[1:] and cos.shape[0] in {1, q.shape[0]}
+    return fits and q.dtype in NEAR and q.dtype == k.dtype == cos.dtype == sin.dtype
+
+
+def reason(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def near(expected: Tensor, found: Tensor) -> bool:
+    """Return whether two tensors agree to two roundings of each number."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    return torch.allclose(found.float(), expected.float(), rtol=NEAR[expected.dtype], atol=torch.finfo(expected.dtype).tiny, equal_nan=True)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Return whether a module and its parts run their class's own code, and nobody watches them: a stand-in passes by what is in the module's way."""
+    parts = [part for part in (module, module._modules.get("act_fn")) if part is not None]  # noqa: SLF001  there is no public way to see them
+    return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)  # noqa: SLF001  as above
+
+
+def is_silu(module: nn.Module | None) -> bool:
+    """Return whether a module is x * sigmoid(x)."""
+    return isinstance(module, nn.SiLU) or type(module).__name__ in {"SiLU", "SiLUActivation"}
 
 
 def fused_blocks(device: torch.device) -> FusedBlocks | None:

@@ -30,7 +30,7 @@ class PackedTriton:
 
     def here(self, device: str) -> str:
         """Return why it cannot run on this device, "" if it can."""
-        if not device.startswith("cuda"):
+        if not device.startswith("cuda") or not torch.cuda.is_available():
             return "Triton kernels need a CUDA GPU"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed; torch for CUDA on Linux brings it"

@@ -35,7 +35,7 @@ class ScaledProduct:
 
     def here(self, device: str) -> str:
         """Return why it cannot run on this device, "" if it can."""
-        if not device.startswith("cuda"):
+        if not device.startswith("cuda") or not torch.cuda.is_available():
             return "needs a CUDA GPU"
         return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed; torch for CUDA on Linux brings it"
 
