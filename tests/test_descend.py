@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-import torch
 import tiny_tasks
+import torch
 
 import workbench as wb
 from widgets.explorer import Explorer

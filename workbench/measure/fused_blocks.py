@@ -177,7 +177,7 @@ class FusedBlocks:
         children = module._modules  # noqa: SLF001  as above
         if not children:
             given = numbers(1, TOKENS, *module.weight.shape)  # type: ignore[arg-type, misc]
-            return near(module(given), self.operations.norm(given, module.weight, module.variance_epsilon))  # type: ignore[arg-type]
+            return near(module(given), self.operations.norm(given, module.weight, module.variance_epsilon))
         if "gate_proj" in children:
             gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
             given = numbers(1, TOKENS, int(next(gate.parameters()).shape[-1]))
