@@ -158,10 +158,10 @@ class Evaluator:
         return model if head is None else head.off(model)
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """Return a language model with fused blocks on a GPU, else itself; models that are streamed there are run as they are."""
+        """Return a language model with fused blocks on a GPU, else itself; models that are streamed there or spread over several are run as they are."""
         if self.fused is True:
-            alone = isinstance(self.task.kind, LanguageModelling) and streams_to(self.task.model) is None
-            self.fused = (fused_blocks(self.items.labels.device) if alone else None) or False
+            resident = streams_to(self.task.model) is None and not hasattr(self.task.model, "spread_over")  # their blocks are moved about by hooks
+            self.fused = (fused_blocks(self.items.labels.device) if resident and isinstance(self.task.kind, LanguageModelling) else None) or False
             if isinstance(self.fused, FusedBlocks):
                 self.fused.of(self.task.model)  # classes are tried on modules that nobody compressed
         return self.fused.of(model) if isinstance(self.fused, FusedBlocks) else model

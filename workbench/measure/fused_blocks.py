@@ -12,7 +12,7 @@ import importlib.util
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +176,9 @@ class FusedBlocks:
         """Return whether an operation makes what a module makes of some numbers: the bits of rotations, to rounding of norms and products."""
         children = module._modules  # noqa: SLF001  as above
         if not children:
-            given = numbers(1, TOKENS, *module.weight.shape)  # type: ignore[arg-type, misc]
-            return near(module(given), self.operations.norm(given, module.weight, module.variance_epsilon))
+            weight, eps = cast("Tensor", module.weight), cast("float", module.variance_epsilon)
+            given = numbers(1, TOKENS, *weight.shape)
+            return near(module(given), self.operations.norm(given, weight, eps))
         if "gate_proj" in children:
             gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
             given = numbers(1, TOKENS, int(next(gate.parameters()).shape[-1]))

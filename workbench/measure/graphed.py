@@ -58,6 +58,7 @@ class Graphs:
     prepared: Callable[[nn.Module], nn.Module]
     refused: str = ""
     copy: nn.Module | None = None
+    called: nn.Module | None = None  # what `prepared` makes of the copy
     slots: list[Tensor] = field(default_factory=list)  # the copy's tensors
     pristine: list[bool] = field(default_factory=list)  # whether they hold the dense model's values
     holds: weakref.ref[nn.Module] | None = None  # the model whose weights the copy has now
@@ -89,6 +90,7 @@ class Graphs:
             if not self.refused:
                 self.copy = twin(self.dense)
                 own_parameters(self.copy)
+                self.called = self.prepared(self.copy)
                 self.slots = tensors(self.copy)
                 self.pristine = [True] * len(self.slots)
         self.holds = None
@@ -146,8 +148,8 @@ class Graphs:
 
     def evaluate(self, items: Items) -> tuple[Tensor, Tensor]:
         """Run the copy, step by step."""
-        assert self.copy is not None  # noqa: S101  for the type checker
-        logits = self.kind.logits(self.prepared(self.copy), items)
+        assert self.called is not None  # noqa: S101  for the type checker
+        logits = self.kind.logits(self.called, items)
         self.sampled = None if self.sampler is None else self.sampler(logits)
         return token_loss(logits, items.labels)
 

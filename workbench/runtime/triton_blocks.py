@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # in Python, where there is no CUDA library
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm(x_ptr, weight_ptr, out_ptr, rows, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Write weight * (x / sqrt(mean(x^2) + eps)) of each row; x and out are [rows, width] in line."""
     row, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
