@@ -14,6 +14,7 @@ from workbench.compress.layers import find_layers
 from workbench.compress.report import changes
 from workbench.compress.scales import Spec, fit, fit_in_place, form_of
 from workbench.errors import BrokenPromiseError, CompressionError
+from workbench.measure.fused_blocks import fused_blocks
 from workbench.measure.size import counted_sizes
 from workbench.runtime.grid import Grid
 from workbench.statistics import Statistics
@@ -238,3 +239,10 @@ def test_a_kernel_that_gives_other_bits_is_not_used(place, monkeypatch):
 def test_without_a_gpu_the_plain_operations_are_used():
     assert passes.refused(torch.device("cpu"), torch.float32) == "Triton kernels need a CUDA GPU"
     assert not passes.suited([torch.ones(16)])
+
+
+@pytest.mark.usefixtures("untried")
+def test_the_kernels_can_be_turned_off(place, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_TRITON", "off")
+    assert passes.refused(place, torch.float32) == "WORKBENCH_TRITON is off"
+    assert fused_blocks(torch.device("cuda", 0)) is None

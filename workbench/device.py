@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import time
@@ -38,6 +39,15 @@ def placed(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     """Return whole numbers as a tensor [values] on a device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def why_no_triton(device: torch.device) -> str:
+    """Return why our Triton kernels are not used on a device, "" if they can be tried. `WORKBENCH_TRITON=off` in the environment turns them off."""
+    if os.environ.get("WORKBENCH_TRITON") == "off":
+        return "WORKBENCH_TRITON is off"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton kernels need a CUDA GPU"
+    return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed; torch for CUDA on Linux brings it"
 
 
 def launching(device: torch.device) -> AbstractContextManager[object]:

@@ -7,8 +7,6 @@ device is tried once, before they are used; where they do not, or Triton is miss
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.compress.selection import keep_fewer, spread
-from workbench.device import launching, placed
+from workbench.device import launching, placed, why_no_triton
 from workbench.runtime.grid import Grid
 
 BLOCK = 4096  # weights that one program reads
@@ -52,10 +50,8 @@ def suited(*stacks: Sequence[Tensor]) -> bool:
 @cache
 def refused(device: torch.device, dtype: torch.dtype) -> str:
     """Return why the kernels are not used for weights of a dtype on a device, "" if they are; compiles and tries them at the first call."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton kernels need a CUDA GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if reason := why_no_triton(device):
+        return reason
     if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
         return f"no kernel reads {dtype}"
     try:

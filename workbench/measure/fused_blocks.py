@@ -8,7 +8,6 @@ summing. Where a kernel fails later, the module's own code runs on. Latency is n
 
 from __future__ import annotations
 
-import importlib.util
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from workbench.device import why_no_triton
 from workbench.measure.stand_ins import PassesOn, StandIn, with_stand_ins
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files name it
@@ -243,7 +243,7 @@ def is_silu(module: nn.Module | None) -> bool:
 
 def fused_blocks(device: torch.device) -> FusedBlocks | None:
     """Return what fuses blocks on a device, None where there is no GPU or no Triton."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or why_no_triton(device):
         return None
     from workbench.runtime import block_operations
 

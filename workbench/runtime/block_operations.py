@@ -5,15 +5,13 @@ Whoever calls them tries them first: see `losses_refused`, and `workbench.measur
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workbench.device import launching
+from workbench.device import launching, why_no_triton
 
 TILE = 4096  # numbers that one program takes together
 FLAT = 2048  # of a product, number by number
@@ -91,10 +89,8 @@ def losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def losses_refused(device: torch.device, dtype: torch.dtype) -> str:
     """Return why `losses` is not used for logits of a dtype on a device, "" if it is; tried at the first call."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton kernels need a CUDA GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if reason := why_no_triton(device):
+        return reason
     logits = torch.randn(7, 5001, generator=torch.Generator().manual_seed(0)).mul_(4).to(device, dtype)
     labels = torch.tensor([0, 5000, 17, -100, 3, 4999, 4096], device=device)
     logits[1, 77], logits[1, 4200] = 99.0, 99.0  # two as large: the first is the answer
