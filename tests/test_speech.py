@@ -164,6 +164,10 @@ def test_what_cannot_be_used_is_left_out_and_said(spoken, tmp_path):
     (folder / "metadata.csv").write_text("file_name,text\n1.wav,bax\n")
     with pytest.raises(DataError, match=r"item 0 of data .* \(1.wav\) has 16 samples a second, in which no speech can be heard"):
         load_task(model, folder, progress=False)
+    soundfile.write(folder / "1.wav", np.zeros(4000), 8000)
+    (folder / "metadata.csv").write_text("file_name,text\n1.wav,bax\n2.wav,...\n")
+    with pytest.raises(DataError, match=r"no utterance that can be used: 1 silent \(1.wav\), 1 no words \(2.wav\); give files of at most 30 s .* words in column 'text'"):
+        load_task(model, folder, progress=False)
     (folder / "metadata.csv").write_text("name,words\n1.wav,bax\n")
     with pytest.raises(DataError, match="has columns name, words; expected file_name and one of text, transcription"):
         load_task(model, folder, progress=False)

@@ -158,7 +158,8 @@ def listened(name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[
             continue
         found.append(Utterance(row[sound], " ".join(text.split()), opened.seconds, what))
     if not found:
-        raise DataError(f"data {name!r} hold no utterance that can be used: {', '.join(f'{len(names)} {reason} ({some_of(names)})' for reason, names in left.items()) or 'no rows'}")
+        reasons = ", ".join(f"{len(names)} {reason} ({some_of(names)})" for reason, names in left.items()) or "no rows"
+        raise DataError(f"data {name!r} hold no utterance that can be used: {reasons}; give files of at most {MOST_SECONDS:g} s in which something is heard, each with its words in column {words!r}")
     return found
 
 
