@@ -10,6 +10,14 @@ WIDE, ROW, LEFT, TOP = 520, 20, 330, 46  # of the field, a bar's line, and where
 HIGH = 300  # of a field of lines
 
 
+def number(value: float | None, digits: int = 3) -> str | None:
+    """Return a number with so many digits that count, never as a power of ten."""
+    if value is None:
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:g}"
+
+
 def sheet(width: float, height: float, title: str) -> list[str]:
     """Return the beginning of a drawing."""
     return [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>', f'<text x="10" y="20" font-size="15">{title}</text>']
@@ -36,7 +44,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
         parts.append(f'<path d="M{across(10.0**power)} {TOP}V{bottom}" stroke="#ddd"/><text x="{across(10.0**power)}" y="{bottom + 18}" text-anchor="middle">{10.0**power:g}</text>')
     for index, (label, group, value, aim) in enumerate(rows):
         y, colour = TOP + ROW * index, COLOURS[groups.index(group) % len(COLOURS)]
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{LEFT} {y + 3}H{across(value)}v14H{LEFT}z" fill="{colour}"/><text x="{across(value) + 5}" y="{y + 14}">{value:.4g}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{LEFT} {y + 3}H{across(value)}v14H{LEFT}z" fill="{colour}"/><text x="{across(value) + 5}" y="{y + 14}">{number(value)}</text>')
         if aim:
             parts.append(f'<path d="M{across(aim)} {y + 1}v18" stroke="#222" stroke-width="2"/>')
     parts.append(f'<text x="{LEFT + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{unit}</text></svg>')

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite import drawing
+from benchmarks.suite.drawing import number
 
 PAGE = "README.md"
 BEGIN, END = "<!-- measured by `python -m benchmarks` -->", "<!-- end of what is measured -->"
@@ -45,14 +46,6 @@ def where(result: Result) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Return a table in Markdown; None is an empty cell."""
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows), ""]
-
-
-def number(value: float | None, digits: int = 3) -> str | None:
-    """Return a number with so many digits that count, never as a power of ten."""
-    if value is None:
-        return None
-    rounded = float(f"{value:.{digits}g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:g}"
 
 
 def aimed(value: float | None, aim: float | None, *, least: bool = False) -> str | None:
@@ -165,7 +158,7 @@ def figures(found: list[Result]) -> dict[str, str]:
         made["suite-against.svg"] = drawing.bars("From a setting to its quality, a later setting of a session", "seconds", rows)
     points = [row for one in of(found, "growth") for row in one["rows"] if row["grows"] == "ledger"]
     if points:
-        names = [name for name in points[0] if name.endswith("_ms")]
+        names = [name for name in points[0] if name.endswith("_ms") and not name.endswith("_processor_ms")]
         made["suite-ledger.svg"] = drawing.lines("A ledger that grows", "points", "milliseconds", {name.removesuffix("_ms").replace("_", " "): [(row["size"], max(row[name], 0.01)) for row in points] for name in names})
     return made
 
