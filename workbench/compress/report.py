@@ -120,7 +120,7 @@ def untouched(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str,
 
 def unchanged(weights: Sequence[Tensor]) -> list[Change]:
     """Return what is known of weights that are the dense model's."""
-    sums = torch.stack([torch.stack([torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).double().square(), torch.count_nonzero(weight)]) for weight in weights]).tolist()
+    sums = torch.stack([torch.stack([torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)).double().square(), torch.count_nonzero(weight)]) for weight in weights]).tolist()
     return [Change(squares, 0.0, weight.numel() - int(count), 0) for weight, (squares, count) in zip(weights, sums, strict=True)]
 
 
