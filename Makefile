@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # As many test processes as cores, of one thread each: two threads in one process wait for each other more than they work.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Whole files to a process, in order: browser tests go on from where the one before them left the page.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: report test lint lab app benchmarks clean
 
@@ -13,8 +14,8 @@ report: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python tests/browser.py
-	$(TESTS) --dist worksteal
-	XDG_STATE_HOME=$$(mktemp -d) $(TESTS) --dist loadfile --nbval-lax notebooks
+	$(TESTS)
+	XDG_STATE_HOME=$$(mktemp -d) $(TESTS) --nbval-lax notebooks
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

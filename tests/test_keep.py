@@ -334,6 +334,27 @@ def test_what_is_chosen_stays_chosen_when_points_come(rows):
     assert "Choose two or more" in view.body.value
 
 
+def test_a_paired_test_is_shown_although_the_list_was_filled_anew_and_says_when_it_was_stopped(bench, rows):
+    view = CompareView(lambda _keys: None)
+    view.show(rows[:2])
+    view.choose([rows[0].key, rows[1].key])
+    keys, found = view.chosen, paired_test(bench, W4, [TWICE])
+    view.wait(keys)
+    assert "testing item by item" in view.test.value
+    view.list.observe(lambda _: view.show_test(keys, found), "options")  # another thread's answer comes while nothing is chosen
+    view.show(rows)
+    view.list.unobserve_all("options")
+    assert "Paired on the same" in view.test.value
+    view.wait(keys)
+    view.give_up(keys)
+    assert "stopped" in view.test.value
+    view.wait(keys)
+    view.choose([])
+    view.show_test(keys, found)  # of points that are no longer chosen
+    view.give_up(keys)
+    assert view.test.value == ""
+
+
 def test_the_bar_is_off_with_the_reason_until_the_point_is_complete(rows):
     said = []
     bar = KeepBar(lambda *given: said.append(given), lambda: None)

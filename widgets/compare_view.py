@@ -27,6 +27,7 @@ class CompareView(ipw.VBox):
         self.said: Mapping[str, Annotation] = NO_NOTES
         self.by_key: dict[str, Measurement] = {}
         self.quiet = False
+        self.awaited: tuple[str, ...] = ()  # what the running test, or the one that is shown, is of
         self.list = ipw.SelectMultiple(options=[], description="points", rows=5, tooltip="Points to compare: pinned first, then the newest")
         self.button = ipw.Button(description="paired test", disabled=True, tooltip="Compress and evaluate the chosen points again, and compare their answers item by item with the first one's")
         self.clear = ipw.Button(description="clear", tooltip="Choose nothing")
@@ -75,7 +76,7 @@ class CompareView(ipw.VBox):
         if self.quiet:
             return
         if not keep_test:
-            self.test.value = ""
+            self.test.value, self.awaited = "", ()
         found = [self.by_key[key] for key in self.chosen if key in self.by_key]
         try:
             self.body.value = comparison_html(comparison(found), self.said) if len(found) > 1 else f"<p class='wb-dim'>{HINT}</p>"
@@ -84,11 +85,17 @@ class CompareView(ipw.VBox):
             self.body.value = f"<p role='status'>{escape(str(error))}</p>"
             self.button.disabled = True
 
-    def wait(self) -> None:
-        """Say that a paired test is running."""
+    def wait(self, keys: tuple[str, ...]) -> None:
+        """Say that a paired test of these points is running."""
+        self.awaited = keys
         self.test.value = "<p class='wb-dim' role='status'>testing item by item ...</p>"
 
     def show_test(self, keys: tuple[str, ...], found: Sequence[Quality]) -> None:
-        """Show a paired test, unless other points have been chosen meanwhile."""
-        if keys == self.chosen:
+        """Show a paired test, unless other points have been chosen meanwhile (the list itself is empty for a moment whenever it is filled anew)."""
+        if keys == self.awaited:
             self.test.value = paired_html(found)
+
+    def give_up(self, keys: tuple[str, ...]) -> None:
+        """Say that this test ended without an answer, unless other points have been chosen meanwhile."""
+        if keys == self.awaited:
+            self.test.value = "<p class='wb-dim' role='status'>the paired test was stopped: ask again when nothing else is measured</p>"

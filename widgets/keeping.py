@@ -96,9 +96,13 @@ class Keeping:
         recipes = [row.recipe for key in keys if (row := bench.ledger.find(key)) is not None]
 
         def make(stale: Stale) -> Iterator[Any]:
-            yield paired_test(bench, recipes[0], recipes[1:], cancelled=stale)
+            try:
+                yield paired_test(bench, recipes[0], recipes[1:], cancelled=stale)
+            except BaseException:  # what it is goes its way; the line must not say that it still runs
+                self.post("test", lambda: self.compare.give_up(keys))
+                raise
 
-        self.compare.wait()
+        self.compare.wait(keys)
         self.session.measurer.submit(make, lambda found: self.post("test", lambda: self.compare.show_test(keys, found)))
 
     def report(self) -> None:
