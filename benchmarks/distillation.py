@@ -70,7 +70,10 @@ def model_results(found: dict, arguments) -> None:
         ways["with hidden states"] = {"alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight}
     found |= {"dense": float(dense.mean()), "items": len(dense), "damage": {}, "temperature": {}, "cache": {}}
     given: dict = {}
-    for label, steps in {**DAMAGE, "50% structure": [wb.Prune(sparsity=0.5, pattern=STRUCTURE[name])]}.items():
+    every = {**DAMAGE, "50% structure": [wb.Prune(sparsity=0.5, pattern=STRUCTURE[name])]}
+    for label, steps in every.items():
+        if arguments.damage not in ("", label):
+            continue
         before = correct(bench, wb.Recipe(*steps))[0]
         given = {"seeds": arguments.seeds, "dense": dense, "before": before}
         row = {"before": float(before.mean()), "recipe": repr(wb.Recipe(*steps))}
@@ -78,6 +81,8 @@ def model_results(found: dict, arguments) -> None:
         found["damage"][label] = row
         write(found, arguments.out)
         print(name, label, f"{row['before']:.4f}", {way: f"{row[way]['recovered']:.1%} [{row[way]['low']:.1%}, {row[way]['high']:.1%}]" for way in ways}, flush=True)
+    if arguments.damage:
+        return
     given |= {"before": correct(bench, wb.Recipe(*DAMAGE["80% sparsity"]))[0]}
     for t in TEMPERATURES:
         found["temperature"][str(t)] = trained(bench, DAMAGE["80% sparsity"], {"temperature": t, "alpha": 1.0, **options}, **given)
@@ -126,6 +131,8 @@ def page(found: dict) -> str:
             lines.append(f"| {label} | {row['before']:.4f} | {way} | {mean:.4f} | {share} | {', '.join(f'{each:.1%}' for each in one['seeds'])} | {one['seconds_each']:.0f} |")
     if found.get("single_runs"):
         lines += ["", "Single runs with seed 0, by which options were chosen (same items, recovered):", "", *(f"- {run}: {share:.1%}" for run, share in found["single_runs"].items())]
+    if not found["temperature"]:
+        return "\n".join([*lines, ""])
     lines += ["", *([found["temperature_how"], ""] if found.get("temperature_how") else []), "Temperature at 80% sparsity, alpha 1:", "", "| T | recovered [95%] | seeds |", "|---|---|---|"]
     lines += [f"| {t} | {row['recovered']:.1%} [{row['low']:.1%}, {row['high']:.1%}] | {', '.join(f'{one:.1%}' for one in row['seeds'])} |" for t, row in found["temperature"].items()]
     cache = found["cache"]
@@ -145,6 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher's answers against the true labels")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="above 0: a third way, with hidden states matched too")
+    parser.add_argument("--damage", default="", choices=["", *DAMAGE, "50% structure"], help="this one alone, and neither temperatures nor cache")
     parser.add_argument("--note", default="", help="what a reader of the page should know")
     parser.add_argument("--device", default=None)
     arguments = parser.parse_args()

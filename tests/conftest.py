@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_tasks
 import torch
+from exact_interpreter import round_bfloat16, watch
 from interpreted import INTERPRETED
 
 from workbench.ledger import Ledger
@@ -46,11 +47,15 @@ def device(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request: pytest.FixtureRequest) -> torch.device:
-    """Give the device on which Triton's kernels run: a GPU, or the CPU where they are interpreted."""
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Give the device on which Triton's kernels run: a GPU, or the CPU where they are interpreted and what they touch is watched."""
     if (request.param == "interpreted") is not INTERPRETED:
         pytest.skip("runs in a process in which Triton interprets its kernels, see tests/interpreted.py")
-    return torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+    if not INTERPRETED:
+        return torch.device("cuda", 0)
+    watch(monkeypatch)
+    round_bfloat16(monkeypatch)
+    return torch.device("cpu")
 
 
 @pytest.fixture(params=tiny_tasks.SORTS)

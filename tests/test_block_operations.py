@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import outside, passed
+from interpreted import INTERPRETED, outside, passed
 from tiny_tasks import tiny_task
 from torch import nn
 from transformers.models.llama import modeling_llama
@@ -19,8 +19,6 @@ def test_the_kernels_interpreted():
 
 @pytest.fixture(params=[torch.float16, torch.float32, torch.bfloat16], ids=str)
 def dtype(request, place):
-    if request.param == torch.bfloat16 and place.type == "cpu":
-        pytest.skip("Triton's interpreter cuts bfloat16 off where a GPU rounds it")
     return request.param
 
 
@@ -127,3 +125,18 @@ def test_slices_of_logits_are_reduced_where_they_lie(dtype, place):
     expected = block_operations.losses(logits[:, :20].contiguous(), labels)
     assert torch.equal(loss, expected[0])
     assert torch.equal(answers, expected[1])
+
+
+def test_the_interpreter_notices_what_a_gpu_would_not_forgive(place):
+    if not INTERPRETED:
+        pytest.skip("a GPU does not say")
+    from triton.runtime.interpreter import InterpreterError
+
+    from workbench.runtime import triton_blocks as kernels
+
+    gate, up, out = torch.zeros(3, 64).unbind()
+    kernels.gated[(1,)](gate, up, out, 64, 128)
+    with pytest.raises(InterpreterError, match="2 of 66 elements of 4 bytes lie outside of every tensor"):
+        kernels.gated[(1,)](up, out, out, 66, 128)
+    rounded = block_operations.gated(torch.tensor([40.0]).bfloat16(), torch.tensor([1.0234375]).bfloat16())
+    assert rounded.item() == 41.0  # 40.9375, which cut off is 40.75
