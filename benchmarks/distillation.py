@@ -64,7 +64,7 @@ def model_results(found: dict, arguments) -> None:
     name = arguments.model
     bench = wb.Bench(name, offline=True, device=arguments.device, progress=False)
     dense = Scores.join([score(bench.task.kind, bench.task.model, part) for part in bench.evaluation.batches(256)]).correct
-    options = {"steps": arguments.steps, "learning_rate": arguments.rate}
+    options = {"steps": arguments.steps, "learning_rate": arguments.rate, "distill_batch": arguments.batch}
     ways = {"distillation": {"alpha": arguments.alpha}, "fine-tuning": {"alpha": 0.0}}
     if arguments.hidden_weight:
         ways["with hidden states"] = {"alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight}
@@ -120,7 +120,7 @@ def page(found: dict) -> str:
     lines = [
         f"# Distillation of {found['model']}", "",
         f"{found['device']}; {', '.join(f'{name} {version}' for name, version in found['versions'].items())}; {found['date']}; `{found['command']}`", "",
-        f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of 64 items at rate {found['learning_rate']:g}. Distillation: T=4, alpha={found.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}.", "",
+        f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of {found.get('batch', 64)} items at rate {found['learning_rate']:g}. Distillation: T=4, alpha={found.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}.", "",
         *([found["note"], ""] if found.get("note") else []),
         "| | accuracy before | taught by | accuracy after | recovered [95%] | seeds | s a run |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=64, help="training items per step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher's answers against the true labels")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="above 0: a third way, with hidden states matched too")
@@ -158,7 +159,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = {"command": shlex.join(["python", *sys.argv]), "device": describe(device), "versions": versions(), "date": dt.datetime.now(dt.UTC).date().isoformat(),
-             "model": arguments.model, "steps": arguments.steps, "learning_rate": arguments.rate, "alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight, "note": arguments.note}  # fmt: skip
+             "model": arguments.model, "steps": arguments.steps, "learning_rate": arguments.rate, "batch": arguments.batch, "alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight, "note": arguments.note}  # fmt: skip
     model_results(found, arguments)
 
 

@@ -83,11 +83,12 @@ def encoded_task(model: str, frames: int, device: torch.device) -> Task:
     return replace(task, kind=Heard(writing=task.kind.writes), evaluation=parts["evaluation"], calibration=every, training=every, batch_size=64 if device.type == "cuda" else 16)
 
 
-def students(options: argparse.Namespace) -> wb.Step:
-    """Return the step that makes the student."""
+def students(options: argparse.Namespace) -> tuple[wb.Step, tuple[wb.Step, ...]]:
+    """Return the step that makes the student, and those that follow the teaching: a folded LoRA would leave a grid."""
+    rounded = (wb.Quantize(weight_bits=options.bits, group_size=64, targets=DECODER),) if options.bits else ()
     if options.student == "rank":
-        return wb.LowRank(rank_ratio=options.rank_ratio, targets=DECODER)
-    return wb.Prune(sparsity=options.depth, pattern="layers", targets=DECODER)
+        return wb.LowRank(rank_ratio=options.rank_ratio, targets=DECODER), rounded
+    return wb.Prune(sparsity=options.depth, pattern="layers", targets=DECODER), rounded
 
 
 def scores_of(task: Task, model: torch.nn.Module, device: torch.device) -> Scores:
@@ -183,13 +184,13 @@ def run(options: argparse.Namespace) -> Iterator[tuple[Found, dict[str, Any]]]:
     """Teach the student in every way, with every seed, and score it; yield what was found after each training, with the facts that stay."""
     began, device, known = time.perf_counter(), pick(options.device), earlier(options)
     task = encoded_task(options.model, options.frames, device)
-    statistics, cut = Statistics(task), students(options)
-    start = compress(task, wb.Recipe(cut), statistics).model
+    statistics, (cut, rounded) = Statistics(task), students(options)
+    start = compress(task, wb.Recipe(cut, *rounded), statistics).model
     found = Found(scores_of(task, task.model, device), scores_of(task, start, device), {}, {})
     found.read(known)
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in (("teacher_parameters", task.model), ("student_parameters", start))}
     data = {"training_utterances": len(task.training), "evaluation_utterances": len(task.evaluation), "evaluation_words": int(found.dense.details["words"].sum())}
-    about: dict[str, Any] = {**sizes, **data, "student": repr(cut), "trainings": "none"}
+    about: dict[str, Any] = {**sizes, **data, "student": " and ".join(map(repr, (cut, *rounded))), "trainings": "none"}
     print(f"ready after {time.perf_counter() - began:.0f} s: {data}", flush=True)
     plan = [(seed, name) for seed in range(options.seeds) for name in options.losses]
     longest_yet = 0.0
@@ -202,12 +203,12 @@ def run(options: argparse.Namespace) -> Iterator[tuple[Found, dict[str, Any]]]:
             break
         step = wb.Transfer(transfer_steps=options.steps, transfer_batch=options.batch, transfer_rate=options.rate, lora_rank=options.lora_rank, align_projection=options.projection,
                            align_weight=options.align_weight, transfer_look_every=0, seed=seed, targets=DECODER, **LOSSES[name])  # fmt: skip
-        begun = time.perf_counter()
-        made = compress(task, wb.Recipe(cut, step), statistics)
+        recipe, begun = wb.Recipe(cut, step, *rounded), time.perf_counter()
+        made = compress(task, recipe, statistics)
         seconds = time.perf_counter() - begun
         scores = scores_of(task, made.model, device)
         (words,) = {match[0] for line in made.report if (match := re.search(r"[\d,]+ numbers, [\d.]+%", line.outcome))}
-        found.add(name, scores, wb.Recipe(cut, step), words.replace(" numbers, ", " = "), seconds)
+        found.add(name, scores, recipe, words.replace(" numbers, ", " = "), seconds)
         longest_yet = max(longest_yet, time.perf_counter() - begun)
         about["trainings"] = f"{done + 1} of {len(plan)}"
         rate = float(scores.details["word errors"].sum() / found.dense.details["words"].sum())
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--student", choices=["rank", "depth"], default="rank")
     parser.add_argument("--rank-ratio", type=float, default=0.3)
     parser.add_argument("--depth", type=float, default=0.34, help="fraction of the decoder's blocks that go")
+    parser.add_argument("--bits", type=int, default=0, help="round the decoder's weights to so many bits in groups of 64 after teaching; 0 does not")
     parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
