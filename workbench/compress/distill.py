@@ -41,7 +41,7 @@ class Distill(Step):
     are kept (lowest loss on them); with 0, no more `steps`, or fewer than 20 training items, the last ones. The dense model may have seen these items
     when it was trained, so they flatter it more than the student. With `checkpoint_every` the training is saved to the user's cache directory,
     weights and two numbers a weight of Adam's, and the same recipe goes on from there to the same bits. Where little was lost, more
-    items a step bring back more than more steps do (measured: benchmarks/results/distillation-fashion-vit-rank.md).
+    items a step helped most (benchmarks/results/distillation-fashion-vit-rank.md).
 
     What it does not do: learn scales, move batch-norm statistics, use dropout (the student trains in eval mode), fit a projection
     between hidden states of different widths, or see more data than the task's training items.

@@ -96,7 +96,7 @@ class Layer:
     @property
     def parameter(self) -> nn.Parameter:
         """Return the weight as the module holds it."""
-        weight = self.module._parameters.get("weight")  # noqa: SLF001  a tenth of the time of torch's own way, and asked for thousands of times a move
+        weight = self.module._parameters.get("weight")  # noqa: SLF001  torch's own way takes ten times as long, and this is asked for thousands of times a move
         if not isinstance(weight, nn.Parameter):
             raise CompressionError(f"layer {self.name!r} holds no plain weight")
         return weight
