@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def second_moments(task: Task, progress: Progress) -> Moments:
         for name, layer in layers.items():
             if layer.table:
                 continue  # rows are looked up: there is nothing that it multiplies
-            hooks.callback(layer.module.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+            hooks.callback(layer.module.register_forward_pre_hook(of_this_thread(watch(name)), with_kwargs=True).remove)
         for start in range(0, len(task.calibration), task.batch_size):
             progress("calibration", start, len(task.calibration))
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
@@ -209,6 +210,17 @@ def second_moments(task: Task, progress: Progress) -> Moments:
         if (id(total), counts[name]) not in means:
             means[id(total), counts[name]] = (total.to(device) / counts[name]).to(HOST) if streamed else total / counts[name]
     return Moments({name: means[id(total), counts[name]] for name, total in sums.items()}, counts)
+
+
+def of_this_thread(hook: Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+    """Return a hook that is silent while another thread runs the model: what that reads is no calibration data."""
+    owner = threading.get_ident()
+
+    def here(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        if threading.get_ident() == owner:
+            hook(module, inputs, named)
+
+    return here
 
 
 def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
