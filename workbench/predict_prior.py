@@ -139,7 +139,7 @@ def prior_of(statistics: Statistics, progress: Progress = no_progress) -> Prior:
     head = output_head(statistics.task.model)
     samples = samples_of(statistics, progress)
     places = tuple(Place(about.layer.names, about.layer.name == head or bool(about.layer.reserved), shape_of(about.layer.module)) for about in samples)
-    loads = [weighed(about.weight, about) * (about.layer.as_matrix(about.layer.parameter).shape[0] / len(about.weight)) / 2 for about in samples]
+    loads = [weighed(about.weight, about) * (about.layer.shape[0] / len(about.weight)) / 2 for about in samples]
     return Prior(places, torch.stack(loads).double().cpu().numpy() if loads else np.zeros(0))
 
 

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
@@ -47,6 +48,7 @@ def explain(owner: str, error: ValidationError) -> str:
     return "; ".join(parts)
 
 
+@lru_cache(maxsize=2**16)  # every layer of a model is asked for several times a move
 def picks(target: str, name: str) -> bool:
     """Return whether a target without `!` names a layer."""
     return re.search(target[3:], name) is not None if target.startswith("re:") else fnmatchcase(name, target)

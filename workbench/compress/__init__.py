@@ -100,4 +100,4 @@ def compress(
 def dense_copy(task: Task, statistics: Statistics) -> nn.Module:
     """Return a copy of the dense model in eval mode, which shares its tensors where it can; whether it can is looked up once."""
     known = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
-    return (twin(task.model) if known else sharing_copy(task.model)).eval()
+    return twin(task.model, evaluating=True) if known else sharing_copy(task.model).eval()

@@ -36,8 +36,7 @@ class Batch:
     @property
     def shape(self) -> tuple[int, int]:
         """Return (outputs, inputs) of each layer."""
-        rows, columns = self.layers[0].as_matrix(self.layers[0].parameter).shape
-        return rows, columns
+        return self.layers[0].shape
 
     def matrices(self) -> Tensor:
         """Return the weights as float32 [layers, outputs, inputs], a copy.
@@ -133,7 +132,7 @@ def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:
     for layer in layers:
         total += layer.parameter.numel()
         weight = layer.parameter
-        groups.setdefault((layer.as_matrix(weight).shape, weight.dtype, weight.device, layer.mask is None, kind_of(layer.grid)), []).append(layer)
+        groups.setdefault((layer.shape, weight.dtype, weight.device, layer.mask is None, kind_of(layer.grid)), []).append(layer)
     for group in groups.values():
         weight = group[0].parameter
         room = min(ROOM.get((streams_to(weight) or weight.device).type, 2**20), max(LEAST, total // PARTS))

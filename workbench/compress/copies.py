@@ -36,8 +36,8 @@ def can_share(model: nn.Module) -> bool:
     return not any(holds_modules(module) for module in model.modules())
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """Return new modules around the same parameters and buffers; whatever else the modules hold is shared too."""
+def twin(model: nn.Module, *, evaluating: bool = False) -> nn.Module:
+    """Return new modules around the same parameters and buffers, in eval mode if so asked; whatever else the modules hold is shared too."""
     made: dict[int, nn.Module] = {}
     for module in model.modules():
         copied = made[id(module)] = module.__class__.__new__(module.__class__)
@@ -45,6 +45,8 @@ def twin(model: nn.Module) -> nn.Module:
         copied.__dict__.update(inside)
         copied.__dict__.update({name: inside[name].copy() for name in own_tables(tuple(inside)) if not isinstance(inside[name], bool)})  # transformers has a flag with such a name
         copied.__dict__.pop("_compiled_call_impl", None)
+        if evaluating:
+            copied.__dict__["training"] = False
     for copied in made.values():
         copied._modules.update({name: made[id(child)] for name, child in copied._modules.items() if child is not None})  # noqa: SLF001  as torch's own copies do
     return made[id(model)]

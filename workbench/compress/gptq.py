@@ -107,9 +107,9 @@ def warn(layers: tuple[Layer, ...], stronger: list[int], damping: float, work: W
         raised = [layer for layer, used in zip(layers, stronger, strict=True) if used == times]
         if raised:
             said.append(f"quantize: damping raised to {times * damping:g} of the mean diagonal where a second moment was singular: {listed(raised)}")
-    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.as_matrix(layer.parameter).shape[1]]
+    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.shape[1]]
     if few:
-        rows, columns = work.statistics.rows(few[0].origin), few[0].as_matrix(few[0].parameter).shape[1]
+        rows, columns = work.statistics.rows(few[0].origin), few[0].shape[1]
         said.append(
             f"quantize: calibration has too few rows for the second moments of {listed(few)} ({rows} rows for {columns} inputs): "
             f"regularised by damping of {damping:g} of the mean diagonal; give more calibration items"

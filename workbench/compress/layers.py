@@ -96,10 +96,16 @@ class Layer:
     @property
     def parameter(self) -> nn.Parameter:
         """Return the weight as the module holds it."""
-        weight = self.module.weight
+        weight = self.module._parameters.get("weight")  # noqa: SLF001  torch's own way takes ten times as long, and this is asked for thousands of times a move
         if not isinstance(weight, nn.Parameter):
             raise CompressionError(f"layer {self.name!r} holds no plain weight")
         return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (outputs, inputs) of the matrix."""
+        rows, *columns = self.parameter.shape
+        return (columns[0], rows) if self.transposed else (rows, math.prod(columns))
 
     def as_matrix(self, stored: Tensor) -> Tensor:
         """Return a tensor shaped as the module stores it as [outputs, inputs]."""
@@ -128,14 +134,15 @@ class Layer:
     @property
     def change(self) -> Change | None:
         """Return what was found when the weight, as it is now, was looked over; None if nobody has (see `workbench.compress.checks`)."""
-        if self.looked is None or any(now is not then for now, then in zip((self.parameter, self.mask, self.grid), self.looked, strict=False)):
+        if self.looked is None:
             return None
-        return self.looked[3]
+        parameter, mask, grid, change = self.looked
+        return change if parameter is self.parameter and mask is self.mask and grid is self.grid else None
 
     def put(self, parameter: nn.Parameter) -> None:
         """Give the module, and those that share its weight, another one; the old one may belong to the dense model too and is left as it is."""
         for module in (self.module, *self.others.values()):
-            module.weight = parameter
+            module._parameters["weight"] = parameter  # noqa: SLF001  where it already is: torch's own way looks for it everywhere first
         self.pristine = self.finite = False
 
     def check(self) -> None:
@@ -192,13 +199,22 @@ def output_head(model: nn.Module) -> str | None:
     return last if head is None else None
 
 
+def holders_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that hold a weight of two or more dimensions, by every name, in the model's order."""
+    weights = ((name, module, module._parameters.get("weight")) for name, module in model.named_modules(remove_duplicate=False))  # noqa: SLF001
+    return {name: module for name, module, weight in weights if weight is not None and weight.ndim >= 2}
+
+
 def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
     """Return the layers that methods can work on, and the reason for every other weight that is left as it is."""
+    return layers_among(holders_of(model))
+
+
+def layers_among(holders: dict[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Return what `find_layers` does, from the modules that hold weights."""
     owners: dict[int, dict[str, nn.Module]] = {}  # modules by weight: more than one where it is shared
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim >= 2:
-            owners.setdefault(id(weight), {})[name] = module
+    for name, module in holders.items():
+        owners.setdefault(id(module.weight), {})[name] = module
     found: dict[str, Layer] = {}
     left: dict[str, str] = {}
     for modules in owners.values():
@@ -210,7 +226,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
             continue
         layer = one_layer(modules)
         found[layer.name] = layer
-    return {name: found[name] for name, _ in model.named_modules(remove_duplicate=False) if name in found}, left
+    return {name: found[name] for name in holders if name in found}, left
 
 
 def one_layer(modules: dict[str, nn.Module]) -> Layer:

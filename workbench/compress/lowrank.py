@@ -138,9 +138,9 @@ def can_split(layer: Layer, work: Work) -> bool:
 
 def warn_of_few_rows(layers: list[Layer], work: Work) -> None:
     """Warn where calibration has fewer rows than a layer has inputs, so that its second moment is singular."""
-    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.as_matrix(layer.parameter).shape[1]]
+    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.shape[1]]
     if few:
-        rows, columns = work.statistics.rows(few[0].origin), few[0].as_matrix(few[0].parameter).shape[1]
+        rows, columns = work.statistics.rows(few[0].origin), few[0].shape[1]
         work.warnings.append(
             f"lowrank: calibration is too small for {len(few)} layers, such as {few[0].origin!r} ({rows} rows for {columns} inputs): "
             "a small ridge makes up for it; more calibration items would be better"

@@ -91,7 +91,7 @@ def output_information(layer: Layer, work: Work) -> Tensor:
     energy = energy if layer.columns is None else energy[layer.columns]
     felt = square.sum(1) / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
     felt = felt if layer.rows is None else felt[layer.rows]
-    rows = layer.as_matrix(layer.parameter).shape[0]
+    rows = layer.shape[0]
     if layer.rank is None or rows == len(felt):
         return felt
     following = work.layers.get(f"{layer.place or layer.origin}.1")

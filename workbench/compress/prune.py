@@ -181,7 +181,7 @@ def takeable(step: Prune, work: Work) -> list[Layer]:
         return chosen
     fitting = []
     for layer in chosen:
-        columns = layer.as_matrix(layer.parameter).shape[1]
+        columns = layer.shape[1]
         if columns % step.group[1]:
             work.say(layer, f"prune skipped: groups of {step.group[1]} do not divide its {columns} inputs")
         else:

@@ -147,7 +147,7 @@ def quantize(step: Quantize, work: Work) -> None:
 
 def divides(step: Quantize, layer: Layer, work: Work) -> bool:
     """Return whether the groups divide a layer's inputs; if not, the report says so."""
-    columns = layer.as_matrix(layer.parameter).shape[1]
+    columns = layer.shape[1]
     if step.group_size and columns % step.group_size:
         work.say(layer, f"quantize skipped: group_size {step.group_size} does not divide its {columns} inputs")
         return False

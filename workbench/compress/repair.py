@@ -121,7 +121,7 @@ def what_is_left(dense: Tensor, layer: Layer) -> Tensor:
 
 def can_repair(step: Repair, layer: Layer, work: Work) -> bool:
     """Return whether a term can stand beside a layer; if not, the report says why."""
-    rows, columns = layer.as_matrix(layer.parameter).shape
+    rows, columns = layer.shape
     rank = step.rank(rows, columns)
     reason = ""
     if layer.rank is not None:

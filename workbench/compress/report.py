@@ -57,18 +57,19 @@ def layer_reports(work: Work) -> tuple[LayerReport, ...]:
 
 def one_report(name: str, outcome: str, now: list[Layer], change: tuple[float, int] | None, work: Work) -> LayerReport:
     """Return the report of one weight; `now` holds the layer, its factors, or nothing if no method can take it or it was removed."""
-    weight = work.task.model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
+    shape = matrix_shape(work, name)
     if work.place(name) is None:
-        return LayerReport(name, matrix_shape(work, name), 0, None, None, None, 1.0, outcome)
+        return LayerReport(name, shape, 0, None, None, None, 1.0, outcome)
     if name in work.shared:
-        return LayerReport(name, matrix_shape(work, name), 0, None, None, None, None, outcome)
+        return LayerReport(name, shape, 0, None, None, None, None, outcome)
     if change is None:
+        weight = work.task.model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
         return LayerReport(name, tuple(weight.shape), weight.numel(), None, None, None, None, outcome)
     error, zeros = change
     count = sum(layer.parameter.numel() for layer in now)
     bits = next((layer.grid.bits for layer in now if layer.grid is not None), None)
-    return LayerReport(name, matrix_shape(work, name), count, zeros / count, now[-1].rank, bits, None if math.isnan(error) else error, outcome, effective_bits_of(now))
+    return LayerReport(name, shape, count, zeros / count, now[-1].rank, bits, None if math.isnan(error) else error, outcome, effective_bits_of(now))
 
 
 def effective_bits_of(layers: Sequence[Layer]) -> float | None:
@@ -80,10 +81,12 @@ def effective_bits_of(layers: Sequence[Layer]) -> float | None:
 
 def matrix_shape(work: Work, name: str) -> tuple[int, ...]:
     """Return [outputs, inputs] of a dense weight, or its shape where it is no matrix."""
+    if name in work.dense:
+        return work.dense[name].shape
     module = work.task.model.get_submodule(name)
     if not isinstance(module, nn.Embedding) and not can_hold(module):
         return tuple(module.weight.shape)  # type: ignore[arg-type]
-    return tuple(Layer(name, name, module).as_matrix(module.weight).shape)  # type: ignore[arg-type]
+    return Layer(name, name, module).shape
 
 
 def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, tuple[float, int]]:

@@ -165,7 +165,7 @@ def cut(step: Prune, work: Work, spaces: list[Space], removed: list[Tensor]) -> 
 
 def cut_layer(step: Prune, work: Work, layer: Layer, gone: dict[str, Tensor]) -> None:
     """Take rows and input channels out of one layer, and keep its promises and its place in the dense weight in step."""
-    size, per = layer.as_matrix(layer.parameter).shape, layer.patch
+    size, per = layer.shape, layer.patch
     rows = others(size[0], [gone["rows"]]) if "rows" in gone else None
     channels = others(size[1] // per, [gone["columns"]]) if "columns" in gone else None
     columns = None if channels is None else (channels[:, None] * per + torch.arange(per)).flatten()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from workbench.compress.layers import Layer, Progress, find_layers, no_progress, output_head
+from workbench.compress.layers import Layer, Progress, find_layers, holders_of, layers_among, no_progress, output_head
 from workbench.errors import CompressionError, RecipeError
 from workbench.progress import Look, Training
 from workbench.recipe import picks
@@ -45,14 +45,19 @@ class Work:
 
     def __post_init__(self) -> None:
         """Find the layers of the model."""
-        self.layers, self.left = find_layers(self.model)
+        holders = holders_of(self.model)
+        self.layers, self.left = layers_among(holders)
         shared = {other: layer.name for layer in self.layers.values() for other in layer.others}
         self.shared = frozenset(shared)  # names of modules whose weight is counted under another one
         known = {*self.layers, *self.left, *shared}
-        self.outcomes = {name: [f"its weight is that of {shared[name]}"] if name in shared else [] for name, _ in self.model.named_modules(remove_duplicate=False) if name in known}
-        self.head = output_head(self.model)
+        self.outcomes = {name: [f"its weight is that of {shared[name]}"] if name in shared else [] for name in holders if name in known}
         self.taken: dict[str, list[str]] = {}
         self.done: dict[tuple[str, str], Step] = {}  # the last step of a kind that changed a layer
+
+    @cached_property
+    def head(self) -> str | None:
+        """Return the name of the layer that makes the logits, in the dense model as in this one."""
+        return self.statistics.once("output head", lambda: output_head(self.task.model)) if self.statistics.task is self.task else output_head(self.task.model)
 
     @cached_property
     def dense(self) -> dict[str, Layer]:
@@ -118,7 +123,7 @@ class Work:
 
     def check_once(self, step: Step) -> None:
         """Refuse two steps of one kind on the same layer."""
-        for layer in self.layers.values():
+        for layer in self.layers.values() if self.taken else ():
             if self.takes(step, layer) and step.claim in self.taken.get(layer.origin, []):
                 raise RecipeError(f"layer {layer.origin!r} is already taken by an earlier {step.kind()} step: narrow the targets of one of them")
 

@@ -166,10 +166,8 @@ class Outline:
             if layer is None:
                 rest.append(Entry(key, DTYPES[value.dtype], tuple(value.shape), value.nbytes))
             else:
-                rows, columns = layer.as_matrix(value).shape
-                name, others = key.removesuffix(".weight"), (layer.name, *layer.others)
-                about = Weight(name, layer.name, tuple(value.shape), rows, columns, value.dtype, reserved=bool(layer.reserved), table=layer.table)
-                weights.append(dataclasses.replace(about, others=others if layer.others else ()))
+                name, others = key.removesuffix(".weight"), (layer.name, *layer.others) if layer.others else ()
+                weights.append(Weight(name, layer.name, tuple(value.shape), *layer.shape, value.dtype, reserved=bool(layer.reserved), table=layer.table, others=others))
         return cls(tuple(weights), tuple(rest), output_head(model), positions or {}, anatomy=anatomy)
 
     def after(self, recipe: Recipe) -> Outline | None:

@@ -46,7 +46,8 @@ def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
     for weight in weights:
         masked = weight.name in promised and promised[weight.name].mask is not None
         bits += (weight.bits or 8 * weight.dtype.itemsize) * (counts[weight.name] if masked else weight.count)
-    return Sizes(ceil8(bits), total(outline.entries()), outline.file_bytes())
+    entries = outline.entries()
+    return Sizes(ceil8(bits), total(entries), file_length(entries))
 
 
 def nonzeros(layers: list[Layer]) -> dict[str, int]:
