@@ -20,6 +20,7 @@ import torch
 
 from workbench.compress.layers import Progress, no_progress
 from workbench.errors import CompressionError
+from workbench.hooks import of_this_thread
 from workbench.looks import LOOKS
 from workbench.measure.metrics import metric_named
 from workbench.measure.predicted_size import Outline
@@ -273,7 +274,7 @@ def positions(bench: Bench) -> dict[str, int]:
 
     from workbench.compress.layers import find_layers
 
-    handles = [layer.module.register_forward_hook(watch(name)) for name, layer in find_layers(bench.task.model)[0].items()]
+    handles = [layer.module.register_forward_hook(of_this_thread(watch(name))) for name, layer in find_layers(bench.task.model)[0].items()]
     try:
         with torch.inference_mode():
             bench.task.kind.logits(bench.task.model, bench.evaluation[:1])

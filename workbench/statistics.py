@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from workbench.cache import Cache, cache_of
 from workbench.compress.copies import sharing_copy
 from workbench.compress.layers import Layer, Progress, find_layers, no_progress, patches
 from workbench.errors import CompressionError
+from workbench.hooks import of_this_thread
 from workbench.streaming import HOST, device_of, fetched, moved, streams_to
 
 if TYPE_CHECKING:
@@ -210,17 +210,6 @@ def second_moments(task: Task, progress: Progress) -> Moments:
         if (id(total), counts[name]) not in means:
             means[id(total), counts[name]] = (total.to(device) / counts[name]).to(HOST) if streamed else total / counts[name]
     return Moments({name: means[id(total), counts[name]] for name, total in sums.items()}, counts)
-
-
-def of_this_thread(hook: Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
-    """Return a hook that is silent while another thread runs the model: what that reads is no calibration data."""
-    owner = threading.get_ident()
-
-    def here(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        if threading.get_ident() == owner:
-            hook(module, inputs, named)
-
-    return here
 
 
 def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from workbench.compress.distill_losses import attention_loss, state_loss
 from workbench.errors import CompressionError, RecipeError
+from workbench.hooks import of_this_thread
 from workbench.tasks.base import Items, Kind
 
 STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
@@ -37,8 +38,8 @@ def see(kind: Kind, model: nn.Module, items: Items, *, states: bool = False, map
         return Seen(kind.logits(model, items))
     asked = {name: True for name, wanted in (("output_hidden_states", states), ("output_attentions", maps)) if wanted}
     shown: list[Any] = []
-    before = model.register_forward_pre_hook(lambda _model, args, named: (args, {**named, **asked}), with_kwargs=True)
-    after = model.register_forward_hook(lambda _model, _args, output: shown.append(output))
+    before = model.register_forward_pre_hook(of_this_thread(lambda _model, args, named: (args, {**named, **asked})), with_kwargs=True)
+    after = model.register_forward_hook(of_this_thread(lambda _model, _args, output: shown.append(output)))
     try:
         logits = kind.logits(model, items)
     finally:

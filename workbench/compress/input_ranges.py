@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.compress.layers import Progress, can_hold, find_layers
 from workbench.compress.work import Work
+from workbench.hooks import of_this_thread
 from workbench.statistics import Statistics, refuse_infinite
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def watched(task: Task, model: nn.Module, progress: Progress, *, items: int) -> 
         for name, layer in find_layers(model)[0].items():
             for module in (layer.module, *layer.others.values()):
                 if can_hold(module):
-                    hooks.callback(module.register_forward_pre_hook(watch(name, found), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_pre_hook(of_this_thread(watch(name, found)), with_kwargs=True).remove)
         for start in range(0, items, task.batch_size):
             progress("calibration", start, items)
             task.kind.logits(model, task.calibration[start : min(items, start + task.batch_size)].to(device))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from workbench.compress.manifold import layer_map
 from workbench.compress.structure_spaces import find_blocks
 from workbench.errors import CompressionError
+from workbench.hooks import of_this_thread
 from workbench.tasks.base import Items
 
 
@@ -60,7 +61,7 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            hooks.callback(model.get_submodule(name).register_forward_hook(of_this_thread(keep(name))).remove)
         yield found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.compress.inner import Seen
 from workbench.compress.teacher_tables import DiskTable, MemoryTable, Table
+from workbench.hooks import of_this_thread
 from workbench.tasks.base import Items
 
 Compute = Callable[[Items], Seen]
@@ -111,7 +112,7 @@ class TeacherCache:
 def watched(compute: Compute, head: nn.Module | None, items: Items) -> tuple[Seen, Tensor | None]:
     """Return what a teacher shows, and what its output head was given ([N, L, width]), None without a head."""
     given: list[Tensor] = []
-    hook = None if head is None else head.register_forward_pre_hook(lambda _head, args: given.append(args[0]))
+    hook = None if head is None else head.register_forward_pre_hook(of_this_thread(lambda _head, args: given.append(args[0])))
     try:
         seen = compute(items)
     finally:
