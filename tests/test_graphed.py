@@ -14,7 +14,7 @@ from workbench.compress import compress
 from workbench.compress.activations import Activations
 from workbench.measure import graphed
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.graphed import Captured, Graphs, alike, shared
+from workbench.measure.graphed import Captured, Graphs, counterparts
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
 from workbench.tasks.choosing import tally, token_loss
@@ -169,18 +169,27 @@ def test_on_a_cpu_there_are_none_and_the_reason_is_said():
 def test_a_change_of_ties_types_or_numbers_is_no_change_of_values():
     task = tiny_task("llama")
     model = compress(task, VALUES[0], shared=True).model
-    assert alike(task.model, model)
-    assert shared(task.model) == shared(model)
+    ours, theirs = counterparts(task.model, task.model), counterparts(task.model, model)
+    assert len(ours) == len(theirs) == len([*model.parameters(), *model.buffers()])
+    places = {id(tensor): name for name, tensor in [*task.model.named_parameters(), *task.model.named_buffers()]}
+    assert all(two is dict([*model.named_parameters(), *model.named_buffers()])[places[id(one)]] for one, two in zip(ours, theirs, strict=True))
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
-    assert shared(task.model) != shared(model)
+    assert counterparts(task.model, model) is None
+    model = compress(task, VALUES[0], shared=True).model
     model.model.layers[0].self_attn.scaling = 2.0
-    assert not alike(task.model, model)
+    assert counterparts(task.model, model) is None
     other = compress(task, VALUES[0], shared=True).model
     other.model.norm.weight = torch.nn.Parameter(other.model.norm.weight.detach().double(), requires_grad=False)
-    assert not alike(task.model, other)
+    assert counterparts(task.model, other) is None
+    swapped = compress(task, VALUES[0], shared=True).model
+    swapped.model.layers[0] = swapped.model.layers[1]
+    assert counterparts(task.model, swapped) is None  # its attention counts itself as another layer
+    missing = compress(task, VALUES[0], shared=True).model
+    missing.model.layers[0].mlp.act_fn = None
+    assert counterparts(task.model, missing) is None
     hooked = compress(task, VALUES[0], shared=True).model
     hooked.model.norm.register_forward_hook(lambda module, given, made: made)
-    assert not alike(task.model, hooked)
+    assert counterparts(task.model, hooked) is None
 
 
 @pytest.mark.gpu
@@ -212,6 +221,27 @@ def test_looking_for_packed_sequences_comes_back():
         assert masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0, 1]])) is None
         assert torch.equal(score(task.kind, task.model, task.evaluation).loss, wanted.loss)
     assert masking_utils.find_packed_sequence_indices is look
+
+
+def test_a_capture_makes_no_mask_where_nobody_gave_one(monkeypatch):
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)  # as while a stream is captured
+    task, seen = tiny_task("llama"), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **named):
+        seen.append((named["attn_mask"], named["is_causal"]))
+        return attention(*args, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with graphed.one_sequence_each():
+        assert not masking_utils.is_tracing(None)
+        assert masking_utils.is_tracing(torch.ones(1))  # a mask that was given is not looked into
+        score(task.kind, task.model, task.evaluation[:4])
+    assert seen
+    assert all(mask is None and causal for mask, causal in seen)
+    assert masking_utils.is_tracing(None)
 
 
 @pytest.mark.gpu

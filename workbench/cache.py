@@ -190,6 +190,8 @@ class Cache:
 
     def make_room(self, wanted: int) -> None:
         """Move or throw out what no longer is in use, until `wanted` bytes fit or nothing is left to go."""
+        if self.used_bytes["device"] + wanted <= self.limits.device:
+            return
         going = [key for key, entry in self.entries.items() if entry.used != self.moves and entry.storages and not entry.on_host]
         for key in sorted(going, key=lambda key: not self.entries[key].first_out):  # stable: least recently used first
             if self.used_bytes["device"] + wanted <= self.limits.device:

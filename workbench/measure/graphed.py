@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -59,7 +60,8 @@ class Graphs:
     refused: str = ""
     copy: nn.Module | None = None
     called: nn.Module | None = None  # what `prepared` makes of the copy
-    slots: list[Tensor] = field(default_factory=list)  # the copy's tensors
+    own: list[Tensor] = field(default_factory=list)  # the dense model's tensors
+    slots: list[Tensor] = field(default_factory=list)  # the copy's, in the same order
     pristine: list[bool] = field(default_factory=list)  # whether they hold the dense model's values
     holds: weakref.ref[nn.Module] | None = None  # the model whose weights the copy has now
     captured: dict[object, Captured] = field(default_factory=dict)
@@ -91,26 +93,26 @@ class Graphs:
                 self.copy = twin(self.dense)
                 own_parameters(self.copy)
                 self.called = self.prepared(self.copy)
-                self.slots = tensors(self.copy)
+                self.own, self.slots = (counterparts(self.dense, one) or [] for one in (self.dense, self.copy))
                 self.pristine = [True] * len(self.slots)
         self.holds = None
-        if self.refused or self.copy is None or not alike(self.dense, model):
+        if self.refused or self.copy is None:
             return False
-        if shared(model) != shared(self.dense):  # tensors that were one are two now
+        values = counterparts(self.dense, model)
+        if values is None:
             return False
-        values, ours = tensors(model), tensors(self.dense)
-        moved = [index for index, (value, own) in enumerate(zip(values, ours, strict=True)) if value is not own or not self.pristine[index]]
+        moved = [index for index, (value, own) in enumerate(zip(values, self.own, strict=True)) if value is not own or not self.pristine[index]]
         if moved:
             with torch.inference_mode():
                 torch._foreach_copy_([self.slots[index] for index in moved], [values[index] for index in moved])
         for index in moved:
-            self.pristine[index] = values[index] is ours[index]
+            self.pristine[index] = values[index] is self.own[index]
         self.holds = weakref.ref(model)
         return True
 
     def why_not(self) -> str:
         """Return why the dense model is not captured, "" if it can be tried."""
-        found = tensors(self.dense)
+        found = [*self.dense.parameters(), *self.dense.buffers()]
         device = found[0].device if found else torch.device("cpu")
         if device.type != "cuda":
             return "CUDA graphs need a CUDA GPU"
@@ -177,27 +179,38 @@ class Graphs:
         return Captured(graph, inputs, loss, answers, self.sampled)
 
 
-def tensors(model: nn.Module) -> list[Tensor]:
-    """Return parameters and buffers, each once, in the order of their first place."""
-    return [*model.parameters(), *model.buffers()]
-
-
-def shared(model: nn.Module) -> list[int]:
-    """Return for each place of a tensor, in order, the first place that holds the same one."""
-    first: dict[int, int] = {}
-    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [first.setdefault(id(tensor), place) for place, (_, tensor) in enumerate(places)]
-
-
 def hooked(module: nn.Module) -> bool:
     """Return whether a module has hooks."""
-    return any("hooks" in name and bool(value) and not isinstance(value, bool) for name, value in vars(module).items())
+    inside = vars(module)
+    return any(bool(inside[name]) and not isinstance(inside[name], bool) for name in sorts(tuple(inside))[1])
 
 
-def alike(dense: nn.Module, model: nn.Module) -> bool:
-    """Return whether a model differs from the dense one in the values of its tensors alone: same modules, numbers, shapes and types."""
-    ours, theirs = dict(dense.named_modules(remove_duplicate=False)), dict(model.named_modules(remove_duplicate=False))
-    return ours.keys() == theirs.keys() and all(same_but_values(module, theirs[name]) for name, module in ours.items())
+@cache
+def sorts(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which attributes of a module are neither tables nor hooks, and which are hooks."""
+    hooks = tuple(name for name in names if "hooks" in name)
+    return tuple(name for name in names if name not in TABLES and name not in hooks), hooks
+
+
+def counterparts(dense: nn.Module, model: nn.Module) -> list[Tensor] | None:
+    """Return what a model holds in the place of each tensor of the dense one, each once, always in the same order.
+
+    None if it differs in anything else than the values of its tensors: modules, numbers, shapes, types, or a tensor that was one and is two.
+    """
+    met: dict[int, nn.Module] = {}
+    found: dict[int, Tensor] = {}
+    pairs = [(dense, model)]
+    while pairs:
+        ours, theirs = pairs.pop()
+        if met.setdefault(id(ours), theirs) is not theirs or not same_but_values(ours, theirs):
+            return None
+        for table in ("_parameters", "_buffers"):
+            values = vars(theirs)[table]
+            if any(found.setdefault(id(own), values[name]) is not values[name] for name, own in vars(ours)[table].items() if own is not None):
+                return None
+        children = theirs._modules  # noqa: SLF001  this is walked at every move, and torch's own ways take several times as long
+        pairs += [(child, children[name]) for name, child in ours._modules.items() if child is not None]  # type: ignore[misc]  # noqa: SLF001  keys and gaps are the same
+    return list(found.values())
 
 
 def same_but_values(dense: nn.Module, other: nn.Module) -> bool:
@@ -205,14 +218,15 @@ def same_but_values(dense: nn.Module, other: nn.Module) -> bool:
     ours, theirs = vars(dense), vars(other)
     if type(dense) is not type(other) or ours.keys() != theirs.keys() or hooked(other):
         return False
-    if any(value is not theirs[name] for name, value in ours.items() if name not in TABLES and "hooks" not in name):
+    if any(ours[name] is not theirs[name] for name in sorts(tuple(ours))[0]):
         return False
-    return all(same_form(one, two) for table in ("_parameters", "_buffers") for one, two in [(ours[table], theirs[table])])
+    children = [{name: child is None for name, child in one["_modules"].items()} for one in (ours, theirs)]
+    return children[0] == children[1] and same_form(ours["_parameters"], theirs["_parameters"]) and same_form(ours["_buffers"], theirs["_buffers"])
 
 
 def same_form(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> bool:
     """Return whether two tables name tensors of the same shapes, types and devices."""
     if ours.keys() != theirs.keys():
         return False
-    pairs = [(one, theirs[name]) for name, one in ours.items()]
-    return all((one is None) is (two is None) and (one is None or two is None or (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)) for one, two in pairs)
+    pairs = [(one, theirs[name]) for name, one in ours.items() if one is not theirs[name]]
+    return all(one is not None and two is not None and (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device) for one, two in pairs)

@@ -10,22 +10,23 @@ import torch
 
 @contextmanager
 def one_sequence_each() -> Iterator[None]:
-    """Within, transformers does not look for several sequences packed into one window.
+    """Within, transformers does not look for several sequences packed into one window, and makes no mask that nobody gave it.
 
     That asks the GPU, which a capture cannot; told that a graph is captured, transformers takes for granted that there are some
-    and gives attention a mask, which makes it choose another kernel. The windows that are timed and evaluated hold one sequence each.
+    and gives attention a mask, which makes it choose another kernel and repeat shared keys and values in memory (up to 5.17 it
+    did so even where there is no padding to look at). The windows that are timed and evaluated hold one sequence each.
     """
     from transformers import masking_utils
 
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:
-        yield
-        return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005  as it is called
+    own = {name: getattr(masking_utils, name) for name in ("find_packed_sequence_indices", "is_tracing") if hasattr(masking_utils, name)}
+    instead = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: tensor is not None and own["is_tracing"](tensor)}  # noqa: ARG005  as they are called
+    for name in own:
+        setattr(masking_utils, name, instead[name])
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        for name, function in own.items():
+            setattr(masking_utils, name, function)
 
 
 @contextmanager
