@@ -63,10 +63,7 @@ class Batch:
 
     def in_place(self) -> list[Tensor] | None:
         """Return the matrices where they lie, for `workbench.compress.passes`; None if its kernels cannot read them, or one may not be finite."""
-        if not all(layer.finite and not layer.transposed for layer in self.layers):
-            return None
-        weights = [layer.as_matrix(layer.parameter.detach()) for layer in self.layers]
-        return weights if passes.suited(weights) else None
+        return matrices_in_place(self.layers)
 
     def put(self, matrices: Sequence[Tensor]) -> None:
         """Give each module its matrix [outputs, inputs], of its own dtype, as it is: not copied."""
@@ -100,6 +97,14 @@ class Batch:
         if first.grid is not None:
             found |= (self.grids().dequantize().to(stored.dtype) != stored).any()
         return found
+
+
+def matrices_in_place(layers: Sequence[Layer]) -> list[Tensor] | None:
+    """Return what `Batch.in_place` does, of layers of any shapes."""
+    if not layers or not all(layer.finite and not layer.transposed for layer in layers):
+        return None
+    weights = [layer.as_matrix(layer.parameter.detach()) for layer in layers]
+    return weights if passes.suited(weights) else None
 
 
 def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
@@ -149,10 +154,10 @@ def batches(step: Step, work: Work) -> Iterator[Batch]:
     return reported(step, work, work.choose(step))
 
 
-def reported(step: Step, work: Work, layers: list[Layer]) -> Iterator[Batch]:
-    """Iterate over batches of these layers, reporting progress."""
+def reported(step: Step, work: Work, layers: list[Layer], *, whole: bool = False) -> Iterator[Batch]:
+    """Iterate over batches of these layers, reporting progress; `whole`: see `grouped`."""
     done = 0
-    for batch in grouped(layers):
+    for batch in grouped(layers, whole=whole):
         work.progress(step.kind(), done, len(layers))
         yield batch
         done += len(batch.layers)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.compress.batch import Batch, grouped
+from workbench.compress.batch import Batch, grouped, matrices_in_place
 from workbench.compress.layers import Layer
 from workbench.compress.selection import first_true
 from workbench.device import placed
@@ -43,13 +43,18 @@ def counts(batch: Batch, statistics: Statistics) -> Tensor:
     """Return how many weights of each layer have at most each magnitude, int32 [layers, 32768]; kept for the next move where the weights are the dense model's."""
 
     def compute() -> Tensor:
-        number = len(batch.layers)
-        found = keys(batch.stored().flatten(1)).int() + VALUES * torch.arange(number, dtype=torch.int32, device=batch.layers[0].parameter.device)[:, None]
-        return torch.bincount(found.flatten(), minlength=number * VALUES).view(number, VALUES).cumsum(1).int()
+        return torch.cat([counted(part) for part in grouped(batch.layers)])
 
     if not all(layer.pristine for layer in batch.layers):
         return compute()
     return statistics.once(("magnitudes", tuple(layer.origin for layer in batch.layers)), compute, lasting=True, optional=True)
+
+
+def counted(batch: Batch) -> Tensor:
+    """Return what `counts` does, of a batch that may be copied."""
+    number = len(batch.layers)
+    found = keys(batch.stored().flatten(1)).int() + VALUES * torch.arange(number, dtype=torch.int32, device=batch.layers[0].parameter.device)[:, None]
+    return torch.bincount(found.flatten(), minlength=number * VALUES).view(number, VALUES).cumsum(1).int()
 
 
 def keep(stored: Tensor, below: Tensor, removed: Sequence[int]) -> Tensor:
@@ -81,7 +86,7 @@ def thresholds(below: Tensor, removed: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def below_threshold(layers: Sequence[Layer], statistics: Statistics, target: int) -> tuple[dict[str, int], dict[str, int]]:
     """Return how many weights of each layer lie below the `target`-th smallest of all, and how many are equal to it."""
-    tables = [(batch, counts(batch, statistics)) for batch in grouped(layers)]
+    tables = [(batch, counts(batch, statistics)) for batch in grouped(layers, whole=matrices_in_place(layers) is not None)]
     reached = torch.stack([table.sum(0, dtype=torch.int64).to(tables[0][1].device) for _, table in tables]).sum(0)
     place = int(torch.searchsorted(reached, torch.tensor(target, device=reached.device)))
     less: dict[str, int] = {}

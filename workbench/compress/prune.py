@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from workbench.compress import allocate, magnitudes, passes, sparsegpt
-from workbench.compress.batch import Batch, reported
+from workbench.compress.batch import Batch, matrices_in_place, reported
 from workbench.compress.importance import Evidence, evidence_for, importance, input_norms
 from workbench.compress.layers import Layer
 from workbench.compress.schedule import rounds
@@ -168,7 +169,7 @@ def prune(step: Prune, work: Work) -> None:
     for number, sparsity in enumerate(rounds(step, work)):
         evidence = evidence_for(step, work, layers, now=number > 0 or bool(step.penalty))
         counts, final = removed(step, layers, evidence, sparsity, final)
-        for batch in reported(step, work, layers):
+        for batch in reported(step, work, layers, whole=in_place(step, layers)):
             prune_batch(step, batch, evidence, [counts[layer.name] for layer in batch.layers], sparsity)
     for layer in layers:
         work.took(step, layer, words(step, layer, counts[layer.name]))
@@ -228,10 +229,20 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
     promise(batch, kept)
 
 
+def in_place(step: Prune, layers: list[Layer]) -> bool:
+    """Return whether kernels prune all these layers where they lie: those of one shape at once then, since that takes no memory."""
+    return (magnitudes.countable(step, layers) or rows_fit(step, layers)) and matrices_in_place(layers) is not None
+
+
 def by_rows(step: Prune, batch: Batch) -> list[Tensor] | None:
     """Return the weights where they lie if one kernel prunes their rows by `wanda`, None if it does not."""
-    alone = step.criterion == "wanda" and step.allocation != "global" and step.group is None and batch.layers[0].mask is None
-    return batch.in_place() if alone and batch.shape[1] <= passes.WIDEST else None
+    return batch.in_place() if rows_fit(step, batch.layers) else None
+
+
+def rows_fit(step: Prune, layers: Sequence[Layer]) -> bool:
+    """Return whether each row is pruned by `wanda` alone, and is short enough for one program of a kernel."""
+    alone = step.criterion == "wanda" and step.allocation != "global" and step.group is None
+    return alone and all(layer.mask is None and layer.shape[1] <= passes.WIDEST for layer in layers)
 
 
 def zeroed(batch: Batch, below: Tensor, counts: list[int]) -> Tensor:

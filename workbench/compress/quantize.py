@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from workbench.compress import awq, gptq, hqq, known_grid, mixed, passes
-from workbench.compress.batch import Batch, grouped
+from workbench.compress.batch import Batch, grouped, matrices_in_place
 from workbench.compress.layers import Layer
 from workbench.compress.moments import second_moment_of
 from workbench.compress.scales import SHRINKS, Scales, Spec, fit, fit_grids, fit_in_place, form_of, in_place
@@ -134,7 +134,7 @@ def quantize(step: Quantize, work: Work) -> None:
     work.warnings += [words for words in known_grid.notes(work.statistics) if words not in work.warnings]
     done = 0
     for bits, members in by_width(step, layers, work).items():
-        for batch in of_one_sort(members):
+        for batch in of_one_sort(members, whole=in_place_all(step, members, bits)):
             work.progress(step.kind(), done, len(layers))
             form, half, made = rounded(step, batch, bits, work)
             for layer, own in zip(batch.layers, split(form, half), strict=True):
@@ -163,10 +163,17 @@ def by_width(step: Quantize, layers: list[Layer], work: Work) -> dict[int, list[
     return {bits: members for bits in mixed.WIDTHS if (members := [layer for layer in layers if chosen[layer.name] == bits])}
 
 
-def of_one_sort(layers: list[Layer]) -> Iterator[Batch]:
-    """Yield batches in which tables, whose inputs have no second moment, stand apart."""
+def of_one_sort(layers: list[Layer], *, whole: bool) -> Iterator[Batch]:
+    """Yield batches in which tables, whose inputs have no second moment, stand apart; `whole`: see `grouped`."""
     for tables in (False, True):
-        yield from grouped(layer for layer in layers if layer.table is tables)
+        yield from grouped((layer for layer in layers if layer.table is tables), whole=whole)
+
+
+def in_place_all(step: Quantize, layers: list[Layer], bits: int) -> bool:
+    """Return whether kernels round all these layers where they lie, without a search that needs memory: those of one shape at once then."""
+    spec = step.spec(bits)
+    plain = step.number_format == "integer" and step.rounding == "rtn" and not spec.search
+    return plain and all(in_place(spec, layer.shape[1]) for layer in layers) and matrices_in_place(layers) is not None
 
 
 def rounded(step: Quantize, batch: Batch, bits: int, work: Work) -> tuple[Form, tuple[bool, ...], list[Tensor]]:
