@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -143,6 +144,21 @@ def test_giving_up_leaves_the_old_model_and_a_late_one_never_shows(tmp_path, mon
     assert loaded == [first, second]
     assert session.bench.task.model_name == "fashion-cnn"
     session.close()
+
+
+def test_what_is_loaded_is_not_looked_at_for_garbage_in_the_middle_of_a_move_and_closing_ends_that(tmp_path):
+    session = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=pytest.fail, on_not_loaded=pytest.fail,
+                      ledger=tmp_path / "points.journal", offline=True, progress=False)  # fmt: skip
+    try:
+        session.load_now(Choice("fashion-cnn", device="cpu", evaluation_items=16))
+        frozen = gc.get_freeze_count()
+        assert frozen > 100_000  # torch and transformers are among them
+        assert not any(one is session.bench for one in gc.get_objects())
+        session.load_now(Choice("fashion-cnn", device="cpu", evaluation_items=16))
+        assert gc.get_freeze_count() < 1.5 * frozen  # the first model was let go of
+    finally:
+        session.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_panel_loads_what_is_picked_and_goes_back_with_the_reason(tmp_path):

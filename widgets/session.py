@@ -16,6 +16,7 @@ from typing import Any
 from widgets.choice import Choice
 from widgets.live import Live
 from widgets.worker import Stale, Worker
+from workbench import garbage
 from workbench.bench import Bench
 from workbench.compress import Compressed, Distill
 from workbench.compress.layers import Progress
@@ -100,6 +101,7 @@ class Session:
             predictor = Predictor(bench)
             predictor.predict(Recipe())  # the first one is slow: libraries warm up
             bench.predicts = predictor.record
+            garbage.settle()
             yield choice, bench, predictor
 
         return make
@@ -338,7 +340,8 @@ class Session:
         return [] if self.bench is None else comparable(self.bench.ledger.rows(), self.bench.context)
 
     def close(self) -> None:
-        """Stop both runners."""
+        """Stop all runners; what was alive when the model was loaded is looked at for garbage again."""
         self.loader.close()
         self.measurer.close()
         self.preparer.close()
+        garbage.unsettle()
