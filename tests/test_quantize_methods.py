@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
-from workbench.compress import awq, compress, hqq, mixed
+from workbench.compress import awq, compress, hqq, mixed, quantize
 from workbench.compress.batch import Batch
 from workbench.compress.scales import Spec, fit, form_of
 from workbench.errors import CompressionError, RecipeError
@@ -267,7 +267,7 @@ def test_mixed_precision_is_no_worse_than_the_same_width_everywhere(fashion_cnn)
 def test_scales_are_kept_for_the_next_visit_and_change_nothing(sort, monkeypatch):
     task = tiny_task(sort)
     kept, calls = Statistics(task), []
-    monkeypatch.setattr(sys.modules["workbench.compress.quantize"], "fit", lambda stack, spec: calls.append(spec.bits) or fit(stack, spec))
+    monkeypatch.setattr(sys.modules["workbench.compress.quantize"], "fit", lambda stack, spec, known: calls.append(spec.bits) or fit(stack, spec, known))
     first = compress(task, Recipe(Q(weight_bits=3)), kept)
     again = compress(task, Recipe(Q(weight_bits=3)), kept)
     assert same(weights(first.model), weights(again.model))
@@ -372,3 +372,21 @@ def test_batches_of_any_size_give_the_same_bits(sort, monkeypatch):
 def test_an_average_width_where_no_group_fits_is_refused_with_the_reason():
     with pytest.raises(CompressionError, match="fits no layer.*group_size 11 does not divide"):
         compress(tiny_task("vit"), Recipe(wb.Quantize(weight_bits=3.4, group_size=11)))
+
+
+@pytest.mark.parametrize("sort", ["llama", "resnet"])
+@pytest.mark.parametrize("step", [Q(weight_bits=4, group_size=8), Q(weight_bits=4), Q(weight_bits=4, granularity="tensor")], ids=["groups", "rows", "tensor"])
+def test_the_ranges_of_groups_are_found_once_for_all_widths_and_give_the_same_bits(sort, device, step, monkeypatch):
+    task, found = tiny_task(sort, device), []
+    for name in ("ranges", "ranges_in_place"):
+        find = getattr(quantize, name)
+        monkeypatch.setattr(quantize, name, lambda *given, find=find: found.append(1) or find(*given))
+    kept = Statistics(task)
+    first = compress(task, Recipe(step), kept)
+    shapes = {tuple(layer.parameter.shape) for layer in first.layers if layer.grid is not None}
+    assert len(found) >= len(shapes)
+    count = len(found)
+    other = dataclasses.replace(step, weight_bits=3)
+    again = compress(task, Recipe(other), kept)
+    assert len(found) == count
+    assert same(weights(again.model), weights(compress(task, Recipe(other)).model))

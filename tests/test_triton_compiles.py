@@ -31,7 +31,7 @@ def compiled(kernel, arguments, constants, architecture, *, aligned=(), warps=8)
 def test_pruning_by_magnitude_reads_and_writes_many_weights_an_instruction(architecture):
     from workbench.runtime import triton_weights as kernels
 
-    numbers = {"threshold_ptr": "*i32", "stay_ptr": "*i32", "before_ptr": "*i32", "ties_ptr": "*i32", "mask_ptr": "*u8", "size": "i32", "weights_ptr": TABLE, "out_ptr": TABLE}
+    numbers = {"threshold_ptr": "*i32", "stay_ptr": "*i32", "upto_ptr": "*i32", "ties_ptr": "*i32", "mask_ptr": "*u8", "size": "i32", "weights_ptr": TABLE, "out_ptr": TABLE}
     for kernel in (kernels.count_ties, kernels.prune):
         code = compiled(kernel, numbers, {"BLOCK": 4096}, architecture, aligned=["size"] + ["mask_ptr"] * (kernel is kernels.prune))
         assert "ld.global.v4" in code

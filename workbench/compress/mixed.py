@@ -20,7 +20,7 @@ from workbench.compress.awq import output_error
 from workbench.compress.batch import Batch, grouped
 from workbench.compress.layers import Layer
 from workbench.compress.moments import second_moment_of
-from workbench.compress.scales import Spec, fit, form_of
+from workbench.compress.scales import Spec, fit, form_of, ranges
 from workbench.compress.work import Work
 
 Weigh = Callable[[Tensor], Tensor]  # errors [layers, outputs, inputs] -> cost of each layer
@@ -58,11 +58,11 @@ def batch_costs(batch: Batch, spec: Spec, work: Work) -> list[list[float]]:
     """Return what each width costs each layer of one shape."""
     stack = batch.matrices()
     weigh = by_fisher if batch.layers[0].table else by_outputs
-    felt = weigh(batch, work)
+    felt, known = weigh(batch, work), ranges(stack, spec)
     found = []
     for bits in WIDTHS:
         at = Spec(bits, spec.group_size, symmetric=spec.symmetric, search=spec.search, whole=spec.whole)
-        error = form_of(stack, fit(stack, at), at).dequantize() - stack
+        error = form_of(stack, fit(stack, at, known), at).dequantize() - stack
         found.append(felt(error))
     return torch.stack(found, 1).double().tolist()
 

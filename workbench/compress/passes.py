@@ -139,9 +139,9 @@ def prune(weights: list[Tensor], threshold: Tensor, stay: Tensor) -> tuple[list[
     where, edge = table(weights), threshold.int()
     with launching(device):
         kernels.count_ties[grid](where, edge, ties, size, BLOCK, num_warps=WARPS)
-    before = ties.cumsum(1, dtype=torch.int32) - ties
+    upto = ties.cumsum(1, dtype=torch.int32)
     with launching(device):
-        kernels.prune[grid](where, edge, stay.int(), before, table(fresh), masks.view(torch.uint8), size, BLOCK, num_warps=WARPS)
+        kernels.prune[grid](where, edge, stay.int(), ties, upto, table(fresh), masks.view(torch.uint8), size, BLOCK, num_warps=WARPS)
     return fresh, masks
 
 

@@ -13,7 +13,7 @@ from workbench.compress import awq, gptq, hqq, known_grid, mixed, passes
 from workbench.compress.batch import Batch, grouped, matrices_in_place
 from workbench.compress.layers import Layer
 from workbench.compress.moments import second_moment_of
-from workbench.compress.scales import SHRINKS, Scales, Spec, fit, fit_grids, fit_in_place, form_of, in_place
+from workbench.compress.scales import SHRINKS, Ranges, Scales, Spec, fit, fit_grids, fit_in_place, form_of, in_place, ranges, ranges_in_place
 from workbench.compress.work import Work
 from workbench.errors import RecipeError
 from workbench.recipe import METHODS, About, Step, configuration
@@ -182,7 +182,10 @@ def rounded(step: Quantize, batch: Batch, bits: int, work: Work) -> tuple[Form, 
     by_inputs = step.rounding in BY_INPUTS and not batch.layers[0].table
     nearest = step.number_format == "integer" and step.rounding != "hqq" and not by_inputs
     if nearest and (weights := batch.in_place()) is not None:
-        scales = scales_of(lambda: fit_in_place(weights, spec) if in_place(spec, batch.shape[1]) else fit(batch.matrices(), spec), batch, spec, work)
+        if in_place(spec, batch.shape[1]):
+            scales = scales_of(lambda: fit_in_place(weights, spec, ranges_of(lambda: ranges_in_place(weights, spec), batch, spec, work)), batch, spec, work)
+        else:
+            scales = scales_of(lambda: fit(batch.matrices(), spec), batch, spec, work)
         made, codes = passes.to_grid(weights, scales.scale, scales.zero, bits)
         return Grid(codes, scales.scale, scales.zero, bits), scales.half, made
     return *solved(step, batch, spec, work, by_inputs=by_inputs), []
@@ -195,7 +198,7 @@ def solved(step: Quantize, batch: Batch, spec: Spec, work: Work, *, by_inputs: b
         return form_of(stack, None, spec), (False,) * len(stack)
     if by_inputs and step.rounding == "awq":
         return awq.search(stack, torch.stack([second_moment_of(layer, work) for layer in batch.layers]), spec)
-    scales = scales_of(lambda: fit(stack, spec), batch, spec, work)
+    scales = scales_of(lambda: fit(stack, spec, ranges_of(lambda: ranges(stack, spec), batch, spec, work)), batch, spec, work)
     masks = masks_of(batch)
     if step.rounding == "hqq":
         return hqq.solve(stack, scales, spec, masks), scales.half
@@ -216,6 +219,13 @@ def scales_of(fitted: Callable[[], Scales], batch: Batch, spec: Spec, work: Work
     if not all(layer.pristine for layer in batch.layers):
         return fitted()
     return work.statistics.once(("scales", spec, tuple(layer.origin for layer in batch.layers)), fitted, lasting=True, optional=True)
+
+
+def ranges_of(found: Callable[[], Ranges], batch: Batch, spec: Spec, work: Work) -> Ranges:
+    """Return the ranges of a batch's groups; those of the dense weights are kept for the next width."""
+    if not all(layer.pristine for layer in batch.layers):
+        return found()
+    return work.statistics.once(("ranges", spec.group_size, spec.whole, tuple(layer.origin for layer in batch.layers)), found, optional=True)
 
 
 def words(step: Quantize, layer: Layer, bits: int) -> str:

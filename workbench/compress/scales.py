@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from workbench.compress import passes
 from workbench.runtime.forms import FLOAT8_MOST, HALVES, Cast, FloatFormat, FloatGrid, Form, decode_float, encode_float, split
 from workbench.runtime.grid import Grid, nearest_codes
+
+Ranges: TypeAlias = tuple[Tensor, Tensor]  # of groups, float32 [layers, outputs, groups] each
 
 SHRINKS = 24  # candidates of the scale search: from the full range down to 40% of it
 
@@ -52,10 +54,20 @@ class Scales:
     half: tuple[bool, ...]
 
 
-def fit(stack: Tensor, spec: Spec) -> Scales:
-    """Return the scales of least squared error among the candidate ranges: the full one, or with `search` 24 down to 40% of it."""
+def ranges(stack: Tensor, spec: Spec) -> Ranges:
+    """Return the least weight of each group, at most 0, and the largest, at least 0: the same at every width."""
     groups = spec.grouped(stack)
-    low, high = groups.amin(3).clamp_max(0), groups.amax(3).clamp_min(0)
+    return groups.amin(3).clamp_max(0), groups.amax(3).clamp_min(0)
+
+
+def ranges_in_place(weights: list[Tensor], spec: Spec) -> Ranges:
+    """Return what `ranges` does, by a kernel that reads the weights where they lie, where `in_place` says so."""
+    return passes.extremes(weights, spec.group_size or weights[0].shape[1])
+
+
+def fit(stack: Tensor, spec: Spec, known: Ranges | None = None) -> Scales:
+    """Return the scales of least squared error among the candidate ranges: the full one, or with `search` 24 down to 40% of it. `known`: what `ranges` returns."""
+    groups, (low, high) = spec.grouped(stack), known or ranges(stack, spec)
 
     def best(scales: Tensor, zeros: Tensor | None) -> Tensor:
         errors = [rounding_error(groups, scale, None if zeros is None else zeros[place], spec) for place, scale in enumerate(scales)]
@@ -64,13 +76,12 @@ def fit(stack: Tensor, spec: Spec) -> Scales:
     return among(low, high, spec, best)
 
 
-def fit_in_place(weights: list[Tensor], spec: Spec) -> Scales:
+def fit_in_place(weights: list[Tensor], spec: Spec, known: Ranges | None = None) -> Scales:
     """Return what `fit` returns for integers, by kernels that read the weights where they lie (see `workbench.compress.passes`).
 
     Sums of squares differ in their last digits, so that of candidates that are as good another one may be taken.
     """
-    low, high = passes.extremes(weights, spec.group_size or weights[0].shape[1])
-    return among(low, high, spec, lambda scales, zeros: passes.search(weights, scales, zeros, spec.bits))
+    return among(*(known or ranges_in_place(weights, spec)), spec, lambda scales, zeros: passes.search(weights, scales, zeros, spec.bits))
 
 
 def in_place(spec: Spec, columns: int) -> bool:

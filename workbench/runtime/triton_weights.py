@@ -36,19 +36,24 @@ def count_ties(weights_ptr, threshold_ptr, ties_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prune(weights_ptr, threshold_ptr, stay_ptr, before_ptr, out_ptr, mask_ptr, size, BLOCK: tl.constexpr):
+def prune(weights_ptr, threshold_ptr, stay_ptr, ties_ptr, upto_ptr, out_ptr, mask_ptr, size, BLOCK: tl.constexpr):
     """Write the mask (uint8 [layers, size]) of magnitudes above a threshold, and the weights with zeros for the others, which keep their sign.
 
-    Of magnitudes equal to it the first `stay` [layers] stay; `before` [layers, blocks] of them lie in earlier blocks. All int32.
+    Of magnitudes equal to it the first `stay` [layers] stay: `ties` [layers, blocks] lie in a block, `upto` in it and those before. All
+    int32. They are numbered only in the one block of a layer where some stay and some go: elsewhere that costs more than reading the weights.
     """
     layer, block = tl.program_id(1), tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     bits = tl.load(address(weights_ptr, layer, tl.int16) + place, mask=inside, other=-1)
     magnitude, threshold = (bits & 0x7FFF).to(tl.int32), tl.load(threshold_ptr + layer)
-    equal = (magnitude == threshold).to(tl.int32)
-    room = tl.load(stay_ptr + layer) - tl.load(before_ptr + layer * tl.num_programs(0) + block)
-    kept = (magnitude > threshold) | ((equal != 0) & (tl.cumsum(equal, axis=0) <= room))
+    at = layer * tl.num_programs(0) + block
+    ties = tl.load(ties_ptr + at)
+    room = tl.load(stay_ptr + layer) - (tl.load(upto_ptr + at) - ties)
+    kept = (magnitude > threshold) | ((magnitude == threshold) & (room >= ties))
+    if (room > 0) & (room < ties):
+        equal = (magnitude == threshold).to(tl.int32)
+        kept = kept | ((equal != 0) & (tl.cumsum(equal, axis=0) <= room))
     tl.store(address(out_ptr, layer, tl.int16) + place, tl.where(kept, bits, bits & -32768), mask=inside)
     tl.store(mask_ptr + layer.to(tl.int64) * size + place, kept.to(tl.uint8), mask=inside)
 
