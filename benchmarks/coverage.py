@@ -1,7 +1,7 @@
 """How often the intervals of looks hold, over random recipes whose every item is scored, and how wide they are.
 
     python -m benchmarks.coverage_scores --recipes 150 --neighbours 60 --scores FOLDER
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 8 --items 128 --context 128 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --scores FOLDER
     python -m benchmarks.coverage --scores FOLDER --orders 20 --out benchmarks/results/coverage.json
 
 The first commands score all items once (`coverage_scores.py`), this one computes from these scores what `Bench.stream` would
@@ -16,7 +16,8 @@ Kinds of interval: `plain`, paired differences of the items read, Student's t fo
 first); `joint`, for the joint distribution of the looks, and of losses widened for hard items that were not met (what a first
 recipe has, until the dense model has read all items); `dense known`, with the dense model's results on all items; `neighbour`,
 also with those of a recipe one small slider move away. Widths are medians over recipes of a look's mean width over the plain one's.
-A model whose items are windows of tokens (fractions of right answers) is judged by perplexity.
+A model whose items are windows of tokens (fractions of right answers) is judged by perplexity, from the look after 4 of them on that
+a CPU has. The file of results keeps the rows of models that are not in the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 
 from workbench.device import describe
-from workbench.looks import LOOKS
+from workbench.looks import FEW_LONG, LOOKS
 from workbench.measure.intervals import mean
 from workbench.measure.joint import joint_level
 from workbench.measure.known import Known
@@ -62,9 +63,10 @@ def taken(whole: Scores, order: np.ndarray) -> Scores:
     return Scores(whole.loss[index], whole.correct[index], whole.weight[index], whole.answers[index])
 
 
-def looks_of(count: int) -> tuple[int, ...]:
-    """Return the numbers of items after which a stream looks."""
-    return (*(n for n in LOOKS if n < count), count)
+def looks_of(dense: Scores) -> tuple[int, ...]:
+    """Return the numbers of items after which a stream looks; of windows as on a CPU."""
+    early = LOOKS if primary_of(dense) == "accuracy" else (FEW_LONG, *LOOKS)
+    return (*(n for n in early if n < len(dense)), len(dense))
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def primary_of(dense: Scores) -> str:
 
 def said(kind: str, dense: Scores, mine: Scores, near: Scores | None) -> list[tuple[Quality, ...]]:
     """Return the qualities of every look as one kind of interval has them; all scores are in the order in which they are read."""
-    counts, primary = looks_of(len(dense)), primary_of(dense)
+    counts, primary = looks_of(dense), primary_of(dense)
     if kind == "plain":
         return [plainly(primary, dense.first(n), mine.first(n), len(counts)) for n in counts]
     known = None if kind == "joint" else Known(dense, near)
@@ -180,20 +182,25 @@ def measured(folder: Path, trials: int) -> list[Row]:
     return rows
 
 
-def both_models(rows: list[Row], kind: str, look: str, what: str = "own_order") -> Row:
-    """Return the coverage of the full-set value by the main metric's interval over the recipes of all models together."""
-    mine = [row for row in rows if (row["for"], row["metric"], row["interval"], row["look"]) == ("full set", "accuracy", kind, look)]
+def together(rows: list[Row], metric: str, kind: str, look: str, what: str = "own_order") -> Row | None:
+    """Return the coverage of the full-set value by a metric's interval over the recipes of all models with it together; None without any."""
+    mine = [row for row in rows if (row["for"], row["metric"], row["interval"], row["look"]) == ("full set", metric, kind, look)]
+    if not mine:
+        return None
     trials = sum(row["recipes" if what == "own_order" else "trials"] for row in mine)
     holds = sum(round(row[f"{what}_covered" if what == "own_order" else "covered"] * row["recipes" if what == "own_order" else "trials"]) for row in mine)
     low, high = wilson(holds, trials)
-    return {"interval": kind, "look": look, "of": "the product's own order" if what == "own_order" else "random orders", "covered": round(holds / trials, 4), "low": round(low, 4), "high": round(high, 4), "trials": trials}
+    return {
+        "models": ", ".join(dict.fromkeys(row["model"] for row in mine)), "metric": metric, "interval": kind, "look": look, "of": "the product's own order" if what == "own_order" else "random orders",
+        "covered": round(holds / trials, 4), "low": round(low, 4), "high": round(high, 4), "trials": trials,
+    }  # fmt: skip
 
 
 def aim(rows: list[Row]) -> list[Row]:
     """Return what the aim is about: how often the first look's interval of the main metric contains the full-set value."""
-    first = str(LOOKS[0])
-    kinds = [kind for kind in KINDS if any(row["interval"] == kind for row in rows)]
-    return [both_models(rows, kind, first, what) for kind in kinds for what in ("own_order", "trials")]
+    firsts = [("accuracy", str(LOOKS[0])), ("perplexity", str(FEW_LONG)), ("perplexity", str(LOOKS[0]))]
+    found = [together(rows, metric, kind, look, what) for metric, look in firsts for kind in KINDS for what in ("own_order", "trials")]
+    return [row for row in found if row is not None]
 
 
 def table(rows: list[Row], columns: list[str]) -> str:
@@ -205,7 +212,8 @@ def table(rows: list[Row], columns: list[str]) -> str:
 def looks_section(result: Row) -> str:
     """Return what is said about the intervals of looks."""
     columns = ["model", "metric", "interval", "look", "recipes", "trials", "covered", "low", "high", "worst_tenth", "width"]
-    parts = ["## The first look\n", f"How often the interval of accuracy after {LOOKS[0]} items contains the value on all items; aim: 93% at a nominal 95%. Low and high: Wilson, 95%.\n", table(result["rows"], ["interval", "of", "covered", "low", "high", "trials"])]
+    parts = ["## The first look\n", f"How often the interval of the main metric after {LOOKS[0]} items, of windows also after {FEW_LONG}, contains the value on all items; aim: 93% at a nominal 95%. Low and high: Wilson, 95%.\n"]
+    parts.append(table(result["rows"], ["models", "metric", "interval", "look", "of", "covered", "low", "high", "trials"]))
     parts += ["## All looks together\n", f"How often every look's interval of a recipe holds at once; aim: {CONFIDENCE:.0%}. For the value on all items (`full set`) and for that of the population (`population`), which is what is promised.\n"]
     parts.append(table([row for row in result["details"] if row["look"] == "all looks"], ["model", "metric", "interval", "for", "recipes", "trials", "covered", "low", "high"]))
     for target in TARGETS:
@@ -223,14 +231,20 @@ def predicted_section(result: Row) -> str:
 
 def markdown(result: Row) -> str:
     """Return the whole result as a page."""
-    head = f"# Do the intervals hold?\n\n`{result['command']}`, {result['date']}, {result['device']}. {result['what']}\n"
+    head = f"# Do the intervals hold?\n\n`{result['command']}`, {result['date']}, {result['device']}. {result['what']} {result.get('earlier', '')}\n"
     return "\n".join(filter(None, (head, looks_section(result), predicted_section(result))))
 
 
 def write(result: Row, path: Path) -> None:
-    """Write JSON and page; what another script has put under `predicted` stays."""
+    """Write JSON and page; what another script has put under `predicted` stays, and so do the rows of models that were not scored now."""
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     result = {**({"predicted": earlier["predicted"]} if "predicted" in earlier else {}), **result}
+    fresh = {row["model"] for row in result["details"]}
+    stay = [row for row in earlier.get("details", ()) if row["model"] not in fresh]
+    if stay:
+        said = earlier.get("earlier", "") or f"{', '.join(dict.fromkeys(row['model'] for row in stay))}: `{earlier['command']}`, {earlier['date']}, {earlier['device']}."
+        result |= {"earlier": said, "details": [*stay, *result["details"]]}
+        result["rows"] = aim(result["details"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
 

@@ -8,9 +8,10 @@ A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), lo
 With `--neighbours`, `near_loss` and `near_correct` are those of the first recipes with one slider moved a little, as in a drag.
 
 A language model's items are windows of `--context` tokens, `correct` their share of tokens that are predicted; its recipes are
-drawn from what needs no calibration data, so that a CPU makes them in seconds, and leaves a model that mostly still reads:
+drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU also from what needs
+calibration data:
 
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 8 --items 128 --context 128 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --scores FOLDER
 """
 
 from __future__ import annotations
@@ -51,16 +52,18 @@ def random_recipe(draw: random.Random) -> wb.Recipe:
     return wb.Recipe(*sorted(steps, key=lambda step: step.position))
 
 
-def random_language_recipe(draw: random.Random) -> wb.Recipe:
-    """Return a recipe for a language model, of zeros, low bits or both, without calibration data."""
-    zeros = wb.Prune(criterion="magnitude", sparsity=round(draw.uniform(0.05, 0.5), 3))
-    bits = wb.Quantize(weight_bits=draw.choice((3, 4, 4, 5, 6, 8)), group_size=draw.choice((32, 64)), grid=draw.choice(("symmetric", "asymmetric")))
+def random_language_recipe(draw: random.Random, *, calibrated: bool = False) -> wb.Recipe:
+    """Return a recipe for a language model, of zeros, low bits or both; without calibration data unless `calibrated`."""
+    criterion, rounding = (draw.choice(("magnitude", "wanda", "sparsegpt")), draw.choice(("rtn", "rtn", "gptq"))) if calibrated else ("magnitude", "rtn")
+    zeros = wb.Prune(criterion=criterion, sparsity=round(draw.uniform(0.05, 0.5), 3))
+    bits = wb.Quantize(weight_bits=draw.choice((3, 4, 4, 5, 6, 8)), group_size=draw.choice((32, 64)), grid=draw.choice(("symmetric", "asymmetric")), rounding=rounding)
     return draw.choice((wb.Recipe(zeros), wb.Recipe(bits), wb.Recipe(zeros, bits)))
 
 
 def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarray]:
     """Return the scores of `count` random recipes on all evaluation items, written to `path` as they come; what is there is not scored again."""
-    draw, statistics, evaluator = random.Random(seed), Statistics(task), Evaluator(task, task.evaluation)  # noqa: S311  no secrets
+    draw, statistics, evaluator = random.Random(seed), Statistics(task), evaluator_of(task)  # noqa: S311  no secrets
+    calibrated = evaluator.items.labels.device.type == "cuda"
     kept = dict(np.load(path)) if path.is_file() else {}
     texts = list(kept.get("recipes", ()))
     rows: list[tuple[np.ndarray, np.ndarray]] = list(zip(kept.get("loss", ()), kept.get("correct", ()), strict=True))
@@ -68,7 +71,7 @@ def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarra
     refused, met, start = 0, 0, time.perf_counter()
     while met < count:
         try:
-            recipe = random_language_recipe(draw) if isinstance(task.kind, LanguageModelling) else random_recipe(draw)
+            recipe = random_language_recipe(draw, calibrated=calibrated) if isinstance(task.kind, LanguageModelling) else random_recipe(draw)
             if met < len(texts) and texts[met] == recipe.to_json():
                 met += 1
                 continue
@@ -101,7 +104,7 @@ def moved(recipe: wb.Recipe, draw: random.Random) -> wb.Recipe:
 
 def scored_neighbours(task: Task, kept: dict[str, np.ndarray], count: int, seed: int, path: Path) -> None:
     """Add the scores of the first `count` recipes, each with one slider moved, to the file."""
-    draw, statistics, evaluator = random.Random(seed + 1), Statistics(task), Evaluator(task, task.evaluation)  # noqa: S311  no secrets
+    draw, statistics, evaluator = random.Random(seed + 1), Statistics(task), evaluator_of(task)  # noqa: S311  no secrets
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     texts: list[str] = []
     start = time.perf_counter()
@@ -112,6 +115,11 @@ def scored_neighbours(task: Task, kept: dict[str, np.ndarray], count: int, seed:
         if len(rows) % EVERY == 0 or len(rows) == count:
             write(path, {**kept, "near_loss": np.stack([row[0] for row in rows]), "near_correct": np.stack([row[1] for row in rows]), "near_recipes": np.array(texts)})
             print(f"{task.model_name}: {len(rows)} of {count} neighbours, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def evaluator_of(task: Task) -> Evaluator:
+    """Return what scores models on all evaluation items, on the model's device."""
+    return Evaluator(task, task.evaluation.to(next(task.model.parameters()).device))
 
 
 def arrays(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -135,11 +143,12 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=0, help="recipes of each model that are scored with one slider moved as well")
     parser.add_argument("--items", type=int, help="at most so many evaluation items")
     parser.add_argument("--context", type=int, help="tokens of a window, of a language model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scores", type=Path, required=True, help="folder of the files")
     given = parser.parse_args()
     for model in given.models:
-        task, path = load_task(model, device="cpu", evaluation_items=given.items, context=given.context, offline=True, progress=False), given.scores / f"{model}.npz"
+        task, path = load_task(model, device=given.device, evaluation_items=given.items, context=given.context, offline=True, progress=False), given.scores / f"{model}.npz"
         kept = scored(task, given.recipes, given.seed, path)
         if given.neighbours > len(kept.get("near_loss", ())):
             scored_neighbours(task, kept, given.neighbours, given.seed, path)

@@ -20,6 +20,7 @@ from workbench.measure.size import sizes
 from workbench.recipe import Recipe
 from workbench.summary import summary
 from workbench.tasks import score
+from workbench.tasks.language_modelling import window_items
 
 RECIPE = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
 
@@ -43,6 +44,24 @@ def test_a_stream_looks_after_16_64_256_and_all_items_before_it_is_complete(benc
     assert widths[-1] < widths[0] / 2
     assert all(point.latency is None and point.peak_memory_bytes is None for point in looks[:-1])
     assert bench.ledger.rows() == [looks[-1]]
+
+
+def test_on_a_cpu_the_first_look_at_long_windows_is_after_four(tmp_path, device):
+    short = tiny_task("llama", device, evaluation=40)
+    ids = torch.randint(64, (40, 48), generator=torch.Generator().manual_seed(7))
+    for task, first in ((short, (16,)), (dataclasses.replace(short, evaluation=window_items(ids)), (4, 16) if device == "cpu" else (16,))):
+        bench = Bench(task, device=device, ledger=tmp_path / f"{len(first)}.journal", progress=False)
+        looks = list(bench.stream(RECIPE))
+        counts = (*first, 40)
+        assert [point.items for point in looks] == [*counts, 40]
+        level = joint_level(counts, 0.95)
+        some = task.evaluation.to(device)[: counts[0]]
+        dense, mine = score(task.kind, task.model, some), score(task.kind, compress(task, RECIPE).model, some)
+        expected = quality("perplexity", dense, mine, looks=len(counts), level=level)[0].change
+        assert looks[0].primary.change.value == pytest.approx(expected.value, rel=1e-4)
+        assert looks[0].primary.change.high == pytest.approx(expected.high, rel=1e-3)
+        widths = [point.primary.change.high - point.primary.change.low for point in looks]
+        assert widths == sorted(widths, reverse=True)
 
 
 def test_every_look_is_of_the_first_items_scored_directly(bench):

@@ -102,6 +102,7 @@ def test_windows_are_judged_by_perplexity():
     found = coverage.of_recipe("full set", dense, mine, None, 3, seed=0)
     assert {metric for metric, _, _ in found} == {"perplexity", "next-token accuracy"}
     assert found["perplexity", "joint", "80"]["holds"] == [1.0] * 3
+    assert {look for _, _, look in found} == {"4", "16", "64", "80", "all looks"}
     plain = coverage.plainly("perplexity", dense.first(16), mine.first(16), 4)[0].change
     change = (mine.loss - dense.loss)[:16].numpy()
     half = stats.t.ppf(1 - 0.05 / 8, 15) * change.std(ddof=1) / 4
@@ -114,6 +115,21 @@ def test_language_models_get_recipes_without_calibration_data():
     assert {step.kind() for step in steps} == {"prune", "quantize"}
     assert {getattr(step, "criterion", "magnitude") for step in steps} == {"magnitude"}
     assert {getattr(step, "rounding", "rtn") for step in steps} == {"rtn"}
+    steps = [step for _ in range(60) for step in random_language_recipe(draw, calibrated=True)]
+    assert {step.criterion for step in steps if step.kind() == "prune"} == {"magnitude", "wanda", "sparsegpt"}
+    assert {step.rounding for step in steps if step.kind() == "quantize"} == {"rtn", "gptq"}
+
+
+def test_rows_of_models_that_are_not_scored_again_stay(rows, tmp_path):
+    path, other = tmp_path / "coverage.json", [{**row, "model": "other"} for row in rows]
+    common = {"what": "In small.", "date": "today", "device": "this"}
+    coverage.write({**common, "command": "first", "rows": coverage.aim(other), "details": other}, path)
+    coverage.write({**common, "command": "second", "rows": coverage.aim(rows), "details": rows}, path)
+    coverage.write({**common, "command": "third", "rows": coverage.aim(rows), "details": rows}, path)
+    kept = json.loads(path.read_text())
+    assert kept["details"] == [*other, *rows]
+    assert kept["rows"][0]["trials"] == 2 * coverage.aim(rows)[0]["trials"]
+    assert "other: `first`, today, this." in path.with_suffix(".md").read_text()
 
 
 def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):

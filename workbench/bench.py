@@ -16,7 +16,7 @@ from workbench.device import describe, pick
 from workbench.disk_cache import disk_cache
 from workbench.errors import Cancelled, DataError, LedgerError, RuntimeRefused
 from workbench.ledger import Ledger, default_path
-from workbench.looks import LOOKS, Partial
+from workbench.looks import Partial, early_looks
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
 from workbench.measure.divergence import Reference
 from workbench.measure.evaluator import Evaluator
@@ -150,7 +150,7 @@ class Bench:
         self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, on_compressed: Callable[[Compressed], None] | None = None,
         training: Training | None = None, margin: float | None = None, working: Progress = no_progress,
     ) -> Iterator[Measurement]:
-        """Yield the measurement after 16, 64, 256 and all evaluation items, then the complete one, with latency and memory, that is in the ledger.
+        """Yield the measurement after 16, 64, 256 and all evaluation items (a language model's on a CPU also after 4), then the complete one, with latency and memory, that is in the ledger.
 
         Intervals are joint over the looks (`workbench.measure.joint`): they hold however early one stops. Arguments as `measure`;
         `on_compressed` gets the compressed model before the first look, unless the ledger has the point already. `training`
@@ -160,8 +160,8 @@ class Bench:
         return self.looks(recipe, self.early(), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training, margin=enough, working=working)
 
     def early(self) -> tuple[int, ...]:
-        """Return the numbers of items that are looked at before all are read."""
-        return tuple(count for count in LOOKS if count < len(self.evaluation))
+        """Return the numbers of items that are looked at before all are read; see `workbench.looks.early_looks`."""
+        return early_looks(self.task.kind, self.evaluation)
 
     def looks(
         self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None, on_compressed: Callable[[Compressed], None] | None = None,
