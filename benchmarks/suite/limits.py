@@ -1,16 +1,27 @@
-"""How near the machine's own limits: evaluation against its arithmetic, application against its memory's bandwidth."""
+"""How near the machine's own limits: evaluation against its arithmetic, application against its memory's bandwidth.
+
+Three shares of what a copy reaches are told of an application. `least`: each weight that changes read once and written once, over the
+time that a user waits. `moved`: all that the kernels of `workbench.compress.passes` read and write, the check of every promise
+among it, over the same time. `busy`: the same over the time that the device computes, without what it waits for Python.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
+import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import workbench as wb
 from benchmarks.arithmetic import flop
+from benchmarks.suite.memory import tensors
 from benchmarks.suite.record import Options, Record, synchronise
-from workbench.compress import compress
+from workbench.compress import compress, passes
 from workbench.device import pick
 from workbench.measure.evaluator import Evaluator
 from workbench.runtime.roofline import limits_of
@@ -53,6 +64,43 @@ def moved(dense: nn.Module, model: nn.Module) -> int:
     return written + min(written, sum(size for place, size in before.items() if place not in after))
 
 
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Give a list that is filled with the bytes of each pass over weights: its tensors are read and its results written, the weights of `prune` twice."""
+    found: list[int] = []
+
+    def counting(name: str, run: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **named: object) -> object:
+            made = run(*given, **named)
+            twice = given[0] if name == "prune" else ()
+            found.append(sum(tensor.nbytes for part in (given, named, made, twice) for tensor in tensors(part)))
+            return made
+
+        return call
+
+    names = ("prune", "prune_rows", "extremes", "search", "to_grid", "survey")
+    with mock.patch.multiple(passes, **{name: counting(name, getattr(passes, name)) for name in names}):
+        yield found
+
+
+def busy_seconds(work: Callable[[], object]) -> float:
+    """Return how long a GPU computes and copies while `work` is done."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+
+
+def shares(least: int, moved: int, spent: float, busy: float | None, bandwidth: float) -> dict[str, float]:
+    """Return the three shares of a copy's bandwidth, those that are known."""
+    found = {"of_bandwidth": round(least / spent / bandwidth, 4)}
+    if moved:
+        found |= {"moved_bytes": moved, "moved_of_bandwidth": round(moved / spent / bandwidth, 4)}
+    if moved and busy:
+        found |= {"busy_ms": round(1000 * busy, 3), "busy_of_bandwidth": round(moved / busy / bandwidth, 4)}
+    return found
+
+
 def application(task: Task, options: Options, record: Record) -> None:
     """Time `compress` alone for each step, on what was computed once."""
     place = pick(options.device)
@@ -77,8 +125,11 @@ def application(task: Task, options: Options, record: Record) -> None:
             least = moved(task.model, compressed.model)
             del compressed
         spent = statistics.median(times[2:] or times)
+        with counted() as bytes_of_passes:
+            compress(task, recipes[-2], kept, shared=True)
+        busy = busy_seconds(lambda recipe=recipes[-3]: compress(task, recipe, kept, shared=True)) if place.type == "cuda" else None
         record.add(name=f"apply {name}", ms=round(1000 * spent, 2), first_ms=round(1000 * times[0], 2), least_bytes=least, gb_per_s=round(least / spent / 1e9, 1),
-                   of_bandwidth=round(least / spent / limits.bytes_per_s, 4), copy_gb_per_s=round(limits.bytes_per_s / 1e9, 1), aim_of_bandwidth=BANDWIDTH)  # fmt: skip
+                   **shares(least, sum(bytes_of_passes), spent, busy, limits.bytes_per_s), copy_gb_per_s=round(limits.bytes_per_s / 1e9, 1), aim_of_bandwidth=BANDWIDTH)  # fmt: skip
 
 
 def run(target: str, options: Options, record: Record) -> None:

@@ -74,10 +74,11 @@ def limits(found: list[Result]) -> list[str]:
             if row["name"] == "evaluation":
                 rows.append((one["target"], where(one), f"{row['labels']:,}", number(row["ms"]), number(row["floor_ms"]), aimed(row["times_floor"], row.get("aim_times_floor")), number(row["tflop_per_s"])))
             else:
-                aim = row["aim_of_bandwidth"] if on_gpu(one) else None
-                moves.append((one["target"], where(one), row["name"].removeprefix("apply "), number(row["ms"]), number(row["first_ms"]), number(row["least_bytes"] / 1e6), number(row["gb_per_s"]), aimed(row["of_bandwidth"], aim, least=True)))
+                moved, busy = row.get("moved_of_bandwidth"), row.get("busy_of_bandwidth")
+                last = None if busy is None else aimed(busy, row["aim_of_bandwidth"], least=True)
+                moves.append((one["target"], where(one), row["name"].removeprefix("apply "), number(row["ms"]), number(row["first_ms"]), number(row.get("busy_ms")), number(row["least_bytes"] / 1e6), number(row["of_bandwidth"]), number(row["moved_bytes"] / 1e6) if moved else None, number(moved), last))
     return [*table(("model", "device", "tokens or labels", "evaluation, ms", "arithmetic floor, ms", "times the floor", "matrix product here, TFLOP/s"), rows),
-            *table(("model", "device", "step", "a move, ms", "first, ms", "least MB moved", "GB/s", "of a copy's bandwidth"), moves)]  # fmt: skip
+            *table(("model", "device", "step", "a move, ms", "first, ms", "device busy, ms", "least MB", "of a copy's bandwidth", "MB read and written by passes", "of a copy's bandwidth", "the same while the device is busy"), moves)]  # fmt: skip
 
 
 def memory(found: list[Result]) -> list[str]:
