@@ -174,3 +174,17 @@ def test_a_packed_layer_can_be_captured_and_replayed():
         graph.replay()
         wanted = reference(grid, x)
         assert float((y.double() - wanted).norm() / wanted.norm()) < 8e-3
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_gpu_where_their_tensors_lie():
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, and torch sees {torch.cuda.device_count()}")
+    grid = random_grid(200, 576, 4, 64, device="cuda:1")
+    weight, lock = packed_weight(grid), torch.zeros(256, dtype=torch.int32, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    for count in (1, 17, 65):
+        x = torch.randn(count, 576, device="cuda:1", dtype=torch.bfloat16)
+        made, wanted = multiply(x, weight, lock), reference(grid, x)
+        assert made.device == x.device
+        assert float((made.double() - wanted).norm() / wanted.norm()) < 8e-3, count

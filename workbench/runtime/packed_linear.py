@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.device import processors
+from workbench.device import launching, processors
 from workbench.runtime.grid import Grid
 from workbench.runtime.units import UNIT, pack_units, unpack_units
 
@@ -232,10 +232,11 @@ def multiply_one(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     split = max(1, min(-(-units // together), programs * weight.processors // blocks))
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
     part = torch.empty(split * rows if split > 1 else 1, dtype=torch.float32, device=x.device)
-    kernels.one_row[(blocks, split)](
-        x.contiguous(), weight.words, weight.scale, weight.zeros, out, part, lock, rows, weight.inputs, units, weight.units_a_group, weight.stride, split,
-        weight.bits, weight.zero_point is not None, weight.inputs % UNIT == 0, block, together, num_warps=4,
-    )  # fmt: skip
+    with launching(x.device):
+        kernels.one_row[(blocks, split)](
+            x.contiguous(), weight.words, weight.scale, weight.zeros, out, part, lock, rows, weight.inputs, units, weight.units_a_group, weight.stride, split,
+            weight.bits, weight.zero_point is not None, weight.inputs % UNIT == 0, block, together, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -249,10 +250,11 @@ def multiply_some(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     split = max(1, min(-(-units // together), 2 * weight.processors // blocks))
     out = torch.empty(count, rows, dtype=x.dtype, device=x.device)
     part = torch.empty(split * count * rows if split > 1 else 1, dtype=torch.float32, device=x.device)
-    kernels.some_rows[(blocks, 1, split)](
-        turned, weight.words, weight.scale, weight.zeros, out, part, lock, count, rows, units, weight.units_a_group, weight.stride, split,
-        weight.bits, weight.zero_point is not None, block, block_rows, together, num_warps=4,
-    )  # fmt: skip
+    with launching(x.device):
+        kernels.some_rows[(blocks, 1, split)](
+            turned, weight.words, weight.scale, weight.zeros, out, part, lock, count, rows, units, weight.units_a_group, weight.stride, split,
+            weight.bits, weight.zero_point is not None, block, block_rows, together, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -262,7 +264,8 @@ def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
     rows, block = weight.rows, 256
     out = torch.empty(weight.inputs, rows, dtype=dtype, device=weight.words.device)
-    kernels.unpack[(weight.words.shape[0], -(-rows // block))](
-        weight.words, weight.scale, weight.zeros, out, rows, weight.inputs, weight.units_a_group, weight.stride, weight.bits, weight.zero_point is not None, block, num_warps=4
-    )
+    with launching(out.device):
+        kernels.unpack[(weight.words.shape[0], -(-rows // block))](
+            weight.words, weight.scale, weight.zeros, out, rows, weight.inputs, weight.units_a_group, weight.stride, weight.bits, weight.zero_point is not None, block, num_warps=4
+        )
     return out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from workbench.compress.quantized_inputs import FLOAT8, FLOAT8_MOST, QuantizedLinear, QuantizesInputs
+from workbench.device import launching
 from workbench.runtime.forms import FloatGrid
 from workbench.runtime.grid import Grid
 from workbench.runtime.int8 import integer_weight, plain
@@ -122,10 +123,11 @@ class ScaledLinear(nn.Module):
             whole = rows.float() if self.smooth is None else rows.float() / self.smooth
             fixed = whole.abs().amax() / most
             fixed = torch.where(fixed > 0, fixed, torch.ones_like(fixed))
-        kernels.round_rows[(count,)](
-            rows, rows if self.smooth is None else self.smooth, scales if fixed is None else fixed, codes, scales, inputs, most,
-            self.smooth is not None, fixed is None, self.integer, 1 << (inputs - 1).bit_length(), num_warps=8 if inputs > 2048 else 4,
-        )  # fmt: skip
+        with launching(rows.device):
+            kernels.round_rows[(count,)](
+                rows, rows if self.smooth is None else self.smooth, scales if fixed is None else fixed, codes, scales, inputs, most,
+                self.smooth is not None, fixed is None, self.integer, 1 << (inputs - 1).bit_length(), num_warps=8 if inputs > 2048 else 4,
+            )  # fmt: skip
         return codes, scales
 
     def integer_product(self, codes: Tensor, scales: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -134,7 +136,8 @@ class ScaledLinear(nn.Module):
 
         sums = torch._int_mm(codes, self.codes)  # noqa: SLF001  torch has no public product of bytes
         out = torch.empty(count, sums.shape[1], dtype=dtype, device=codes.device)
-        kernels.rescale[(count, -(-sums.shape[1] // 1024))](sums, scales, self.scale, self.scale if self.bias is None else self.bias, out, sums.shape[1], self.bias is not None, 1024)
+        with launching(out.device):
+            kernels.rescale[(count, -(-sums.shape[1] // 1024))](sums, scales, self.scale, self.scale if self.bias is None else self.bias, out, sums.shape[1], self.bias is not None, 1024)
         return out
 
 
