@@ -1,10 +1,13 @@
-"""A model that does not fit: from a slider's move to the first look and to all items, streamed and resident, and the forecast against the truth.
+"""A model that does not fit: from a slider's move to the first look and to all items, streamed or spread and resident, and the forecast against the truth.
 
-    python benchmarks/streaming.py --shape 1.1b --device cuda --memory-gb 4 --out benchmarks/results/streaming-1.1b.json
+    python benchmarks/streaming.py --shape 1.1b --device cuda --memory-gb 4 --out benchmarks/results/streaming-1.1b-cuda.json
+    python benchmarks/streaming.py --shape 1.1b --device cuda --spread --out benchmarks/results/streaming-spread-1.1b-cuda.json
 
 Weights and tokens are random: times depend on shapes, not on values. The resident bench runs first with all of the device's
 memory, then the streamed one with `--memory-gb` of it (`torch.cuda.set_per_process_memory_fraction`), where it has to be
-streamed; without `--memory-gb` streaming is asked for. Both measure the same recipes, and the quality must be the same to the bit.
+streamed; without `--memory-gb` streaming is asked for. `--spread` puts it over all GPUs instead. Both benches measure the same
+recipes, and the quality must be the same to the bit, for which the resident one leaves its fused kernels: models that are moved
+about are run as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def recipes(count: int) -> dict[str, list[wb.Recipe]]:
 
 def moved(bench: wb.Bench, name: str, recipe: wb.Recipe, again: int) -> tuple[dict[str, object], list[float]]:
     """Return the seconds of one move with what was forecast, and the quality at each look."""
-    told = forecast(bench, recipe, 16)
+    told = forecast(bench, recipe, bench.first_look)
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -49,7 +52,7 @@ def moved(bench: wb.Bench, name: str, recipe: wb.Recipe, again: int) -> tuple[di
     for point in bench.stream(recipe):
         times.append(time.perf_counter() - start)
         quality.append(point.primary.compressed.value)
-    placement = "device" if told is None else "streamed"
+    placement = "spread" if hasattr(bench.task.model, "spread_over") else "device" if told is None else "streamed"
     row: dict[str, object] = {"move": name, "recipe": recipe.label(), "placement": placement, "time": again, "first_s": round(times[0], 4), "all_s": round(times[-1], 4)}
     if bench.device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -64,7 +67,8 @@ def bench_rows(task: Task, device: torch.device, placement: str, count: int) -> 
     rows, qualities = [], []
     with tempfile.TemporaryDirectory() as folder:
         bench = wb.Bench(task, device=str(device), placement=placement, ledger=f"{folder}/points.journal", progress=False)
-        if (streams_to(bench.task.model) is None) != (placement == "device"):
+        bench.evaluator.fused = False
+        if (streams_to(bench.task.model) is None) != (placement in {"device", "spread"}):
             raise SystemExit(f"asked for placement={placement!r}, but the model ({model_bytes(task.model):,} bytes) fits: give a smaller --memory-gb")
         for name, moves in recipes(count).items():
             for again, recipe in enumerate(moves):
@@ -83,6 +87,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--moves", type=int, default=3)
     parser.add_argument("--memory-gb", type=float, help="of GPU memory that the streamed bench may take, GB; left out: all")
+    parser.add_argument("--spread", action="store_true", help="over all GPUs, in the place of streaming")
     parser.add_argument("--only-streamed", action="store_true", help="for a model that no bench could hold resident")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -96,12 +101,13 @@ def main() -> None:
         torch.cuda.empty_cache()
         if options.memory_gb:
             torch.cuda.set_per_process_memory_fraction(options.memory_gb * 1e9 / torch.cuda.get_device_properties(device).total_memory, device)
-    more, others = bench_rows(task, device, "auto" if options.memory_gb and device.type == "cuda" else "streamed", options.moves)
+    placement = "spread" if options.spread else "auto" if options.memory_gb and device.type == "cuda" else "streamed"
+    more, others = bench_rows(task, device, placement, options.moves)
     result = {
-        "what": "seconds from a slider's move to the first look and to all items, streamed from the host and resident; random weights; `time` 0 is the first move of its kind",
+        "part": "streaming", "what": "seconds from a slider's move to the first look and to all items, streamed from the host or spread over GPUs, and resident; random weights",
         "command": "python " + " ".join(sys.argv), "date": dt.datetime.now(dt.UTC).date().isoformat(), "device": describe(device), "versions": versions(),
-        "shape": options.shape, "context": options.context, "windows": options.windows, "model_bytes": size, "memory_gb": options.memory_gb,
-        "same_bits": None if options.only_streamed else qualities == others, "moves": [*rows, *more],
+        "target": options.shape, "context": options.context, "windows": options.windows, "model_bytes": size, "memory_gb": options.memory_gb,
+        "same_bits": None if options.only_streamed else qualities == others, "rows": [*rows, *more],
     }  # fmt: skip
     print("same bits:", result["same_bits"])
     if options.out:

@@ -96,6 +96,38 @@ def test_limits_count_operations_and_bytes_as_by_hand(tmp_path):
     assert {row["name"] for row in rows} == {"evaluation", "apply sparsity", "apply bits", "apply sparsity + bits", "apply sparsity, wanda", "apply rank, svd"}
 
 
+def test_shares_of_bandwidth_are_bytes_over_time_over_what_a_copy_reaches():
+    found = limits.shares(least=4_000, moved=12_000, spent=2e-6, busy=1e-6, bandwidth=2e10)
+    assert found == {"of_bandwidth": 0.1, "moved_bytes": 12_000, "moved_of_bandwidth": 0.3, "busy_ms": 0.001, "busy_of_bandwidth": 0.6}
+    assert limits.shares(least=4_000, moved=0, spent=2e-6, busy=None, bandwidth=2e10) == {"of_bandwidth": 0.1}  # plain operations ran
+
+
+def test_passes_count_what_they_read_and_write(monkeypatch):
+    from workbench.compress import passes
+
+    weights = [torch.zeros(4, 8, dtype=torch.bfloat16) for _ in range(3)]  # 3 x 64 bytes
+    masks = torch.ones(3, 4, 8, dtype=torch.bool)  # 96 bytes
+    monkeypatch.setattr(passes, "prune", lambda weights, threshold, stay: ([weight.clone() for weight in weights], masks))
+    edge = torch.zeros(3, 1, dtype=torch.int32)  # 12 bytes
+    with limits.counted() as found:
+        made, _ = passes.prune(weights, edge, edge + 1)
+    assert len(made) == 3
+    assert found == [2 * 192 + 2 * 12 + 192 + 96]  # read twice, thresholds, written, masks
+    passes.prune(weights, edge, edge)
+    assert len(found) == 1
+
+
+def test_moved_models_stand_beside_resident_ones():
+    row = {"recipe": "W4 g64", "time": 0, "first_s": 0.5, "all_s": 2.0}
+    one = {"target": "1.1b", "device": "NVIDIA H200", "file": "streaming-1.1b-cuda.json", "same_bits": True, "memory_gb": 4.0, "windows": 64, "context": 512, "model_bytes": 2_200_000_000,
+           "rows": [{**row, "placement": "device"}, {**row, "placement": "streamed", "forecast_first_s": 0.4, "forecast_all_s": 1.5, "peak_bytes": 3_000_000_000}]}  # fmt: skip
+    text = "\n".join(page.streaming([one]))
+    assert "4 GB of memory allowed, 64 windows of 512 tokens, a model of 2,200 MB; the same bits come out." in text
+    assert "| W4 g64 | resident | first | 0.5 |  | 2 |  |  |" in text
+    assert "| W4 g64 | streamed | first | 0.5 | 0.4 | 2 | 1.5 | 3,000 |" in text
+    assert "**other bits come out**" in "\n".join(page.streaming([{**one, "same_bits": False}]))
+
+
 def test_growth_measures_everything_that_grows(tmp_path):
     rows = toy(growth, tmp_path).rows
     assert [row["grows"] for row in rows] == ["ledger", *["items"] * 3, *["layers changed"] * 3, "parameters"]

@@ -163,6 +163,11 @@ class Bench:
         """Return the numbers of items that are looked at before all are read; see `workbench.looks.early_looks`."""
         return early_looks(self.task.kind, self.evaluation)
 
+    @property
+    def first_look(self) -> int:
+        """Return after how many items there is something measured."""
+        return (*self.early(), len(self.evaluation))[0]
+
     def looks(
         self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None, on_compressed: Callable[[Compressed], None] | None = None,
         training: Training | None = None, margin: float | None = None, working: Progress = no_progress,

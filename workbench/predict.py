@@ -21,7 +21,6 @@ import torch
 from workbench.compress.layers import Progress, no_progress
 from workbench.errors import CompressionError
 from workbench.hooks import of_this_thread
-from workbench.looks import LOOKS
 from workbench.measure.metrics import metric_named
 from workbench.measure.predicted_size import Outline
 from workbench.measure.predicted_structure import Anatomy
@@ -160,7 +159,7 @@ class Predictor:
             notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
         if outline is None:
             notes.append("file size unknown before it is measured: a method without a size rule")
-        if (told := forecast(self.bench, recipe, LOOKS[0])) is not None:
+        if (told := forecast(self.bench, recipe, self.bench.first_look)) is not None:
             notes.append(told.words())
         if self.score is not None and self.score.quality is not None and self.score.quality.count >= FEWEST:
             notes.append(self.score.words())

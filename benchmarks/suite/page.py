@@ -18,6 +18,7 @@ BEGIN, END = "<!-- measured by `python -m benchmarks` -->", "<!-- end of what is
 Result = dict[str, Any]
 TITLES = {
     "slider": "Slider to point", "limits": "Against the machine's limits", "memory": "Peak memory", "against": "Against the naive way and today's tools", "growth": "How cost grows",
+    "streaming": "Models larger than one GPU",
     "coverage": "Do the intervals hold?", "prediction": "Do the predictions hold?",
 }  # fmt: skip
 
@@ -114,6 +115,22 @@ def against(found: list[Result]) -> list[str]:
     return lines
 
 
+def streaming(found: list[Result]) -> list[str]:
+    """Return moves of models that are streamed from the host or spread over GPUs, resident ones beside them."""
+    lines = ["`resident` is the same bench with all of one GPU's memory. Fused kernels are off, as models that are moved about run without.", ""]
+    for one in found:
+        bits = {True: "the same bits come out", False: "**other bits come out**", None: "no resident bench to compare with"}[one["same_bits"]]
+        limit = f", {number(one['memory_gb'])} GB of memory allowed" if one.get("memory_gb") else ""
+        lines += [f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']} tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}.", ""]
+        rows = [
+            (row["recipe"], {"device": "resident"}.get(row["placement"], row["placement"]), "first" if row["time"] == 0 else "later", number(row["first_s"]), number(row.get("forecast_first_s")), number(row["all_s"]), number(row.get("forecast_all_s")),
+             number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None)
+            for row in one["rows"]
+        ]  # fmt: skip
+        lines += table(("recipe", "placement", "of its kind", "first look, s", "forecast, s", "all items and what follows, s", "forecast, s", "peak on the first GPU, MB"), rows)
+    return lines
+
+
 def growth(found: list[Result]) -> list[str]:
     """Return a table for each thing that grows."""
     lines = []
@@ -136,7 +153,7 @@ def plain(found: list[Result]) -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[list[Result]], list[str]]] = {"slider": slider, "limits": limits, "memory": memory, "against": against, "growth": growth, "coverage": plain, "prediction": plain}
+TABLES: dict[str, Callable[[list[Result]], list[str]]] = {"slider": slider, "limits": limits, "memory": memory, "against": against, "growth": growth, "streaming": streaming, "coverage": plain, "prediction": plain}
 
 
 def figures(found: list[Result]) -> dict[str, str]:
