@@ -76,6 +76,7 @@ class Session:
         self.preparer: Worker[None] = Worker(on_error)  # what predictions rest on, found while nothing is measured
         self.on_not_loaded = on_not_loaded
         self.choice: Choice | None = None
+        self.unsettled = 0  # how often garbage is to be collected: when a model that was loaded is first measured, and when that is done
         self.loader: Worker[Loaded] = Worker(on_not_loaded)
 
     def load(self, choice: Choice) -> None:
@@ -101,7 +102,6 @@ class Session:
             predictor = Predictor(bench)
             predictor.predict(Recipe())  # the first one is slow: libraries warm up
             bench.predicts = predictor.record
-            garbage.settle()
             yield choice, bench, predictor
 
         return make
@@ -110,9 +110,14 @@ class Session:
         """Take over a model that has been loaded, and measure what the sliders say on it."""
         with self.measurer.changed:
             self.choice, self.bench, self.predictor = made
-            self.compressed = None
+            self.compressed, self.unsettled = None, 2
             self.on_loaded()
             self.start(self.live.recipe)
+
+    def settle(self) -> None:
+        """Collect garbage now, so that no move waits for it; see `workbench.garbage`."""
+        self.unsettled -= 1
+        garbage.settle()
 
     def start(self, recipe: Recipe) -> None:
         """Predict a recipe and start to measure it; whatever ran before is cancelled. Without a model, remember it only."""
@@ -149,12 +154,16 @@ class Session:
         def make(stale: Stale) -> Iterator[Any]:
             self.breathe()
             self.compressed = None  # never two compressed models at once
+            if self.unsettled == 2:
+                self.settle()  # frees the model before this one
             stop = self.enough = threading.Event()
             self.soften(stale, bench, recipe)
             training = Training(lambda curve, steps: self.trained(stale, curve, steps), stop.is_set, lambda looks: self.looked_at(stale, looks))
             yield from bench.stream(recipe, cancelled=stale, on_compressed=self.take, training=training, working=self.working(stale))
             if self.compressed is not None:
                 yield from self.follow_up(bench, self.compressed)
+            if self.unsettled:  # by now nobody predicts on the model before this one either
+                self.settle()
 
         return make
 

@@ -128,6 +128,7 @@ class Worker(Generic[T]):
                 if self.waiting is None and job.generation == self.generation:
                     self.on_idle()
             job.done.set()
+            del job  # what it was made of is not kept while nothing is to be done
 
     def work(self, job: Job[T]) -> None:
         """Run one job to its end, to its first stale checkpoint, or to its exception."""

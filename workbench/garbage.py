@@ -1,10 +1,13 @@
-"""Garbage collection put off: while many objects are made that stay, and in the middle of a move."""
+"""What Python frees, and when: collections put off while many objects are made or in the middle of a move, imports that keep nobody's frames."""
 
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -40,3 +43,23 @@ def settle() -> None:
 def unsettle() -> None:
     """Let collections look at everything again."""
     gc.unfreeze()
+
+
+def import_apart(*names: str) -> None:
+    """Import modules in a thread of its own; one that cannot be imported is left to whoever needs it.
+
+    Packages that look for optional modules (Optuna's `try_import`) may keep the errors of those that are not there, and with an error
+    the frames of everybody who was running: a bench whose ledger was the first to import Optuna would never be freed, nor its model.
+    """
+    if all(name in sys.modules for name in names):
+        return
+    thread = threading.Thread(target=_import_all, args=(names,), name="imports")
+    thread.start()
+    thread.join()
+
+
+def _import_all(names: tuple[str, ...]) -> None:
+    """Import modules."""
+    with suppress(ImportError):
+        for name in names:
+            importlib.import_module(name)

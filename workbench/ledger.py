@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from workbench.errors import LedgerError, RecipeError
-from workbench.garbage import uncollected
+from workbench.garbage import import_apart, uncollected
 from workbench.journal import Journal, Sifted
 from workbench.measure.measurement import Measurement
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "minimize")  # minus the quality drop, file bytes, latency relative to dense
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
 LONGEST_NOTE = 500  # characters
+OPTUNA = ("optuna", "optuna.distributions", "optuna.samplers", "optuna.storages", "optuna.trial")
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
 
 def open_study(where: str | Journal, study: str) -> optuna.Study:
     """Open or create an Optuna study in a journal, at its path or at a storage URL."""
+    import_apart(*OPTUNA)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
