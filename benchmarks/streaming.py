@@ -48,12 +48,17 @@ def moved(bench: wb.Bench, name: str, recipe: wb.Recipe, again: int) -> tuple[di
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start, times, quality = time.perf_counter(), [], []
+    start, times, quality = time.perf_counter(), dict[str, float](), []
     for point in bench.stream(recipe):
-        times.append(time.perf_counter() - start)
+        now = round(time.perf_counter() - start, 4)
+        times.setdefault("compress_s", round(point.provenance.compress_seconds, 4))
+        times.setdefault("first_s", now)
+        if point.items == point.items_total:
+            times.setdefault("all_s", now)
+        times["complete_s"] = now
         quality.append(point.primary.compressed.value)
     placement = "spread" if hasattr(bench.task.model, "spread_over") else "device" if told is None else "streamed"
-    row: dict[str, object] = {"move": name, "recipe": recipe.label(), "placement": placement, "time": again, "first_s": round(times[0], 4), "all_s": round(times[-1], 4)}
+    row: dict[str, object] = {"move": name, "recipe": recipe.label(), "placement": placement, "time": again, **times}
     if bench.device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     if told is not None:

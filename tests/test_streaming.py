@@ -271,9 +271,9 @@ def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "benchmarks/streaming.py", "--shape", "tiny", "--device", "cpu", "--context", "16", "--windows", "4", "--moves", "1", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     told = json.loads(out.read_text())
-    assert {row["placement"] for row in told["moves"]} == {"device", "streamed"}
-    assert all(row["first_s"] > 0 and row["all_s"] >= row["first_s"] for row in told["moves"])
-    assert all(row["forecast_first_s"] > 0 for row in told["moves"] if row["placement"] == "streamed")
+    assert {row["placement"] for row in told["rows"]} == {"device", "streamed"}
+    assert all(row["first_s"] > 0 and row["all_s"] >= row["first_s"] for row in told["rows"])
+    assert all(row["forecast_first_s"] > 0 for row in told["rows"] if row["placement"] == "streamed")
     assert told["same_bits"] is True
 
 

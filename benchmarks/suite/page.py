@@ -123,11 +123,11 @@ def streaming(found: list[Result]) -> list[str]:
         limit = f", {number(one['memory_gb'])} GB of memory allowed" if one.get("memory_gb") else ""
         lines += [f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']} tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}.", ""]
         rows = [
-            (row["recipe"], {"device": "resident"}.get(row["placement"], row["placement"]), "first" if row["time"] == 0 else "later", number(row["first_s"]), number(row.get("forecast_first_s")), number(row["all_s"]), number(row.get("forecast_all_s")),
-             number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None)
+            (row["recipe"], {"device": "resident"}.get(row["placement"], row["placement"]), "first" if row["time"] == 0 else "later", number(row["compress_s"]), number(row["first_s"]), number(row.get("forecast_first_s")), number(row["all_s"]), number(row.get("forecast_all_s")),
+             number(row["complete_s"]), number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None)
             for row in one["rows"]
         ]  # fmt: skip
-        lines += table(("recipe", "placement", "of its kind", "first look, s", "forecast, s", "all items and what follows, s", "forecast, s", "peak on the first GPU, MB"), rows)
+        lines += table(("recipe", "placement", "of its kind", "compressed, s", "first look, s", "forecast, s", "all items, s", "forecast, s", "with packed sizes and what follows, s", "peak on the first GPU, MB"), rows)
     return lines
 
 

@@ -20,6 +20,7 @@ from workbench.errors import ExportError
 from workbench.runtime.bits import pack, unpack
 from workbench.runtime.forms import Cast, Form
 from workbench.runtime.stored import Codes, codes_of, format_of, restored, side_tensors
+from workbench.streaming import visiting
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,13 @@ def pack_model(model: nn.Module, layers: tuple[Layer, ...] = (), kept: Callable[
             encodings[key] = Encoding("shared", tuple(value.shape), dtype_name(value), same_as=owner)
             continue
         layer = by_key.get(key)
-        stored, encodings[key] = encode(value, layer)
-        tensors.update({f"{key}{suffix}": kept(tensor) for suffix, tensor in stored.items()})
-        width = layer.grid.bits if layer is not None and layer.grid is not None else 8 * value.element_size()
-        theoretical_bits += width * (value.numel() if layer is None or layer.mask is None else int(torch.count_nonzero(value)))
+        promised = layer is not None and (layer.mask is not None or layer.grid is not None)
+        with visiting([layer] if promised and layer is not None else []):  # of a streamed model: a host takes seconds a gigabyte
+            here = layer.parameter.detach() if promised and layer is not None else value
+            stored, encodings[key] = encode(here, layer)
+            tensors.update({f"{key}{suffix}": kept(tensor) for suffix, tensor in stored.items()})
+            width = layer.grid.bits if layer is not None and layer.grid is not None else 8 * value.element_size()
+            theoretical_bits += width * (value.numel() if layer is None or layer.mask is None else int(torch.count_nonzero(here)))
     return Packed(tensors, encodings, -(-theoretical_bits // 8))
 
 
