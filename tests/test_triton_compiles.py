@@ -88,3 +88,17 @@ def test_kernels_over_weights_compile(gridded, dtype, architecture):
         grid = {"TYPE": name, "GROUP": 64, "HAS_ZERO": True, "BLOCK": 4096}
         code = compiled(kernels.to_grid, numbers | {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8"}, grid, architecture, aligned=["size", "codes_ptr"])
         assert "st.global.v4" in code
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_column_loop_compiles_and_stays_in_registers(rounds, architecture):
+    from workbench.compress.columns import BLOCK, ROWS
+    from workbench.runtime import triton_columns as kernels
+
+    floats = dict.fromkeys(("weights_ptr", "upper_ptr", "scale_ptr", "out_ptr", "errors_ptr"), "*fp32")
+    numbers = floats | {"zero_ptr": "*u8", "kept_ptr": "*u8"} | dict.fromkeys(("rows", "inputs", "part", "width", "scale_layer", "scale_row", "scale_column", "most"), "i32")
+    constants = {"ROUND": rounds, "HAS_ZERO": rounds, "HAS_MASK": True, "ROWS": ROWS, "BLOCK": BLOCK}
+    code = compiled(kernels.work_through, numbers, constants, architecture, aligned=["inputs", "width", "weights_ptr", "upper_ptr", "out_ptr", "errors_ptr"], warps=8)
+    assert "ld.global.v4" in code
+    assert ".local" not in code

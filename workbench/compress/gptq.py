@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.compress import columns
+from workbench.compress.columns import BLOCK
 from workbench.compress.layers import Layer
 from workbench.compress.moments import by_source, second_moment_of
 from workbench.compress.scales import Scales, Spec
@@ -24,7 +26,6 @@ from workbench.statistics import full_precision
 if TYPE_CHECKING:
     from workbench.compress.work import Work
 
-BLOCK = 128  # columns worked through before the rest of the matrix hears of them
 STRONGER = (1, 10, 100)  # times the damping that was asked for; the next only where a matrix cannot be inverted with the last
 
 
@@ -124,19 +125,22 @@ def solve(stack: Tensor, scales: Scales, order: Order, spec: Spec, masks: Tensor
     stack: float32 weights. Every column is rounded as it stands when the loop reaches it; its error, times the row of the
     factor, is taken from the columns that follow, at once within a block of 128 and after it for all others.
     """
-    columns = order.columns.unsqueeze(1).expand_as(stack)
-    weights = stack.gather(2, columns)
-    scale, zero = (None if part is None else in_order(part, columns, spec) for part in (scales.scale, scales.zero))
-    kept = None if masks is None else masks.gather(2, columns)
-    rounded = torch.empty_like(weights)
+    places = order.columns.unsqueeze(1).expand_as(stack)
+    weights = stack.gather(2, places)
+    scale, zero = (None if part is None else in_order(part, places, spec) for part in (scales.scale, scales.zero))
+    kept = None if masks is None else masks.gather(2, places)
+    rounded, by_kernel = torch.empty_like(weights), spec.number_format == "integer" and columns.suited(weights)
     with full_precision():
         for start in range(0, stack.shape[2], BLOCK):
             part = slice(start, start + BLOCK)
-            errors = work_through(weights[:, :, part].clone(), order.upper[:, part, part], rounded[:, :, part],
-                                  Columns(scale[:, :, part], None if zero is None else zero[:, :, part], None if kept is None else kept[:, :, part], spec))  # type: ignore[index]  # fmt: skip
+            if by_kernel:
+                errors = columns.work_through(weights, order.upper, rounded, start, columns.Target(kept, scale, zero, spec.bits))
+            else:
+                errors = work_through(weights[:, :, part].clone(), order.upper[:, part, part], rounded[:, :, part],
+                                      Columns(scale[:, :, part], None if zero is None else zero[:, :, part], None if kept is None else kept[:, :, part], spec))  # type: ignore[index]  # fmt: skip
             if start + BLOCK < stack.shape[2]:
                 weights[:, :, start + BLOCK :] -= errors @ order.upper[:, part, start + BLOCK :]
-    return torch.empty_like(rounded).scatter_(2, columns, rounded)
+    return torch.empty_like(rounded).scatter_(2, places, rounded)
 
 
 def in_order(part: Tensor, columns: Tensor, spec: Spec) -> Tensor:

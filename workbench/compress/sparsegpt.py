@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.compress import columns
+from workbench.compress.columns import BLOCK
 from workbench.compress.layers import Layer
 from workbench.compress.moments import by_source
 from workbench.compress.selection import keep_fewer, keep_of_groups, spread
@@ -21,7 +23,6 @@ from workbench.statistics import full_precision
 if TYPE_CHECKING:
     from workbench.compress.importance import Evidence
 
-BLOCK = 128  # columns whose mask is chosen together, before they are worked through
 DAMPING = (0.01, 0.1, 1.0)  # times the mean of the diagonal; the next only where a matrix cannot be inverted with the last
 
 
@@ -139,6 +140,7 @@ def solve(stack: Tensor, factor: Factor, removed: list[int], group: tuple[int, i
     inputs = stack.shape[2]
     quotas = [spread(count, inputs) for count in removed]
     width = BLOCK if group is None else max(1, BLOCK // group[1]) * group[1]  # no group lies in two blocks
+    by_kernel = group is None and columns.suited(stack)
     with full_precision():
         for start in range(0, inputs, width):
             end = min(start + width, inputs)
@@ -146,8 +148,11 @@ def solve(stack: Tensor, factor: Factor, removed: list[int], group: tuple[int, i
             part = Factor(factor.upper[:, start:end, start:end].contiguous(), factor.alive[:, start:end])
             if group is None:
                 kept[:] = keep_fewer(saliency(block, part, kept).flatten(1), [sum(quota[start:end]) for quota in quotas]).view_as(block)
-            errors = work_through(block, part, kept, group)
-            stack[:, :, start:end] = block * kept
+            if by_kernel:
+                errors = columns.work_through(stack, factor.upper, stack, start, columns.Target(masks))
+            else:
+                errors = work_through(block, part, kept, group)
+                stack[:, :, start:end] = block * kept
             if end < inputs:
                 stack[:, :, end:] -= errors @ factor.upper[:, start:end, end:]
     return stack, masks
