@@ -25,7 +25,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 class Options:
     """How a part is run. `seconds` bounds a part: it ends with the rows that it has, and says so.
 
-    `windows` of `context` tokens are evaluated on a shape; `items` bounds the evaluation items of a named model.
+    `windows` of `context` tokens are evaluated on a shape; `items` bounds the evaluation items of a named model, `dtype` is what it is
+    loaded in (None: the product's choice).
     """
 
     device: str | None = None
@@ -39,6 +40,7 @@ class Options:
     ledger_sizes: tuple[int, ...] = (10, 1000, 100_000)
     shapes: tuple[str, ...] = ("wide-128", "wide-256", "wide-512", "wide-1024")
     note: str = ""
+    dtype: str | None = None
 
     def task(self, target: str) -> Task:
         """Return a shape of `benchmarks.shapes` with random weights, or a model by name as the product loads it."""
@@ -48,7 +50,7 @@ class Options:
         place = pick(self.device)
         if target in SHAPES:
             return random_task(target, place, self.context, self.windows)
-        return load_task(target, device=place, offline=True, evaluation_items=self.items, progress=False)
+        return load_task(target, device=place, offline=True, evaluation_items=self.items, dtype=self.dtype, progress=False)
 
 
 @dataclass
