@@ -1,7 +1,7 @@
 """How often the intervals of looks hold, over random recipes whose every item is scored, and how wide they are.
 
     python -m benchmarks.coverage_scores --recipes 150 --neighbours 60 --scores FOLDER
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
     python -m benchmarks.coverage --scores FOLDER --orders 20 --out benchmarks/results/coverage.json
 
 The first commands score all items once (`coverage_scores.py`), this one computes from these scores what `Bench.stream` would

@@ -11,7 +11,7 @@ A language model's items are windows of `--context` tokens, `correct` their shar
 drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU also from what needs
 calibration data:
 
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
 """
 
 from __future__ import annotations
@@ -144,11 +144,12 @@ def main() -> None:
     parser.add_argument("--items", type=int, help="at most so many evaluation items")
     parser.add_argument("--context", type=int, help="tokens of a window, of a language model")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="that models are loaded in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scores", type=Path, required=True, help="folder of the files")
     given = parser.parse_args()
     for model in given.models:
-        task, path = load_task(model, device=given.device, evaluation_items=given.items, context=given.context, offline=True, progress=False), given.scores / f"{model}.npz"
+        task, path = load_task(model, device=given.device, evaluation_items=given.items, context=given.context, dtype=given.dtype, offline=True, progress=False), given.scores / f"{model}.npz"
         kept = scored(task, given.recipes, given.seed, path)
         if given.neighbours > len(kept.get("near_loss", ())):
             scored_neighbours(task, kept, given.neighbours, given.seed, path)
