@@ -32,7 +32,7 @@ from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
 from workbench.statistics import Statistics
 from workbench.streaming import device_of
-from workbench.streaming_forecast import forecast
+from workbench.streaming_forecast import Pace, forecast
 from workbench.tasks.base import Scores, Task
 from workbench.tasks.language_modelling import LanguageModelling
 
@@ -119,7 +119,7 @@ class Bench:
             ", ".join(filter(None, (describe(self.device), placed(self.task.model)))), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"), self.runtime,
         )  # fmt: skip
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
-        self.neighbours = Neighbours()
+        self.neighbours, self.pace = Neighbours(), Pace()
         self.statistics = Statistics(self.task, cache=cache_of(self.task, disk_cache(self.task)))
         self.reference = Reference(self.evaluator, self.statistics)
         self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: None  # a Predictor's `record`, kept with what is then measured
@@ -189,7 +189,10 @@ class Bench:
             if on_compressed is not None:
                 on_compressed(compressed)
             partial = Partial(self, compressed, (*early, len(self.evaluation)), progress, time.perf_counter() - start, margin=margin, resume=not again)
-            yield from partial.looks()
+            for number, look in enumerate(partial.looks()):
+                if told is not None and not number:
+                    self.pace.learn(told, look.provenance.compress_seconds, look.provenance.evaluate_seconds)
+                yield look
             point = partial.finish()
         if predicted is not None and point.recipe == recipe:  # training that was stopped has made another one
             point = dataclasses.replace(point, predicted=predicted)

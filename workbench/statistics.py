@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LAST_INPUTS = 8  # of a streamed model's layers, held to see which layers read the same tensor: those of one block, and one that all blocks read
 GROUPS = 64  # groups of calibration items whose gradients are squared one by one
 
 
@@ -161,6 +163,33 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@dataclass
+class Products:
+    """X^T X of what layers are given in one batch, once for all that read the same tensor. Mutable.
+
+    Tensors are held so that their ids are not used again: `most` of them (None: all), the newest ones. `home`: products go to the host.
+    """
+
+    most: int | None
+    home: bool
+    found: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = field(default_factory=OrderedDict)
+
+    def of(self, module: nn.Module, given: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Return (product [inputs, inputs], rows that it is of, whether all are finite)."""
+        key = id(given), given._version  # noqa: SLF001  counts changes in place
+        if key not in self.found or isinstance(module, nn.Conv2d):
+            rows = patches(module, given)
+            product = rows.t() @ rows
+            self.found[key] = given, product.to(HOST) if self.home else product, len(rows), torch.isfinite(rows).all()
+        _, product, count, good = self.found[key]
+        self.found.move_to_end(key)
+        if isinstance(module, nn.Conv2d):
+            del self.found[key]
+        while self.most is not None and len(self.found) > self.most:
+            self.found.popitem(last=False)
+        return product, count, good
+
+
 def second_moments(task: Task, progress: Progress) -> Moments:
     """Return E[x x^T] of every layer's inputs over the calibration data, with the model in eval mode.
 
@@ -170,28 +199,20 @@ def second_moments(task: Task, progress: Progress) -> Moments:
     counts: dict[str, int] = {}
     finite: dict[str, Tensor] = {}
     products: dict[str, Tensor] = {}  # of the batch that is being read
-    shared: dict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = {}
+    streamed = streams_to(task.model) is not None  # all second moments, or all inputs, are then too much for the device as well
+    read = Products(LAST_INPUTS if streamed else None, home=streamed)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            given = inputs[0] if inputs else next(iter(named.values()))
-            key = id(given), given._version  # noqa: SLF001  counts changes in place
-            if key not in shared or isinstance(module, nn.Conv2d):
-                rows = patches(module, given)
-                product = rows.t() @ rows
-                shared[key] = given, product.to(HOST) if streamed else product, len(rows), torch.isfinite(rows).all()  # holding `given` keeps its id from being used again
-            _, product, count, good = shared[key]
+            product, count, good = read.of(module, inputs[0] if inputs else next(iter(named.values())))
             products[name] = products[name] + product if name in products else product
             counts[name] = counts.get(name, 0) + count
             finite[name] = finite[name] & good if name in finite else good
-            if isinstance(module, nn.Conv2d):
-                del shared[key]
 
         return hook
 
     layers, _ = find_layers(task.model)
     device = device_of(task.model)
-    streamed = streams_to(task.model) is not None  # all second moments together are then too large for the device as well
     with ExitStack() as hooks, torch.no_grad(), full_precision():
         for name, layer in layers.items():
             if layer.table:
@@ -202,7 +223,7 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
             refuse_infinite(finite)
             sums = alike(sums, products)
-            shared.clear()
+            read.found.clear()
             products.clear()
     progress("calibration", len(task.calibration), len(task.calibration))
     means: dict[tuple[int, int], Tensor] = {}

@@ -12,7 +12,7 @@ from workbench.compress.layers import find_layers
 from workbench.device import Clock
 from workbench.placement import gigabytes, model_bytes
 from workbench.runtime.roofline import best, limits_of
-from workbench.streaming import blocks_of, fetched, streams_to
+from workbench.streaming import HOST, blocks_of, fetched, streams_to
 
 if TYPE_CHECKING:
     from workbench.bench import Bench
@@ -29,7 +29,8 @@ class Forecast:
     """Seconds until the first look and until all items are read, on one streamed model.
 
     `pass_bytes` go to the device in one pass over the weights, at `bytes_per_s`; `pass_seconds` is one pass of the evaluation at
-    least, with the arithmetic of a full batch. Time that a method itself computes is not in it: most take less than the way.
+    least, with the arithmetic of a full batch. Time that a method itself computes is in it once a move has shown it (see `Pace`):
+    most take less than the way.
     """
 
     pass_bytes: int
@@ -39,13 +40,35 @@ class Forecast:
     compress_seconds: float
     first_seconds: float
     all_seconds: float
+    known: bool = False  # from an earlier move
 
     def words(self) -> str:
         """Return a sentence for users."""
+        reason = "as the move before this one went" if self.known else "if the method itself takes no longer than the way"
         return (
             f"streamed from the host: {gigabytes(self.pass_bytes)} a pass at {self.bytes_per_s / 1e9:.1f} GB/s; about {seconds(self.first_seconds)} to the first look "
-            f"and {seconds(self.all_seconds)} to all items, if the method itself takes no longer than the way"
+            f"and {seconds(self.all_seconds)} to all items, {reason}"
         )
+
+
+@dataclass
+class Pace:
+    """What the last move on a streamed model took over what counting its passes says, compressing and reading apart. Mutable.
+
+    The first move also takes host memory for the compressed weights, which the next one finds there (`warm`).
+    """
+
+    compress: float = 1.0
+    read: float = 1.0
+    warm: bool = False
+
+    def learn(self, told: Forecast, compress_seconds: float, read_seconds: float) -> None:
+        """Take what a move took to be compressed and to its first look; what is computed once says nothing about the next one."""
+        if self.warm and not told.once_seconds:
+            self.compress *= compress_seconds / told.compress_seconds if told.compress_seconds else 1.0
+        if (forecast_seconds := told.first_seconds - told.once_seconds - told.compress_seconds) > 0:
+            self.read *= read_seconds / forecast_seconds
+        self.warm = True
 
 
 def seconds(value: float) -> str:
@@ -67,15 +90,29 @@ def forecast(bench: Bench, recipe: Recipe, first: int) -> Forecast | None:
     speed = kept.once("bytes a second to the device", lambda: speed_to(bench))
     size = model_bytes(task.model)
     one = size / speed
-    pass_seconds = pass_time(one, bench, device)
+    pace = bench.pace
+    pass_seconds = pass_time(one, bench, device) * pace.read
     once = moment_seconds(bench, recipe, pass_seconds, speed)
-    compress = (STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)) * one
+    compress = (STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)) * one * pace.compress + (0.0 if pace.warm or not len(recipe) else home_seconds(bench, size))
     known = sum(map(len, kept.once("dense scores", list)))
+
     def reading(items: int) -> float:
         return pass_seconds * (ceil(items / task.batch_size) + ceil(max(0, items - known) / task.batch_size))
 
-    start = once + compress
-    return Forecast(size, speed, pass_seconds, once, compress, start + reading(min(first, len(bench.evaluation))), start + reading(len(bench.evaluation)))
+    start, everything = once + compress, len(bench.evaluation)
+    return Forecast(size, speed, pass_seconds, once, compress, start + reading(min(first, everything)), start + reading(everything), pace.warm)
+
+
+def home_seconds(bench: Bench, size: int) -> float:
+    """Return how long it takes to get `size` bytes of host memory that a GPU writes to, measured once with those of a block; 0 where that is ordinary memory."""
+    if bench.device.type != "cuda" or not next(bench.task.model.parameters()).is_pinned():
+        return 0.0
+    largest = max(map(model_bytes, blocks_of(bench.task.model)), default=size)
+
+    def measured() -> float:
+        return Clock(HOST).time_ms(lambda: torch.empty(largest, dtype=torch.uint8, pin_memory=True)) / 1000
+
+    return bench.statistics.once("seconds to pin a block", measured) * size / largest
 
 
 def speed_to(bench: Bench) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.device import pick
 from workbench.errors import DataError, ModelError
 from workbench.placement import Placement
 from workbench.tasks import data as task_data
@@ -67,8 +68,10 @@ def load_task(
     Raises:
         ModelError: unknown, missing, damaged, unsafe, or for a task that the workbench does not run.
         DataError: missing, unfit, mislabelled or too few data.
+        DeviceError: the device is unknown, or not here.
 
     """
+    device = pick(str(device))
     located = _locate(name, data, offline=offline, progress=progress)
     config = local.read_config(located.directory)
     kind = kind_of(config)
