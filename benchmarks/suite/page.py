@@ -119,11 +119,12 @@ def streaming(found: list[Result]) -> list[str]:
     """Return moves of models that are streamed from the host or spread over GPUs, resident ones beside them."""
     lines = ["`resident` is the same bench with all of one GPU's memory. Fused kernels are off, as models that are moved about run without.", ""]
     for one in found:
-        bits = {True: "the same bits come out", False: "**other bits come out**", None: "no resident bench to compare with"}[one["same_bits"]]
+        bits = {True: "the same bits come out", False: "**other bits come out**", None: "qualities were not compared"}[one["same_bits"]]
         limit = f", {number(one['memory_gb'])} GB of memory allowed" if one.get("memory_gb") else ""
-        lines += [f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']} tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}.", ""]
+        note = f"; {one['note']}" if one.get("note") else ""
+        lines += [f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']} tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}{note}.", ""]
         rows = [
-            (row["recipe"], {"device": "resident"}.get(row["placement"], row["placement"]), "first" if row["time"] == 0 else "later", number(row["compress_s"]), number(row["first_s"]), number(row.get("forecast_first_s")), number(row["all_s"]), number(row.get("forecast_all_s")),
+            (row["recipe"], {"device": "resident"}.get(row["placement"], row["placement"]), "first" if row["time"] == 0 else "later", number(row.get("compress_s")), number(row["first_s"]), number(row.get("forecast_first_s")), number(row.get("all_s")), number(row.get("forecast_all_s")),
              number(row["complete_s"]), number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None)
             for row in one["rows"]
         ]  # fmt: skip
