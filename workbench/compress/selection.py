@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,14 @@ def first_true(flags: Tensor, count: Tensor) -> Tensor:
 
 
 def largest(importance: Tensor, count: int) -> Tensor:
-    """Return the `count`-th largest value along the last dimension, [..., 1]: a selection, several times faster than sorting."""
+    """Return the `count`-th largest value along the last dimension, [..., 1]: a selection, several times faster than sorting.
+
+    On a CPU by numpy, whose `partition` compares many numbers an instruction: with AVX2 a tenth of the time that torch's `kthvalue` takes.
+    """
     total = importance.shape[-1]
+    if importance.device.type == "cpu" and importance.dtype in {torch.float32, torch.float64}:
+        place = total - count
+        return torch.from_numpy(np.partition(importance.detach().numpy(), place, axis=-1)[..., place : place + 1].copy())
     if importance.device.type != "cuda":
         return importance.kthvalue(total - count + 1, dim=-1, keepdim=True).values
     if count <= total // 2:  # on a GPU `kthvalue` gives a row to one block, `topk` spreads it over all of them
