@@ -51,8 +51,11 @@ def why_no_triton(device: torch.device) -> str:
 
 
 def launching(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which Triton launches kernels on a device: of itself it takes the current GPU, wherever the tensors lie."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Return a context in which Triton launches kernels on a device: of itself it takes the current GPU, wherever the tensors lie.
+
+    A model that is being compiled (`torch.compile`) is given none: its kernels become part of one graph, on one GPU.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" and not torch.compiler.is_compiling() else nullcontext()
 
 
 def describe(device: torch.device) -> str:
