@@ -63,7 +63,8 @@ def prune_rows(weights_ptr, norm_ptr, gone_ptr, out_ptr, mask_ptr, rows, columns
     """Write the mask (uint8 [layers, rows, columns]) of the largest |w| * norm (float32 [layers, columns]) of each row, and the weights that it leaves.
 
     gone [layers, 2], int32: how many go from each row, and from how many rows, the first, one more. The threshold is found by halving
-    the range of the numbers' bits, which are ordered as the numbers are: 31 counts of rows that stay in registers.
+    the range of the numbers' bits, which are ordered as the numbers are, until so many lie above as stay: at most 31 counts of rows
+    that stay in registers, some 20 where no weights are tied.
     """
     layer = tl.program_id(1)
     row, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -74,11 +75,11 @@ def prune_rows(weights_ptr, norm_ptr, gone_ptr, out_ptr, mask_ptr, rows, columns
     bits = tl.where(inside, score.to(tl.int32, bitcast=True), -1)
     stay = columns - tl.load(gone_ptr + 2 * layer) - (row < tl.load(gone_ptr + 2 * layer + 1)).to(tl.int32)
     low, high = stay * 0, stay * 0 + 0x7F800000
-    for _ in range(31):
+    while tl.max(high - low, axis=0) > 0:
         middle = low + (high - low + 1) // 2
-        enough = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1) >= stay
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+        above = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1)
+        low = tl.where(above >= stay, middle, low)
+        high = tl.where(above > stay, high, tl.where(above == stay, middle, middle - 1))
     equal = (bits == low[:, None]).to(tl.int32)
     room = stay - tl.sum((bits > low[:, None]).to(tl.int32), axis=1)
     kept = (bits > low[:, None]) | ((equal != 0) & (tl.cumsum(equal, axis=1) <= room[:, None]))
