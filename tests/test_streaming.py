@@ -17,17 +17,16 @@ import tiny_tasks
 import torch
 
 import workbench as wb
-from workbench import placement, statistics, streaming
+from workbench import placement, streaming
 from workbench.compress import compress
 from workbench.compress.copies import sharing_copy
-from workbench.compress.layers import find_layers, no_progress
+from workbench.compress.layers import find_layers
 from workbench.compress.report import LayerReport
 from workbench.errors import CompressionError, DeviceError
 from workbench.measure.evaluator import Evaluator
 from workbench.placement import attach_spread, device_map, model_bytes, place, place_task
 from workbench.statistics import Statistics
 from workbench.streaming import device_of, streams_to
-from workbench.streaming_forecast import Forecast, Pace, forecast
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -243,70 +242,6 @@ def test_a_folder_is_loaded_streamed_and_measured_by_the_command(tmp_path):
     result = CliRunner().invoke(workbench, given, env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
     assert "streamed from the host" in result.output
-
-
-def test_the_forecast_counts_passes(tmp_path, monkeypatch):
-    bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
-    size = model_bytes(bench.task.model)
-    monkeypatch.setattr("workbench.streaming_forecast.speed_to", lambda _: 1e3)  # so slow that arithmetic is nothing beside it
-    one = size / 1e3
-    plain = forecast(bench, RECIPES["magnitude"], 16)
-    assert plain.pass_seconds == pytest.approx(one, rel=0.01)
-    assert plain.once_seconds == 0
-    assert plain.compress_seconds == pytest.approx(6 * one)
-    assert plain.first_seconds == pytest.approx(plain.compress_seconds + 2 * plain.pass_seconds)  # one batch of 16, dense and compressed
-    assert plain.all_seconds == pytest.approx(plain.compress_seconds + 6 * plain.pass_seconds)
-    assert forecast(bench, RECIPES["awq"], 16).once_seconds > 2 * one  # 24 calibration items in batches of 16
-    list(bench.looks(RECIPES["awq"], (16,), again=True, cancelled=None))
-    after = forecast(bench, RECIPES["awq"], 16)
-    assert after.once_seconds == 0  # second moments are there
-    assert after.all_seconds == pytest.approx(after.compress_seconds + 3 * after.pass_seconds)  # and so are the dense scores
-    assert "0.02 MB a pass" in after.words()
-    resident = wb.Bench(tiny_tasks.tiny_task("llama"), ledger=tmp_path / "resident.journal", progress=False)
-    assert forecast(resident, RECIPES["awq"], 16) is None
-
-
-def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
-    bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
-    monkeypatch.setattr("workbench.streaming_forecast.speed_to", lambda _: 1e6)
-    list(bench.stream(RECIPES["magnitude"]))
-    first = forecast(bench, RECIPES["magnitude"], 16)
-    assert first.known
-    assert bench.pace.compress == 1.0  # the first move takes memory, which says nothing of the next
-    assert "as the move before this one went" in first.words()
-    bench.pace.learn(first, 3 * first.compress_seconds, 2 * (first.first_seconds - first.compress_seconds))
-    then = forecast(bench, RECIPES["magnitude"], 16)
-    assert then.compress_seconds == pytest.approx(3 * first.compress_seconds)
-    assert then.pass_seconds == pytest.approx(2 * first.pass_seconds)
-    assert then.first_seconds == pytest.approx(then.compress_seconds + 2 * (first.first_seconds - first.compress_seconds))
-    bench.pace.learn(then, then.compress_seconds, then.first_seconds - then.compress_seconds)  # as forecast: nothing changes
-    assert forecast(bench, RECIPES["magnitude"], 16) == then
-    pace = Pace(warm=True)
-    pace.learn(Forecast(1, 1.0, 1.0, 5.0, 2.0, 9.0, 9.0), 40.0, 2.0)  # second moments were in it
-    assert (pace.compress, pace.read) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize("last", [1, 3, 8])
-def test_second_moments_of_a_streamed_model_hold_few_inputs(last, monkeypatch):
-    monkeypatch.setattr(statistics, "LAST_INPUTS", last)
-    held: list[weakref.ref[torch.Tensor]] = []
-    most: list[int] = []
-    plain = statistics.patches
-
-    def watched(module, given):
-        held.append(weakref.ref(given))
-        most.append(sum(one() is not None for one in held))
-        return plain(module, given)
-
-    monkeypatch.setattr(statistics, "patches", watched)
-    task = tiny_tasks.tiny_task("llama")
-    streamed = statistics.second_moments(dataclasses.replace(task, model=place(tiny_tasks.tiny_task("llama").model, torch.device("cpu"), "streamed")), no_progress)
-    assert max(most) <= last + 2  # what is held, and what the model itself is working with
-    resident = statistics.second_moments(task, no_progress)
-    assert list(streamed.matrices) == list(resident.matrices)
-    for name, matrix in resident.matrices.items():
-        assert torch.equal(streamed.matrices[name], matrix)
-    assert len({id(matrix) for matrix in streamed.matrices.values()}) == len({id(matrix) for matrix in resident.matrices.values()})
 
 
 def test_the_benchmark_runs(tmp_path):
