@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=Options.windows, help="windows that a shape is evaluated on")
     parser.add_argument("--items", type=int, help="evaluation items of a named model, fewer than its own")
     parser.add_argument("--dtype", help="that a named model is loaded in, such as bfloat16, which its checkpoint on the hub may have and the offline one has not")
+    parser.add_argument("--quality-only", action="store_true", help="end a slider's move when all items are read: latency and memory take ten times as long on a GPU")
     parser.add_argument("--sliders", nargs="+", default=(), help="these sliders only")
     parser.add_argument("--peers", type=Path, help="folder with torchao and llm-compressor, for `against`")
     parser.add_argument("--note", default="", help="about the machine's load, kept with the result")
@@ -51,7 +52,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the parts, then write the page; a part that fails is reported, the others go on, the exit code is 1."""
     given = arguments()
-    options = Options(given.device, given.moves, given.seconds, given.context, given.windows, given.items, tuple(given.sliders), given.peers, note=given.note, dtype=given.dtype)
+    options = Options(given.device, given.moves, given.seconds, given.context, given.windows, given.items, tuple(given.sliders), given.peers, note=given.note, dtype=given.dtype, quality_only=given.quality_only)
     sort, failed = pick(given.device).type, list[str]()
     for name, (run, what, targets) in PARTS.items():
         if given.only and name not in given.only:

@@ -59,6 +59,12 @@ def test_a_slider_is_moved_through_the_panels_own_session(tmp_path):
     assert 0 < row["predicted_ms"] < row["first_ms"] <= row["all_ms"] <= row["complete_ms"]
 
 
+def test_a_move_can_end_when_all_items_are_read(tmp_path):
+    (row,) = toy(slider, tmp_path, sliders=("sparsity",), quality_only=True).rows
+    assert 0 < row["first_ms"] <= row["all_ms"]
+    assert not {"complete_ms", "cold_complete_ms"} & row.keys()
+
+
 def test_a_part_ends_with_what_it_has_when_its_time_is_over(tmp_path):
     record = toy(memory, tmp_path, seconds=1e9, sliders=("sparsity", "rank"))
     assert [row["name"] for row in record.rows] == ["sparsity", "rank"]

@@ -38,8 +38,8 @@ FEW_LONG = 4
 def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:
     """Return the numbers of items that are looked at before all are read, items being on the device that reads them.
 
-    Of a language model on a CPU the first look is at 4 windows instead of 16: its interval is some four times as wide, unless a
-    recipe next to this one was measured before, and it is there after a quarter of the time. The looks after it widen by 5 to 10%.
+    Of a language model on a CPU the first look is at 4 windows instead of 16: its interval is three to four times as wide (half
+    of that if a recipe next to this one was measured before), and it is there after a third of the time. The looks after it widen by 5 to 10%.
     """
     slow = items.labels.device.type == "cpu" and isinstance(kind, LanguageModelling) and items.labels.shape[1] >= LONG
     return tuple(count for count in ((FEW_LONG, *LOOKS) if slow else LOOKS) if count < len(items))

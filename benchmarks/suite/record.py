@@ -26,7 +26,7 @@ class Options:
     """How a part is run. `seconds` bounds a part: it ends with the rows that it has, and says so.
 
     `windows` of `context` tokens are evaluated on a shape; `items` bounds the evaluation items of a named model, `dtype` is what it is
-    loaded in (None: the product's choice).
+    loaded in (None: the product's choice). `quality_only` ends a slider's move when all items are read.
     """
 
     device: str | None = None
@@ -41,6 +41,7 @@ class Options:
     shapes: tuple[str, ...] = ("wide-128", "wide-256", "wide-512", "wide-1024")
     note: str = ""
     dtype: str | None = None
+    quality_only: bool = False
 
     def task(self, target: str) -> Task:
         """Return a shape of `benchmarks.shapes` with random weights, or a model by name as the product loads it."""

@@ -41,11 +41,11 @@ def recipes(target: str, count: int) -> dict[str, list[wb.Recipe]]:
 
 
 class Watch:
-    """Writes down when what arrives after a move, in milliseconds."""
+    """Writes down when what arrives after a move, in milliseconds; with `quality_only` a move ends when all items are read."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, quality_only: bool = False) -> None:
         """Watch nothing yet."""
-        self.session, self.seen, self.start = session, dict[str, float](), 0.0
+        self.session, self.seen, self.start, self.quality_only = session, dict[str, float](), 0.0, quality_only
         session.on_live = self.note
 
     def note(self) -> None:
@@ -60,9 +60,11 @@ class Watch:
             self.seen["all"] = now
         if live.point.complete:
             self.seen.setdefault("complete", now)
+        elif self.quality_only and "all" in self.seen:
+            self.session.cancel()
 
     def move(self, recipe: wb.Recipe, longest: float) -> dict[str, float]:
-        """Move, wait until everything is measured or `longest` seconds are over, and return what was seen."""
+        """Move, wait until the move ends or `longest` seconds are over, and return what was seen."""
         self.seen = {}
         self.start = time.perf_counter()
         self.session.start(recipe)
@@ -70,6 +72,8 @@ class Watch:
             time.sleep(0.02)  # what is seen is timed where it arrives; a thread that asks all the time takes turns from the one that computes
             if time.perf_counter() - self.start > longest:
                 self.session.cancel()
+        while self.session.measurer.running is not None:  # what was cancelled comes to its next checkpoint, which the next move must not wait for
+            time.sleep(0.02)
         return self.seen
 
 
@@ -100,7 +104,7 @@ def run(target: str, options: Options, record: Record) -> None:
         session.load_now(Choice(task))
         while session.measurer.busy:
             time.sleep(0.01)
-        watch = Watch(session)
+        watch = Watch(session, quality_only=options.quality_only)
         try:
             for name, positions in recipes(target, options.moves).items():
                 if (options.sliders and name not in options.sliders) or errors:
@@ -110,7 +114,7 @@ def run(target: str, options: Options, record: Record) -> None:
                 moves: list[dict[str, float]] = []
                 for recipe in positions:
                     left = options.seconds - record.spent
-                    if moves and left < 2 * moves[-1].get("complete", 0.0) / 1000:
+                    if moves and left < 2 * max(moves[-1].values(), default=0.0) / 1000:
                         break
                     moves.append(watch.move(recipe, max(left, 1.0)))
                 record.add(name=name, **summary(moves))

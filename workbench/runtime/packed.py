@@ -84,9 +84,9 @@ def pack_model(model: nn.Module, layers: tuple[Layer, ...] = (), kept: Callable[
             encodings[key] = Encoding("shared", tuple(value.shape), dtype_name(value), same_as=owner)
             continue
         layer = by_key.get(key)
-        promised = layer is not None and (layer.mask is not None or layer.grid is not None)
-        with visiting([layer] if promised and layer is not None else []):  # of a streamed model: a host takes seconds a gigabyte
-            here = layer.parameter.detach() if promised and layer is not None else value
+        promised = [layer] if layer is not None and (layer.mask is not None or layer.grid is not None) else []
+        with visiting(promised):  # of a streamed model: a host takes seconds a gigabyte
+            here = promised[0].parameter.detach() if promised else value
             stored, encodings[key] = encode(here, layer)
             tensors.update({f"{key}{suffix}": kept(tensor) for suffix, tensor in stored.items()})
             width = layer.grid.bits if layer is not None and layer.grid is not None else 8 * value.element_size()
