@@ -179,7 +179,7 @@ def test_a_broken_tokenizer(model, text):
 def test_bad_dtype_and_device(model, text):
     refused(model, text, "dtype='int8' is not one that a model can be loaded in; use float32", dtype="int8")
     if not torch.cuda.is_available():
-        refused(model, text, "device 'cuda' cannot hold the model", error=DeviceError, device="cuda", dtype="float32")
+        refused(model, text, "device 'cuda' is not here: torch", error=DeviceError, device="cuda", dtype="float32")
 
 
 def test_a_classifier_without_data_is_told_to_name_some(tmp_path):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#9c6b4e")
-WIDE, ROW, LEFT, TOP = 520, 20, 330, 46  # of the field, a bar's line, and where the field begins, in pixels
+WIDE, ROW, LEFT, TOP = 520, 20, 330, 46  # of the field, a bar's line, and where the field begins at least, in pixels
+LETTER = 6.8  # pixels of a letter of a label
 HIGH = 300  # of a field of lines
 
 
@@ -33,21 +34,21 @@ def tens(values: Iterable[float]) -> tuple[int, int]:
 def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | None]]) -> str:
     """Draw rows of (label, group, value, aim): one bar each, coloured by group, with a stroke where the aim is."""
     low, high = tens([value for _, _, value, _ in rows] + [aim for *_, aim in rows if aim])
-    groups = list(dict.fromkeys(group for _, group, _, _ in rows))
+    groups, left = list(dict.fromkeys(group for _, group, _, _ in rows)), max(LEFT, 16 + LETTER * max(len(label) for label, *_ in rows))
 
     def across(value: float) -> float:
-        return round(LEFT + WIDE * (math.log10(value) - low) / (high - low), 1)
+        return round(left + WIDE * (math.log10(value) - low) / (high - low), 1)
 
     bottom = TOP + ROW * len(rows)
-    parts = sheet(LEFT + WIDE + 80, bottom + 50, title)
+    parts = sheet(left + WIDE + 80, bottom + 50, title)
     for power in range(low, high + 1):
         parts.append(f'<path d="M{across(10.0**power)} {TOP}V{bottom}" stroke="#ddd"/><text x="{across(10.0**power)}" y="{bottom + 18}" text-anchor="middle">{10.0**power:g}</text>')
     for index, (label, group, value, aim) in enumerate(rows):
         y, colour = TOP + ROW * index, COLOURS[groups.index(group) % len(COLOURS)]
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{LEFT} {y + 3}H{across(value)}v14H{LEFT}z" fill="{colour}"/><text x="{across(value) + 5}" y="{y + 14}">{number(value)}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{left} {y + 3}H{across(value)}v14H{left}z" fill="{colour}"/><text x="{across(value) + 5}" y="{y + 14}">{number(value)}</text>')
         if aim:
             parts.append(f'<path d="M{across(aim)} {y + 1}v18" stroke="#222" stroke-width="2"/>')
-    parts.append(f'<text x="{LEFT + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{unit}</text></svg>')
+    parts.append(f'<text x="{left + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{unit}</text></svg>')
     return "\n".join(parts) + "\n"
 
 

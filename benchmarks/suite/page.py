@@ -169,7 +169,7 @@ def figures(found: list[Result]) -> dict[str, str]:
     for one in of(found, "against"):
         good = [row for row in one["rows"] if "failed" not in row]
         for row in good:
-            rows.append((f"{one['target']}: {row['name']}", "theirs", row["theirs"]["warm_full_s"], None))
+            rows.append((f"{one['target']}, {one['items']} items: {row['name']}", "theirs", row["theirs"]["warm_full_s"], None))
         for setting in dict.fromkeys(row["setting"] for row in good):
             mine = next(row["ours"] for row in good if row["setting"] == setting)
             rows += [(f"this, {setting}: {words}", words, max(mine[f"warm_{name}_s"], 1e-4), None) for name, words in (("full", "full interval"), ("first_look", "first look"), ("predicted", "predicted"))]
