@@ -1,7 +1,7 @@
 """How often the intervals of looks hold, over random recipes whose every item is scored, and how wide they are.
 
     python -m benchmarks.coverage_scores --recipes 150 --neighbours 60 --scores FOLDER
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 20 --neighbours 8 --items 128 --context 128 --scores FOLDER
     python -m benchmarks.coverage --scores FOLDER --orders 20 --out benchmarks/results/coverage.json
 
 The first commands score all items once (`coverage_scores.py`), this one computes from these scores what `Bench.stream` would
@@ -231,19 +231,21 @@ def predicted_section(result: Row) -> str:
 
 def markdown(result: Row) -> str:
     """Return the whole result as a page."""
-    head = f"# Do the intervals hold?\n\n`{result['command']}`, {result['date']}, {result['device']}. {result['what']} {result.get('earlier', '')}\n"
-    return "\n".join(filter(None, (head, looks_section(result), predicted_section(result))))
+    head = f"# Do the intervals hold?\n\n`{result['command']}`, {result['date']}, {result['device']}. {result['what']}\n"
+    sources = "".join(f"- {model}: {source}.\n" for model, source in result.get("sources", {}).items())
+    return "\n".join(filter(None, (head, sources, looks_section(result), predicted_section(result))))
 
 
 def write(result: Row, path: Path) -> None:
     """Write JSON and page; what another script has put under `predicted` stays, and so do the rows of models that were not scored now."""
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     result = {**({"predicted": earlier["predicted"]} if "predicted" in earlier else {}), **result}
-    fresh = {row["model"] for row in result["details"]}
+    source = f"`{result['command']}`, {result['date']}, {result['device']}"
+    fresh = dict.fromkeys((row["model"] for row in result["details"]), source)
     stay = [row for row in earlier.get("details", ()) if row["model"] not in fresh]
     if stay:
-        said = earlier.get("earlier", "") or f"{', '.join(dict.fromkeys(row['model'] for row in stay))}: `{earlier['command']}`, {earlier['date']}, {earlier['device']}."
-        result |= {"earlier": said, "details": [*stay, *result["details"]]}
+        known = {row["model"]: f"`{earlier['command']}`, {earlier['date']}, {earlier['device']}" for row in stay} | earlier.get("sources", {})
+        result |= {"sources": {row["model"]: known[row["model"]] for row in stay} | fresh, "details": [*stay, *result["details"]]}
         result["rows"] = aim(result["details"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))

@@ -8,10 +8,10 @@ A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), lo
 With `--neighbours`, `near_loss` and `near_correct` are those of the first recipes with one slider moved a little, as in a drag.
 
 A language model's items are windows of `--context` tokens, `correct` their share of tokens that are predicted; its recipes are
-drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU also from what needs
-calibration data:
+drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU (`--device cuda --dtype
+bfloat16`, which no published result is of yet) also from what needs calibration data:
 
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 20 --neighbours 8 --items 128 --context 128 --scores FOLDER
 """
 
 from __future__ import annotations

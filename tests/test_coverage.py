@@ -129,7 +129,11 @@ def test_rows_of_models_that_are_not_scored_again_stay(rows, tmp_path):
     kept = json.loads(path.read_text())
     assert kept["details"] == [*other, *rows]
     assert kept["rows"][0]["trials"] == 2 * coverage.aim(rows)[0]["trials"]
-    assert "other: `first`, today, this." in path.with_suffix(".md").read_text()
+    assert kept["sources"] == {"other": "`first`, today, this", rows[0]["model"]: "`third`, today, this"}
+    coverage.write({**common, "command": "fourth", "rows": coverage.aim(other), "details": other}, path)  # the other way round
+    page = path.with_suffix(".md").read_text()
+    assert "- other: `fourth`, today, this." in page
+    assert f"- {rows[0]['model']}: `third`, today, this." in page
 
 
 def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):

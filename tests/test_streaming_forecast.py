@@ -42,6 +42,9 @@ def test_the_forecast_counts_passes(tmp_path, monkeypatch):
 def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
     bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
     monkeypatch.setattr("workbench.streaming_forecast.speed_to", lambda _: 1e6)
+    list(bench.stream(wb.Recipe()))
+    assert not bench.pace.warm  # the dense model took no memory for compressed weights
+    assert bench.pace.compress == 1.0
     list(bench.stream(RECIPES["magnitude"]))
     first = forecast(bench, RECIPES["magnitude"], 16)
     assert first.known

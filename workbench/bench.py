@@ -127,7 +127,7 @@ class Bench:
     def measure(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, margin: float | None = None) -> Measurement:
         """Return the complete measurement of a recipe; one that the ledger has already is returned at once.
 
-        With a margin, reading stops after 16, 64 or 256 items if the main change is known well enough; such a point says so
+        With a margin, reading stops at a look (see `early`) if the main change is known well enough; such a point says so
         (`margin`, `items` of `items_total`), is kept, and goes on where it stopped when more is asked for.
 
         Args:

@@ -63,11 +63,13 @@ class Pace:
     warm: bool = False
 
     def learn(self, told: Forecast, compress_seconds: float, read_seconds: float) -> None:
-        """Take what a move took to be compressed and to its first look; what is computed once says nothing about the next one."""
-        if self.warm and not told.once_seconds:
-            self.compress *= compress_seconds / told.compress_seconds if told.compress_seconds else 1.0
+        """Take what a move took to be compressed and to its first look; what is computed once says nothing about the next one, the dense model nothing about compressing."""
         if (forecast_seconds := told.first_seconds - told.once_seconds - told.compress_seconds) > 0:
             self.read *= read_seconds / forecast_seconds
+        if not told.compress_seconds:
+            return
+        if self.warm and not told.once_seconds:
+            self.compress *= compress_seconds / told.compress_seconds
         self.warm = True
 
 

@@ -2,7 +2,7 @@
 
 Three shares of what a copy reaches are told of an application. `least`: each weight that changes read once and written once, over the
 time that a user waits. `moved`: all that the kernels of `workbench.compress.passes` read and write, the check of every promise
-among it, over the same time. `busy`: the same over the time that the device computes, without what it waits for Python.
+among it, over the same time. `busy`: the same over the time that the device computes, without what it waits for Python. The aim is held against `busy`.
 """
 
 from __future__ import annotations
