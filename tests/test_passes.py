@@ -70,11 +70,15 @@ def test_pruning_keeps_the_largest_and_of_equal_ones_the_first(shape, share, dty
         assert torch.equal(made.cpu().view(torch.int16), expected.view(torch.int16))  # also the signs of zeros
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (33, 128), (4, 5000)], ids=str)
+NORMS = {"ties": lambda wide: [0.0, 1.0, 2.5, 1e-30] * wide, "outliers": lambda wide: [1e4, *[math.exp(math.sin(i)) for i in range(1, wide)]] * 2, "hardly any": lambda wide: [1e-43 * i for i in range(2 * wide)]}
+ROWS = [((5, 7), "ties"), ((33, 128), "ties"), ((4, 5000), "ties"), ((33, 128), "outliers"), ((3, 128), "hardly any")]
+
+
+@pytest.mark.parametrize(("shape", "norms"), ROWS, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.31, 0.999, 1.0])
-def test_pruning_rows_keeps_the_largest_products_of_each_and_of_equal_ones_the_first(shape, share, dtype, place):
+def test_pruning_rows_keeps_the_largest_products_of_each_and_of_equal_ones_the_first(shape, norms, share, dtype, place):
     weights = some_weights(shape, dtype, place, layers=2)
-    norms = torch.tensor([0.0, 1.0, 2.5, 1e-30], device=place).repeat(2 * shape[1])[: 2 * shape[1]].view(2, shape[1])
+    norms = torch.tensor(NORMS[norms](shape[1])[: 2 * shape[1]], device=place).view(2, shape[1])
     removed = [math.floor(share * weights[0].numel()), 2]
     pruned, masks = passes.prune_rows(weights, norms, removed)
     for layer, (weight, count) in enumerate(zip(weights, removed, strict=True)):
@@ -83,6 +87,12 @@ def test_pruning_rows_keeps_the_largest_products_of_each_and_of_equal_ones_the_f
             gone = count // shape[0] + (row < count % shape[0])
             order = sorted(range(shape[1]), key=lambda place: (-values[place], place))
             assert sorted(order[: shape[1] - gone]) == masks[layer, row].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_guess_is_where_a_share_of_a_normal_distribution_ends(share):
+    drawn = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
+    assert (drawn < passes.guess(share) * drawn.mean()).double().mean() == pytest.approx(share, abs=0.005)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -47,13 +47,29 @@ def test_kernels_over_rows_compile(block, dtype, architecture):
 
     together, places = tile(block)
     constants = {"TYPE": kernels.named(dtype), "ROWS": together, "BLOCK": places}
-    numbers = {"norm_ptr": "*fp32", "gone_ptr": "*i32", "mask_ptr": "*u8", "low_ptr": "*fp32", "high_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*u8", "best_ptr": "*i64"}
-    numbers |= {"weights_ptr": TABLE, "out_ptr": TABLE} | dict.fromkeys(("rows", "columns", "groups", "size", "candidates", "step", "most"), "i32")
-    more = {kernels.prune_rows: {}, kernels.extremes: {}, kernels.search: {"HAS_ZERO": True}}
-    for kernel, own in more.items():
-        code = compiled(kernel, numbers, constants | own, architecture, aligned=["columns" if kernel is kernels.prune_rows else "size"], warps=warps(places))
+    numbers = {"low_ptr": "*fp32", "high_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*u8", "best_ptr": "*i64"}
+    numbers |= {"weights_ptr": TABLE, "out_ptr": TABLE} | dict.fromkeys(("groups", "size", "candidates", "step", "most"), "i32")
+    for kernel, own in {kernels.extremes: {}, kernels.search: {"HAS_ZERO": True}}.items():
+        code = compiled(kernel, numbers, constants | own, architecture, aligned=["size"], warps=warps(places))
         assert "ld.global.v4" in code
         assert ".local" not in code  # nothing falls out of the registers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("columns", [64, 2048, 16384])
+def test_pruning_rows_reads_and_writes_many_weights_an_instruction_and_passes_none_around(columns, dtype, architecture):
+    from workbench.compress.passes import ROW, tile
+    from workbench.runtime import triton_weights as kernels
+
+    together, places = tile(columns, ROW)
+    constants = {"TYPE": kernels.named(dtype), "ROWS": together, "BLOCK": places}
+    numbers = {"norm_ptr": "*fp32", "guess_ptr": "*fp32", "gone_ptr": "*i32", "rows": "i32", "columns": "i32"} | dict.fromkeys(("weights_ptr", "out_ptr", "mask_ptr"), TABLE)
+    code = compiled(kernels.prune_rows, numbers, constants, architecture, aligned=["columns", "norm_ptr"], warps=max(1, min(8, places // ROW)))
+    assert "ld.global.v4" in code
+    assert "st.global.v4" in code
+    assert ".local" not in code
+    assert code.count("bar.sync") <= 10  # of sums and the numbering of ties; a change of layout takes several more
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -35,8 +35,8 @@ def pick(wanted: str | None = None) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def placed(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return whole numbers as a tensor [values] on a device, without waiting for it."""
+def placed(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return numbers as a tensor [values] on a device, without waiting for it."""
     host = torch.tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 

@@ -7,9 +7,11 @@ device is tried once, before they are used; where they do not, or Triton is miss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from workbench.device import launching, placed, why_no_triton
 from workbench.runtime.grid import Grid
 
 BLOCK = 4096  # weights that one program reads
+ROW = 1024  # of those that one warp searches for a threshold
 WARPS = 8
 ALIGNED = 16  # bytes, so that many weights are read by one instruction
 WIDEST = 2**14  # inputs of a row that one program holds
@@ -160,18 +163,27 @@ def prune_rows(weights: list[Tensor], norms: Tensor, removed: Sequence[int]) -> 
     fresh = [torch.empty_like(weight) for weight in weights]
     masks = torch.empty(len(weights), rows, columns, dtype=torch.bool, device=norms.device)
     gone = placed([number for total in removed for number in divmod(total, rows)], torch.int32, norms.device)
-    together, block = tile(columns)
+    guesses = placed([guess(total / weights[0].numel()) for total in removed], torch.float32, norms.device)
+    together, block = tile(columns, ROW)
+    warps = max(1, min(8, block // ROW))
+    each = together * block // (32 * warps)  # 32 weights a thread, 64 of the longest rows
     with launching(norms.device):
         kernels.prune_rows[-(-rows // together), len(weights)](
-            table(weights), norms.contiguous(), gone, table(fresh), masks.view(torch.uint8), rows, columns, kernels.named(weights[0].dtype), together, block, num_warps=warps(block)
-        )
+            table(weights), norms.contiguous(), gone, guesses, table(fresh), table(list(masks.unbind())), rows, columns, kernels.named(weights[0].dtype), together, block,
+            num_warps=warps, maxnreg=2 * each if weights[0].itemsize == 2 else None,  # more programs at once, which hide each other's waiting
+        )  # fmt: skip
     return fresh, masks
 
 
-def tile(columns: int) -> tuple[int, int]:
-    """Return how many rows of so many weights one program takes, and how many places it has for each: powers of two."""
+def guess(share: float) -> float:
+    """Return the magnitude that this share of a normal distribution lies below, as a multiple of its mean magnitude."""
+    return NormalDist().inv_cdf((1 + min(share, 0.9999)) / 2) / math.sqrt(2 / math.pi)
+
+
+def tile(columns: int, most: int = BLOCK) -> tuple[int, int]:
+    """Return how many rows of so many weights one program takes, one or `most` weights, and how many places it has for each: powers of two."""
     block = max(16, 1 << (columns - 1).bit_length())
-    return max(1, BLOCK // block), block
+    return max(1, most // block), block
 
 
 def warps(block: int) -> int:

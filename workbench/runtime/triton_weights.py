@@ -20,9 +20,9 @@ def named(dtype):
 
 
 @triton.jit
-def address(table_ptr, layer, TYPE: tl.constexpr):
+def address(table_ptr, layer, TYPE: tl.constexpr, ALIGNED: tl.constexpr = 16):
     """Return a layer's address from a table."""
-    return tl.multiple_of(tl.load(table_ptr + layer).to(tl.pointer_type(TYPE)), 16)
+    return tl.multiple_of(tl.load(table_ptr + layer).to(tl.pointer_type(TYPE)), ALIGNED)
 
 
 @triton.jit
@@ -59,32 +59,52 @@ def prune(weights_ptr, threshold_ptr, stay_ptr, ties_ptr, upto_ptr, out_ptr, mas
 
 
 @triton.jit
-def prune_rows(weights_ptr, norm_ptr, gone_ptr, out_ptr, mask_ptr, rows, columns, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the mask (uint8 [layers, rows, columns]) of the largest |w| * norm (float32 [layers, columns]) of each row, and the weights that it leaves.
+def prune_rows(weights_ptr, norm_ptr, gone_ptr, guess_ptr, out_ptr, mask_ptr, rows, columns, TYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the masks (uint8 [rows, columns] each) of the largest |w| * norm (float32 [layers, columns]) of each row, and the weights that it leaves.
 
-    gone [layers, 2], int32: how many go from each row, and from how many rows, the first, one more. The threshold is found by halving
-    the range of the numbers' bits, which are ordered as the numbers are, until so many lie above as stay: at most 31 counts of rows
-    that stay in registers, some 20 where no weights are tied.
+    gone [layers, 2], int32: how many go from each row, and from how many rows, the first, one more. guess [layers], float32: where
+    the threshold is sought first, as a multiple of a row's mean. It is sought among the numbers' bits, which are ordered as the
+    numbers are, until so many lie at it or above as stay, by counts of rows that stay in registers: from the guess on in growing
+    steps until it is bracketed, then where the counts at both ends say (six or so in all for normal weights), then, for ties, by halves.
     """
+    size: tl.constexpr = TYPE.primitive_bitwidth // 8
+    raw: tl.constexpr = tl.int16 if size == 2 else tl.int32
+    sign: tl.constexpr = -(1 << (8 * size - 1))
     layer = tl.program_id(1)
     row, place = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (place < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + place[None, :]
-    weight = tl.load(address(weights_ptr, layer, TYPE) + at, mask=inside, other=0.0)
-    score = tl.abs(weight.to(tl.float32)) * tl.load(norm_ptr + layer * columns + place, mask=place < columns, other=0.0)[None, :]
-    bits = tl.where(inside, score.to(tl.int32, bitcast=True), -1)
+    stored = tl.load(address(weights_ptr, layer, raw) + at, mask=inside, other=0)
+    norm = tl.load(norm_ptr + layer * columns + place[None, :] + row[:, None] * 0, mask=inside, other=0.0)  # not a line for all rows: that would be passed around
+    score = tl.abs(stored.to(TYPE, bitcast=True).to(tl.float32)) * norm
     stay = columns - tl.load(gone_ptr + 2 * layer) - (row < tl.load(gone_ptr + 2 * layer + 1)).to(tl.int32)
-    low, high = stay * 0, stay * 0 + 0x7F800000
-    while tl.max(high - low, axis=0) > 0:
-        middle = low + (high - low + 1) // 2
-        above = tl.sum((bits >= middle[:, None]).to(tl.int32), axis=1)
-        low = tl.where(above >= stay, middle, low)
-        high = tl.where(above > stay, high, tl.where(above == stay, middle, middle - 1))
-    equal = (bits == low[:, None]).to(tl.int32)
-    room = stay - tl.sum((bits > low[:, None]).to(tl.int32), axis=1)
-    kept = (bits > low[:, None]) | ((equal != 0) & (tl.cumsum(equal, axis=1) <= room[:, None]))
-    tl.store(address(out_ptr, layer, TYPE) + at, tl.where(kept, weight, weight * 0.0), mask=inside)
-    tl.store(mask_ptr + layer.to(tl.int64) * rows * columns + at, kept.to(tl.uint8), mask=inside)
+    low, high = stay * 0, stay * 0 + 0x7F800001  # at `low` and above lie `least`, as many as stay or more; at `high` and above `most`, fewer
+    least, most = low + columns, low
+    low, least = tl.where(stay == 0, high, low), tl.where(stay == 0, 0, least)
+    middle = (tl.sum(score, axis=1) / columns * tl.load(guess_ptr + layer)).to(tl.int32, bitcast=True)
+    step, turn = low, 0
+    going = (least != stay) & (high - low > 1) & (row < rows)
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        above = tl.sum(tl.where(score >= middle.to(tl.float32, bitcast=True)[:, None], 1.0, 0.0), axis=1).to(tl.int32)
+        up, down = going & (above >= stay), going & (above < stay)
+        low, least = tl.where(up, middle, low), tl.where(up, above, least)
+        high, most = tl.where(down, middle, high), tl.where(down, above, most)
+        going = going & (least != stay) & (high - low > 1)
+        # a power of two (2**23 of these numbers) holds about a quarter of a row, where the numbers are dense
+        step = tl.where(turn == 0, (tl.abs(above - stay) / columns * 33554432.0).to(tl.int32) + 16384, step * 2)
+        share = (least - stay).to(tl.float32) / tl.maximum(least - most, 1).to(tl.float32)
+        between = low + ((high - low).to(tl.float32) * tl.where(turn < 16, share, 0.5)).to(tl.int32)
+        middle = tl.where((high < 0x7F800001) | (turn >= 16), tl.where((low > 0) | (turn >= 16), between, high - step), low + step)
+        turn += 1
+    exact = (least == stay) | (row >= rows)
+    lowest = tl.where(exact, low, high).to(tl.float32, bitcast=True)[:, None]
+    kept = score >= lowest
+    if tl.min(exact.to(tl.int32), axis=0) == 0:
+        equal = (score >= low.to(tl.float32, bitcast=True)[:, None]) & ~kept
+        kept = kept | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= (stay - most)[:, None]))
+    tl.store(address(out_ptr, layer, raw) + at, tl.where(kept, stored, stored & sign), mask=inside)
+    tl.store(address(mask_ptr, layer, tl.uint8, 16 // size) + at, kept.to(tl.uint8), mask=inside)
 
 
 @triton.jit
