@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -184,6 +186,36 @@ def test_the_exception_of_a_superseded_job_is_not_shown(worker, failures):
     assert new.done.wait(5)
     assert old.done.is_set()
     assert failures == []
+
+
+@pytest.mark.parametrize("raised", [Cancelled, ValueError, MemoryError])
+def test_what_a_failed_job_worked_with_is_freed_at_once_not_when_garbage_is_collected(worker, raised):
+    class Model:
+        pass
+
+    models = []
+
+    def fail(model):
+        models.append(weakref.ref(model))
+        try:
+            {}["first"]
+        except KeyError:
+            raise raised("second")  # noqa: B904  its context is what is tested
+
+    def make(_stale):
+        model = Model()
+        yield 1
+        [fail(one()) for one in [lambda: model]]  # by a closure, as measurements are
+
+    gc.disable()
+    try:
+        job = worker.submit(make, lambda _value: None, quiet=True)
+        assert job.done.wait(5)
+        assert isinstance(job.error, raised)
+        assert models[0]() is None
+        assert raised is Cancelled or "in fail" in job.error.__notes__[0]  # where it came from can still be told
+    finally:
+        gc.enable()
 
 
 def test_idle_is_announced_once_per_settled_job():

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from workbench.errors import Cancelled
+from workbench.garbage import let_go
 
 T = TypeVar("T")
 Stale = Callable[[], bool]
@@ -140,11 +141,11 @@ class Worker(Generic[T]):
                         return
                     job.draw(value)
             job.finished = job.generation == self.generation
-        except Cancelled as error:
-            job.error = error
         except BaseException as error:  # noqa: BLE001  it belongs to whoever waits, or into the panel
+            let_go(error, telling=not isinstance(error, Cancelled))  # of a compressed model, where its measurement was cancelled
             job.error = error
-            self.tell(job, error)
+            if not isinstance(error, Cancelled):
+                self.tell(job, error)
 
     def tell(self, job: Job[T], error: BaseException) -> None:
         """Report the exception of a job that still matters."""

@@ -1,4 +1,4 @@
-"""What Python frees, and when: collections put off while many objects are made or in the middle of a move, imports that keep nobody's frames."""
+"""What Python frees, and when: collections put off while many objects are made or in the middle of a move, imports and errors that keep nobody's frames."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import importlib
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -43,6 +44,24 @@ def settle() -> None:
 def unsettle() -> None:
     """Let collections look at everything again."""
     gc.unfreeze()
+
+
+def let_go(error: BaseException, *, telling: bool = True) -> None:
+    """Let go of the frames that an exception came through, and of those it was raised in the handling of, before it is kept.
+
+    An exception holds its frames, a frame its variables and those of its closures, and often some frame the exception again. A model
+    among them would keep its GPU memory until Python collects garbage, which it does for many objects, not for large ones.
+    With `telling` the places are noted as text, which a printed traceback shows.
+    """
+    if telling:
+        error.add_note("It was raised here:\n" + "".join(traceback.format_tb(error.__traceback__)))
+    waiting, met = [error], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in met:
+            met.add(id(one))
+            one.__traceback__ = None
+            waiting += [other for other in (one.__context__, one.__cause__) if other is not None]
 
 
 def import_apart(*names: str) -> None:
