@@ -1,7 +1,7 @@
 """How often the intervals of looks hold, over random recipes whose every item is scored, and how wide they are.
 
     python -m benchmarks.coverage_scores --recipes 150 --neighbours 60 --scores FOLDER
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 20 --neighbours 8 --items 128 --context 128 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
     python -m benchmarks.coverage --scores FOLDER --orders 20 --out benchmarks/results/coverage.json
 
 The first commands score all items once (`coverage_scores.py`), this one computes from these scores what `Bench.stream` would
@@ -240,15 +240,22 @@ def write(result: Row, path: Path) -> None:
     """Write JSON and page; what another script has put under `predicted` stays, and so do the rows of models that were not scored now."""
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     result = {**({"predicted": earlier["predicted"]} if "predicted" in earlier else {}), **result}
-    source = f"`{result['command']}`, {result['date']}, {result['device']}"
-    fresh = dict.fromkeys((row["model"] for row in result["details"]), source)
+    fresh = result["sources"]
     stay = [row for row in earlier.get("details", ()) if row["model"] not in fresh]
     if stay:
-        known = {row["model"]: f"`{earlier['command']}`, {earlier['date']}, {earlier['device']}" for row in stay} | earlier.get("sources", {})
-        result |= {"sources": {row["model"]: known[row["model"]] for row in stay} | fresh, "details": [*stay, *result["details"]]}
+        result |= {"sources": {row["model"]: earlier["sources"][row["model"]] for row in stay} | fresh, "details": [*stay, *result["details"]]}
         result["rows"] = aim(result["details"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(result))
+
+
+def sources(folder: Path, source: str) -> dict[str, str]:
+    """Return by what, when and where each model's rows were computed, and their scores before that, where the file says so."""
+    found = {}
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as scores:
+            found[path.stem] = f"{source}; scores by {scores['made']}" if "made" in scores else source
+    return found
 
 
 def main() -> None:
@@ -265,6 +272,7 @@ def main() -> None:
         "command": "python -m benchmarks.coverage " + " ".join(sys.argv[1:]).replace(str(given.scores), "FOLDER"), "date": dt.datetime.now(dt.UTC).date().isoformat(), "device": describe(torch.device("cpu")),
         "versions": versions(), "orders": given.orders, "confidence": CONFIDENCE, "rows": aim(rows), "details": rows,
     }  # fmt: skip
+    result["sources"] = sources(given.scores, f"`{result['command']}`, {result['date']}, {result['device']}")
     print(markdown(result))
     if given.out:
         write(result, given.out)

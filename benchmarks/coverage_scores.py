@@ -6,19 +6,22 @@ A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), lo
 (width, groups, grid, rounding); nothing is trained. One that the model refuses is drawn anew. The file `<model>.npz` holds
 `loss` and `correct` [recipes, items], those of the dense model [items] (`dense_loss`, `dense_correct`), and `recipes` as JSON.
 With `--neighbours`, `near_loss` and `near_correct` are those of the first recipes with one slider moved a little, as in a drag.
+`made` says by what, when and where.
 
 A language model's items are windows of `--context` tokens, `correct` their share of tokens that are predicted; its recipes are
-drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU (`--device cuda --dtype
-bfloat16`, which no published result is of yet) also from what needs calibration data:
+drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU also from what needs
+calibration data:
 
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 20 --neighbours 8 --items 128 --context 128 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime as dt
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +29,7 @@ import numpy as np
 
 import workbench as wb
 from workbench.compress import compress
+from workbench.device import describe, pick
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.evaluator import Evaluator
 from workbench.statistics import Statistics
@@ -153,6 +157,8 @@ def main() -> None:
         kept = scored(task, given.recipes, given.seed, path)
         if given.neighbours > len(kept.get("near_loss", ())):
             scored_neighbours(task, kept, given.neighbours, given.seed, path)
+        command = "python -m benchmarks.coverage_scores " + " ".join(sys.argv[1:]).replace(str(given.scores), "FOLDER")
+        write(path, {**np.load(path), "made": np.array(f"`{command}`, {dt.datetime.now(dt.UTC).date().isoformat()}, {describe(pick(given.device))}")})
 
 
 if __name__ == "__main__":

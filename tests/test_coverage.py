@@ -122,18 +122,29 @@ def test_language_models_get_recipes_without_calibration_data():
 
 def test_rows_of_models_that_are_not_scored_again_stay(rows, tmp_path):
     path, other = tmp_path / "coverage.json", [{**row, "model": "other"} for row in rows]
-    common = {"what": "In small.", "date": "today", "device": "this"}
-    coverage.write({**common, "command": "first", "rows": coverage.aim(other), "details": other}, path)
-    coverage.write({**common, "command": "second", "rows": coverage.aim(rows), "details": rows}, path)
-    coverage.write({**common, "command": "third", "rows": coverage.aim(rows), "details": rows}, path)
+
+    def said(command, details):
+        source = f"`{command}`, today, this"
+        return {"what": "In small.", "command": command, "date": "today", "device": "this", "rows": coverage.aim(details), "details": details, "sources": {row["model"]: source for row in details}}
+
+    coverage.write(said("first", other), path)
+    coverage.write(said("second", rows), path)
+    coverage.write(said("third", rows), path)
     kept = json.loads(path.read_text())
     assert kept["details"] == [*other, *rows]
     assert kept["rows"][0]["trials"] == 2 * coverage.aim(rows)[0]["trials"]
     assert kept["sources"] == {"other": "`first`, today, this", rows[0]["model"]: "`third`, today, this"}
-    coverage.write({**common, "command": "fourth", "rows": coverage.aim(other), "details": other}, path)  # the other way round
+    coverage.write(said("fourth", other), path)  # the other way round
     page = path.with_suffix(".md").read_text()
     assert "- other: `fourth`, today, this." in page
     assert f"- {rows[0]['model']}: `third`, today, this." in page
+
+
+def test_a_page_says_by_what_and_where_scores_were_made(folder, tmp_path):
+    kept = dict(np.load(folder / "fashion-cnn.npz"))
+    np.savez(tmp_path / "old.npz", **{name: value for name, value in kept.items() if name != "made"})
+    np.savez(tmp_path / "new.npz", **kept | {"made": np.array("`that`, yesterday, a GPU")})
+    assert coverage.sources(tmp_path, "`this`") == {"new": "`this`; scores by `that`, yesterday, a GPU", "old": "`this`"}
 
 
 def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):
@@ -149,7 +160,7 @@ def test_what_another_script_has_put_there_stays(rows, tmp_path):
     path = tmp_path / "coverage.json"
     predicted = {"what": "Predicted intervals, nominal 90%.", "rows": [{"model": "fashion-cnn", "covered": 0.91}]}
     path.write_text(json.dumps({"predicted": predicted}))
-    result = {"what": "In small.", "command": "test", "date": "today", "device": "this", "rows": coverage.aim(rows), "details": rows}
+    result = {"what": "In small.", "command": "test", "date": "today", "device": "this", "rows": coverage.aim(rows), "details": rows, "sources": {"fashion-cnn": "`test`"}}
     coverage.write(result, path)
     assert json.loads(path.read_text()) == {"predicted": predicted, **result}
     page = path.with_suffix(".md").read_text()
