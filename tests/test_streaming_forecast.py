@@ -11,9 +11,10 @@ import torch
 
 import workbench as wb
 from workbench import statistics
-from workbench.compress.layers import no_progress
+from workbench.compress import compress
+from workbench.compress.layers import find_layers, no_progress
 from workbench.placement import model_bytes, place
-from workbench.streaming_forecast import Forecast, Pace, forecast
+from workbench.streaming_forecast import Forecast, Pace, forecast, speed_home
 
 RECIPES = {"magnitude": wb.Recipe(wb.Prune(sparsity=0.5)), "awq": wb.Recipe(wb.Quantize(weight_bits=4, rounding="awq"))}
 
@@ -29,7 +30,10 @@ def test_the_forecast_counts_passes(tmp_path, monkeypatch):
     assert plain.compress_seconds == pytest.approx(6 * one)
     assert plain.first_seconds == pytest.approx(plain.compress_seconds + 2 * plain.pass_seconds)  # one batch of 16, dense and compressed
     assert plain.all_seconds == pytest.approx(plain.compress_seconds + 6 * plain.pass_seconds)
-    assert forecast(bench, RECIPES["awq"], 16).once_seconds > 2 * one  # 24 calibration items in batches of 16
+    monkeypatch.setattr("workbench.streaming_forecast.speed_home", lambda _bench, _size: 1e2)
+    inputs = {(name.rpartition(".")[0], layer.parameter.shape[1]) for name, layer in find_layers(bench.task.model)[0].items() if not layer.table}
+    home = sum(4 * width**2 for _, width in inputs) / 1e2
+    assert forecast(bench, RECIPES["awq"], 16).once_seconds == pytest.approx(2 * (one + home), rel=0.01)  # 24 calibration items in batches of 16
     list(bench.looks(RECIPES["awq"], (16,), again=True, cancelled=None))
     after = forecast(bench, RECIPES["awq"], 16)
     assert after.once_seconds == 0  # second moments are there
@@ -60,6 +64,27 @@ def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
     pace = Pace(warm=True)
     pace.learn(Forecast(1, 1.0, 1.0, 5.0, 2.0, 9.0, 9.0), 40.0, 2.0)  # second moments were in it
     assert (pace.compress, pace.read) == (1.0, 1.0)
+
+
+def test_the_way_home_is_timed(tmp_path):
+    bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
+    assert 1e6 < speed_home(bench, 2**22) < 1e13
+
+
+def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_reads_them_once(monkeypatch):
+    recipes = [wb.Recipe(wb.Prune(sparsity=sparsity, criterion="wanda")) for sparsity in (0.3, 0.6)]
+    resident = [compress(tiny_tasks.tiny_task("llama"), recipe) for recipe in recipes]
+    task = tiny_tasks.tiny_task("llama")
+    task = dataclasses.replace(task, model=place(task.model, torch.device("cpu"), "streamed"))
+    kept = statistics.Statistics(task)
+    monkeypatch.setattr(kept, "second_moment", lambda name: pytest.fail(f"the second moment of {name} is fetched"))
+    for index, (recipe, expected) in enumerate(zip(recipes, resident, strict=True)):
+        made = compress(task, recipe, kept)
+        for name, tensor in expected.model.state_dict().items():
+            assert torch.equal(made.model.state_dict()[name], tensor)
+        if not index:
+            for matrix in kept.moments().matrices.values():
+                matrix.fill_(float("nan"))  # nobody looks at them again
 
 
 @pytest.mark.parametrize("last", [1, 3, 8])

@@ -226,11 +226,14 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             read.found.clear()
             products.clear()
     progress("calibration", len(task.calibration), len(task.calibration))
-    means: dict[tuple[int, int], Tensor] = {}
-    for name, total in sums.items():
-        if (id(total), counts[name]) not in means:
-            means[id(total), counts[name]] = (total.to(device) / counts[name]).to(HOST) if streamed else total / counts[name]
-    return Moments({name: means[id(total), counts[name]] for name, total in sums.items()}, counts)
+    for total, count in {id(total): (total, counts[name]) for name, total in sums.items()}.values():
+        total.mul_(reciprocal(count))  # in place, and where it lies: of a large model they need not fit twice, nor go to a device and back
+    return Moments(sums, counts)
+
+
+def reciprocal(count: int) -> float:
+    """Return 1 / count as float32 has it: a product with it has the same bits on every device, a division has not."""
+    return (1 / torch.tensor(count, dtype=torch.float32)).item()
 
 
 def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workbench.bench import Bench
     from workbench.recipe import Recipe
 
+SAMPLE = 2**26  # bytes at most that a way is timed with
 STEP_PASSES = 3  # a step fetches the layers it changes, takes them home, and they are fetched to be checked
 CLOSING_PASSES = 3  # the report compares them with the dense ones, and the sizes count their zeros
 BY_INPUTS = {"wanda", "sparsegpt", "gptq", "awq", "whitened"}  # choices that read second moments
@@ -94,7 +95,7 @@ def forecast(bench: Bench, recipe: Recipe, first: int) -> Forecast | None:
     one = size / speed
     pace = bench.pace
     pass_seconds = pass_time(one, bench, device) * pace.read
-    once = moment_seconds(bench, recipe, pass_seconds, speed)
+    once = moment_seconds(bench, recipe, pass_seconds)
     compress = (STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)) * one * pace.compress + (0.0 if pace.warm or not len(recipe) else home_seconds(bench, size))
     known = sum(map(len, kept.once("dense scores", list)))
 
@@ -144,7 +145,7 @@ def item_products(bench: Bench) -> int:
     return bench.statistics.once("multiply-adds of an item", count)
 
 
-def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float, speed: float) -> float:
+def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float) -> float:
     """Return the seconds for the second moments, 0 if the recipe reads none or they are there: passes, and each batch's moments taken home."""
     reads = any(getattr(step, choice, "") in BY_INPUTS for step in recipe for choice in CHOICES) or recipe.main("repair") is not None
     if not reads or "second moments" in bench.statistics.kept:
@@ -152,4 +153,12 @@ def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float, speed: flo
     task = bench.task
     batches = ceil(len(task.calibration) / task.batch_size)
     inputs = {(name.rpartition(".")[0], layer.parameter.shape[-1]) for name, layer in find_layers(task.model)[0].items() if not layer.table}
-    return batches * (pass_seconds + sum(4 * columns**2 for _, columns in inputs) / speed)
+    sizes = [4 * columns**2 for _, columns in inputs]
+    home = bench.statistics.once("bytes a second home", lambda: speed_home(bench, max(sizes, default=4)))
+    return batches * (pass_seconds + sum(sizes) / home)
+
+
+def speed_home(bench: Bench, size: int) -> float:
+    """Return the bytes a second at which results reach the host, into memory that is new to it, which takes longer than the way."""
+    result = torch.empty(max(1, min(size, SAMPLE)), dtype=torch.uint8, device=streams_to(bench.task.model))
+    return result.nbytes / best(Clock(bench.device), lambda: result.to(HOST, copy=True), rounds=3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.compress.batch import Batch
 from workbench.compress.layers import Layer
-from workbench.compress.moments import second_moment_of, smoothed
+from workbench.compress.moments import second_moment_of, smoothed, source_of
 from workbench.compress.sparsegpt import inverse_factors, saliency
 from workbench.compress.work import Work
 from workbench.statistics import Gradients, Statistics
@@ -113,5 +113,12 @@ def random_scores(seed: int, layer: Layer, like: Tensor) -> Tensor:
 
 
 def input_norms(batch: Batch, evidence: Evidence) -> Tensor:
-    """Return sqrt(E[x_i^2]) of each layer's inputs, float32 [layers, inputs]; proportional to Wanda's ||x||."""
-    return torch.stack([evidence.moment(layer).diagonal() for layer in batch.layers]).clamp_min(0).sqrt()
+    """Return sqrt(E[x_i^2]) of each layer's inputs, float32 [layers, inputs]; proportional to Wanda's ||x||. The dense model's are kept for the next move."""
+    sources = [source_of(layer, evidence.work) if evidence.dense else None for layer in batch.layers]
+
+    def compute() -> Tensor:
+        moments = (evidence.moment(layer) if source is None else evidence.statistics.moments().matrices[source] for layer, source in zip(batch.layers, sources, strict=True))
+        squares = torch.stack([moment.diagonal() for moment in moments])  # of a streamed model at home, so that no whole moment goes to the device
+        return squares.to(batch.layers[0].parameter.device).clamp_min(0).sqrt()
+
+    return compute() if None in sources else evidence.statistics.once(("input norms", tuple(sources)), compute, optional=True)

@@ -58,7 +58,7 @@ def source_of(layer: Layer, work: Work) -> str | None:
     What follows from the moment is the same for all layers of one source, and from one move to the next.
     """
     first = layer.rank is None or layer.name.endswith(".0")
-    if layer.columns is not None or layer.smooth is not None or not first:
+    if layer.table or layer.columns is not None or layer.smooth is not None or not first:
         return None
     return work.statistics.moments().readers.get(layer.origin)
 
