@@ -124,13 +124,13 @@ def test_passes_count_what_they_read_and_write(monkeypatch):
 
 
 def test_moved_models_stand_beside_resident_ones():
-    row = {"recipe": "W4 g64", "time": 0, "compress_s": 0.1, "first_s": 0.5, "all_s": 2.0, "complete_s": 3.0}
+    row = {"move": "bits", "recipe": "W4 g64", "time": 0, "compress_s": 0.1, "first_s": 0.5, "all_s": 2.0, "complete_s": 3.0}
     one = {"target": "1.1b", "device": "NVIDIA H200", "file": "streaming-1.1b-cuda.json", "same_bits": True, "memory_gb": 4.0, "windows": 64, "context": 512, "model_bytes": 2_200_000_000,
            "rows": [{**row, "placement": "device"}, {**row, "placement": "streamed", "forecast_first_s": 0.4, "forecast_all_s": 1.5, "peak_bytes": 3_000_000_000}]}  # fmt: skip
     text = "\n".join(page.streaming([one]))
     assert "4 GB of memory allowed, 64 windows of 512 tokens, a model of 2,200 MB; the same bits come out." in text
-    assert "| W4 g64 | resident | first | 0.1 | 0.5 |  | 2 |  | 3 |  |" in text
-    assert "| W4 g64 | streamed | first | 0.1 | 0.5 | 0.4 | 2 | 1.5 | 3 | 3,000 |" in text
+    assert "| bits: W4 g64 | resident | first | 0.1 | 0.5 |  | 2 |  | 3 |  |" in text
+    assert "| bits: W4 g64 | streamed | first | 0.1 | 0.5 | 0.4 | 2 | 1.5 | 3 | 3,000 |" in text
     assert "**other bits come out**" in "\n".join(page.streaming([{**one, "same_bits": False}]))
 
 
