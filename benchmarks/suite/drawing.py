@@ -45,7 +45,9 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
         parts.append(f'<path d="M{across(10.0**power)} {TOP}V{bottom}" stroke="#ddd"/><text x="{across(10.0**power)}" y="{bottom + 18}" text-anchor="middle">{10.0**power:g}</text>')
     for index, (label, group, value, aim) in enumerate(rows):
         y, colour = TOP + ROW * index, COLOURS[groups.index(group) % len(COLOURS)]
-        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{left} {y + 3}H{across(value)}v14H{left}z" fill="{colour}"/><text x="{across(value) + 5}" y="{y + 14}">{number(value)}</text>')
+        told, end = number(value) or "", across(value)
+        struck = aim and end - 5 < across(aim) < end + 10 + LETTER * len(told)  # the number stands past a stroke that would go through it
+        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{left} {y + 3}H{end}v14H{left}z" fill="{colour}"/><text x="{(across(aim) if aim and struck else end) + 5:g}" y="{y + 14}">{told}</text>')
         if aim:
             parts.append(f'<path d="M{across(aim)} {y + 1}v18" stroke="#222" stroke-width="2"/>')
     parts.append(f'<text x="{left + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{unit}</text></svg>')
