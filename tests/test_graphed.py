@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import structure_models
 import torch
+from test_divergence import evaluator_of
 from tiny_tasks import tiny_task, weights
 
 import workbench as wb
@@ -266,3 +267,13 @@ def test_reading_by_graph_puts_sorted_texts_back(stepwise):
         found = evaluator.replay(lambda some: token_loss(task.kind.logits(task.model, some), some.labels), 0, 48, lambda *_: None)
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.answers, expected.answers)
+
+
+def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_waiting_for_it(stepwise, monkeypatch):
+    task, events = structure_models.task_of("grouped"), []
+    graphs, expected = graphs_of(task), evaluator_of(task).scores(task.model, [], 40)
+    monkeypatch.setattr("workbench.measure.evaluator.tally", lambda *given: (events.append("waits"), tally(*given))[1])
+    with graphs.loaded(task.model) as replay:
+        found = evaluator_of(task).replay(lambda items: (events.append(len(items)), replay(items))[1], 0, 40, lambda *_: None, meanwhile=lambda: events.append("meanwhile"))
+    assert events == [16, 16, 8, "meanwhile", "waits"]
+    assert torch.equal(found.loss, expected.loss)

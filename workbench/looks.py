@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from workbench.compress import Compressed
@@ -18,7 +19,7 @@ from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.quality import flips, quality
-from workbench.measure.size import counted_sizes, sizes
+from workbench.measure.size import Sizes, counted_sizes, sizes
 from workbench.placement import untimed
 from workbench.runtime.realise import plan, realise
 from workbench.tasks.base import Items, Kind, Scores
@@ -54,7 +55,7 @@ class Partial:
     """
 
     def __init__(self, bench: Bench, compressed: Compressed, counts: tuple[int, ...], progress: Progress, compress_seconds: float, *, margin: float | None = None, resume: bool = False) -> None:
-        """Compute what needs no evaluation: sizes and which kernels there are. With `resume`, begin where a point that stopped early did."""
+        """Find which kernels there are. With `resume`, begin where a point that stopped early did."""
         self.bench, self.compressed, self.counts, self.progress, self.margin = bench, compressed, counts, progress, margin
         self.compress_seconds = compress_seconds
         self.start = time.perf_counter()
@@ -66,7 +67,11 @@ class Partial:
         self.level = bench.statistics.once(("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence))
         self.neighbour = bench.neighbours.nearest(compressed.recipe)
         self.plan = plan(compressed, bench.device.type, bench.runtime)
-        self.sizes = counted_sizes(compressed.model, compressed.layers)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Return the sizes by counting, which takes milliseconds of Python: while a GPU evaluates, where there is one."""
+        return counted_sizes(self.compressed.model, self.compressed.layers)
 
     def looks(self) -> Iterator[Measurement]:
         """Iterate over the looks, until one knows enough or all items are read; none has latency or memory yet."""
@@ -85,7 +90,7 @@ class Partial:
         """Return the measurement after the first `count` evaluation items, without latency."""
         bench = self.bench
         dense = bench.dense_scores(count, self.progress)
-        mine = bench.evaluator.scores(self.compressed.model, self.scores, count, self.progress, self.outputs)
+        mine = bench.evaluator.scores(self.compressed.model, self.scores, count, self.progress, self.outputs, meanwhile=lambda: self.sizes)
         task = bench.task
         return Measurement(
             key=bench.context.key(self.compressed.recipe),

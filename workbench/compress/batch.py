@@ -135,8 +135,8 @@ def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:
     groups: dict[object, list[Layer]] = {}
     total = 0
     for layer in layers:
-        total += layer.parameter.numel()
         weight = layer.parameter
+        total += weight.numel()
         groups.setdefault((layer.shape, weight.dtype, weight.device, layer.mask is None, kind_of(layer.grid)), []).append(layer)
     for group in groups.values():
         weight = group[0].parameter

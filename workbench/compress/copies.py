@@ -42,11 +42,14 @@ def twin(model: nn.Module, *, evaluating: bool = False) -> nn.Module:
     for module in model.modules():
         copied = made[id(module)] = module.__class__.__new__(module.__class__)
         inside = vars(module)
-        copied.__dict__.update(inside)
-        copied.__dict__.update({name: inside[name].copy() for name in own_tables(tuple(inside)) if not isinstance(inside[name], bool)})  # transformers has a flag with such a name
-        copied.__dict__.pop("_compiled_call_impl", None)
+        mine = vars(copied)
+        mine.update(inside)
+        for name in own_tables(tuple(inside)):
+            if inside[name].__class__ is not bool:  # transformers has a flag with such a name
+                mine[name] = inside[name].copy()
+        mine.pop("_compiled_call_impl", None)
         if evaluating:
-            copied.__dict__["training"] = False
+            mine["training"] = False
     for copied in made.values():
         copied._modules.update({name: made[id(child)] for name, child in copied._modules.items() if child is not None})  # noqa: SLF001  as torch's own copies do
     return made[id(model)]

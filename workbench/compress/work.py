@@ -130,9 +130,10 @@ class Work:
     def took(self, step: Step, layer: Layer, words: str) -> None:
         """Record that `step` changed this layer."""
         self.changes += 1
-        overruled = re.compile(f"{step.kind()} (left out by |skipped: .* stays dense unless )")  # another step of this kind left it to this one
         for name in (layer.origin, *layer.others):
-            self.outcomes[name] = [past for past in self.outcomes[name] if not overruled.match(past)]
+            if past := self.outcomes[name]:
+                overruled = re.compile(f"{step.kind()} (left out by |skipped: .* stays dense unless )")  # another step of this kind left it to this one
+                self.outcomes[name] = [told for told in past if not overruled.match(told)]
         self.done[layer.origin, step.kind()] = step
         self.taken.setdefault(layer.origin, [])
         if step.claim not in self.taken[layer.origin]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -64,10 +64,13 @@ class Evaluator:
         """Return an empty place for a model's outputs, None for kinds without a distribution."""
         return Outputs(self.sampler) if has_distribution(self.task.kind) else None
 
-    def scores(self, model: nn.Module, parts: list[Scores], count: int, progress: Progress = no_progress, outputs: Outputs | None = None) -> Scores:
+    def scores(
+        self, model: nn.Module, parts: list[Scores], count: int, progress: Progress = no_progress, outputs: Outputs | None = None, *, meanwhile: Callable[[], object] = lambda: None
+    ) -> Scores:
         """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`.
 
-        What the model says of the items that are read now is kept in `outputs`; see `workbench.measure.divergence`.
+        What the model says of the items that are read now is kept in `outputs`; see `workbench.measure.divergence`. `meanwhile` is
+        called where a GPU has been given all batches and would only be waited for; elsewhere it is not.
         """
         done = sum(map(len, parts))
         with streaming(self.task.model), streaming(model):
@@ -77,7 +80,7 @@ class Evaluator:
                 while done < count:
                     together = SORTED if self.text_spans() is not None or replay is not None else 1
                     upto = min(count, done + self.task.batch_size * together)
-                    parts.append(self.read(run, done, upto, blocks or 0, progress, outputs=outputs) if replay is None else self.replay(replay, done, upto, progress, outputs))
+                    parts.append(self.read(run, done, upto, blocks or 0, progress, outputs=outputs) if replay is None else self.replay(replay, done, upto, progress, outputs, meanwhile=meanwhile))
                     done = upto
         joined = Scores.join(parts)
         parts[:] = [joined]
@@ -107,8 +110,8 @@ class Evaluator:
             yield replay
 
     @torch.inference_mode()
-    def replay(self, replay: Read, start: int, stop: int, progress: Progress, outputs: Outputs | None = None) -> Scores:
-        """Return the scores of the items from `start` to `stop`; waits for the device once, at the end."""
+    def replay(self, replay: Read, start: int, stop: int, progress: Progress, outputs: Outputs | None = None, *, meanwhile: Callable[[], object] = lambda: None) -> Scores:
+        """Return the scores of the items from `start` to `stop`; waits for the device once, at the end, after `meanwhile`."""
         spans, found = self.text_spans(), list[tuple[Tensor, Tensor]]()
         order = None if spans is None else ordered(spans, start, stop)
         for done, (_, items) in enumerate(self.batches(start, stop, spans, order)):
@@ -118,6 +121,7 @@ class Evaluator:
                 outputs.keep(places(start, order, done * self.task.batch_size, len(items)), self.graphs.sampled)
         loss, answers = (torch.cat([one[part] for one in found]) for part in (0, 1))
         labels = self.items.labels[start:stop] if order is None else self.items.labels[order.to(self.items.labels.device)]
+        meanwhile()
         scores = tally(loss, answers, labels)
         return scores if order is None else in_place(scores, order - start)
 
