@@ -34,9 +34,9 @@ def counted(bench: Bench, monkeypatch) -> list[int]:
     added: list[int] = []
     plain = bench.evaluator.scores
 
-    def watched(model, parts, count, *rest):
+    def watched(model, parts, count, *rest, **named):
         before = sum(map(len, parts))
-        found = plain(model, parts, count, *rest)
+        found = plain(model, parts, count, *rest, **named)
         if model is not bench.task.model:
             added.append(sum(map(len, parts)) - before)
         return found
