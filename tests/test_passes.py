@@ -1,6 +1,7 @@
 """Kernels that work on many weights at once: the bits of the plain operations. Interpreted by Triton where there is no GPU."""
 
 import math
+import sys
 
 import pytest
 import tiny_tasks
@@ -12,7 +13,7 @@ from workbench.compress import compress, magnitudes, passes
 from workbench.compress.checks import check_all, look_over
 from workbench.compress.layers import find_layers
 from workbench.compress.report import changes
-from workbench.compress.scales import Spec, fit, fit_in_place, form_of
+from workbench.compress.scales import Spec, fit, fit_in_place, form_of, ranges
 from workbench.errors import BrokenPromiseError, CompressionError
 from workbench.measure.fused_blocks import fused_blocks
 from workbench.measure.size import counted_sizes
@@ -179,6 +180,20 @@ def test_a_recipe_gives_the_same_model_report_and_size_either_way(recipe, sort, 
         assert (ours.relative_error is None) is (theirs.relative_error is None)
         assert ours.relative_error is None or ours.relative_error == pytest.approx(theirs.relative_error, rel=1e-5, abs=1e-7)
     assert counted_sizes(fused.model, fused.layers) == counted_sizes(plain.model, plain.layers)
+
+
+def test_ranges_of_whole_tensors_are_found_once_for_all_widths_where_kernels_round(place, monkeypatch):
+    task, found = tiny_tasks.tiny_task("llama", str(place)), []
+    kept, recipes = Statistics(task), [wb.Recipe(wb.Quantize(weight_bits=bits, granularity="tensor")) for bits in (8, 4, 3)]
+    expected = [compress(task, recipe, Statistics(task)).model for recipe in recipes]
+    monkeypatch.setattr(sys.modules["workbench.compress.quantize"], "ranges", lambda *given: (found.append(1), ranges(*given))[1])
+    counts = []
+    for recipe, model in zip(recipes, expected, strict=True):
+        made = compress(task, recipe, kept)
+        counts.append(len(found))
+        assert any(layer.change is not None for layer in made.layers if layer.grid is not None)  # kernels did it
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made.model.parameters(), model.parameters(), strict=True))
+    assert 0 < counts[0] == counts[1] == counts[2]
 
 
 def test_what_was_looked_over_is_looked_over_again_once_it_changes(place):

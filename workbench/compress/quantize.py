@@ -185,7 +185,7 @@ def rounded(step: Quantize, batch: Batch, bits: int, work: Work) -> tuple[Form, 
         if in_place(spec, batch.shape[1]):
             scales = scales_of(lambda: fit_in_place(weights, spec, ranges_of(lambda: ranges_in_place(weights, spec), batch, spec, work)), batch, spec, work)
         else:
-            scales = scales_of(lambda: fit(batch.matrices(), spec), batch, spec, work)
+            scales = scales_of(lambda: fit_stack(batch.matrices(), batch, spec, work), batch, spec, work)
         made, codes = passes.to_grid(weights, scales.scale, scales.zero, bits)
         return Grid(codes, scales.scale, scales.zero, bits), scales.half, made
     return *solved(step, batch, spec, work, by_inputs=by_inputs), []
@@ -198,7 +198,7 @@ def solved(step: Quantize, batch: Batch, spec: Spec, work: Work, *, by_inputs: b
         return form_of(stack, None, spec), (False,) * len(stack)
     if by_inputs and step.rounding == "awq":
         return awq.search(stack, torch.stack([second_moment_of(layer, work) for layer in batch.layers]), spec)
-    scales = scales_of(lambda: fit(stack, spec, ranges_of(lambda: ranges(stack, spec), batch, spec, work)), batch, spec, work)
+    scales = scales_of(lambda: fit_stack(stack, batch, spec, work), batch, spec, work)
     masks = masks_of(batch)
     if step.rounding == "hqq":
         return hqq.solve(stack, scales, spec, masks), scales.half
@@ -206,6 +206,11 @@ def solved(step: Quantize, batch: Batch, spec: Spec, work: Work, *, by_inputs: b
         order = gptq.orders(batch.layers, work, damping=step.damping, by_activation=step.activation_order)
         stack = gptq.solve(stack, scales, order, spec, masks)
     return form_of(stack, scales, spec), scales.half
+
+
+def fit_stack(stack: Tensor, batch: Batch, spec: Spec, work: Work) -> Scales:
+    """Return the scales of a batch's matrices by plain operations, from ranges that are kept."""
+    return fit(stack, spec, ranges_of(lambda: ranges(stack, spec), batch, spec, work))
 
 
 def masks_of(batch: Batch) -> Tensor | None:
