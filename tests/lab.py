@@ -135,6 +135,8 @@ class Lab:
     def run_all(self) -> None:
         """Run every cell; Lab drops the request while a kernel starts, so ask again until cells are marked as running."""
         for _ in range(5):
+            said = self.page.locator(".jp-Dialog").all_inner_texts()
+            assert not said, f"a dialog is in the way: {said}"
             self.page.locator(".jp-NotebookPanel:visible .jp-Cell").first.click(position={"x": 60, "y": 8})
             self.menu("Run", "runmenu:run-all")
             with contextlib.suppress(AssertionError):
