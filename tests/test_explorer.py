@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -158,6 +159,7 @@ def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
         assert words in after
     assert signed(-0.04) == "\N{PLUS-MINUS SIGN}0.0"
     assert signed(-1.26) == "\N{MINUS SIGN}1.3"
+    assert [signed(value) for value in (999.96, 2460.0, -21_900.0, 3.14e7, math.inf)] == ["+1000.0", "+2,500", "\N{MINUS SIGN}22,000", "+3.1e+07", "+inf"]
 
 
 def test_records_become_traces(bench, point):

@@ -70,9 +70,12 @@ def plus_minus(quality: Quality) -> tuple[str, str]:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """Return a number with its sign and a real minus; no minus zero."""
-    text = f"{value:+.{digits}f}" if abs(value) < 1000 else f"{value:+.2g}"
-    return f"±{text[1:]}" if not float(text) else text.replace("-", "\N{MINUS SIGN}")
+    """Return a number with its sign and a real minus; no minus zero, large ones with two digits that count: `+2,500`."""
+    if abs(value) >= 1000:
+        text = f"{float(f'{value:.2g}'):+,.0f}" if abs(value) < 1e6 else f"{value:+.2g}"
+    elif not float(text := f"{value:+.{digits}f}"):
+        return f"±{text[1:]}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
