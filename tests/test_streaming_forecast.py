@@ -68,7 +68,7 @@ def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
 
 def test_the_way_home_is_timed(tmp_path):
     bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
-    assert 1e6 < speed_home(bench, 2**22) < 1e13
+    assert 1e8 < speed_home(bench, 2**22) < 1e12  # bytes a second, not a millisecond
 
 
 def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_reads_them_once(monkeypatch):

@@ -59,13 +59,13 @@ def test_kernels_over_rows_compile(block, dtype, architecture):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("columns", [64, 2048, 16384])
 def test_pruning_rows_reads_and_writes_many_weights_an_instruction_and_passes_none_around(columns, dtype, architecture):
-    from workbench.compress.passes import ROW, tile
+    from workbench.compress.passes import searched
     from workbench.runtime import triton_weights as kernels
 
-    together, places = tile(columns, ROW)
+    together, places, shared, registers = searched(columns, dtype.itemsize)
     constants = {"TYPE": kernels.named(dtype), "ROWS": together, "BLOCK": places}
     numbers = {"norm_ptr": "*fp32", "guess_ptr": "*fp32", "gone_ptr": "*i32", "rows": "i32", "columns": "i32"} | dict.fromkeys(("weights_ptr", "out_ptr", "mask_ptr"), TABLE)
-    code = compiled(kernels.prune_rows, numbers, constants, architecture, aligned=["columns", "norm_ptr"], warps=max(1, min(8, places // ROW)), maxnreg=64 if dtype != torch.float32 else None)
+    code = compiled(kernels.prune_rows, numbers, constants, architecture, aligned=["columns", "norm_ptr"], warps=shared, maxnreg=registers)
     assert "ld.global.v4" in code
     assert "st.global.v4" in code
     assert ".local" not in code

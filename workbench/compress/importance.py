@@ -118,7 +118,7 @@ def input_norms(batch: Batch, evidence: Evidence) -> Tensor:
 
     def compute() -> Tensor:
         moments = (evidence.moment(layer) if source is None else evidence.statistics.moments().matrices[source] for layer, source in zip(batch.layers, sources, strict=True))
-        squares = torch.stack([moment.diagonal() for moment in moments])  # of a streamed model at home, so that no whole moment goes to the device
-        return squares.to(batch.layers[0].parameter.device).clamp_min(0).sqrt()
+        device = batch.layers[0].parameter.device  # a streamed model's moments lie at home: no whole one goes there
+        return torch.stack([moment.diagonal().to(device) for moment in moments]).clamp_min(0).sqrt()
 
     return compute() if None in sources else evidence.statistics.once(("input norms", tuple(sources)), compute, optional=True)

@@ -164,15 +164,23 @@ def prune_rows(weights: list[Tensor], norms: Tensor, removed: Sequence[int]) -> 
     masks = torch.empty(len(weights), rows, columns, dtype=torch.bool, device=norms.device)
     gone = placed([number for total in removed for number in divmod(total, rows)], torch.int32, norms.device)
     guesses = placed([guess(total / weights[0].numel()) for total in removed], torch.float32, norms.device)
-    together, block = tile(columns, ROW)
-    warps = max(1, min(8, block // ROW))
-    each = together * block // (32 * warps)  # 32 weights a thread, 64 of the longest rows
+    together, block, shared, registers = searched(columns, weights[0].itemsize)
     with launching(norms.device):
         kernels.prune_rows[-(-rows // together), len(weights)](
             table(weights), norms.contiguous(), gone, guesses, table(fresh), table(list(masks.unbind())), rows, columns, kernels.named(weights[0].dtype), together, block,
-            num_warps=warps, maxnreg=2 * each if weights[0].itemsize == 2 else None,  # more programs at once, which hide each other's waiting
+            num_warps=shared, maxnreg=registers,
         )  # fmt: skip
     return fresh, masks
+
+
+def searched(columns: int, itemsize: int) -> tuple[int, int, int, int | None]:
+    """Return what `tile` does for `prune_rows`, how many warps share it, and the registers of a thread: few, so that many programs hide each other's waiting.
+
+    A thread has 32 weights, 64 of the longest rows. `itemsize`: bytes of a weight; of 4 the compiler finds the registers itself (None).
+    """
+    together, block = tile(columns, ROW)
+    shared = max(1, min(8, block // ROW))
+    return together, block, shared, together * block // (16 * shared) if itemsize == 2 else None
 
 
 def guess(share: float) -> float:
