@@ -18,6 +18,7 @@ test: $(VENV)/installed-dev
 	XDG_STATE_HOME=$$(mktemp -d) $(TESTS) --nbval-lax notebooks
 
 lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 

@@ -1,18 +1,21 @@
-"""Per-item scores of random recipes, kept in a file: what `coverage.py` reads as often as its statistics change.
+"""Per-item scores of random recipes, kept in a file: what `coverage.py` reads as often as its statistics
+change.
 
     python -m benchmarks.coverage_scores --models fashion-cnn fashion-vit --recipes 150 --scores FOLDER
 
-A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), low rank (ratio, factorisation) and low bits
-(width, groups, grid, rounding); nothing is trained. One that the model refuses is drawn anew. The file `<model>.npz` holds
-`loss` and `correct` [recipes, items], those of the dense model [items] (`dense_loss`, `dense_correct`), and `recipes` as JSON.
-With `--neighbours`, `near_loss` and `near_correct` are those of the first recipes with one slider moved a little, as in a drag.
-`made` says by what, when and where.
+A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), low rank (ratio, factorisation)
+and low bits (width, groups, grid, rounding); nothing is trained. One that the model refuses is drawn anew.
+The file `<model>.npz` holds `loss` and `correct` [recipes, items], those of the dense model [items]
+(`dense_loss`, `dense_correct`), and `recipes` as JSON. With `--neighbours`, `near_loss` and `near_correct`
+are those of the first recipes with one slider moved a little, as in a drag. `made` says by what, when and
+where.
 
-A language model's items are windows of `--context` tokens, `correct` their share of tokens that are predicted; its recipes are
-drawn from what leaves a model that mostly still reads, on a CPU from what is made in seconds, on a GPU also from what needs
-calibration data:
+A language model's items are windows of `--context` tokens, `correct` their share of tokens that are
+predicted; its recipes are drawn from what leaves a model that mostly still reads, on a CPU from what is made
+in seconds, on a GPU also from what needs calibration data:
 
-    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128 --device cuda --dtype bfloat16 --scores FOLDER
+    python -m benchmarks.coverage_scores --models smollm2-135m --recipes 150 --neighbours 60 --items 128
+        --device cuda --dtype bfloat16 --scores FOLDER
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from pathlib import Path
 import numpy as np
 
 import workbench as wb
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
-from workbench.device import describe, pick
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.evaluator import Evaluator
-from workbench.statistics import Statistics
 from workbench.tasks.base import Scores, Task
 from workbench.tasks.language_modelling import LanguageModelling
+from workbench.util.device import describe, pick
 from workbench.zoo import load_task
 
 EVERY = 4  # recipes between two writes
@@ -46,36 +49,74 @@ def random_recipe(draw: random.Random) -> wb.Recipe:
     kinds = draw.sample(("prune", "rank", "bits"), draw.choice((1, 1, 2, 2, 3)))
     if "prune" in kinds:
         criterion = draw.choice(("magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random"))
-        pattern = {"pattern": "2:4"} if draw.random() < 0.15 else {"sparsity": round(draw.uniform(0.05, 0.9), 3)}
+        pattern = (
+            {"pattern": "2:4"} if draw.random() < 0.15 else {"sparsity": round(draw.uniform(0.05, 0.9), 3)}
+        )
         steps.append(wb.Prune(criterion=criterion, seed=draw.randrange(1000), **pattern))
     if "rank" in kinds:
-        steps.append(wb.LowRank(rank_ratio=round(draw.uniform(0.15, 0.95), 3), factorization=draw.choice(("svd", "whitened"))))
+        steps.append(
+            wb.LowRank(
+                rank_ratio=round(draw.uniform(0.15, 0.95), 3), factorization=draw.choice(("svd", "whitened"))
+            )
+        )
     if "bits" in kinds:
         bits, group = draw.choice((2, 3, 3, 4, 4, 5, 6, 8)), draw.choice((0, 0, 16, 32, 64))
-        steps.append(wb.Quantize(weight_bits=bits, group_size=group, grid=draw.choice(("symmetric", "asymmetric")), rounding=draw.choice(("rtn", "rtn", "gptq", "awq", "hqq"))))
+        steps.append(
+            wb.Quantize(
+                weight_bits=bits,
+                group_size=group,
+                grid=draw.choice(("symmetric", "asymmetric")),
+                rounding=draw.choice(("rtn", "rtn", "gptq", "awq", "hqq")),
+            )
+        )
     return wb.Recipe(*sorted(steps, key=lambda step: step.position))
 
 
 def random_language_recipe(draw: random.Random, *, calibrated: bool = False) -> wb.Recipe:
-    """Return a recipe for a language model, of zeros, low bits or both; without calibration data unless `calibrated`."""
-    criterion, rounding = (draw.choice(("magnitude", "wanda", "sparsegpt")), draw.choice(("rtn", "rtn", "gptq"))) if calibrated else ("magnitude", "rtn")
+    """Return a recipe for a language model, of zeros, low bits or both.
+
+    Without calibration data unless `calibrated`.
+    """
+    criterion, rounding = (
+        (draw.choice(("magnitude", "wanda", "sparsegpt")), draw.choice(("rtn", "rtn", "gptq")))
+        if calibrated
+        else ("magnitude", "rtn")
+    )
     zeros = wb.Prune(criterion=criterion, sparsity=round(draw.uniform(0.05, 0.5), 3))
-    bits = wb.Quantize(weight_bits=draw.choice((3, 4, 4, 5, 6, 8)), group_size=draw.choice((32, 64)), grid=draw.choice(("symmetric", "asymmetric")), rounding=rounding)
+    bits = wb.Quantize(
+        weight_bits=draw.choice((3, 4, 4, 5, 6, 8)),
+        group_size=draw.choice((32, 64)),
+        grid=draw.choice(("symmetric", "asymmetric")),
+        rounding=rounding,
+    )
     return draw.choice((wb.Recipe(zeros), wb.Recipe(bits), wb.Recipe(zeros, bits)))
 
 
 def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarray]:
-    """Return the scores of `count` random recipes on all evaluation items, written to `path` as they come; what is there is not scored again."""
-    draw, statistics, evaluator = random.Random(seed), Statistics(task), evaluator_of(task)  # noqa: S311  no secrets
+    """Return the scores of `count` random recipes on all evaluation items, written to `path` as they come.
+
+    What is there is not scored again.
+    """
+    draw, statistics, evaluator = (
+        random.Random(seed),  # noqa: S311
+        Statistics(task),
+        evaluator_of(task),
+    )
     calibrated = evaluator.items.labels.device.type == "cuda"
     kept = dict(np.load(path)) if path.is_file() else {}
     texts = list(kept.get("recipes", ()))
-    rows: list[tuple[np.ndarray, np.ndarray]] = list(zip(kept.get("loss", ()), kept.get("correct", ()), strict=True))
+    rows: list[tuple[np.ndarray, np.ndarray]] = list(
+        zip(kept.get("loss", ()), kept.get("correct", ()), strict=True)
+    )
     dense = arrays(evaluator.scores(task.model, [], len(task.evaluation)))
     refused, met, start = 0, 0, time.perf_counter()
     while met < count:
         try:
-            recipe = random_language_recipe(draw, calibrated=calibrated) if isinstance(task.kind, LanguageModelling) else random_recipe(draw)
+            recipe = (
+                random_language_recipe(draw, calibrated=calibrated)
+                if isinstance(task.kind, LanguageModelling)
+                else random_recipe(draw)
+            )
             if met < len(texts) and texts[met] == recipe.to_json():
                 met += 1
                 continue
@@ -87,9 +128,20 @@ def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarra
         texts.append(recipe.to_json())
         met += 1
         if met % EVERY == 0 or met == count:
-            kept = {"loss": np.stack([row[0] for row in rows]), "correct": np.stack([row[1] for row in rows]), "dense_loss": dense[0], "dense_correct": dense[1], "recipes": np.array(texts), "refused": np.array(refused)}
+            kept = {
+                "loss": np.stack([row[0] for row in rows]),
+                "correct": np.stack([row[1] for row in rows]),
+                "dense_loss": dense[0],
+                "dense_correct": dense[1],
+                "recipes": np.array(texts),
+                "refused": np.array(refused),
+            }
             write(path, kept)
-            print(f"{task.model_name}: {met} of {count} recipes, {refused} refused, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{task.model_name}: {met} of {count} recipes, {refused} refused,"
+                f" {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     return kept
 
 
@@ -98,9 +150,14 @@ def moved(recipe: wb.Recipe, draw: random.Random) -> wb.Recipe:
     step = draw.choice([step for step in recipe if getattr(step, "pattern", "") != "2:4"] or list(recipe))
     value, sign = getattr(step, step.slider), draw.choice((-1, 1))
     if isinstance(step, wb.Quantize):
-        change = {"weight_bits": min(8, max(2, value + sign)) if min(8, max(2, value + sign)) != value else value - sign}
+        change = {
+            "weight_bits": (
+                min(8, max(2, value + sign)) if min(8, max(2, value + sign)) != value else value - sign
+            )
+        }
     elif getattr(step, "pattern", "") == "2:4":
-        change = {"criterion": "magnitude" if step.criterion != "magnitude" else "wanda"}  # type: ignore[attr-defined]  # no slider to move
+        # # no slider to move
+        change = {"criterion": "magnitude" if step.criterion != "magnitude" else "wanda"}  # type: ignore[attr-defined]
     else:
         change = {step.slider: round(min(0.95, max(0.02, value + sign * draw.uniform(0.01, 0.05))), 3)}
     return wb.Recipe(*(dataclasses.replace(one, **change) if one is step else one for one in recipe))
@@ -108,17 +165,38 @@ def moved(recipe: wb.Recipe, draw: random.Random) -> wb.Recipe:
 
 def scored_neighbours(task: Task, kept: dict[str, np.ndarray], count: int, seed: int, path: Path) -> None:
     """Add the scores of the first `count` recipes, each with one slider moved, to the file."""
-    draw, statistics, evaluator = random.Random(seed + 1), Statistics(task), evaluator_of(task)  # noqa: S311  no secrets
+    draw, statistics, evaluator = (
+        random.Random(seed + 1),  # noqa: S311
+        Statistics(task),
+        evaluator_of(task),
+    )
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     texts: list[str] = []
     start = time.perf_counter()
     for text in kept["recipes"][:count]:
         recipe = moved(wb.Recipe.from_json(str(text)), draw)
         texts.append(recipe.to_json())
-        rows.append(arrays(evaluator.scores(compress(task, recipe, statistics, shared=True).model, [], len(task.evaluation))))
+        rows.append(
+            arrays(
+                evaluator.scores(
+                    compress(task, recipe, statistics, shared=True).model, [], len(task.evaluation)
+                )
+            )
+        )
         if len(rows) % EVERY == 0 or len(rows) == count:
-            write(path, {**kept, "near_loss": np.stack([row[0] for row in rows]), "near_correct": np.stack([row[1] for row in rows]), "near_recipes": np.array(texts)})
-            print(f"{task.model_name}: {len(rows)} of {count} neighbours, {time.perf_counter() - start:.0f} s", flush=True)
+            write(
+                path,
+                {
+                    **kept,
+                    "near_loss": np.stack([row[0] for row in rows]),
+                    "near_correct": np.stack([row[1] for row in rows]),
+                    "near_recipes": np.array(texts),
+                },
+            )
+            print(
+                f"{task.model_name}: {len(rows)} of {count} neighbours, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
 
 
 def evaluator_of(task: Task) -> Evaluator:
@@ -141,10 +219,17 @@ def write(path: Path, values: dict[str, np.ndarray]) -> None:
 
 def main() -> None:
     """Score."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["fashion-cnn", "fashion-vit"])
     parser.add_argument("--recipes", type=int, default=150, help="of each model")
-    parser.add_argument("--neighbours", type=int, default=0, help="recipes of each model that are scored with one slider moved as well")
+    parser.add_argument(
+        "--neighbours",
+        type=int,
+        default=0,
+        help="recipes of each model that are scored with one slider moved as well",
+    )
     parser.add_argument("--items", type=int, help="at most so many evaluation items")
     parser.add_argument("--context", type=int, help="tokens of a window, of a language model")
     parser.add_argument("--device", default="cpu")
@@ -153,12 +238,34 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, required=True, help="folder of the files")
     given = parser.parse_args()
     for model in given.models:
-        task, path = load_task(model, device=given.device, evaluation_items=given.items, context=given.context, dtype=given.dtype, offline=True, progress=False), given.scores / f"{model}.npz"
+        task, path = (
+            load_task(
+                model,
+                device=given.device,
+                evaluation_items=given.items,
+                context=given.context,
+                dtype=given.dtype,
+                offline=True,
+                progress=False,
+            ),
+            given.scores / f"{model}.npz",
+        )
         kept = scored(task, given.recipes, given.seed, path)
         if given.neighbours > len(kept.get("near_loss", ())):
             scored_neighbours(task, kept, given.neighbours, given.seed, path)
-        command = "python -m benchmarks.coverage_scores " + " ".join(sys.argv[1:]).replace(str(given.scores), "FOLDER")
-        write(path, {**np.load(path), "made": np.array(f"`{command}`, {dt.datetime.now(dt.UTC).date().isoformat()}, {describe(pick(given.device))}")})
+        command = "python -m benchmarks.coverage_scores " + " ".join(sys.argv[1:]).replace(
+            str(given.scores), "FOLDER"
+        )
+        write(
+            path,
+            {
+                **np.load(path),
+                "made": np.array(
+                    f"`{command}`, {dt.datetime.now(dt.UTC).date().isoformat()},"
+                    f" {describe(pick(given.device))}"
+                ),
+            },
+        )
 
 
 if __name__ == "__main__":

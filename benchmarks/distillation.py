@@ -1,10 +1,12 @@
-"""How much of what compression lost distillation brings back, against plain fine-tuning at the same steps, and what T and a cached teacher do.
+"""How much of what compression lost distillation brings back, against plain fine-tuning at the same steps,
+and what T and a cached teacher do.
 
     python benchmarks/distillation.py fashion-cnn --out benchmarks/results/distillation-fashion-cnn.json
 
-`recovered` is the share of the lost accuracy that came back: 1 - drop after / drop before, mean over seeds. Its interval is a paired
-bootstrap over evaluation items (1,000 draws, 95%), averaged over the seeds of one draw: it says how sure the items make it; the
-spread over seeds stands beside it. Writes JSON and the same as a page (.md) beside it.
+`recovered` is the share of the lost accuracy that came back: 1 - drop after / drop before, mean over seeds.
+Its interval is a paired bootstrap over evaluation items (1,000 draws, 95%), averaged over the seeds of one
+draw: it says how sure the items make it; the spread over seeds stands beside it. Writes JSON and the same as
+a page (.md) beside it.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from pathlib import Path
 import torch
 
 import workbench as wb
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
-from workbench.device import describe
-from workbench.statistics import Statistics
 from workbench.tasks import score
 from workbench.tasks.base import Scores
-from workbench.versions import versions
+from workbench.util.device import describe
+from workbench.util.environment import versions
 
 DAMAGE = {
     "80% sparsity": [wb.Prune(sparsity=0.8)],
@@ -40,7 +42,9 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 def correct(bench, recipe) -> tuple[torch.Tensor, list]:
     """Return which evaluation items are right, float64 [N], and the warnings."""
     made = compress(bench.task, recipe, bench.statistics, shared=True)
-    return Scores.join([score(bench.task.kind, made.model, part) for part in bench.evaluation.batches(256)]).correct, list(made.warnings)
+    return Scores.join(
+        [score(bench.task.kind, made.model, part) for part in bench.evaluation.batches(256)]
+    ).correct, list(made.warnings)
 
 
 def recovery(dense, before, after: list[torch.Tensor], draws: int = 1000) -> dict:
@@ -49,13 +53,26 @@ def recovery(dense, before, after: list[torch.Tensor], draws: int = 1000) -> dic
     index = torch.randint(len(dense), (draws, len(dense)), generator=torch.Generator().manual_seed(0))
     shares = (won.mean(0)[index].mean(1) / lost[index].mean(1)).sort().values
     each = [float(one.mean() / lost.mean()) for one in won]
-    return {"recovered": sum(each) / len(each), "low": float(shares[int(0.025 * draws)]), "high": float(shares[int(0.975 * draws) - 1]), "seeds": each,
-            "accuracy": [float(one.mean()) for one in after]}  # fmt: skip
+    return {
+        "recovered": sum(each) / len(each),
+        "low": float(shares[int(0.025 * draws)]),
+        "high": float(shares[int(0.975 * draws) - 1]),
+        "seeds": each,
+        "accuracy": [float(one.mean()) for one in after],
+    }
 
 
 def trained(bench, steps, options, *, seeds, dense, before) -> dict:
     start = time.perf_counter()
-    after = [correct(bench, wb.Recipe(*steps, wb.Distill(**{"seed": seed, "teacher_cache_mb": 256, "look_every": 0} | options)))[0] for seed in range(seeds)]
+    after = [
+        correct(
+            bench,
+            wb.Recipe(
+                *steps, wb.Distill(**{"seed": seed, "teacher_cache_mb": 256, "look_every": 0} | options)
+            ),
+        )[0]
+        for seed in range(seeds)
+    ]
     return recovery(dense, before, after) | {"seconds_each": (time.perf_counter() - start) / seeds}
 
 
@@ -63,7 +80,9 @@ def model_results(found: dict, arguments) -> None:
     """Add all numbers of one model to `found`, written as they come."""
     name = arguments.model
     bench = wb.Bench(name, offline=True, device=arguments.device, progress=False)
-    dense = Scores.join([score(bench.task.kind, bench.task.model, part) for part in bench.evaluation.batches(256)]).correct
+    dense = Scores.join(
+        [score(bench.task.kind, bench.task.model, part) for part in bench.evaluation.batches(256)]
+    ).correct
     options = {"steps": arguments.steps, "learning_rate": arguments.rate, "distill_batch": arguments.batch}
     ways = {"distillation": {"alpha": arguments.alpha}, "fine-tuning": {"alpha": 0.0}}
     if arguments.hidden_weight:
@@ -77,15 +96,29 @@ def model_results(found: dict, arguments) -> None:
         before = correct(bench, wb.Recipe(*steps))[0]
         given = {"seeds": arguments.seeds, "dense": dense, "before": before}
         row = {"before": float(before.mean()), "recipe": repr(wb.Recipe(*steps))}
-        row |= {way: trained(bench, steps, {"temperature": 4.0, **chosen, **options}, **given) for way, chosen in ways.items()}
+        row |= {
+            way: trained(bench, steps, {"temperature": 4.0, **chosen, **options}, **given)
+            for way, chosen in ways.items()
+        }
         found["damage"][label] = row
         write(found, arguments.out)
-        print(name, label, f"{row['before']:.4f}", {way: f"{row[way]['recovered']:.1%} [{row[way]['low']:.1%}, {row[way]['high']:.1%}]" for way in ways}, flush=True)
+        print(
+            name,
+            label,
+            f"{row['before']:.4f}",
+            {
+                way: f"{row[way]['recovered']:.1%} [{row[way]['low']:.1%}, {row[way]['high']:.1%}]"
+                for way in ways
+            },
+            flush=True,
+        )
     if arguments.damage:
         return
     given |= {"before": correct(bench, wb.Recipe(*DAMAGE["80% sparsity"]))[0]}
     for t in TEMPERATURES:
-        found["temperature"][str(t)] = trained(bench, DAMAGE["80% sparsity"], {"temperature": t, "alpha": 1.0, **options}, **given)
+        found["temperature"][str(t)] = trained(
+            bench, DAMAGE["80% sparsity"], {"temperature": t, "alpha": 1.0, **options}, **given
+        )
         write(found, arguments.out)
     print(name, "T", {t: f"{row['recovered']:.1%}" for t, row in found["temperature"].items()}, flush=True)
     found["cache"] = cache_ratio(bench)
@@ -100,66 +133,155 @@ def write(found: dict, path: Path) -> None:
 
 
 def cache_ratio(bench, steps: int = 90, pairs: int = 3) -> dict:
-    """Return the time of a training with the teacher computed anew over that with its answers kept, and over that where they were kept before; interleaved."""
+    """Return the time of a training with the teacher computed anew over that with its answers kept, and over
+    that where they were kept before; interleaved."""
     seconds: dict[str, list[float]] = {"computed": [], "first": [], "kept": []}
     for _ in range(pairs):
         statistics = Statistics(bench.task)
-        compress(bench.task, wb.Recipe(*DAMAGE["80% sparsity"]), statistics, shared=True)  # what pruning itself needs is there before the first
+        compress(
+            bench.task, wb.Recipe(*DAMAGE["80% sparsity"]), statistics, shared=True
+        )  # what pruning itself needs is there before the first
         for way, budget in (("computed", 0), ("first", 256), ("kept", 256)):
             start = time.perf_counter()
-            compress(bench.task, wb.Recipe(*DAMAGE["80% sparsity"], wb.Distill(temperature=2, steps=steps, look_every=0, teacher_cache_mb=budget)), statistics, shared=True)
+            compress(
+                bench.task,
+                wb.Recipe(
+                    *DAMAGE["80% sparsity"],
+                    wb.Distill(temperature=2, steps=steps, look_every=0, teacher_cache_mb=budget),
+                ),
+                statistics,
+                shared=True,
+            )
             seconds[way].append(time.perf_counter() - start)
     middle = {way: sorted(values)[pairs // 2] for way, values in seconds.items()}
-    return {"steps": steps, "seconds": middle, "computed / first": middle["computed"] / middle["first"], "computed / kept": middle["computed"] / middle["kept"]}
+    return {
+        "steps": steps,
+        "seconds": middle,
+        "computed / first": middle["computed"] / middle["first"],
+        "computed / kept": middle["computed"] / middle["kept"],
+    }
 
 
 def page(found: dict) -> str:
     """Return the numbers as Markdown."""
     ways = [way for way in WAYS if any(way in row for row in found["damage"].values())]
-    hidden = f"; with hidden states: also hidden_weight={found['hidden_weight']:g}" if found.get("hidden_weight") else ""
+    hidden = (
+        f"; with hidden states: also hidden_weight={found['hidden_weight']:g}"
+        if found.get("hidden_weight")
+        else ""
+    )
     lines = [
-        f"# Distillation of {found['model']}", "",
-        f"{found['device']}; {', '.join(f'{name} {version}' for name, version in found['versions'].items())}; {found['date']}; `{found['command']}`", "",
-        f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of {found.get('batch', 64)} items at rate {found['learning_rate']:g}. Distillation: T=4, alpha={found.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}.", "",
+        f"# Distillation of {found['model']}",
+        "",
+        (
+            f"{found['device']};"
+            f" {', '.join(f'{name} {version}' for name, version in found['versions'].items())};"
+            f" {found['date']}; `{found['command']}`"
+        ),
+        "",
+        (
+            f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of"
+            f" {found.get('batch', 64)} items at rate {found['learning_rate']:g}. Distillation: T=4,"
+            f" alpha={found.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}."
+        ),
+        "",
         *([found["note"], ""] if found.get("note") else []),
-        "| | accuracy before | taught by | accuracy after | recovered [95%] | seeds | s a run |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "| | accuracy before | taught by | accuracy after | recovered [95%] | seeds | s a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for label, row in found["damage"].items():
         for way in ways:
             one = row[way]
-            mean, share = sum(one["accuracy"]) / len(one["accuracy"]), f"{one['recovered']:.1%} [{one['low']:.1%}, {one['high']:.1%}]"
-            lines.append(f"| {label} | {row['before']:.4f} | {way} | {mean:.4f} | {share} | {', '.join(f'{each:.1%}' for each in one['seeds'])} | {one['seconds_each']:.0f} |")
+            mean, share = (
+                sum(one["accuracy"]) / len(one["accuracy"]),
+                f"{one['recovered']:.1%} [{one['low']:.1%}, {one['high']:.1%}]",
+            )
+            lines.append(
+                f"| {label} | {row['before']:.4f} | {way} | {mean:.4f} | {share} |"
+                f" {', '.join(f'{each:.1%}' for each in one['seeds'])} | {one['seconds_each']:.0f} |"
+            )
     if found.get("single_runs"):
-        lines += ["", "Single runs with seed 0, by which options were chosen (same items, recovered):", "", *(f"- {run}: {share:.1%}" for run, share in found["single_runs"].items())]
+        lines += [
+            "",
+            "Single runs with seed 0, by which options were chosen (same items, recovered):",
+            "",
+            *(f"- {run}: {share:.1%}" for run, share in found["single_runs"].items()),
+        ]
     if not found["temperature"]:
         return "\n".join([*lines, ""])
-    lines += ["", *([found["temperature_how"], ""] if found.get("temperature_how") else []), "Temperature at 80% sparsity, alpha 1:", "", "| T | recovered [95%] | seeds |", "|---|---|---|"]
-    lines += [f"| {t} | {row['recovered']:.1%} [{row['low']:.1%}, {row['high']:.1%}] | {', '.join(f'{one:.1%}' for one in row['seeds'])} |" for t, row in found["temperature"].items()]
+    lines += [
+        "",
+        *([found["temperature_how"], ""] if found.get("temperature_how") else []),
+        "Temperature at 80% sparsity, alpha 1:",
+        "",
+        "| T | recovered [95%] | seeds |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {t} | {row['recovered']:.1%} [{row['low']:.1%}, {row['high']:.1%}] |"
+        f" {', '.join(f'{one:.1%}' for one in row['seeds'])} |"
+        for t, row in found["temperature"].items()
+    ]
     cache = found["cache"]
     if not cache:
         return "\n".join([*lines, ""])
-    ratios = f"{cache['computed / first']:.2f}x faster the first time, {cache['computed / kept']:.2f}x once its answers are there"
-    lines += ["", f"Teacher computed at each of {cache['steps']} steps against kept (teacher_cache_mb), same run, medians of 3: {ratios}.", ""]
+    ratios = (
+        f"{cache['computed / first']:.2f}x faster the first time, {cache['computed / kept']:.2f}x once its"
+        " answers are there"
+    )
+    lines += [
+        "",
+        (
+            f"Teacher computed at each of {cache['steps']} steps against kept (teacher_cache_mb), same run,"
+            f" medians of 3: {ratios}."
+        ),
+        "",
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=sorted(STRUCTURE))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=64, help="training items per step")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher's answers against the true labels")
-    parser.add_argument("--hidden-weight", type=float, default=0.0, help="above 0: a third way, with hidden states matched too")
-    parser.add_argument("--damage", default="", choices=["", *DAMAGE, "50% structure"], help="this one alone, and neither temperatures nor cache")
+    parser.add_argument(
+        "--alpha", type=float, default=0.9, help="weight of the teacher's answers against the true labels"
+    )
+    parser.add_argument(
+        "--hidden-weight",
+        type=float,
+        default=0.0,
+        help="above 0: a third way, with hidden states matched too",
+    )
+    parser.add_argument(
+        "--damage",
+        default="",
+        choices=["", *DAMAGE, "50% structure"],
+        help="this one alone, and neither temperatures nor cache",
+    )
     parser.add_argument("--note", default="", help="what a reader of the page should know")
     parser.add_argument("--device", default=None)
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = {"command": shlex.join(["python", *sys.argv]), "device": describe(device), "versions": versions(), "date": dt.datetime.now(dt.UTC).date().isoformat(),
-             "model": arguments.model, "steps": arguments.steps, "learning_rate": arguments.rate, "batch": arguments.batch, "alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight, "note": arguments.note}  # fmt: skip
+    found = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": describe(device),
+        "versions": versions(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "model": arguments.model,
+        "steps": arguments.steps,
+        "learning_rate": arguments.rate,
+        "batch": arguments.batch,
+        "alpha": arguments.alpha,
+        "hidden_weight": arguments.hidden_weight,
+        "note": arguments.note,
+    }
     model_results(found, arguments)
 
 

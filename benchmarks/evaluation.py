@@ -1,12 +1,14 @@
-"""What reading the evaluation items costs on a Llama of a given size, with each of the evaluator's shortcuts, in milliseconds.
+"""What reading the evaluation items costs on a Llama of a given size, with each of the evaluator's shortcuts,
+in milliseconds.
 
     python benchmarks/evaluation.py --shape 135m --device cuda --out benchmarks/results/evaluation-135m.json
 
-Weights and tokens are random: times depend on shapes, not on values. One model is pruned to half everywhere, another one in its
-last quarter of blocks only. `whole` makes all logits of a batch, `fused` reduces them piece by piece, `graphed` replays one CUDA
-graph, `from block` starts from the dense model's hidden states. `once` is the first reading, with what is tried, captured or
-kept in it; `ms` the median of the next ones. The floor is the arithmetic (benchmarks/arithmetic.py, as everywhere in the suite) at the
-rate that a large product reaches here.
+Weights and tokens are random: times depend on shapes, not on values. One model is pruned to half everywhere,
+another one in its last quarter of blocks only. `whole` makes all logits of a batch, `fused` reduces them
+piece by piece, `graphed` replays one CUDA graph, `from block` starts from the dense model's hidden states.
+`once` is the first reading, with what is tried, captured or kept in it; `ms` the median of the next ones. The
+floor is the arithmetic (benchmarks/arithmetic.py, as everywhere in the suite) at the rate that a large
+product reaches here.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.device import describe, pick
+from workbench.measure.cuda_graphs import Graphs
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.graphed import Graphs
 from workbench.tasks import score
 from workbench.tasks.base import Scores, Task
-from workbench.versions import versions
+from workbench.util.device import describe, pick
+from workbench.util.environment import versions
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -55,7 +57,10 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def costs(read: Callable[[], Scores], device: torch.device, repeats: int) -> tuple[dict[str, float], Scores]:
-    """Return what reading costs, and the scores; memory is what it takes and keeps beyond what was there before it."""
+    """Return what reading costs, and the scores.
+
+    Memory is what it takes and keeps beyond what was there before it.
+    """
     before = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -63,7 +68,11 @@ def costs(read: Callable[[], Scores], device: torch.device, repeats: int) -> tup
         torch.cuda.reset_peak_memory_stats()
     once = timed(read, device)
     times = [timed(read, device) for _ in range(repeats)]
-    found = {"once_ms": round(once, 1), "ms": round(statistics.median(times), 1), "least_ms": round(min(times), 1)}
+    found = {
+        "once_ms": round(once, 1),
+        "ms": round(statistics.median(times), 1),
+        "least_ms": round(min(times), 1),
+    }
     if device.type == "cuda":
         found["peak_beyond_bytes"] = torch.cuda.max_memory_reserved() - before
         torch.cuda.empty_cache()
@@ -71,16 +80,29 @@ def costs(read: Callable[[], Scores], device: torch.device, repeats: int) -> tup
     return found, read()
 
 
-def readers(task: Task, device: torch.device, everywhere: nn.Module, late: nn.Module) -> dict[str, Callable[[], Scores]]:
-    """Return the ways of reading by name; the reference for those that start from a block is named `..., last quarter`."""
+def readers(
+    task: Task, device: torch.device, everywhere: nn.Module, late: nn.Module
+) -> dict[str, Callable[[], Scores]]:
+    """Return the ways of reading by name.
+
+    The reference for those that start from a block is named `..., last quarter`.
+    """
     items = task.evaluation.to(device)
 
     def whole() -> Scores:
         return Scores.join([score(task.kind, everywhere, part) for part in items.batches(task.batch_size)])
 
-    fused, graphed, middle = Evaluator(task, items, 0, graphs=False), Evaluator(task, items, 0), Evaluator(task, items)
-    found: dict[str, Callable[[], Scores]] = {"whole": whole, "fused": lambda: fused.scores(everywhere, [], len(items))}
+    fused, graphed, middle = (
+        Evaluator(task, items, 0, graphs=False),
+        Evaluator(task, items, 0),
+        Evaluator(task, items),
+    )
+    found: dict[str, Callable[[], Scores]] = {
+        "whole": whole,
+        "fused": lambda: fused.scores(everywhere, [], len(items)),
+    }
     if device.type == "cuda":
+
         def replay() -> Scores:
             made = graphed.scores(everywhere, [], len(items))
             assert isinstance(graphed.graphs, Graphs)
@@ -89,27 +111,57 @@ def readers(task: Task, device: torch.device, everywhere: nn.Module, late: nn.Mo
             return made
 
         found["graphed"] = replay
-    return found | {"fused, last quarter": lambda: fused.scores(late, [], len(items)), "from block, last quarter": lambda: middle.scores(late, [], len(items))}
+    return found | {
+        "fused, last quarter": lambda: fused.scores(late, [], len(items)),
+        "from block, last quarter": lambda: middle.scores(late, [], len(items)),
+    }
 
 
 def page(result: dict) -> str:
     """Return the figures as a page."""
-    about = f"{result['device']}, {result['date'][:10]}, torch {result['versions']['torch']}, transformers {result['versions']['transformers']}; `{result['command']}`."
-    lines = [f"# Reading {result['windows']} windows of {result['context']} tokens with a Llama of {result['shape']}", "", about, "",
-             f"The products alone take {result['floor_ms']} ms at {result['rate_tflops']} TFLOP/s, what a large product reaches here.", "",
-             "| way | once, ms | then, ms | times the floor | memory beyond what was there, MiB | of it kept | largest difference of a loss |", "|---" * 7 + "|"]  # fmt: skip
+    about = (
+        f"{result['device']}, {result['date'][:10]}, torch {result['versions']['torch']}, transformers"
+        f" {result['versions']['transformers']}; `{result['command']}`."
+    )
+    lines = [
+        (
+            f"# Reading {result['windows']} windows of {result['context']} tokens with a Llama of"
+            f" {result['shape']}"
+        ),
+        "",
+        about,
+        "",
+        (
+            f"The products alone take {result['floor_ms']} ms at {result['rate_tflops']} TFLOP/s, what a"
+            " large product reaches here."
+        ),
+        "",
+        (
+            "| way | once, ms | then, ms | times the floor | memory beyond what was there, MiB | of it kept |"
+            " largest difference of a loss |"
+        ),
+        "|---" * 7 + "|",
+    ]
     for name, cost in result["costs"].items():
         if "failed" in cost:
             lines.append(f"| {name} | {cost['failed']} | | | | | |")
             continue
-        memory = " | ".join(f"{cost[key] / 2**20:.0f}" if key in cost else "" for key in ("peak_beyond_bytes", "kept_beyond_bytes"))
-        lines.append(f"| {name} | {cost['once_ms']} | {cost['ms']} | {cost['of_floor']} | {memory} | {cost.get('largest_difference', '')} |")
+        memory = " | ".join(
+            f"{cost[key] / 2**20:.0f}" if key in cost else ""
+            for key in ("peak_beyond_bytes", "kept_beyond_bytes")
+        )
+        lines.append(
+            f"| {name} | {cost['once_ms']} | {cost['ms']} | {cost['of_floor']} | {memory} |"
+            f" {cost.get('largest_difference', '')} |"
+        )
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="135m")
     parser.add_argument("--device")
     parser.add_argument("--windows", type=int, default=64)
@@ -122,7 +174,11 @@ def main() -> None:
     blocks = SHAPES[options.shape][1]
     first = blocks - max(1, blocks // 4)
     everywhere = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), shared=True).model
-    late = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=tuple(f"model.layers.{i}.*" for i in range(first, blocks)))), shared=True).model
+    late = compress(
+        task,
+        wb.Recipe(wb.Prune(sparsity=0.5, targets=tuple(f"model.layers.{i}.*" for i in range(first, blocks)))),
+        shared=True,
+    ).model
     rate = matmul_rate(device, next(task.model.parameters()).dtype)
     floor = flop(task, task.evaluation.to(device)) / rate * 1000
     found: dict[str, dict[str, object]] = {}
@@ -137,12 +193,27 @@ def main() -> None:
         part = name.partition(", ")[2]
         exact = reference.setdefault(part, scores)
         share = 1.0 if not part else 1 - first / blocks if name.startswith("from") else 1.0
-        found[name] = {**cost, "of_floor": round(cost["ms"] / floor, 2), "largest_difference": float(f"{(scores.loss / exact.loss - 1).abs().max():.2g}"), "blocks_share": round(share, 3)}
+        found[name] = {
+            **cost,
+            "of_floor": round(cost["ms"] / floor, 2),
+            "largest_difference": float(f"{(scores.loss / exact.loss - 1).abs().max():.2g}"),
+            "blocks_share": round(share, 3),
+        }
         print(name, found[name], flush=True)
     result = {
-        "shape": options.shape, "windows": options.windows, "context": options.context, "device": describe(device), "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv), "versions": versions(), "rate_tflops": round(rate / 1e12, 3), "floor_ms": round(floor, 2), "batch": task.batch_size, "first_changed_block": first, "costs": found,
-    }  # fmt: skip
+        "shape": options.shape,
+        "windows": options.windows,
+        "context": options.context,
+        "device": describe(device),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+        "rate_tflops": round(rate / 1e12, 3),
+        "floor_ms": round(floor, 2),
+        "batch": task.batch_size,
+        "first_changed_block": first,
+        "costs": found,
+    }
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(page(result))

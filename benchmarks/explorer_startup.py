@@ -36,7 +36,13 @@ print(json.dumps(laps))
 
 def kernel(state: Path) -> dict[str, float]:
     """Time the kernel's part alone."""
-    done = subprocess.run([sys.executable, "-c", KERNEL], check=True, capture_output=True, text=True, env={**os.environ, "XDG_STATE_HOME": str(state)})
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_STATE_HOME": str(state)},
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -48,7 +54,11 @@ def browser_rounds(state: Path, rounds: int) -> list[dict[str, float]]:
     from playwright.sync_api import sync_playwright
 
     found = []
-    with tempfile.TemporaryDirectory() as folder, lab.server(ROOT / "notebooks" / "explore.ipynb", Path(folder), {"XDG_STATE_HOME": str(state)}) as url, sync_playwright() as play:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        lab.server(ROOT / "notebooks" / "explore.ipynb", Path(folder), {"XDG_STATE_HOME": str(state)}) as url,
+        sync_playwright() as play,
+    ):
         chromium = play.chromium.launch(executable_path=browser.find(), args=list(browser.FLAGS))
         opened = lab.Lab(chromium.new_page(viewport={"width": 1280, "height": 800}))
         opened.open(url)
@@ -58,7 +68,12 @@ def browser_rounds(state: Path, rounds: int) -> list[dict[str, float]]:
             time.sleep(1)
             start, laps = time.perf_counter(), {}
             opened.run_all()
-            for name, place in (("panel in the page", ".wb-panel .noUi-handle"), ("plot in the page", ".wb-panel .main-svg"), ("model loaded", ".wb-dense b"), ("first point", ".wb-measured")):
+            for name, place in (
+                ("panel in the page", ".wb-panel .noUi-handle"),
+                ("plot in the page", ".wb-panel .main-svg"),
+                ("model loaded", ".wb-dense b"),
+                ("first point", ".wb-measured"),
+            ):
                 opened.page.wait_for_selector(place, timeout=60_000, state="attached")
                 laps[name] = round(time.perf_counter() - start, 2)
             found.append(laps)

@@ -23,14 +23,21 @@ SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary, 
 
 
 def random_llama(shape: str, device: torch.device) -> torch.nn.Module:
-    """Return a Llama with random weights, bfloat16 on a GPU and float32 elsewhere, made in that type: 6.7B never takes 27 GB."""
+    """Return a Llama with random weights, bfloat16 on a GPU and float32 elsewhere, made in that type: 6.7B
+    never takes 27 GB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, layers, heads, shared, middle, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared, intermediate_size=middle,
-        vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=2048,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        intermediate_size=middle,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+    )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -47,4 +54,12 @@ def random_task(shape: str, device: torch.device, context: int, windows: int) ->
     model = random_llama(shape, device)
     draw = partial(torch.randint, SHAPES[shape][5], generator=torch.Generator().manual_seed(1))
     sets = [window_items(draw((count, context))) for count in (windows, 16, 16)]
-    return Task(LANGUAGE_MODELLING, model, f"llama-{shape}-random", f"llama-{shape}-random", "random tokens", *sets, batch_size=16)
+    return Task(
+        LANGUAGE_MODELLING,
+        model,
+        f"llama-{shape}-random",
+        f"llama-{shape}-random",
+        "random tokens",
+        *sets,
+        batch_size=16,
+    )

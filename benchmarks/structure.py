@@ -3,10 +3,10 @@
     python benchmarks/structure.py --out benchmarks/results/structure-cpu
     python benchmarks/structure.py --models llama-1.1b --device cuda --out benchmarks/results/structure-1.1b
 
-Writes a .json with every figure and a .md with the table. `fashion-cnn` and `fashion-vit` have real weights, so quality is
-measured too, paired with the dense model, with and without least-squares reconstruction; the Llamas have random weights and
-tokens, so that only sizes and times mean something. Latency is interleaved with the dense model's in one run; `expected` is
-what it would be if time went with multiply-adds.
+Writes a .json with every figure and a .md with the table. `fashion-cnn` and `fashion-vit` have real weights,
+so quality is measured too, paired with the dense model, with and without least-squares reconstruction; the
+Llamas have random weights and tokens, so that only sizes and times mean something. Latency is interleaved
+with the dense model's in one run; `expected` is what it would be if time went with multiply-adds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ from shapes import random_task
 
 import workbench as wb
 from workbench.compress import Compressed, compress
-from workbench.device import describe, pick
 from workbench.measure.latency import Latency, measure_latency
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import counted_sizes
-from workbench.predict import positions
-from workbench.versions import versions
+from workbench.predict.predictor import positions
+from workbench.shapes.outline import Outline
+from workbench.util.device import describe, pick
+from workbench.util.environment import versions
 
-PATTERNS = {"fashion-cnn": ("channels",), "fashion-vit": ("heads", "neurons", "layers"), "llama-135m": ("heads", "neurons", "layers"), "llama-1.1b": ("heads", "neurons", "layers")}
+PATTERNS = {
+    "fashion-cnn": ("channels",),
+    "fashion-vit": ("heads", "neurons", "layers"),
+    "llama-135m": ("heads", "neurons", "layers"),
+    "llama-1.1b": ("heads", "neurons", "layers"),
+}
 SPARSITIES = (0.25, 0.5, 0.75)
 
 
@@ -52,9 +57,17 @@ def timed(latency: Latency, share: float) -> dict[str, Any]:
     """Return latency as plain figures; `share` is the fraction of the dense multiply-adds that is left."""
     speed = latency.speedup
     return {
-        "dense_ms": latency.dense_median_ms, "ms": latency.median_ms, "speedup": speed.value, "speedup_low": speed.low, "speedup_high": speed.high,
-        "expected": 1 / share, "of_expected": speed.value * share, "batch": latency.batch, "input_shape": list(latency.input_shape), "rounds": latency.rounds,
-    }  # fmt: skip
+        "dense_ms": latency.dense_median_ms,
+        "ms": latency.median_ms,
+        "speedup": speed.value,
+        "speedup_low": speed.low,
+        "speedup_high": speed.high,
+        "expected": 1 / share,
+        "of_expected": speed.value * share,
+        "batch": latency.batch,
+        "input_shape": list(latency.input_shape),
+        "rounds": latency.rounds,
+    }
 
 
 def row(bench: wb.Bench, recipe: wb.Recipe, compressed: Compressed, dense_adds: int) -> dict[str, Any]:
@@ -64,17 +77,31 @@ def row(bench: wb.Bench, recipe: wb.Recipe, compressed: Compressed, dense_adds: 
     adds = multiply_adds(compressed.model, bench, compressed)
     step: Any = recipe.steps[0]
     return {
-        "model": bench.task.model_name, "pattern": step.pattern, "asked": step.sparsity, "reconstruct": step.reconstruct, "recipe": repr(recipe),
-        "parameters": parameters(compressed.model), "dense_parameters": parameters(dense), "file_bytes": sizes.file_bytes, "dense_file_bytes": dense_sizes.file_bytes,
+        "model": bench.task.model_name,
+        "pattern": step.pattern,
+        "asked": step.sparsity,
+        "reconstruct": step.reconstruct,
+        "recipe": repr(recipe),
+        "parameters": parameters(compressed.model),
+        "dense_parameters": parameters(dense),
+        "file_bytes": sizes.file_bytes,
+        "dense_file_bytes": dense_sizes.file_bytes,
         "multiply_adds": adds / dense_adds,
-    }  # fmt: skip
+    }
 
 
 def real(name: str, device: str) -> list[dict[str, Any]]:
     """Measure a model with real weights, quality included."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = wb.Bench(name, device=device, ledger=f"{folder}/points.journal", offline=True, latency_batch=64, progress=False)
+        bench = wb.Bench(
+            name,
+            device=device,
+            ledger=f"{folder}/points.journal",
+            offline=True,
+            latency_batch=64,
+            progress=False,
+        )
         dense_adds = multiply_adds(bench.task.model, bench)
         for pattern in PATTERNS[name]:
             for sparsity in SPARSITIES:
@@ -85,7 +112,13 @@ def real(name: str, device: str) -> list[dict[str, Any]]:
                     assert point.latency is not None
                     drop = point.primary.drop
                     made = row(bench, recipe, compressed, dense_adds)
-                    made |= timed(point.latency, made["multiply_adds"]) | {"metric": point.primary.metric, "change": -drop.value, "change_low": -drop.high, "change_high": -drop.low, "items": point.items}
+                    made |= timed(point.latency, made["multiply_adds"]) | {
+                        "metric": point.primary.metric,
+                        "change": -drop.value,
+                        "change_low": -drop.high,
+                        "change_high": -drop.low,
+                        "items": point.items,
+                    }
                     rows.append(made)
                     print(line(made), flush=True)
     return rows
@@ -104,7 +137,13 @@ def random(name: str, device: str, context: int) -> list[dict[str, Any]]:
                 compressed = compress(task, recipe, bench.statistics, shared=True)
                 made = row(bench, recipe, compressed, dense_adds)
                 for items in (bench.evaluation[:1], bench.evaluation[:8]):
-                    rows.append(made | timed(measure_latency(task.kind, task.model, compressed.model, items), made["multiply_adds"]))
+                    rows.append(
+                        made
+                        | timed(
+                            measure_latency(task.kind, task.model, compressed.model, items),
+                            made["multiply_adds"],
+                        )
+                    )
                     print(line(rows[-1]), flush=True)
                 del compressed
     return rows
@@ -112,33 +151,78 @@ def random(name: str, device: str, context: int) -> list[dict[str, Any]]:
 
 def line(made: dict[str, Any]) -> str:
     """Return one row of the table."""
-    quality = f"{100 * made['change']:+.1f} ({100 * made['change_low']:+.1f} to {100 * made['change_high']:+.1f})" if "change" in made else "random weights"
+    quality = (
+        f"{100 * made['change']:+.1f} ({100 * made['change_low']:+.1f} to {100 * made['change_high']:+.1f})"
+        if "change" in made
+        else "random weights"
+    )
     cells = [
-        made["model"], made["pattern"] + (", refitted" if made["reconstruct"] else ""), f"{made['asked']:.0%}", f"{made['parameters'] / made['dense_parameters']:.1%}",
-        f"{made['file_bytes'] / made['dense_file_bytes']:.1%}", f"{made['multiply_adds']:.1%}", f"{made['dense_ms']:.2f}", f"{made['ms']:.2f}",
-        f"{made['speedup']:.2f}x ({made['speedup_low']:.2f} to {made['speedup_high']:.2f})", f"{made['expected']:.2f}x", f"{made['of_expected']:.0%}", f"{made['batch']}", quality,
-    ]  # fmt: skip
+        made["model"],
+        made["pattern"] + (", refitted" if made["reconstruct"] else ""),
+        f"{made['asked']:.0%}",
+        f"{made['parameters'] / made['dense_parameters']:.1%}",
+        f"{made['file_bytes'] / made['dense_file_bytes']:.1%}",
+        f"{made['multiply_adds']:.1%}",
+        f"{made['dense_ms']:.2f}",
+        f"{made['ms']:.2f}",
+        f"{made['speedup']:.2f}x ({made['speedup_low']:.2f} to {made['speedup_high']:.2f})",
+        f"{made['expected']:.2f}x",
+        f"{made['of_expected']:.0%}",
+        f"{made['batch']}",
+        quality,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = "| model | removed | asked | parameters left | bytes left | multiply-adds left | dense ms | ms | speed against dense (95%) | expected | of expected | batch | accuracy change, points (95%) |\n" + "|---" * 13 + "|"
+HEADER = (
+    "| model | removed | asked | parameters left | bytes left | multiply-adds left | dense ms | ms | speed"
+    " against dense (95%) | expected | of expected | batch | accuracy change, points (95%) |\n"
+    + "|---" * 13
+    + "|"
+)
 
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=list(PATTERNS), default=["fashion-cnn", "fashion-vit"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--out", type=Path, help="path without suffix")
     options = parser.parse_args()
     print(HEADER)
-    rows = [made for name in options.models for made in (real(name, options.device) if name.startswith("fashion") else random(name, options.device, options.context))]
-    about = {"command": "python " + " ".join(sys.argv), "date": dt.datetime.now(dt.UTC).date().isoformat(), "device": describe(pick(options.device)), "versions": versions()}
+    rows = [
+        made
+        for name in options.models
+        for made in (
+            real(name, options.device)
+            if name.startswith("fashion")
+            else random(name, options.device, options.context)
+        )
+    ]
+    about = {
+        "command": "python " + " ".join(sys.argv),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "device": describe(pick(options.device)),
+        "versions": versions(),
+    }
     if options.out:
-        options.out.with_suffix(".json").write_text(json.dumps({"what": "removed structure: sizes, latency, quality", **about, "rows": rows}, indent=1) + "\n")
-        said = "\n".join(f"- {name}: {value if isinstance(value, str) else ', '.join(f'{k} {v}' for k, v in value.items())}" for name, value in about.items())
-        options.out.with_suffix(".md").write_text(f"# What removed structure saves\n\n{said}\n\n{HEADER}\n" + "\n".join(map(line, rows)) + "\n")
+        options.out.with_suffix(".json").write_text(
+            json.dumps(
+                {"what": "removed structure: sizes, latency, quality", **about, "rows": rows}, indent=1
+            )
+            + "\n"
+        )
+        said = "\n".join(
+            f"- {name}:"
+            f" {value if isinstance(value, str) else ', '.join(f'{k} {v}' for k, v in value.items())}"
+            for name, value in about.items()
+        )
+        options.out.with_suffix(".md").write_text(
+            f"# What removed structure saves\n\n{said}\n\n{HEADER}\n" + "\n".join(map(line, rows)) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Find a Chromium or Chrome for the tests marked `browser`, or install one. Run as a script before the tests."""
+"""Find a Chromium or Chrome for the tests marked `browser`, or install one.
+
+Run as a script before the tests.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,19 @@ import sys
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PLACES = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+PLACES = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def find() -> str | None:
@@ -31,7 +45,9 @@ def find() -> str | None:
 def attempt(command: list[str], seconds: int) -> None:
     """Run an installer; whether it worked is seen by looking for the browser again."""
     try:
-        subprocess.run(command, check=False, timeout=seconds, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command, check=False, timeout=seconds, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired):
         return
 

@@ -1,4 +1,5 @@
-"""What every test may use: tiny tasks, a device, a ledger of its own, and the reason for whatever is left out."""
+"""What every test may use: tiny tasks, a device, a ledger of its own, and the reason for whatever is left
+out."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from exact_interpreter import round_bfloat16, watch
 from interpreted import INTERPRETED
 
-from workbench.ledger import Ledger
+from workbench.ledger.ledger import Ledger
 from workbench.tasks.base import Task
 
 NO_GPU = "needs a CUDA GPU, and torch.cuda.is_available() is False here"
@@ -28,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory: pytest.TempPathFactory):
-    """Keep the user's own ledgers and cache out of it: both lie in temporary directories, for child processes too."""
+    """Keep the user's own ledgers and cache out of it: both lie in temporary directories, for child processes
+    too."""
     home = tmp_path_factory.mktemp("state")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(home))
@@ -42,13 +44,16 @@ def device(request: pytest.FixtureRequest):
     if request.param == "cpu":
         yield "cpu"
         return
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # comparisons with float64 need all of float32
+    with torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    ):  # comparisons with float64 need all of float32
         yield request.param
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Give the device on which Triton's kernels run: a GPU, or the CPU where they are interpreted and what they touch is watched."""
+    """Give the device on which Triton's kernels run: a GPU, or the CPU where they are interpreted and what
+    they touch is watched."""
     if (request.param == "interpreted") is not INTERPRETED:
         pytest.skip("runs in a process in which Triton interprets its kernels, see tests/interpreted.py")
     if not INTERPRETED:

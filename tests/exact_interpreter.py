@@ -1,4 +1,5 @@
-"""What Triton's interpreter lacks as a stand-in for a GPU: it says nothing of reads and writes beside the tensors, and does not round bfloat16."""
+"""What Triton's interpreter lacks as a stand-in for a GPU: it says nothing of reads and writes beside the
+tensors, and does not round bfloat16."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.compress import passes
+from workbench.kernels import weight_passes
 
 
 class Watch:
@@ -22,7 +23,11 @@ class Watch:
         ranges = [reach(tensor) for tensor in tensors if tensor.numel()]
         for tensor in tensors:
             if tensor.dtype == torch.int64:
-                ranges += [(place, place + self.tables[place]) for place in tensor.flatten().tolist() if place in self.tables]
+                ranges += [
+                    (place, place + self.tables[place])
+                    for place in tensor.flatten().tolist()
+                    if place in self.tables
+                ]
         self.starts = np.array(sorted(start for start, _ in ranges), np.int64)
         self.ends = np.maximum.accumulate(np.array([end for _, end in sorted(ranges)], np.int64))
 
@@ -32,7 +37,9 @@ class Watch:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         owner = np.searchsorted(self.starts, places, side="right") - 1
         outside = (owner < 0) | (places + size > self.ends[owner.clip(0)])
-        assert not outside.any(), f"{int(outside.sum())} of {len(places)} elements of {size} bytes lie outside of every tensor"
+        assert not outside.any(), (
+            f"{int(outside.sum())} of {len(places)} elements of {size} bytes lie outside of every tensor"
+        )
 
 
 def reach(tensor: torch.Tensor) -> tuple[int, int]:
@@ -45,7 +52,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Watch all kernels until the monkeypatch ends."""
     from triton.runtime import interpreter
 
-    seen, plain_table, call = Watch(), passes.table, interpreter.GridExecutor.__call__
+    seen, plain_table, call = Watch(), weight_passes.table, interpreter.GridExecutor.__call__
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -65,14 +72,17 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.check(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
-    monkeypatch.setattr(passes, "table", table)
+    monkeypatch.setattr(weight_passes, "table", table)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
 
 
 def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let kernels calculate with bfloat16 as a GPU does, to nearest and ties to even; the interpreter calculates with its bits and cuts off what is too long."""
+    """Let kernels calculate with bfloat16 as a GPU does, to nearest and ties to even.
+
+    The interpreter calculates with its bits and cuts off what is too long.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -80,10 +90,20 @@ def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     binary, cast = builder.binary_op, builder.cast_impl
 
     def wide(value):
-        return (np.asarray(value.data).astype(np.uint32) << 16).view(np.float32) if value.dtype.scalar == tl.bfloat16 else value.data
+        return (
+            (np.asarray(value.data).astype(np.uint32) << 16).view(np.float32)
+            if value.dtype.scalar == tl.bfloat16
+            else value.data
+        )
 
     def narrow(numbers):
-        return torch.from_numpy(np.array(numbers, np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return (
+            torch.from_numpy(np.array(numbers, np.float32))
+            .bfloat16()
+            .view(torch.int16)
+            .numpy()
+            .view(np.uint16)
+        )
 
     def binary_op(self, left, right, operation):
         if left.dtype.scalar != tl.bfloat16:
@@ -94,8 +114,14 @@ def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     def cast_impl(self, value, to):
         if tl.bfloat16 not in (value.dtype.scalar, to.scalar) or value.dtype.scalar == to.scalar:
             return cast(self, value, to)
-        return handle(narrow(wide(value)), to.scalar) if to.scalar == tl.bfloat16 else cast(self, handle(wide(value), tl.float32), to)
+        return (
+            handle(narrow(wide(value)), to.scalar)
+            if to.scalar == tl.bfloat16
+            else cast(self, handle(wide(value), tl.float32), to)
+        )
 
     monkeypatch.setattr(builder, "binary_op", binary_op)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    monkeypatch.setattr(builder, "create_fp_to_fp", lambda self, value, to, _rounding: cast_impl(self, value, to))
+    monkeypatch.setattr(
+        builder, "create_fp_to_fp", lambda self, value, to, _rounding: cast_impl(self, value, to)
+    )

@@ -1,4 +1,5 @@
-"""One layer as a model, with integer weights and rounded inputs, and what it computes in float64, written plainly."""
+"""One layer as a model, with integer weights and rounded inputs, and what it computes in float64, written
+plainly."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from workbench.compress.layers import Layer
-from workbench.compress.quantized_inputs import InputFormat, quantized_like
-from workbench.runtime.grid import Grid
+from workbench.formats.affine import Grid
+from workbench.modules.input_quantizer import InputFormat, quantized_like
+from workbench.modules.layer import Layer
 from workbench.tasks.base import Items
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 
@@ -35,22 +36,33 @@ class One(nn.Module):
 
 
 def grid_for(outputs: int, inputs: int, bits: int, *, symmetric: bool, group: int = 0, seed: int = 0) -> Grid:
-    """Random codes; the first row is all zero, the second one constant, scales differ by a factor of a thousand."""
+    """Random codes.
+
+    The first row is all zero, the second one constant, scales differ by a factor of a thousand.
+    """
     generator = torch.Generator().manual_seed(seed)
     groups = inputs // (group or inputs)
     codes = torch.randint(0, 1 << bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
-    zero = None if symmetric else torch.randint(0, 1 << bits, (outputs, groups), generator=generator, dtype=torch.uint8)
+    zero = (
+        None
+        if symmetric
+        else torch.randint(0, 1 << bits, (outputs, groups), generator=generator, dtype=torch.uint8)
+    )
     middle = torch.full((outputs, groups), 1 << (bits - 1), dtype=torch.uint8) if zero is None else zero
     codes[0] = middle[0].repeat_interleave(inputs // groups)
     codes[1] = 1
     return Grid(codes, (10 ** (3 * torch.rand(outputs, groups, generator=generator) - 4)).float(), zero, bits)
 
 
-def layer_of(module: nn.Module, grid: Grid, inputs: InputFormat | None, smooth: torch.Tensor | None = None) -> Layer:
+def layer_of(
+    module: nn.Module, grid: Grid, inputs: InputFormat | None, smooth: torch.Tensor | None = None
+) -> Layer:
     """The module with the weights of the grid, rounding what it reads."""
     fixed = (None, None)
     if inputs is not None and not inputs.dynamic:
-        scale, zero = inputs.parameters(torch.tensor(-1.5), torch.tensor(2.0))  # narrower than what comes: ends are clamped
+        scale, zero = inputs.parameters(
+            torch.tensor(-1.5), torch.tensor(2.0)
+        )  # narrower than what comes: ends are clamped
         fixed = (scale, zero.to(torch.int32))
     made = module if inputs is None else quantized_like(module, inputs, smooth, *fixed)
     layer = Layer("layer", "layer", made, grid=grid)
@@ -59,7 +71,8 @@ def layer_of(module: nn.Module, grid: Grid, inputs: InputFormat | None, smooth: 
 
 
 def reference(layer: Layer, values: torch.Tensor) -> torch.Tensor:
-    """The product in float64: inputs rounded one by one to codes, zero points taken off, multiplied, scaled. values [rows, inputs]."""
+    """The product in float64: inputs rounded one by one to codes, zero points taken off, multiplied, scaled.
+    values [rows, inputs]."""
     module, grid = layer.module, layer.grid
     wide = values if getattr(module, "smooth", None) is None else values / module.smooth
     about = module.input_format
@@ -70,17 +83,30 @@ def reference(layer: Layer, values: torch.Tensor) -> torch.Tensor:
         if about.dynamic and about.per_token:
             low, high = float(row.min().clamp_max(0)), float(row.max().clamp_min(0))
         if about.dynamic:
-            span = torch.tensor(max(-low, high) / most if about.symmetric else (high - low) / (most - least), dtype=torch.float32)
+            span = torch.tensor(
+                max(-low, high) / most if about.symmetric else (high - low) / (most - least),
+                dtype=torch.float32,
+            )
             scale = span if span > 0 else torch.ones(())
-            zero = 0.0 if about.symmetric else float((least - torch.tensor(low) / scale).round().clamp(least, most))
+            zero = (
+                0.0
+                if about.symmetric
+                else float((least - torch.tensor(low) / scale).round().clamp(least, most))
+            )
         else:
             scale, zero = module.input_scale, float(module.input_zero)
         codes = ((row / scale).round() + zero).clamp(least, most)
         rows.append((codes.double() - zero) * scale.double())
     groups = grid.scale.shape[1]
-    zeros = torch.full((len(grid.codes), groups), float(1 << (grid.bits - 1)), dtype=torch.float64) if grid.zero_point is None else grid.zero_point.double()
+    zeros = (
+        torch.full((len(grid.codes), groups), float(1 << (grid.bits - 1)), dtype=torch.float64)
+        if grid.zero_point is None
+        else grid.zero_point.double()
+    )
     each = grid.codes.shape[1] // groups
-    weight = (grid.codes.double() - zeros.repeat_interleave(each, 1)) * grid.scale.double().repeat_interleave(each, 1)
+    weight = (grid.codes.double() - zeros.repeat_interleave(each, 1)) * grid.scale.double().repeat_interleave(
+        each, 1
+    )
     bias = 0.0 if module.bias is None else module.bias.double()
     return torch.stack(rows) @ weight.t() + bias
 

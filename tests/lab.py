@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.serve import common_options, lab_command, write_settings
-from workbench.serve_app import app_address, app_command, app_environment
+from workbench.cli.serve import common_options, lab_command, write_settings
+from workbench.cli.serve_app import app_address, app_command, app_environment
 
 TOKEN = "workbench-test"  # noqa: S105  of a server that lives for one test
 
@@ -30,8 +30,16 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(notebook: Path, folder: Path, environment: dict[str, str] | None = None, changes: dict[str, str] | None = None) -> Iterator[str]:
-    """Start `workbench lab` on a copy of a notebook in `folder`, its text changed; yield the address of the notebook."""
+def server(
+    notebook: Path,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    changes: dict[str, str] | None = None,
+) -> Iterator[str]:
+    """Start `workbench lab` on a copy of a notebook in `folder`, its text changed.
+
+    Yield the address of the notebook.
+    """
     copy, settings, port = changed_copy(notebook, folder, changes or {}), folder / "settings", free_port()
     settings.mkdir(exist_ok=True)
     write_settings(settings)
@@ -40,18 +48,47 @@ def server(notebook: Path, folder: Path, environment: dict[str, str] | None = No
 
 
 @contextlib.contextmanager
-def app(notebook: Path, folder: Path, environment: dict[str, str] | None = None, changes: dict[str, str] | None = None) -> Iterator[str]:
-    """Start `workbench app` on a copy of a notebook in `folder`; yield the address of the page, without the token."""
+def app(
+    notebook: Path,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    changes: dict[str, str] | None = None,
+) -> Iterator[str]:
+    """Start `workbench app` on a copy of a notebook in `folder`.
+
+    Yield the address of the page, without the token.
+    """
     copy, port = changed_copy(notebook, folder, changes or {}), free_port()
-    with running(app_command(copy, browser=False, port=port), port, folder, {"JUPYTER_PATH": app_environment()["JUPYTER_PATH"], **(environment or {})}):
+    with running(
+        app_command(copy, browser=False, port=port),
+        port,
+        folder,
+        {"JUPYTER_PATH": app_environment()["JUPYTER_PATH"], **(environment or {})},
+    ):
         yield f"http://127.0.0.1:{port}{app_address(copy)}"
 
 
 @contextlib.contextmanager
-def notebook7(notebook: Path, folder: Path, environment: dict[str, str] | None = None, changes: dict[str, str] | None = None) -> Iterator[str]:
-    """Start Notebook 7 as it comes, without our settings, on a copy of a notebook in `folder`; yield its address."""
+def notebook7(
+    notebook: Path,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    changes: dict[str, str] | None = None,
+) -> Iterator[str]:
+    """Start Notebook 7 as it comes, without our settings, on a copy of a notebook in `folder`.
+
+    Yield its address.
+    """
     copy, port = changed_copy(notebook, folder, changes or {}), free_port()
-    command = [sys.executable, "-m", "notebook", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--no-browser", *common_options(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "notebook",
+        "--ip=127.0.0.1",
+        f"--ServerApp.root_dir={folder}",
+        "--no-browser",
+        *common_options(port),
+    ]
     with running(command, port, folder, environment or {}):
         yield f"http://127.0.0.1:{port}/notebooks/{copy.name}?token={TOKEN}"
 
@@ -69,15 +106,24 @@ def changed_copy(notebook: Path, folder: Path, changes: dict[str, str]) -> Path:
 @contextlib.contextmanager
 def running(command: list[str], port: int, folder: Path, environment: dict[str, str]) -> Iterator[None]:
     """Run a server with settings of its own while the block runs; its log is lab.log."""
-    own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+    own = {
+        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+    }
     runtime = tempfile.mkdtemp(prefix="wb-", dir="/tmp")  # sockets have short paths
     own["JUPYTER_RUNTIME_DIR"] = runtime
     with (folder / "lab.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, f"--IdentityProvider.token={TOKEN}", "--ServerApp.log_level=WARN"], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **own, **environment}
+            [*command, f"--IdentityProvider.token={TOKEN}", "--ServerApp.log_level=WARN"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **own, **environment},
         )
         try:
-            wait_for(lambda: answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"), 60, (folder / "lab.log").read_text)
+            wait_for(
+                lambda: answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"),
+                60,
+                (folder / "lab.log").read_text,
+            )
             yield
         finally:
             process.terminate()
@@ -133,14 +179,23 @@ class Lab:
         self.page.click(f".lm-Menu-item[data-command='{command}']")
 
     def run_all(self) -> None:
-        """Run every cell; Lab drops the request while a kernel starts, so ask again until cells are marked as running."""
+        """Run every cell.
+
+        Lab drops the request while a kernel starts, so ask again until cells are marked as running.
+        """
         for _ in range(5):
             said = self.page.locator(".jp-Dialog").all_inner_texts()
             assert not said, f"a dialog is in the way: {said}"
             self.page.locator(".jp-NotebookPanel:visible .jp-Cell").first.click(position={"x": 60, "y": 8})
             self.menu("Run", "runmenu:run-all")
             with contextlib.suppress(AssertionError):
-                wait_for(lambda: any(re.search(r"\[(\*|\d+)\]", text) for text in self.page.locator(".jp-InputPrompt").all_inner_texts()), 3)
+                wait_for(
+                    lambda: any(
+                        re.search(r"\[(\*|\d+)\]", text)
+                        for text in self.page.locator(".jp-InputPrompt").all_inner_texts()
+                    ),
+                    3,
+                )
                 return
         raise AssertionError("Run All never started")
 
@@ -161,7 +216,9 @@ class Lab:
 
     def slider(self, name: str) -> Any:
         """Return one step's controls."""
-        return self.page.locator(".wb-step").filter(has=self.page.locator(".wb-slider .widget-label", has_text=re.compile(f"^{name}$")))
+        return self.page.locator(".wb-step").filter(
+            has=self.page.locator(".wb-slider .widget-label", has_text=re.compile(f"^{name}$"))
+        )
 
     def readout(self, name: str) -> float:
         return float(self.slider(name).locator(".widget-readout").inner_text())
@@ -185,7 +242,11 @@ class Lab:
     def settled_on(self, pattern: str, seconds: float = 30) -> None:
         """Wait until the recipe line matches and its point is measured completely."""
         line = self.page.locator(".wb-line code")
-        wait_for(lambda: re.search(pattern, line.inner_text()) and self.state() == "measured", seconds, lambda: f"{line.inner_text()} {self.state()}")
+        wait_for(
+            lambda: re.search(pattern, line.inner_text()) and self.state() == "measured",
+            seconds,
+            lambda: f"{line.inner_text()} {self.state()}",
+        )
 
     def watch(self) -> None:
         """Start to write down everything that the plot shows, each time it changes."""
@@ -199,21 +260,29 @@ class Lab:
         """Drag a slider's handle to a fraction of its length with the mouse."""
         slider = self.slider(name)
         slider.scroll_into_view_if_needed()
-        handle, track = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-base").bounding_box()
+        handle, track = (
+            slider.locator(".noUi-handle").bounding_box(),
+            slider.locator(".noUi-base").bounding_box(),
+        )
         self.page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
         self.page.mouse.down()
-        self.page.mouse.move(track["x"] + fraction * track["width"], track["y"] + track["height"] / 2, steps=steps)
+        self.page.mouse.move(
+            track["x"] + fraction * track["width"], track["y"] + track["height"] / 2, steps=steps
+        )
         if release:
             self.page.mouse.up()
 
 
 TRACES = """() => document.querySelector('.wb-panel .js-plotly-plot').data.map(t => {
-  const list = v => v === undefined || v === null ? [] : (v._inputArray ? Array.from(v._inputArray) : Array.from(v.length === undefined ? [] : v));
-  return {name: t.name, x: list(t.x), y: list(t.y), up: list(t.error_y && t.error_y.array), down: list(t.error_y && t.error_y.arrayminus)};
+  const plain = v => v._inputArray ? Array.from(v._inputArray) : Array.from(v.length === undefined ? [] : v);
+  const list = v => v === undefined || v === null ? [] : plain(v);
+  return {name: t.name, x: list(t.x), y: list(t.y),
+          up: list(t.error_y && t.error_y.array), down: list(t.error_y && t.error_y.arrayminus)};
 })"""
 
 AXES = """() => { const layout = document.querySelector('.wb-panel .js-plotly-plot')._fullLayout;
-  return [layout.xaxis, layout.yaxis].map(axis => [axis.title.text, axis.type, axis.range.map(end => Number(end.toFixed(6)))]); }"""
+  return [layout.xaxis, layout.yaxis].map(
+    axis => [axis.title.text, axis.type, axis.range.map(end => Number(end.toFixed(6)))]); }"""
 
 
 WATCH = """() => {
@@ -222,11 +291,14 @@ WATCH = """() => {
   window.seen = [];
   const note = () => {
     const [p, m] = [plot.data[5], plot.data[6]];
-    window.seen.push({t: performance.now(), line: document.querySelector('.wb-line code').innerText, predicted: first(p.x), measured: first(m.x),
-                      bar: m.error_y ? first(m.error_y.array) : null, low: m.error_y ? first(m.error_y.arrayminus) : null});
+    window.seen.push({t: performance.now(), line: document.querySelector('.wb-line code').innerText,
+                      predicted: first(p.x), measured: first(m.x),
+                      bar: m.error_y ? first(m.error_y.array) : null,
+                      low: m.error_y ? first(m.error_y.arrayminus) : null});
   };
   if (window.watching) plot.removeListener('plotly_afterplot', window.watching);
   window.watching = note;
   plot.on('plotly_afterplot', note);
-  new MutationObserver(note).observe(document.querySelector('.wb-line'), {childList: true, subtree: true, characterData: true});
+  new MutationObserver(note).observe(
+    document.querySelector('.wb-line'), {childList: true, subtree: true, characterData: true});
 }"""

@@ -1,4 +1,5 @@
-"""Counting what a GPU would be asked to do: operations that run a kernel, not those that only look at memory in another way."""
+"""Counting what a GPU would be asked to do: operations that run a kernel, not those that only look at memory
+in another way."""
 
 from __future__ import annotations
 
@@ -8,12 +9,22 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FREE = {  # make no kernel run: memory, and other views of it
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "set_", "lift_fresh", "_local_scalar_dense",
-}  # fmt: skip
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "set_",
+    "lift_fresh",
+    "_local_scalar_dense",
+}
 
 
 class Launches(TorchDispatchMode):
-    """Within, `found` counts the operations that would each launch a kernel, by name, and `waits` those that a GPU would have to be waited for."""
+    """Within, `found` counts the operations that would each launch a kernel, by name, and `waits` those that
+    a GPU would have to be waited for."""
 
     def __init__(self) -> None:
         super().__init__()

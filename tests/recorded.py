@@ -1,4 +1,5 @@
-"""What the layers of a model really read, recorded by hooks of the tests' own: the reference for everything calibrated."""
+"""What the layers of a model really read, recorded by hooks of the tests' own: the reference for everything
+calibrated."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import torch
 
 
 def conv_rows(module: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Return the patches of a convolution, [positions, channels * height * width], cut out one position at a time."""
+    """Return the patches of a convolution, [positions, channels * height * width], cut out one position at a
+    time."""
     (height, width), (down, right), (top, left) = module.kernel_size, module.stride, module.padding
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = torch.nn.functional.pad(x, (left, left, top, top), mode=mode)
@@ -29,7 +31,9 @@ def recorded_inputs(task) -> dict[str, torch.Tensor]:
 
         def hook(module, args, name=name):
             x = args[0].detach().float().clone()
-            rows.setdefault(name, []).append(conv_rows(module, x) if isinstance(module, torch.nn.Conv2d) else x.reshape(-1, x.shape[-1]))
+            rows.setdefault(name, []).append(
+                conv_rows(module, x) if isinstance(module, torch.nn.Conv2d) else x.reshape(-1, x.shape[-1])
+            )
 
         handles.append(module.register_forward_pre_hook(hook))
     device = next(task.model.parameters()).device

@@ -1,4 +1,5 @@
-"""Speech models of a few kilobytes, and sound to feed them: saved as any other transformers folder, read back by the zoo."""
+"""Speech models of a few kilobytes, and sound to feed them: saved as any other transformers folder, read back
+by the zoo."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ import numpy as np
 import torch
 
 WORDS = 40
-SPECIAL = {"<|endoftext|>": 0, "<|startoftranscript|>": 1, "<|en|>": 2, "<|transcribe|>": 3, "<|translate|>": 4, "<|startofprev|>": 5, "<|notimestamps|>": 6}
+SPECIAL = {
+    "<|endoftext|>": 0,
+    "<|startoftranscript|>": 1,
+    "<|en|>": 2,
+    "<|transcribe|>": 3,
+    "<|translate|>": 4,
+    "<|startofprev|>": 5,
+    "<|notimestamps|>": 6,
+}
 
 
 def word(index: int) -> str:
@@ -26,7 +35,11 @@ def word_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(names, unk_token="<|endoftext|>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")  # noqa: S106
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",  # noqa: S106
+        pad_token="<|endoftext|>",  # noqa: S106
+    )
 
 
 def tiny_whisper(seed: int = 0):
@@ -34,10 +47,23 @@ def tiny_whisper(seed: int = 0):
 
     torch.manual_seed(seed)
     config = WhisperConfig(
-        vocab_size=len(SPECIAL) + WORDS, num_mel_bins=80, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=64, decoder_start_token_id=1, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-        suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
+        vocab_size=len(SPECIAL) + WORDS,
+        num_mel_bins=80,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=64,
+        decoder_start_token_id=1,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
     model = WhisperForConditionalGeneration(config).eval()
     spread(model)
     with torch.no_grad():
@@ -59,10 +85,21 @@ def whisper(folder: Path, seed: int = 0, **generation) -> Path:
     from transformers import GenerationConfig, WhisperFeatureExtractor
 
     model = tiny_whisper(seed)
-    model.generation_config = GenerationConfig(**{
-        "decoder_start_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0, "no_timestamps_token_id": 6, "is_multilingual": False,
-        "suppress_tokens": [1, 2, 3, 4, 5, 6], "begin_suppress_tokens": [0], "max_length": 64, "return_timestamps": False, **generation,
-    })  # fmt: skip
+    model.generation_config = GenerationConfig(
+        **{
+            "decoder_start_token_id": 1,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "no_timestamps_token_id": 6,
+            "is_multilingual": False,
+            "suppress_tokens": [1, 2, 3, 4, 5, 6],
+            "begin_suppress_tokens": [0],
+            "max_length": 64,
+            "return_timestamps": False,
+            **generation,
+        }
+    )
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
@@ -78,10 +115,22 @@ def wav2vec2(folder: Path) -> Path:
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
     torch.manual_seed(0)
     config = Wav2Vec2Config(
-        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=[16, 16], conv_stride=[20, 16],
-        conv_kernel=[20, 16], num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer", pad_token_id=0,
-        do_stable_layer_norm=True, layerdrop=0.0,
-    )  # fmt: skip
+        vocab_size=len(letters),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=[16, 16],
+        conv_stride=[20, 16],
+        conv_kernel=[20, 16],
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        pad_token_id=0,
+        do_stable_layer_norm=True,
+        layerdrop=0.0,
+    )
     model = Wav2Vec2ForCTC(config)
     spread(model)
     model.save_pretrained(folder)
@@ -91,7 +140,9 @@ def wav2vec2(folder: Path) -> Path:
     return folder
 
 
-def sounds(folder: Path, texts: list[str], rate: int = 16_000, seconds: float = 0.5, channels: int = 1) -> Path:
+def sounds(
+    folder: Path, texts: list[str], rate: int = 16_000, seconds: float = 0.5, channels: int = 1
+) -> Path:
     """Write one tone in noise for each text, and metadata.csv."""
     import soundfile
 

@@ -1,4 +1,5 @@
-"""A batch that does not fit into memory, worked through in parts: the gradients are those of the whole batch in float64, for every loss that trains."""
+"""A batch that does not fit into memory, worked through in parts: the gradients are those of the whole batch
+in float64, for every loss that trains."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from tiny_tasks import TRAINING, tiny_task
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.moving import Moving
+from workbench.compress.training.trainable import Moving
 from workbench.recipe import Recipe
 from workbench.tasks.base import Kind
 
@@ -24,7 +25,12 @@ def gradients(monkeypatch):
     plain = Moving.largest_gradient
 
     def noted(moving):
-        found.append([torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double() for tensor in (*moving.weights, *moving.steps)])
+        found.append(
+            [
+                torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double()
+                for tensor in (*moving.weights, *moving.steps)
+            ]
+        )
         return plain(moving)
 
     monkeypatch.setattr(Moving, "largest_gradient", noted)
@@ -63,8 +69,18 @@ def agree(parts: list[torch.Tensor], whole: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("kept", [{}, {"transfer_cache_mb": 16}], ids=["computed", "kept"])
 @pytest.mark.parametrize("align", ["none", "mse", "cosine", "geodesic"])
 @pytest.mark.parametrize("sort", SIZES)
-def test_parts_of_a_transfers_batch_have_the_gradients_of_the_whole_in_float64(gradients, monkeypatch, sort, align, kept):
-    options = {"transfer_steps": 1 if not kept else 2, "transfer_batch": 8 if not kept else TRAINING, "align": align, "align_projection": "trained", "lora_count": 2, "transfer_look_every": 0, "align_weight": 3.0}
+def test_parts_of_a_transfers_batch_have_the_gradients_of_the_whole_in_float64(
+    gradients, monkeypatch, sort, align, kept
+):
+    options = {
+        "transfer_steps": 1 if not kept else 2,
+        "transfer_batch": 8 if not kept else TRAINING,
+        "align": align,
+        "align_projection": "trained",
+        "lora_count": 2,
+        "transfer_look_every": 0,
+        "align_weight": 3.0,
+    }
     recipe = Recipe(PRUNE, wb.Transfer(**options, **kept))
     compress(uneven(tiny_task(sort, dtype=torch.float64)), recipe)
     whole = gradients[0]
@@ -73,12 +89,18 @@ def test_parts_of_a_transfers_batch_have_the_gradients_of_the_whole_in_float64(g
     cramped(monkeypatch, task.kind, 3)
     made = compress(task, recipe)
     items = options["transfer_batch"]
-    assert made.warnings[0] == f"transfer ran out of memory at step 0 with {items} items at a time: it went on with {items // 2}, their gradients added up, so that a step still is made of {items}"
+    assert (
+        made.warnings[0]
+        == f"transfer ran out of memory at step 0 with {items} items at a time: it went on with {items // 2},"
+        f" their gradients added up, so that a step still is made of {items}"
+    )
     agree(gradients[0], whole)
 
 
 @pytest.mark.parametrize("sort", SIZES)
-def test_parts_of_a_distillations_batch_have_the_gradients_of_the_whole_in_float64(gradients, monkeypatch, sort):
+def test_parts_of_a_distillations_batch_have_the_gradients_of_the_whole_in_float64(
+    gradients, monkeypatch, sort
+):
     options = {"steps": 1, "hidden_weight": 2.0} | ({"attention_weight": 2.0} if sort != "resnet" else {})
     distilled(uneven(tiny_task(sort, dtype=torch.float64)), **options)
     whole = gradients[0]
@@ -90,7 +112,10 @@ def test_parts_of_a_distillations_batch_have_the_gradients_of_the_whole_in_float
 
 
 def test_trainings_of_other_steps_go_on_in_parts_as_well(gradients, monkeypatch):
-    for recipe in (Recipe(wb.Quantize(weight_bits=8), wb.QAT(qat_steps=1, qat_batch=8)), Recipe(wb.Prune(sparsity=0.5, rounds=2, train_steps=1, train_batch=8))):
+    for recipe in (
+        Recipe(wb.Quantize(weight_bits=8), wb.QAT(qat_steps=1, qat_batch=8)),
+        Recipe(wb.Prune(sparsity=0.5, rounds=2, train_steps=1, train_batch=8)),
+    ):
         gradients.clear()
         compress(tiny_task("vit"), recipe)
         whole = gradients[0]
@@ -98,5 +123,8 @@ def test_trainings_of_other_steps_go_on_in_parts_as_well(gradients, monkeypatch)
         with monkeypatch.context() as patch:
             task = tiny_task("vit")
             cramped(patch, task.kind, 5)
-            assert "ran out of memory at step 0 with 8 items at a time: it went on with 4" in compress(task, recipe).warnings[0]
+            assert (
+                "ran out of memory at step 0 with 8 items at a time: it went on with 4"
+                in compress(task, recipe).warnings[0]
+            )
         agree(gradients[0], whole)

@@ -11,26 +11,53 @@ from torch import nn
 import workbench as wb
 from workbench.bench import Bench
 from workbench.compress import compress
-from workbench.compress.layers import replace_module
-from workbench.compress.quantized_inputs import QuantizesInputs
 from workbench.export import load
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import counted_sizes, sizes
+from workbench.modules.input_quantizer import QuantizesInputs
+from workbench.modules.layer import replace_module
 from workbench.recipe import Recipe
+from workbench.shapes.outline import Outline
 from workbench.tasks import score
 
 AROUND = {
     "quantized": (wb.Activations(activation_bits=8, smoothing=0.5), wb.Quantize(weight_bits=8)),
     "gptq": (wb.Activations(activation_bits=8, smoothing=0.5), wb.Quantize(weight_bits=4, rounding="gptq")),
-    "sparse": (wb.Prune(pattern="2:4"), wb.Activations(activation_bits=8, smoothing=0.5, **STATIC), wb.Quantize(weight_bits=8)),
-    "pruned after": (wb.Activations(activation_bits=8, smoothing=0.5), wb.Prune(sparsity=0.3, criterion="sparsegpt"), wb.Quantize(weight_bits=8)),
-    "factors": (wb.LowRank(rank_ratio=0.45), wb.Activations(activation_bits=8, smoothing=0.5, **STATIC), wb.Quantize(weight_bits=8)),
-    "repaired": (wb.Activations(activation_bits=8, smoothing=0.5), wb.Quantize(weight_bits=3), wb.Repair(repair_ratio=0.2)),
-    "rounds": (wb.Prune(sparsity=0.5), wb.Activations(activation_bits=8, smoothing=0.5), wb.Repair(repair_ratio=0.2, repair_rounds=2)),
-    "static": (wb.Activations(activation_bits=8, activation_grid="asymmetric", **STATIC), wb.Quantize(weight_bits=8, grid="symmetric")),
+    "sparse": (
+        wb.Prune(pattern="2:4"),
+        wb.Activations(activation_bits=8, smoothing=0.5, **STATIC),
+        wb.Quantize(weight_bits=8),
+    ),
+    "pruned after": (
+        wb.Activations(activation_bits=8, smoothing=0.5),
+        wb.Prune(sparsity=0.3, criterion="sparsegpt"),
+        wb.Quantize(weight_bits=8),
+    ),
+    "factors": (
+        wb.LowRank(rank_ratio=0.45),
+        wb.Activations(activation_bits=8, smoothing=0.5, **STATIC),
+        wb.Quantize(weight_bits=8),
+    ),
+    "repaired": (
+        wb.Activations(activation_bits=8, smoothing=0.5),
+        wb.Quantize(weight_bits=3),
+        wb.Repair(repair_ratio=0.2),
+    ),
+    "rounds": (
+        wb.Prune(sparsity=0.5),
+        wb.Activations(activation_bits=8, smoothing=0.5),
+        wb.Repair(repair_ratio=0.2, repair_rounds=2),
+    ),
+    "static": (
+        wb.Activations(activation_bits=8, activation_grid="asymmetric", **STATIC),
+        wb.Quantize(weight_bits=8, grid="symmetric"),
+    ),
     "float8": (wb.Activations(activation_bits=8, activation_format="float8"),),
     "last": (wb.Quantize(weight_bits=8), wb.Repair(repair_ratio=0.1), wb.Activations(activation_bits=8)),
-    "trained": (wb.Activations(activation_bits=8), wb.Quantize(weight_bits=4), wb.Distill(temperature=2, steps=3, distill_batch=8)),
+    "trained": (
+        wb.Activations(activation_bits=8),
+        wb.Quantize(weight_bits=4),
+        wb.Distill(temperature=2, steps=3, distill_batch=8),
+    ),
 }
 SMALL = {name: Recipe(*steps) for name, steps in AROUND.items()}
 
@@ -49,7 +76,11 @@ def test_every_promise_holds_together_and_the_export_gives_the_same_bits(sort, d
     assert counted_sizes(once.model, once.layers) == sizes(once.model, once.layers)
     predicted = Outline.of(task.model).after(recipe)
     actual = sizes(once.model, once.layers).file_bytes
-    assert predicted.file_bytes() == actual if predicted.exact() else predicted.file_bytes() + 128 * len(predicted.weights) >= actual  # a mask that saves bytes takes a line of the header
+    assert (
+        predicted.file_bytes() == actual
+        if predicted.exact()
+        else predicted.file_bytes() + 128 * len(predicted.weights) >= actual
+    )  # a mask that saves bytes takes a line of the header
     if name != "trained":  # a gradient step in bfloat16 may go either way
         assert torch.isfinite(score(task.kind, once.model, task.evaluation).loss).all()
     bench = Bench(task, ledger=tmp_path / "points", progress=False)
@@ -63,7 +94,11 @@ def test_every_promise_holds_together_and_the_export_gives_the_same_bits(sort, d
 
 def test_structure_that_is_removed_leaves_smaller_layers_that_round(tmp_path):
     task = tiny_task("vit")
-    recipe = Recipe(wb.Prune(sparsity=0.5, pattern="neurons"), wb.Activations(activation_bits=8, smoothing=0.5, **STATIC), wb.Quantize(weight_bits=8))
+    recipe = Recipe(
+        wb.Prune(sparsity=0.5, pattern="neurons"),
+        wb.Activations(activation_bits=8, smoothing=0.5, **STATIC),
+        wb.Quantize(weight_bits=8),
+    )
     bench = Bench(task, ledger=tmp_path / "points", progress=False)
     made = bench.compress(recipe)
     assert made.model.vit.layers[0].mlp.fc2.smooth.shape == (16,)
@@ -73,20 +108,35 @@ def test_structure_that_is_removed_leaves_smaller_layers_that_round(tmp_path):
 def test_a_repaired_smoothed_layer_is_closer_to_the_dense_one(task):
     start = Recipe(wb.Activations(activation_bits=8, smoothing=0.5), wb.Quantize(weight_bits=2))
     dense = logits(task, task.model)
-    errors = [float((logits(task, compress(task, recipe).model) - dense).norm()) for recipe in (start, Recipe(*start, wb.Repair(repair_ratio=0.45)))]
+    errors = [
+        float((logits(task, compress(task, recipe).model) - dense).norm())
+        for recipe in (start, Recipe(*start, wb.Repair(repair_ratio=0.45)))
+    ]
     assert errors[1] < 0.9 * errors[0]
 
 
 def test_more_bits_are_closer(task):
     dense = logits(task, task.model).float()
-    errors = [float((logits(task, compress(task, Recipe(wb.Activations(activation_bits=bits))).model) - dense).norm() / dense.norm()) for bits in (4, 5, 6, 8)]
+    errors = [
+        float(
+            (logits(task, compress(task, Recipe(wb.Activations(activation_bits=bits))).model) - dense).norm()
+            / dense.norm()
+        )
+        for bits in (4, 5, 6, 8)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05
 
 
 def test_training_after_it_learns_through_the_rounding():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Activations(activation_bits=4), wb.Distill(temperature=2, steps=40, learning_rate=5e-3, look_every=0)))
+    made = compress(
+        task,
+        Recipe(
+            wb.Activations(activation_bits=4),
+            wb.Distill(temperature=2, steps=40, learning_rate=5e-3, look_every=0),
+        ),
+    )
     losses = [loss for _, loss in made.curve]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
@@ -98,7 +148,10 @@ def test_a_tied_head_can_round_its_inputs_and_is_not_smoothed():
     assert made.model.lm_head.weight is made.model.transformer.wte.weight
     assert torch.equal(made.model.lm_head.weight, task.model.lm_head.weight)
     assert made.model.lm_head.smooth is None
-    assert "not smoothed: its weight is shared with transformer.wte" in {row.name: row.outcome for row in made.report}["lm_head"]
+    assert (
+        "not smoothed: its weight is shared with transformer.wte"
+        in {row.name: row.outcome for row in made.report}["lm_head"]
+    )
 
 
 def test_the_head_and_embeddings_stay_as_they_are_unless_named():
@@ -125,7 +178,9 @@ def test_a_layer_whose_weight_is_only_read_is_left_with_the_reason():
     task = tiny_task("vit")
     replace_module(task.model, "vit.layers.0.mlp.fc1", Reads(task.model.vit.layers[0].mlp.fc1))
     made = compress(task, Recipe(wb.Activations(activation_bits=8, smoothing=0.5)))
-    assert {row.name: row.outcome for row in made.report}["vit.layers.0.mlp.fc1.inner"] == "activations skipped: the model reads its weight but never calls it"
+    assert {row.name: row.outcome for row in made.report}[
+        "vit.layers.0.mlp.fc1.inner"
+    ] == "activations skipped: the model reads its weight but never calls it"
 
 
 def test_a_subclass_that_may_do_more_is_left_with_the_reason():
@@ -137,4 +192,6 @@ def test_a_subclass_that_may_do_more_is_left_with_the_reason():
     fc1 = task.model.vit.layers[0].mlp.fc1
     fc1.__class__ = Scaled
     made = compress(task, Recipe(wb.Activations(activation_bits=8)))
-    assert {row.name: row.outcome for row in made.report}["vit.layers.0.mlp.fc1"] == "activations skipped: a Scaled may do more than one product"
+    assert {row.name: row.outcome for row in made.report}[
+        "vit.layers.0.mlp.fc1"
+    ] == "activations skipped: a Scaled may do more than one product"

@@ -1,4 +1,5 @@
-"""`workbench app` in a real browser: the panel without the code, behind the token, with nothing from outside."""
+"""`workbench app` in a real browser: the panel without the code, behind the token, with nothing from
+outside."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def environment(folder):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, chromium):
-    """Yield the address of the page, without the token; the server lives as long as the tests of this file."""
+    """Yield the address of the page, without the token.
+
+    The server lives as long as the tests of this file.
+    """
     folder = tmp_path_factory.mktemp("app")
     with lab.app(NOTEBOOK, folder, environment(folder), FEW) as url:
         yield url
@@ -47,7 +51,17 @@ def luminance(css):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-@pytest.mark.parametrize("path", ["voila", "voila/tree", "voila/render/explore.ipynb", "voila/files/explore.ipynb", "voila/api/contents", "api/kernels"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "voila",
+        "voila/tree",
+        "voila/render/explore.ipynb",
+        "voila/files/explore.ipynb",
+        "voila/api/contents",
+        "api/kernels",
+    ],
+)
 def test_nothing_answers_without_the_token(address, chromium, path):
     page = chromium.new_page()
     reply = page.goto(f"{address.split('/voila')[0]}/{path}")
@@ -72,8 +86,13 @@ def test_the_panel_answers_in_the_themes_of_the_system_with_nothing_from_outside
     opened.settled_on(r"Prune\(sparsity=0\.(39|4)")
     assert page.locator("#loading").count() == 0
     assert "import Explorer" not in page.locator("body").inner_text()  # no code
-    assert page.locator(".jp-CodeCell").last.inner_text().strip() == ""  # the demo did not run: somebody is looking
-    back, front = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.wb-panel')).color]")
+    assert (
+        page.locator(".jp-CodeCell").last.inner_text().strip() == ""
+    )  # the demo did not run: somebody is looking
+    back, front = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor,"
+        " getComputedStyle(document.querySelector('.wb-panel')).color]"
+    )
     dark, bright = (back, front) if scheme == "dark" else (front, back)
     assert luminance(dark) < 0.3
     assert luminance(bright) > 0.7

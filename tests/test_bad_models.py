@@ -1,4 +1,5 @@
-"""Models that must not be loaded: each is refused with one line that says what is wrong and what would work."""
+"""Models that must not be loaded: each is refused with one line that says what is wrong and what would
+work."""
 
 from __future__ import annotations
 
@@ -51,13 +52,22 @@ def test_the_model_is_fine_untouched(model, text):
     assert load_task(model, text, context=16, progress=False).kind.name == "language modelling"
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("fashion-vt", "unknown model 'fashion-vt'; nearest: fashion-vit"),
-    ("smollm", "unknown model 'smollm'; nearest: smollm2-135m"),
-    ("zzzz", "unknown model 'zzzz'; known: fashion-vit, fashion-cnn, smollm2-135m, all-MiniLM-L6-v2, whisper-tiny.en, whisper-base; or give a local folder, or a hub id"),
-    ("./not/here", "unknown model './not/here'"),
-    ("", "unknown model ''"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fashion-vt", "unknown model 'fashion-vt'; nearest: fashion-vit"),
+        ("smollm", "unknown model 'smollm'; nearest: smollm2-135m"),
+        (
+            "zzzz",
+            (
+                "unknown model 'zzzz'; known: fashion-vit, fashion-cnn, smollm2-135m, all-MiniLM-L6-v2,"
+                " whisper-tiny.en, whisper-base; or give a local folder, or a hub id"
+            ),
+        ),
+        ("./not/here", "unknown model './not/here'"),
+        ("", "unknown model ''"),
+    ],
+)
 def test_unknown_names(name, message):
     with pytest.raises(ModelError, match=message):
         load_task(name)
@@ -80,7 +90,11 @@ def test_a_file_instead_of_a_folder(model, text):
 def test_remote_code(model, text):
     change(model, model_type="my_own", auto_map={"AutoModelForCausalLM": "modeling_my_own.Mine"})
     (model / "modeling_my_own.py").write_text("raise SystemExit('remote code ran')")
-    refused(model, text, r"needs remote code \(auto_map in config.json, model type 'my_own'\); the workbench never runs it")
+    refused(
+        model,
+        text,
+        r"needs remote code \(auto_map in config.json, model type 'my_own'\); the workbench never runs it",
+    )
 
 
 def test_remote_code_with_a_native_class_is_not_run(model, text):
@@ -113,7 +127,9 @@ def test_a_task_that_the_workbench_does_not_run(model, text):
 def test_a_pickle_is_refused_and_never_opened(model, text, name):
     (model / "model.safetensors").unlink()
     (model / name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    said = refused(model, text, rf"only as a pickle \({name}\), which can run code when loaded, so it is refused")
+    said = refused(
+        model, text, rf"only as a pickle \({name}\), which can run code when loaded, so it is refused"
+    )
     assert "AutoModelForCausalLM.from_pretrained" in said
     assert "save_pretrained" in said
     assert not (model / "ran").exists()
@@ -144,14 +160,23 @@ def test_a_missing_part(tmp_path, text):
 
 def test_missing_weights_are_never_random(model, text):
     rewrite(model, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    refused(model, text, "lacks 1 weights of the model, the first is 'model.layers.1.mlp.up_proj.weight': they would be random numbers")
+    refused(
+        model,
+        text,
+        "lacks 1 weights of the model, the first is 'model.layers.1.mlp.up_proj.weight': they would be random"
+        " numbers",
+    )
 
 
 def test_a_body_without_the_head_of_the_task(made, tmp_path):
     model = shutil.copytree(made, tmp_path / "headless")
     change(model, architectures=["LlamaForSequenceClassification"])
     (tmp_path / "d.csv").write_text("text,label\n" + "\n".join(f"w{i},{i % 2}" for i in range(9)))
-    refused(model, tmp_path / "d.csv", "lacks 1 weights of the model, the first is 'score.weight'.*was it trained for text classification")
+    refused(
+        model,
+        tmp_path / "d.csv",
+        "lacks 1 weights of the model, the first is 'score.weight'.*was it trained for text classification",
+    )
 
 
 def test_weights_of_another_shape(model, text):
@@ -179,11 +204,15 @@ def test_a_broken_tokenizer(model, text):
 def test_bad_dtype_and_device(model, text):
     refused(model, text, "dtype='int8' is not one that a model can be loaded in; use float32", dtype="int8")
     if not torch.cuda.is_available():
-        refused(model, text, "device 'cuda' is not here: torch", error=DeviceError, device="cuda", dtype="float32")
+        refused(
+            model, text, "device 'cuda' is not here: torch", error=DeviceError, device="cuda", dtype="float32"
+        )
 
 
 def test_a_classifier_without_data_is_told_to_name_some(tmp_path):
-    with pytest.raises(DataError, match=r"does text classification: name the data to measure it on \(data=...\)"):
+    with pytest.raises(
+        DataError, match=r"does text classification: name the data to measure it on \(data=...\)"
+    ):
         load_task(tiny_models.bert(tmp_path / "bert"))
 
 

@@ -24,8 +24,12 @@ def pair(fashion_cnn: Task):
 def test_flips_classes_and_confusion_recount(pair) -> None:
     task, model, found = pair
     with torch.inference_mode():
-        before = torch.cat([task.model(pixel_values=x.inputs["pixel_values"]).logits for x in task.evaluation.batches(500)])
-        after = torch.cat([model(pixel_values=x.inputs["pixel_values"]).logits for x in task.evaluation.batches(500)])
+        before = torch.cat(
+            [task.model(pixel_values=x.inputs["pixel_values"]).logits for x in task.evaluation.batches(500)]
+        )
+        after = torch.cat(
+            [model(pixel_values=x.inputs["pixel_values"]).logits for x in task.evaluation.batches(500)]
+        )
     labels = task.evaluation.labels
     changed = {int(i) for i in torch.nonzero(before.argmax(1) != after.argmax(1)).flatten()}
     assert {flip.item for flip in found.flips} == changed
@@ -33,7 +37,9 @@ def test_flips_classes_and_confusion_recount(pair) -> None:
     assert [flip.kl for flip in found.flips] == sorted((flip.kl for flip in found.flips), reverse=True)
     first = found.flips[0]
     p, q = before[first.item].double().softmax(0), after[first.item].double().softmax(0)
-    assert first.kl == pytest.approx(sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True)), rel=1e-4)
+    assert first.kl == pytest.approx(
+        sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q, strict=True)), rel=1e-4
+    )
     assert first.label == task.labels[labels[first.item]]
     assert first.compressed == task.labels[after[first.item].argmax()]
     for number, row in enumerate(found.confusion):
@@ -62,7 +68,7 @@ def test_a_language_model_has_no_classes_and_a_classifier_writes_nothing(fashion
 
 
 def test_view_shows_pictures_classes_and_escapes(pair) -> None:
-    from widgets.behaviour_view import BehaviourView, texts_html
+    from widgets.panes.behaviour_view import BehaviourView, texts_html
     from workbench.measure.behaviour import Continuation
 
     task, _, found = pair

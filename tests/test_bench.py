@@ -12,13 +12,13 @@ import workbench as wb
 from workbench.bench import Bench
 from workbench.compress import compress
 from workbench.errors import Cancelled, DataError, DeviceError, RecipeError
-from workbench.ledger import Ledger
-from workbench.measure.divergence import scored as keeping
-from workbench.measure.joint import joint_level
-from workbench.measure.quality import flips, quality
+from workbench.ledger.ledger import Ledger
+from workbench.measure.kl import scored as keeping
 from workbench.measure.size import sizes
+from workbench.measure.summary import summary
+from workbench.metrics.quality import flips, quality
+from workbench.metrics.sequential_looks import joint_level
 from workbench.recipe import Recipe
-from workbench.summary import summary
 from workbench.tasks import score
 from workbench.tasks.language_modelling import window_items
 
@@ -27,18 +27,33 @@ RECIPE = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
 
 @pytest.fixture
 def bench(tmp_path, device, monkeypatch) -> Bench:
-    monkeypatch.setenv("WORKBENCH_CACHE", "off")  # what another test has left there would not be computed here
-    return Bench(tiny_task("vit", device, evaluation=300), device=device, ledger=tmp_path / "points.journal", progress=False)
+    monkeypatch.setenv(
+        "WORKBENCH_CACHE", "off"
+    )  # what another test has left there would not be computed here
+    return Bench(
+        tiny_task("vit", device, evaluation=300),
+        device=device,
+        ledger=tmp_path / "points.journal",
+        progress=False,
+    )
 
 
 def test_a_stream_looks_after_16_64_256_and_all_items_before_it_is_complete(bench):
     looks = list(bench.stream(RECIPE))
     assert [point.items for point in looks] == [16, 64, 256, 300, 300]
     assert [point.complete for point in looks] == [False, False, False, False, True]
-    assert (looks[-1].quality, looks[-1].flips, looks[-1].layers) == (looks[-2].quality, looks[-2].flips, looks[-2].layers)
+    assert (looks[-1].quality, looks[-1].flips, looks[-1].layers) == (
+        looks[-2].quality,
+        looks[-2].flips,
+        looks[-2].layers,
+    )
     assert {point.items_total for point in looks} == {300}
     assert len({point.key for point in looks}) == 1
-    assert all(q.looks == 4 and q.confidence == 0.95 and q.items == point.items for point in looks for q in point.quality)
+    assert all(
+        q.looks == 4 and q.confidence == 0.95 and q.items == point.items
+        for point in looks
+        for q in point.quality
+    )
     widths = [point.primary.change.high - point.primary.change.low for point in looks]
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] < widths[0] / 2
@@ -49,7 +64,10 @@ def test_a_stream_looks_after_16_64_256_and_all_items_before_it_is_complete(benc
 def test_on_a_cpu_the_first_look_at_long_windows_is_after_four(tmp_path, device):
     short = tiny_task("llama", device, evaluation=40)
     ids = torch.randint(64, (40, 48), generator=torch.Generator().manual_seed(7))
-    for task, first in ((short, (16,)), (dataclasses.replace(short, evaluation=window_items(ids)), (4, 16) if device == "cpu" else (16,))):
+    for task, first in (
+        (short, (16,)),
+        (dataclasses.replace(short, evaluation=window_items(ids)), (4, 16) if device == "cpu" else (16,)),
+    ):
         bench = Bench(task, device=device, ledger=tmp_path / f"{len(first)}.journal", progress=False)
         looks = list(bench.stream(RECIPE))
         counts = (*first, 40)
@@ -73,24 +91,39 @@ def test_every_look_is_of_the_first_items_scored_directly(bench):
         dense, mine = score(task.kind, task.model, some), score(task.kind, made.model, some)
         level = joint_level((16, 64, 256, 300), 0.95)
         expected = quality("accuracy", dense, mine, looks=4, level=level)
-        assert (point.primary.change, point.primary.dense, point.primary.compressed) == (expected[0].change, expected[0].dense, expected[0].compressed)
+        assert (point.primary.change, point.primary.dense, point.primary.compressed) == (
+            expected[0].change,
+            expected[0].dense,
+            expected[0].compressed,
+        )
         assert point.quality[1].change.value == pytest.approx(expected[1].change.value, rel=1e-5, abs=1e-7)
         assert point.flips == flips(dense, mine, level=level)
 
 
 def test_measure_gives_the_values_of_the_last_look(bench, tmp_path):
     *_, last = bench.stream(RECIPE)
-    other = Bench(bench.task, device=bench.device.type, ledger=tmp_path / "other.journal", progress=False).measure(RECIPE)
+    other = Bench(
+        bench.task, device=bench.device.type, ledger=tmp_path / "other.journal", progress=False
+    ).measure(RECIPE)
     assert other.primary.change.value == last.primary.change.value
     assert other.primary.looks == 1
     assert last.primary.change.low < other.primary.change.low  # one look need not share its error
-    assert (other.sizes, other.dense_sizes, other.layers, other.flips.value) == (last.sizes, last.dense_sizes, last.layers, last.flips.value)
+    assert (other.sizes, other.dense_sizes, other.layers, other.flips.value) == (
+        last.sizes,
+        last.dense_sizes,
+        last.layers,
+        last.flips.value,
+    )
     assert other.quality[1].compressed.value == last.quality[1].compressed.value
 
 
-@pytest.mark.parametrize(("items", "looks"), [(10, [10]), (16, [16]), (17, [16, 17]), (64, [16, 64]), (100, [16, 64, 100])])  # and the complete point
+@pytest.mark.parametrize(
+    ("items", "looks"), [(10, [10]), (16, [16]), (17, [16, 17]), (64, [16, 64]), (100, [16, 64, 100])]
+)  # and the complete point
 def test_few_items_have_fewer_looks(tmp_path, items, looks):
-    bench = Bench(tiny_task("vit", evaluation=items), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    bench = Bench(
+        tiny_task("vit", evaluation=items), device="cpu", ledger=tmp_path / "points.journal", progress=False
+    )
     assert [point.items for point in bench.stream(RECIPE)] == [*looks, items]
     assert bench.ledger.rows()[0].primary.looks == len(looks)
 
@@ -185,16 +218,29 @@ def test_again_measures_anew_and_keeps_one_point(bench):
 
 def test_what_does_not_depend_on_the_recipe_is_done_once(bench, monkeypatch):
     scored: list[bool] = []
-    monkeypatch.setattr("workbench.measure.evaluator.score", lambda kind, model, items: (scored.append(model is bench.task.model), score(kind, model, items))[1])
-    monkeypatch.setattr("workbench.measure.evaluator.scored", lambda kind, model, items, *kept: (scored.append(model is bench.task.model), keeping(kind, model, items, *kept))[1])
-    monkeypatch.setattr("workbench.looks.measure_latency", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "workbench.measure.evaluator.score",
+        lambda kind, model, items: (scored.append(model is bench.task.model), score(kind, model, items))[1],
+    )
+    monkeypatch.setattr(
+        "workbench.measure.evaluator.scored",
+        lambda kind, model, items, *kept: (
+            scored.append(model is bench.task.model),
+            keeping(kind, model, items, *kept),
+        )[1],
+    )
+    monkeypatch.setattr("workbench.measuring.measure_latency", lambda *_, **__: None)
     passes: list[int] = []
-    bench.task.model.register_forward_pre_hook(lambda module, _: passes.append(1) if module is bench.task.model else None)
+    bench.task.model.register_forward_pre_hook(
+        lambda module, _: passes.append(1) if module is bench.task.model else None
+    )
     bench.measure(Recipe(wb.LowRank(rank_ratio=0.3)))
     batches = -(-300 // 16)
     assert sorted(scored) == [False] * batches + [True] * batches
     once = len(passes)
-    assert once == batches + 2 + (2 if bench.device.type == "cuda" else 1)  # evaluation, calibration, memory: on a GPU a first pass goes before the one that counts
+    assert once == batches + 2 + (
+        2 if bench.device.type == "cuda" else 1
+    )  # evaluation, calibration, memory: on a GPU a first pass goes before the one that counts
     bench.measure(Recipe(wb.LowRank(rank_ratio=0.4)))
     assert len(scored) == 3 * batches
     assert len(passes) == once
@@ -216,7 +262,9 @@ def test_a_device_that_is_not_here_is_refused(tmp_path, device_name):
 
 
 def test_one_evaluation_item_is_too_few(tmp_path):
-    bench = Bench(tiny_task("vit", evaluation=1), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    bench = Bench(
+        tiny_task("vit", evaluation=1), device="cpu", ledger=tmp_path / "points.journal", progress=False
+    )
     with pytest.raises(DataError, match="1 evaluation item: an interval needs at least 2"):
         bench.measure(RECIPE)
     assert len(bench.ledger) == 0
@@ -231,13 +279,17 @@ def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_kept(bench):
 @pytest.mark.gpu
 def test_a_task_made_on_the_cpu_can_be_measured_on_the_gpu(tmp_path):
     task = tiny_task("vit", "cpu")
-    point = Bench(task, device="cuda", ledger=tmp_path / "points.journal", progress=False).measure(Recipe(*RECIPE, wb.Distill(temperature=2, steps=2)))
+    point = Bench(task, device="cuda", ledger=tmp_path / "points.journal", progress=False).measure(
+        Recipe(*RECIPE, wb.Distill(temperature=2, steps=2))
+    )
     assert point.context.device == "cuda"
 
 
 def test_notes_of_the_task_stand_with_every_point(tmp_path):
     task = dataclasses.replace(tiny_task("vit"), notes=("weights from the archive",))
-    assert Bench(task, device="cpu", ledger=tmp_path / "points.journal", progress=False).measure(Recipe()).warnings == ("weights from the archive",)
+    assert Bench(task, device="cpu", ledger=tmp_path / "points.journal", progress=False).measure(
+        Recipe()
+    ).warnings == ("weights from the archive",)
 
 
 def test_random_state_is_the_users(bench):
@@ -247,15 +299,19 @@ def test_random_state_is_the_users(bench):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("function", "what"), [("measure_latency", "latency"), ("peak_memory_bytes", "peak memory")])
-def test_a_timer_that_fails_costs_its_own_figure_and_nothing_else(function: str, what: str, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("function", "what"), [("measure_latency", "latency"), ("peak_memory_bytes", "peak memory")]
+)
+def test_a_timer_that_fails_costs_its_own_figure_and_nothing_else(
+    function: str, what: str, tmp_path, monkeypatch
+) -> None:
     def broken(*_args, **_options):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     bench = Bench(tiny_task("vit", "cpu"), ledger=tmp_path / "points.journal", progress=False)
     whole = bench.measure(wb.Recipe(wb.Quantize(weight_bits=4)))
     assert whole.missing == {}
-    monkeypatch.setattr(f"workbench.looks.{function}", broken)
+    monkeypatch.setattr(f"workbench.measuring.{function}", broken)
     point = bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))
     assert point.complete
     assert point.missing == {what: "OutOfMemoryError: tried to allocate 2 GiB"}

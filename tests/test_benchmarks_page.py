@@ -1,4 +1,5 @@
-"""The suite of benchmarks: every part runs, results survive an interruption, and no page says what no result says."""
+"""The suite of benchmarks: every part runs, results survive an interruption, and no page says what no result
+says."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def test_the_readme_quotes_no_measured_number_that_the_suite_does_not_write():
     assert MEASURED.findall(text.replace(quoted, "")) == []
 
 
-@pytest.mark.parametrize("words", ["takes 12 ms", "is 1.63x faster", "3.5 s a move", "of 92.9 MB", "1,200 seconds", "10 times"])
+@pytest.mark.parametrize(
+    "words", ["takes 12 ms", "is 1.63x faster", "3.5 s a move", "of 92.9 MB", "1,200 seconds", "10 times"]
+)
 def test_these_are_measured_numbers(words):
     assert MEASURED.search(words)
 
@@ -84,7 +87,13 @@ def test_memory_counts_the_copy_and_what_is_kept(tmp_path):
     (row,) = record.rows
     assert 0 < row["compressed_bytes"] < record.settings["dense_bytes"]
     assert row["cached_bytes"] > 0
-    assert row["peak_bytes"] == record.settings["dense_bytes"] + row["compressed_bytes"] + row["cached_bytes"] + row["beyond_bytes"]
+    assert (
+        row["peak_bytes"]
+        == record.settings["dense_bytes"]
+        + row["compressed_bytes"]
+        + row["cached_bytes"]
+        + row["beyond_bytes"]
+    )
 
 
 def test_limits_count_operations_and_bytes_as_by_hand(tmp_path):
@@ -92,43 +101,93 @@ def test_limits_count_operations_and_bytes_as_by_hand(tmp_path):
     hidden, layers, middle, shared, words = 64, 2, 128, 32, 512  # of the shape
     weights = layers * (2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * middle) + hidden * words
     found = limits.flop(task, task.evaluation[:1])
-    assert 2 * 16 * weights <= found <= 2 * 16 * weights + layers * 4 * 16 * 16 * hidden  # the rest is attention
+    assert (
+        2 * 16 * weights <= found <= 2 * 16 * weights + layers * 4 * 16 * 16 * hidden
+    )  # the rest is attention
     half = torch.nn.Linear(4, 4, bias=False)
     other = torch.nn.Linear(4, 4, bias=False)
     assert limits.moved(half, half) == 0
     assert limits.moved(half, other) == 2 * 4 * 16
     rows = toy(limits, tmp_path).rows
     assert rows[0]["times_floor"] > 0
-    assert {row["name"] for row in rows} == {"evaluation", "apply sparsity", "apply bits", "apply sparsity + bits", "apply sparsity, wanda", "apply rank, svd"}
+    assert {row["name"] for row in rows} == {
+        "evaluation",
+        "apply sparsity",
+        "apply bits",
+        "apply sparsity + bits",
+        "apply sparsity, wanda",
+        "apply rank, svd",
+    }
 
 
 def test_shares_of_bandwidth_are_bytes_over_time_over_what_a_copy_reaches():
     found = limits.shares(least=4_000, moved=12_000, spent=2e-6, busy=1e-6, bandwidth=2e10)
-    assert found == {"of_bandwidth": 0.1, "moved_bytes": 12_000, "moved_of_bandwidth": 0.3, "busy_ms": 0.001, "busy_of_bandwidth": 0.6}
-    assert limits.shares(least=4_000, moved=0, spent=2e-6, busy=None, bandwidth=2e10) == {"of_bandwidth": 0.1}  # plain operations ran
+    assert found == {
+        "of_bandwidth": 0.1,
+        "moved_bytes": 12_000,
+        "moved_of_bandwidth": 0.3,
+        "busy_ms": 0.001,
+        "busy_of_bandwidth": 0.6,
+    }
+    assert limits.shares(least=4_000, moved=0, spent=2e-6, busy=None, bandwidth=2e10) == {
+        "of_bandwidth": 0.1
+    }  # plain operations ran
 
 
 def test_passes_count_what_they_read_and_write(monkeypatch):
-    from workbench.compress import passes
+    from workbench.kernels import weight_passes
 
     weights = [torch.zeros(4, 8, dtype=torch.bfloat16) for _ in range(3)]  # 3 x 64 bytes
     masks = torch.ones(3, 4, 8, dtype=torch.bool)  # 96 bytes
-    monkeypatch.setattr(passes, "prune", lambda weights, threshold, stay: ([weight.clone() for weight in weights], masks))
+    monkeypatch.setattr(
+        weight_passes,
+        "prune",
+        lambda weights, threshold, stay: ([weight.clone() for weight in weights], masks),
+    )
     edge = torch.zeros(3, 1, dtype=torch.int32)  # 12 bytes
     with limits.counted() as found:
-        made, _ = passes.prune(weights, edge, edge + 1)
+        made, _ = weight_passes.prune(weights, edge, edge + 1)
     assert len(made) == 3
     assert found == [2 * 192 + 2 * 12 + 192 + 96]  # read twice, thresholds, written, masks
-    passes.prune(weights, edge, edge)
+    weight_passes.prune(weights, edge, edge)
     assert len(found) == 1
 
 
 def test_moved_models_stand_beside_resident_ones():
-    row = {"move": "bits", "recipe": "W4 g64", "time": 0, "compress_s": 0.1, "first_s": 0.5, "all_s": 2.0, "complete_s": 3.0}
-    one = {"target": "1.1b", "device": "NVIDIA H200", "file": "streaming-1.1b-cuda.json", "same_bits": True, "memory_gb": 4.0, "windows": 64, "context": 512, "model_bytes": 2_200_000_000,
-           "rows": [{**row, "placement": "device"}, {**row, "placement": "streamed", "forecast_first_s": 0.4, "forecast_all_s": 1.5, "peak_bytes": 3_000_000_000}]}  # fmt: skip
+    row = {
+        "move": "bits",
+        "recipe": "W4 g64",
+        "time": 0,
+        "compress_s": 0.1,
+        "first_s": 0.5,
+        "all_s": 2.0,
+        "complete_s": 3.0,
+    }
+    one = {
+        "target": "1.1b",
+        "device": "NVIDIA H200",
+        "file": "streaming-1.1b-cuda.json",
+        "same_bits": True,
+        "memory_gb": 4.0,
+        "windows": 64,
+        "context": 512,
+        "model_bytes": 2_200_000_000,
+        "rows": [
+            {**row, "placement": "device"},
+            {
+                **row,
+                "placement": "streamed",
+                "forecast_first_s": 0.4,
+                "forecast_all_s": 1.5,
+                "peak_bytes": 3_000_000_000,
+            },
+        ],
+    }
     text = "\n".join(page.streaming([one]))
-    assert "4 GB of memory allowed, 64 windows of 512 tokens, a model of 2,200 MB; the same bits come out." in text
+    assert (
+        "4 GB of memory allowed, 64 windows of 512 tokens, a model of 2,200 MB; the same bits come out."
+        in text
+    )
     assert "| bits: W4 g64 | resident | first | 0.1 | 0.5 |  | 2 |  | 3 |  |" in text
     assert "| bits: W4 g64 | streamed | first | 0.1 | 0.5 | 0.4 | 2 | 1.5 | 3 | 3,000 |" in text
     assert "**other bits come out**" in "\n".join(page.streaming([{**one, "same_bits": False}]))
@@ -159,14 +218,24 @@ def test_the_plain_way_rounds_as_the_product_does_and_a_missing_peer_says_why(tm
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     rounded = against.rounded(weight, 4, 64)
     assert all(len(set(group.tolist())) <= 16 for group in rounded.reshape(-1, 64))
-    assert (rounded - weight).abs().max() <= (weight.reshape(6, 2, 64).amax(-1) - weight.reshape(6, 2, 64).amin(-1)).max() / 15
+    assert (rounded - weight).abs().max() <= (
+        weight.reshape(6, 2, 64).amax(-1) - weight.reshape(6, 2, 64).amin(-1)
+    ).max() / 15
     record = toy(against, tmp_path)
     first, *peers = record.rows
     assert first["theirs"]["value"] == pytest.approx(first["ours"]["warm_value"], rel=1e-3)
-    assert all(first["ours"][f"{when}_{what}_s"] > 0 for when in ("cold", "warm") for what in ("predicted", "first_look", "full"))
+    assert all(
+        first["ours"][f"{when}_{what}_s"] > 0
+        for when in ("cold", "warm")
+        for what in ("predicted", "first_look", "full")
+    )
     assert first["rounds"] == against.ROUNDS
-    assert all(first["ours"][f"{when}_first_look_s"] <= first["ours"][f"{when}_full_s"] for when in ("cold", "warm"))
-    assert first["processor_over_full"] == pytest.approx(first["theirs"]["full_processor_s"] / first["ours"]["warm_full_processor_s"], abs=0.02)
+    assert all(
+        first["ours"][f"{when}_first_look_s"] <= first["ours"][f"{when}_full_s"] for when in ("cold", "warm")
+    )
+    assert first["processor_over_full"] == pytest.approx(
+        first["theirs"]["full_processor_s"] / first["ours"]["warm_full_processor_s"], abs=0.02
+    )
     for row in peers:
         assert "theirs" in row or "No module named" in row["failed"]
 

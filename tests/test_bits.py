@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.runtime.bits import pack, unpack
+from workbench.formats.bit_packing import pack, unpack
 
 WIDTHS = range(1, 9)
 
 
 def by_hand(codes: list[int], bits: int) -> list[int]:
-    """Pack through Python's unbounded integers: code i takes bits [i * bits, (i + 1) * bits), least significant first."""
+    """Pack through Python's unbounded integers: code i takes bits [i * bits, (i + 1) * bits), least
+    significant first."""
     word = sum(code << (i * bits) for i, code in enumerate(codes))
     return list(word.to_bytes(-(-len(codes) * bits // 8), "little"))
 
@@ -62,7 +63,10 @@ def test_a_view_that_is_not_contiguous_is_packed_in_the_order_in_which_it_reads(
     assert unpack(pack(codes, 4), 4, 12).tolist() == codes.flatten().tolist()
 
 
-@pytest.mark.parametrize(("code", "bits"), [(2, 1), (4, 2), (16, 4), (200, 7), (255, 7), (256, 4), (256, 8), (300, 8), (-1, 3), (-1, 8), (-256, 4)])
+@pytest.mark.parametrize(
+    ("code", "bits"),
+    [(2, 1), (4, 2), (16, 4), (200, 7), (255, 7), (256, 4), (256, 8), (300, 8), (-1, 3), (-1, 8), (-256, 4)],
+)
 def test_a_code_that_does_not_fit_is_refused(code, bits):
     with pytest.raises(ValueError, match=rf"code {code} does not fit in {bits} bits"):
         pack(torch.tensor([0, code, 1]), bits)
@@ -81,5 +85,7 @@ def test_widths_that_cannot_be_packed_are_refused(bits):
 def test_bytes_of_the_wrong_number_are_refused(bits, off):
     packed = pack(torch.zeros(100, dtype=torch.uint8), bits)
     wrong = packed[:-1] if off < 0 else torch.cat([packed, packed[:1]])
-    with pytest.raises(ValueError, match=f"100 codes of {bits} bits take {len(packed)} bytes; got {len(wrong)}"):
+    with pytest.raises(
+        ValueError, match=f"100 codes of {bits} bits take {len(packed)} bytes; got {len(wrong)}"
+    ):
         unpack(wrong, bits, 100)

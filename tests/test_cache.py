@@ -9,17 +9,28 @@ import torch
 from caches import CPU, RECIPES, keeping, numbers
 from tiny_tasks import same, tiny_task, weights
 
-from workbench.cache import Budget, Cache
+from workbench.calibration.memory_cache import Budget, Cache
+from workbench.calibration.statistics import Gradients, Statistics
+from workbench.calibration.tensor_tree import (
+    NotPlainError,
+    checksums,
+    class_named,
+    put_together,
+    storages_in,
+    take_apart,
+)
 from workbench.compress import compress
-from workbench.parts import NotPlainError, checksums, class_named, put_together, storages_in, take_apart
-from workbench.statistics import Gradients, Statistics
 
 # --- taking apart
 
 
 def test_a_value_comes_back_bit_by_bit_with_its_views_strides_and_shared_objects():
     whole = numbers(24).view(4, 6)
-    value = {"a": (whole, whole.t(), None, True), ("b", 1): [Gradients(whole[1:3], whole.half()), 0.1 + 0.2, float("inf")], "same": whole}
+    value = {
+        "a": (whole, whole.t(), None, True),
+        ("b", 1): [Gradients(whole[1:3], whole.half()), 0.1 + 0.2, float("inf")],
+        "same": whole,
+    }
     parts = take_apart(value)
     assert parts.nbytes == whole.nbytes + whole.half().nbytes
     again = put_together(parts.moved(lambda storage: storage.clone()))
@@ -31,7 +42,12 @@ def test_a_value_comes_back_bit_by_bit_with_its_views_strides_and_shared_objects
     assert again["b", 1][1:] == value["b", 1][1:]
     made = again["b", 1][0]
     assert isinstance(made, Gradients)
-    for mine, yours in ((again["a"][0], whole), (again["a"][1], whole.t()), (made.mean, whole[1:3]), (made.square, whole.half())):
+    for mine, yours in (
+        (again["a"][0], whole),
+        (again["a"][1], whole.t()),
+        (made.mean, whole[1:3]),
+        (made.square, whole.half()),
+    ):
         assert mine.dtype == yours.dtype
         assert torch.equal(mine, yours)
 
@@ -41,13 +57,35 @@ class Foreign:
     value: int
 
 
-@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), lambda: 1, Foreign(1), {1, 2}, torch.nn.Parameter(torch.ones(2)), numbers().requires_grad_(), {"a": [object()]}], ids=["module", "function", "record", "set", "parameter", "with gradient", "object"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.nn.Linear(2, 2),
+        lambda: 1,
+        Foreign(1),
+        {1, 2},
+        torch.nn.Parameter(torch.ones(2)),
+        numbers().requires_grad_(),
+        {"a": [object()]},
+    ],
+    ids=["module", "function", "record", "set", "parameter", "with gradient", "object"],
+)
 def test_what_is_no_plain_data_is_not_taken_apart(value):
     with pytest.raises(NotPlainError):
         take_apart(value)
 
 
-@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "workbench.statistics:Statistics", "workbench.recipe:Recipe", "test_cache:Foreign", "workbench.statistics:absent"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os:system",
+        "subprocess:Popen",
+        "workbench.calibration.statistics:Statistics",
+        "workbench.recipe:Recipe",
+        "test_cache:Foreign",
+        "workbench.calibration.statistics:absent",
+    ],
+)
 def test_a_file_cannot_name_other_code(name):
     with pytest.raises(NotPlainError):
         class_named(name)
@@ -56,8 +94,17 @@ def test_a_file_cannot_name_other_code(name):
 def test_memory_that_is_shared_counts_once():
     whole = numbers(1000)
     linear = torch.nn.Linear(10, 10)
-    assert sum(storage.numel() for storage in storages_in([whole, whole[10:], {"a": whole.view(10, 100)}, (whole,)]).values()) == whole.nbytes
-    assert sum(storage.numel() for storage in storages_in((linear, linear.weight)).values()) == linear.weight.nbytes + linear.bias.nbytes
+    assert (
+        sum(
+            storage.numel()
+            for storage in storages_in([whole, whole[10:], {"a": whole.view(10, 100)}, (whole,)]).values()
+        )
+        == whole.nbytes
+    )
+    assert (
+        sum(storage.numel() for storage in storages_in((linear, linear.weight)).values())
+        == linear.weight.nbytes + linear.bias.nbytes
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 4096])
@@ -99,7 +146,9 @@ def test_a_move_does_not_throw_out_what_it_has_used():
     ask("statistics", optional=False)
     ask("more statistics", optional=False)
     ask("even more", optional=False)
-    assert {"statistics", "more statistics", "even more"} <= set(cache)  # asked for many times a move: over the budget until the next
+    assert {"statistics", "more statistics", "even more"} <= set(
+        cache
+    )  # asked for many times a move: over the budget until the next
     cache.begin()
     assert cache.used_bytes["device"] <= 2 * numbers().nbytes
 
@@ -150,7 +199,9 @@ def test_memory_of_the_model_and_memory_that_two_values_share_count_once():
     assert kept.used_bytes["device"] == 0
 
 
-@pytest.mark.parametrize("budget", [Budget(0), Budget(2000), Budget(8000), Budget(0, 10**9), Budget(4000, 6000)], ids=str)
+@pytest.mark.parametrize(
+    "budget", [Budget(0), Budget(2000), Budget(8000), Budget(0, 10**9), Budget(4000, 6000)], ids=str
+)
 def test_a_tiny_budget_changes_no_bit(sort, budget):
     task = tiny_task(sort)
     kept = Statistics(task, cache=Cache(CPU, budget, held=lambda: task))

@@ -7,8 +7,9 @@ import torch
 from tiny_tasks import tiny_task
 
 import workbench as wb
-from workbench.compress import compress, report
-from workbench.statistics import Statistics
+from workbench.calibration.statistics import Statistics
+from workbench.compress import compress
+from workbench.compress.core import layer_report
 
 
 def plain(before: torch.Tensor, after: torch.Tensor) -> tuple[float, int]:
@@ -18,7 +19,7 @@ def plain(before: torch.Tensor, after: torch.Tensor) -> tuple[float, int]:
 @pytest.mark.parametrize("piece", [7, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_errors_and_zeros_are_those_of_the_whole_weight_whatever_the_piece(monkeypatch, piece, dtype):
-    monkeypatch.setattr(report, "PIECE", {"cpu": piece})
+    monkeypatch.setattr(layer_report, "PIECE", {"cpu": piece})
     task = tiny_task("vit")
     task.model.to(dtype)
     for recipe in (wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=3))):
@@ -36,7 +37,11 @@ def test_what_no_step_wrote_is_looked_at_once_and_said_to_be_as_it_was(monkeypat
     with torch.no_grad():
         next(module for module in task.model.modules() if isinstance(module, torch.nn.Linear)).weight[0] = 0
     statistics, counted = Statistics(task), []
-    monkeypatch.setattr(report, "unchanged", lambda weights, real=report.unchanged: counted.append(len(weights)) or real(weights))
+    monkeypatch.setattr(
+        layer_report,
+        "unchanged",
+        lambda weights, real=layer_report.unchanged: counted.append(len(weights)) or real(weights),
+    )
     recipes = [wb.Recipe(wb.Prune(sparsity=s, targets=("*fc1",))) for s in (0.3, 0.6)]
     first, second = (compress(task, recipe, statistics, shared=True) for recipe in recipes)
     looked = sum(counted)
@@ -45,4 +50,6 @@ def test_what_no_step_wrote_is_looked_at_once_and_said_to_be_as_it_was(monkeypat
         untouched = [row for row in made.report if "fc1" not in row.name and row.relative_error is not None]
         assert {row.relative_error for row in untouched} == {0.0}
         for row in untouched:
-            assert row.sparsity * row.weights == pytest.approx(int((task.model.get_submodule(row.name).weight == 0).sum()))
+            assert row.sparsity * row.weights == pytest.approx(
+                int((task.model.get_submodule(row.name).weight == 0).sum())
+            )

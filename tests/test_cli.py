@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from workbench import cli
-from workbench.gates import Gates
-from workbench.ledger import Ledger
+from workbench.ledger.ledger import Ledger
 from workbench.recipe import METHODS
+from workbench.report.gates import Gates
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -28,19 +28,49 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 BAD = [
     (["measure", "fashion-cmn"], r"unknown model 'fashion-cmn'; nearest: fashion-cnn"),
-    (["measure", "fashion-cnn", "--sparsity", "1.0"], "Prune(sparsity='1.0') is refused: input should be less than 1"),
+    (
+        ["measure", "fashion-cnn", "--sparsity", "1.0"],
+        "Prune(sparsity='1.0') is refused: input should be less than 1",
+    ),
     (["measure", "fashion-cnn", "--sparsity", "half"], "Prune(sparsity='half') is refused"),
-    (["measure", "fashion-cnn", "--rank-ratio", "0"], "LowRank(rank_ratio='0') is refused: input should be greater than 0"),
-    (["measure", "fashion-cnn", "--weight-bits", "1"], "Quantize(weight_bits='1') is refused: input should be greater than or equal to 2"),
-    (["measure", "fashion-cnn", "--weight-bits", "33"], "Quantize(weight_bits='33') is refused: input should be less than or equal to 16"),
+    (
+        ["measure", "fashion-cnn", "--rank-ratio", "0"],
+        "LowRank(rank_ratio='0') is refused: input should be greater than 0",
+    ),
+    (
+        ["measure", "fashion-cnn", "--weight-bits", "1"],
+        "Quantize(weight_bits='1') is refused: input should be greater than or equal to 2",
+    ),
+    (
+        ["measure", "fashion-cnn", "--weight-bits", "33"],
+        "Quantize(weight_bits='33') is refused: input should be less than or equal to 16",
+    ),
     (["measure", "fashion-cnn", "--temperature", "2"], "Distill cannot come first"),
     (["measure", "fashion-cnn", "--pattern", "2:4"], "pattern given without sparsity"),
     (["measure", "fashion-cnn", "--sparsity", "0.3", "--pattern", "2:4"], "means sparsity=0.5"),
     (["measure", "fashion-cnn", "--device", "tpu"], "unknown device 'tpu'"),
-    (["measure", "fashion-cnn", "--evaluation-items", "1"], "evaluation_items=1 is refused: give a whole number of at least 2"),
+    (
+        ["measure", "fashion-cnn", "--evaluation-items", "1"],
+        "evaluation_items=1 is refused: give a whole number of at least 2",
+    ),
     (["measure", "fashion-cnn", "--seed", "-1"], "seed=-1 is refused"),
-    (["measure", "fashion-cnn", "--sparsity", "0.5", "--prune-targets", "nothing", "--evaluation-items", "16"], "target 'nothing' of prune names no layer"),
-    (["measure", "fashion-cnn", "--weight-bits", "4", "--group-size", "11", "--evaluation-items", "16"], "group_size 11 does not divide"),
+    (
+        [
+            "measure",
+            "fashion-cnn",
+            "--sparsity",
+            "0.5",
+            "--prune-targets",
+            "nothing",
+            "--evaluation-items",
+            "16",
+        ],
+        "target 'nothing' of prune names no layer",
+    ),
+    (
+        ["measure", "fashion-cnn", "--weight-bits", "4", "--group-size", "11", "--evaluation-items", "16"],
+        "group_size 11 does not divide",
+    ),
     (["measure", "no/such", "--offline"], "no/such"),
     (["report", "fashion-cnn", "--max-quality-drop", "-1"], "Gates(max_quality_drop='-1') is refused"),
     (["report", "fashion-cnn", "--evaluation-items", "0"], "evaluation_items=0 is refused"),
@@ -52,8 +82,12 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
 def test_bad_input_gets_one_line_and_exit_code_1(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("refused only after the work began"))
-    code, out, err = run(capsys, *arguments, *(["--output", str(tmp_path / "reports")] if "report" in arguments else []))
+    monkeypatch.setattr(
+        "papermill.execute_notebook", lambda *_, **__: pytest.fail("refused only after the work began")
+    )
+    code, out, err = run(
+        capsys, *arguments, *(["--output", str(tmp_path / "reports")] if "report" in arguments else [])
+    )
     assert code == 1
     assert out == ""
     (line,) = err.splitlines()
@@ -74,7 +108,15 @@ def test_wrong_usage_is_exit_code_2_with_the_nearest_option(capsys):
 def test_models_are_listed_with_what_one_needs_to_know(capsys):
     code, out, _ = run(capsys, "models")
     assert code == 0
-    for words in ("fashion-cnn", "fashion-vit", "smollm2-135m", "image classification", "language modelling", "697,322", "MIT"):
+    for words in (
+        "fashion-cnn",
+        "fashion-vit",
+        "smollm2-135m",
+        "image classification",
+        "language modelling",
+        "697,322",
+        "MIT",
+    ):
         assert words in out
 
 
@@ -93,12 +135,36 @@ def test_help_offers_every_option_of_every_method_and_every_gate(capsys):
 
 def test_measure_prints_the_verdict_the_numbers_and_every_layer(capsys, tmp_path):
     where = tmp_path / "points.journal"
-    arguments = ["measure", "fashion-cnn", "--sparsity", "0.5", "--weight-bits", "4", "--evaluation-items", "64", "--offline", "--device", "cpu", "--ledger", str(where)]
+    arguments = [
+        "measure",
+        "fashion-cnn",
+        "--sparsity",
+        "0.5",
+        "--weight-bits",
+        "4",
+        "--evaluation-items",
+        "64",
+        "--offline",
+        "--device",
+        "cpu",
+        "--ledger",
+        str(where),
+    ]
     code, out, err = run(capsys, *arguments, "--export", str(tmp_path / "out"))
     assert code == 0
     assert "Traceback" not in err
     assert out.startswith("50% sparse + W4: accuracy ")
-    for words in ("smaller on disk", "file bytes", "theoretical bytes", "packed bytes", "peak memory", "latency", "no 4-bit kernel", "answers that changed", "classifier.1"):
+    for words in (
+        "smaller on disk",
+        "file bytes",
+        "theoretical bytes",
+        "packed bytes",
+        "peak memory",
+        "latency",
+        "no 4-bit kernel",
+        "answers that changed",
+        "classifier.1",
+    ):
         assert words in out
     (point,) = Ledger(where).rows()
     assert f"{point.sizes.file_bytes:,}" in out
@@ -114,7 +180,19 @@ def test_measure_prints_the_verdict_the_numbers_and_every_layer(capsys, tmp_path
 
 def test_the_ledger_may_be_a_url(capsys, tmp_path):
     url = f"sqlite:///{tmp_path / 'points.db'}"
-    code, _, _ = run(capsys, "measure", "fashion-cnn", "--weight-bits", "8", "--evaluation-items", "16", "--ledger", url, "--device", "cpu")
+    code, _, _ = run(
+        capsys,
+        "measure",
+        "fashion-cnn",
+        "--weight-bits",
+        "8",
+        "--evaluation-items",
+        "16",
+        "--ledger",
+        url,
+        "--device",
+        "cpu",
+    )
     assert code == 0
     assert len(Ledger(url)) == 1
 
@@ -131,10 +209,18 @@ def test_ctrl_c_says_that_nothing_is_lost(capsys, monkeypatch):
 
 def test_the_console_script_is_installed_and_prints_no_traceback():
     script = Path(sys.executable).with_name("workbench")
-    bad = subprocess.run([script, "measure", "fashion-cnn", "--weight-bits", "1"], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONWARNINGS": "error"})
+    bad = subprocess.run(
+        [script, "measure", "fashion-cnn", "--weight-bits", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
     assert bad.returncode == 1
     assert bad.stdout == ""
-    assert bad.stderr.splitlines() == ["error: Quantize(weight_bits='1') is refused: input should be greater than or equal to 2"]
+    assert bad.stderr.splitlines() == [
+        "error: Quantize(weight_bits='1') is refused: input should be greater than or equal to 2"
+    ]
 
 
 def test_every_command_has_help_and_the_version_is_told(capsys):

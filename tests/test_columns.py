@@ -1,4 +1,7 @@
-"""The column loop of GPTQ and SparseGPT by one kernel: against float64, column by column. Interpreted by Triton where there is no GPU."""
+"""The column loop of GPTQ and SparseGPT by one kernel: against float64, column by column.
+
+Interpreted by Triton where there is no GPU.
+"""
 
 import pytest
 import tiny_tasks
@@ -6,9 +9,12 @@ import torch
 from interpreted import INTERPRETED, outside, passed
 
 import workbench as wb
-from workbench.compress import columns, compress, gptq, sparsegpt
-from workbench.compress.layers import Layer
-from workbench.compress.scales import Spec, fit, form_of
+from workbench.compress import compress
+from workbench.compress.pruning import sparsegpt
+from workbench.compress.quantization import gptq
+from workbench.compress.quantization.scales import Spec, fit, form_of
+from workbench.kernels import column_solver
+from workbench.modules.layer import Layer
 
 SHAPES = [(2, 5, 7), (1, 33, 128), (2, 40, 200)]  # the last takes two programs and two blocks
 
@@ -16,9 +22,9 @@ SHAPES = [(2, 5, 7), (1, 33, 128), (2, 40, 200)]  # the last takes two programs 
 @pytest.fixture
 def untried():
     """Forget whether the kernel is right, before and after."""
-    columns.refused.cache_clear()
+    column_solver.refused.cache_clear()
     yield
-    columns.refused.cache_clear()
+    column_solver.refused.cache_clear()
 
 
 @outside
@@ -27,7 +33,8 @@ def test_the_kernel_interpreted():
 
 
 def problem(shape, place, seed=0):
-    """Return weights and factors as GPTQ has them: float32 [layers, outputs, inputs] and [layers, inputs, inputs], each row over its diagonal."""
+    """Return weights and factors as GPTQ has them: float32 [layers, outputs, inputs] and [layers, inputs,
+    inputs], each row over its diagonal."""
     layers, _, inputs = shape
     draw = torch.Generator().manual_seed(seed)
     weights = torch.randn(shape, generator=draw)
@@ -36,22 +43,36 @@ def problem(shape, place, seed=0):
 
 
 def rounded_one_by_one(weights, upper, grid, kept, bits):
-    """Return (values, errors) of the first block's columns, in float64, written from the definition; `grid`: scales and zero points."""
-    (scale, zero), until = grid, min(columns.BLOCK, weights.shape[2])
-    weights, found, errors = weights.double().clone(), torch.zeros_like(weights, dtype=torch.float64), torch.zeros_like(weights, dtype=torch.float64)
+    """Return (values, errors) of the first block's columns, in float64, written from the definition.
+
+    `grid`: scales and zero points.
+    """
+    (scale, zero), until = grid, min(column_solver.BLOCK, weights.shape[2])
+    weights, found, errors = (
+        weights.double().clone(),
+        torch.zeros_like(weights, dtype=torch.float64),
+        torch.zeros_like(weights, dtype=torch.float64),
+    )
     middle = torch.full_like(scale, 1 << (bits - 1)).double() if zero is None else zero.double()
     for column in range(until):
         steps = (weights[:, :, column] / scale[:, :, column].double()).round()
         code = (steps + middle[:, :, column]).clamp(0, (1 << bits) - 1)
-        found[:, :, column] = (code - middle[:, :, column]) * scale[:, :, column].double() * (1 if kept is None else kept[:, :, column])
+        found[:, :, column] = (
+            (code - middle[:, :, column])
+            * scale[:, :, column].double()
+            * (1 if kept is None else kept[:, :, column])
+        )
         errors[:, :, column] = weights[:, :, column] - found[:, :, column]
         weights -= errors[:, :, column, None] * upper.double()[:, column : column + 1]
     return found, errors
 
 
 def agree(found, expected, most=1e-4):
-    """Return whether almost all numbers agree: a weight between two codes may go either way, and takes what follows with it."""
-    return float(torch.isclose(found.double(), expected.double(), rtol=1e-4, atol=most).double().mean()) > 0.995
+    """Return whether almost all numbers agree: a weight between two codes may go either way, and takes what
+    follows with it."""
+    return (
+        float(torch.isclose(found.double(), expected.double(), rtol=1e-4, atol=most).double().mean()) > 0.995
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -59,7 +80,7 @@ def agree(found, expected, most=1e-4):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("one", ["each", "row", "layer"])
 def test_columns_are_rounded_as_they_stand(shape, zeros, masked, one, place):
-    assert columns.refused(place) == ""
+    assert column_solver.refused(place) == ""
     weights, upper = problem(shape, place)
     draw = torch.Generator().manual_seed(1)
     small = {"each": shape, "row": (*shape[:2], 1), "layer": (shape[0], 1, 1)}[one]
@@ -67,8 +88,8 @@ def test_columns_are_rounded_as_they_stand(shape, zeros, masked, one, place):
     zero = torch.randint(8, small, dtype=torch.uint8, generator=draw).to(place) if zeros else None
     kept = (torch.rand(shape, generator=draw) < 0.6).to(place) if masked else None
     scale, zero = (None if part is None else part.expand(*part.shape[:2], shape[2]) for part in (scale, zero))
-    out, width = torch.full_like(weights, torch.nan), min(columns.BLOCK, shape[2])
-    errors = columns.work_through(weights, upper, out, 0, columns.Target(kept, scale, zero, 3))
+    out, width = torch.full_like(weights, torch.nan), min(column_solver.BLOCK, shape[2])
+    errors = column_solver.work_through(weights, upper, out, 0, column_solver.Target(kept, scale, zero, 3))
     whole = scale.expand(shape), None if zero is None else zero.expand(shape)
     expected, lost = rounded_one_by_one(weights, upper, whole, kept, 3)
     assert errors.shape == (*shape[:2], width)
@@ -83,74 +104,98 @@ def test_columns_are_rounded_as_they_stand(shape, zeros, masked, one, place):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_removed_weights_are_made_up_for_by_the_columns_that_follow(shape, place):
     weights, upper = problem(shape, place)
-    upper = upper * (0.5 + torch.rand(*upper.shape[:2], 1, generator=torch.Generator().manual_seed(3)).to(place))  # a diagonal that is not 1
+    upper = upper * (
+        0.5 + torch.rand(*upper.shape[:2], 1, generator=torch.Generator().manual_seed(3)).to(place)
+    )  # a diagonal that is not 1
     kept = (torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5).to(place)
-    last = shape[2] // columns.BLOCK * columns.BLOCK % shape[2]  # of the last shape the second block
+    last = (
+        shape[2] // column_solver.BLOCK * column_solver.BLOCK % shape[2]
+    )  # of the last shape the second block
     expected, lost = weights.double().clone(), torch.zeros_like(weights, dtype=torch.float64)
     for column in range(last, shape[2]):
-        lost[:, :, column] = torch.where(kept[:, :, column], 0.0, expected[:, :, column]) / upper.double()[:, column, column, None]
+        lost[:, :, column] = (
+            torch.where(kept[:, :, column], 0.0, expected[:, :, column])
+            / upper.double()[:, column, column, None]
+        )
         expected[:, :, last:] -= lost[:, :, column, None] * upper.double()[:, column : column + 1, last:]
     expected[:, :, last:] *= kept[:, :, last:]
     out = weights.clone()
-    errors = columns.work_through(out, upper, out, last, columns.Target(kept))
+    errors = column_solver.work_through(out, upper, out, last, column_solver.Target(kept))
     assert torch.allclose(out.double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(errors.double(), lost[:, :, last:], rtol=1e-4, atol=1e-4)
 
 
 def test_whole_layers_are_rounded_and_pruned_as_without_it(place, monkeypatch):
     draw = torch.Generator().manual_seed(5)
-    stack, inputs = torch.randn(2, 24, 160, generator=draw).to(place), torch.randn(2, 400, 160, generator=draw)
+    stack, inputs = (
+        torch.randn(2, 24, 160, generator=draw).to(place),
+        torch.randn(2, 400, 160, generator=draw),
+    )
     moments = (inputs.transpose(1, 2) @ inputs / 400).to(place)
     layers = [Layer(name, name, torch.nn.Linear(1, 1)) for name in "ab"]
     upper, places, _ = gptq.factorise(moments, layers, damping=0.01, by_activation=True)
     spec, factor = Spec(3, 32), sparsegpt.Factor(*sparsegpt.factorise(moments, layers)[:2])
     scales, found, launched = fit(stack, spec), [], []
-    run = columns.work_through
-    monkeypatch.setattr(columns, "work_through", lambda *given: launched.append(1) or run(*given))
+    run = column_solver.work_through
+    monkeypatch.setattr(column_solver, "work_through", lambda *given: launched.append(1) or run(*given))
     for kernel in (True, False):
-        monkeypatch.setattr(columns, "suited", lambda _weights, kernel=kernel: kernel)
+        monkeypatch.setattr(column_solver, "suited", lambda _weights, kernel=kernel: kernel)
         rounded = gptq.solve(stack, scales, gptq.Order(upper, places), spec)
-        pruned, masks = sparsegpt.solve(stack.clone(), factor, [1700, 1900], None, torch.ones_like(stack, dtype=torch.bool))
+        pruned, masks = sparsegpt.solve(
+            stack.clone(), factor, [1700, 1900], None, torch.ones_like(stack, dtype=torch.bool)
+        )
         assert (masks.flatten(1).sum(1) == stack[0].numel() - torch.tensor([1700, 1900], device=place)).all()
         assert bool((pruned[~masks] == 0).all())
         found.append((rounded, pruned))
     assert len(launched) == 4  # two blocks of each
     assert torch.equal(form_of(found[0][0], scales, spec).dequantize(), found[0][0])
     for mine, plain in zip(*found, strict=True):
-        lost = [float(((one - stack) @ moments @ (one - stack).transpose(1, 2)).diagonal(dim1=1, dim2=2).sum()) for one in (mine, plain)]
+        lost = [
+            float(((one - stack) @ moments @ (one - stack).transpose(1, 2)).diagonal(dim1=1, dim2=2).sum())
+            for one in (mine, plain)
+        ]
         assert lost[0] == pytest.approx(lost[1], rel=0.01)
         assert float((mine == plain).float().mean()) > 0.9 or torch.allclose(mine, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", [wb.Recipe(wb.Quantize(weight_bits=3, rounding="gptq", group_size=8)), wb.Recipe(wb.Prune(sparsity=0.5, criterion="sparsegpt")),
-                                    wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3, rounding="gptq"))], ids=["gptq", "sparsegpt", "sparse gptq"])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        wb.Recipe(wb.Quantize(weight_bits=3, rounding="gptq", group_size=8)),
+        wb.Recipe(wb.Prune(sparsity=0.5, criterion="sparsegpt")),
+        wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3, rounding="gptq")),
+    ],
+    ids=["gptq", "sparsegpt", "sparse gptq"],
+)
 def test_recipes_keep_their_promises(recipe, place, untried, monkeypatch):
     task = tiny_tasks.tiny_task("llama", str(place))
     made = compress(task, recipe)
     for layer in made.layers:
         layer.check()
     monkeypatch.setenv("WORKBENCH_TRITON", "off")
-    columns.refused.cache_clear()
+    column_solver.refused.cache_clear()
     plain = compress(task, recipe)
-    assert "WORKBENCH_TRITON" in columns.refused(place)
+    assert "WORKBENCH_TRITON" in column_solver.refused(place)
     for one, two in zip(made.report, plain.report, strict=True):
         for mine, other in ((one.relative_error, two.relative_error), (one.sparsity, two.sparsity)):
-            assert (mine is None and other is None) or mine == pytest.approx(other, rel=0.02, abs=0.02), one.name
+            assert (mine is None and other is None) or mine == pytest.approx(other, rel=0.02, abs=0.02), (
+                one.name
+            )
 
 
 def test_a_kernel_that_is_wrong_is_not_used(place, untried, monkeypatch):
-    run = columns.work_through
+    run = column_solver.work_through
 
     def wrong(weights, upper, out, start, to):
         errors = run(weights, upper, out, start, to)
         out[:, :, 1] += 0.3
         return errors
 
-    monkeypatch.setattr(columns, "work_through", wrong)
-    assert columns.refused(place) == "rounding columns gives other weights than the plain loop"
-    assert not columns.suited(torch.zeros(1, 2, 4, device=place))
+    monkeypatch.setattr(column_solver, "work_through", wrong)
+    assert column_solver.refused(place) == "rounding columns gives other weights than the plain loop"
+    assert not column_solver.suited(torch.zeros(1, 2, 4, device=place))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton runs on the CPU here")
 def test_without_a_gpu_the_plain_loops_run():
-    assert columns.refused(torch.device("cpu")) == "Triton kernels need a CUDA GPU"
+    assert column_solver.refused(torch.device("cpu")) == "Triton kernels need a CUDA GPU"

@@ -1,4 +1,5 @@
-"""Convolutions in smaller convolutions, against the dense convolution of the kernel that they multiply out to."""
+"""Convolutions in smaller convolutions, against the dense convolution of the kernel that they multiply out
+to."""
 
 from __future__ import annotations
 
@@ -12,16 +13,22 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.conv_lowrank import spatial, tucker2
-from workbench.compress.factors import Factors, Form, Shape, cost, factor_shapes, factors_like, form_of
+from workbench.compress.low_rank.convolution import spatial, tucker2
+from workbench.modules.factored import Factors, Form, Shape, cost, factor_shapes, factors_like, form_of
 from workbench.recipe import Recipe
 
 OPTIONS = [
-    {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1), "bias": False},
-    {"kernel_size": 3, "dilation": 2, "padding": 2}, {"kernel_size": (5, 3), "dilation": (1, 2), "padding": (3, 1), "stride": (2, 3)},
-    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"}, {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
-    {"kernel_size": 3, "padding": (2, 0), "padding_mode": "replicate"}, {"kernel_size": (1, 3), "padding": (1, 1), "stride": (2, 1)}, {"kernel_size": (3, 1)},
-]  # fmt: skip
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1), "bias": False},
+    {"kernel_size": 3, "dilation": 2, "padding": 2},
+    {"kernel_size": (5, 3), "dilation": (1, 2), "padding": (3, 1), "stride": (2, 3)},
+    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
+    {"kernel_size": 3, "padding": (2, 0), "padding_mode": "replicate"},
+    {"kernel_size": (1, 3), "padding": (1, 1), "stride": (2, 1)},
+    {"kernel_size": (3, 1)},
+]
 
 
 def kernel_of(factors: Factors) -> torch.Tensor:
@@ -29,7 +36,10 @@ def kernel_of(factors: Factors) -> torch.Tensor:
     weights = [part.weight.detach().double().cpu() for part in factors]
     if len(weights) == 3:
         first, core, last = weights[0][:, :, 0, 0], weights[1], weights[2][:, :, 0, 0]
-        return sum(torch.einsum("o,hw,c->ochw", last[:, p], core[p, q], first[q]) for p, q in itertools.product(range(core.shape[0]), range(core.shape[1])))
+        return sum(
+            torch.einsum("o,hw,c->ochw", last[:, p], core[p, q], first[q])
+            for p, q in itertools.product(range(core.shape[0]), range(core.shape[1]))
+        )
     first, last = weights
     if tuple(last.shape[2:]) == (1, 1):
         return sum(torch.einsum("o,chw->ochw", last[:, r, 0, 0], first[r]) for r in range(len(first)))
@@ -39,8 +49,15 @@ def kernel_of(factors: Factors) -> torch.Tensor:
 def dense_like(module: nn.Conv2d, kernel: torch.Tensor) -> nn.Conv2d:
     """Return the same convolution in float64 with another kernel."""
     made = nn.Conv2d(
-        module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation, bias=module.bias is not None, padding_mode=module.padding_mode,
-    ).double()  # fmt: skip
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        bias=module.bias is not None,
+        padding_mode=module.padding_mode,
+    ).double()
     made.weight = nn.Parameter(kernel)
     if module.bias is not None:
         made.bias = nn.Parameter(module.bias.detach().double().cpu())
@@ -54,7 +71,9 @@ def test_factors_do_what_one_convolution_of_their_product_would(options, conv, f
     torch.manual_seed(3)
     body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, **options))
     task = custom_task(body, body(torch.zeros(1, 1, 8, 8)).numel(), device)
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, conv=conv, targets=("body.1",))))
+    made = compress(
+        task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, conv=conv, targets=("body.1",)))
+    )
     factors, dense = made.model.body[1], task.model.body[1]
     assert isinstance(factors, Factors)
     assert len(factors) == (3 if conv == "tucker2" else 2)
@@ -63,7 +82,9 @@ def test_factors_do_what_one_convolution_of_their_product_would(options, conv, f
     torch.testing.assert_close(factors.weight.detach().double().cpu(), kernel, rtol=1e-5, atol=1e-6)
     assert factors.weight.shape == dense.weight.shape
     x = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(factors(x.to(device)).double().cpu(), dense_like(dense, kernel)(x.double()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        factors(x.to(device)).double().cpu(), dense_like(dense, kernel)(x.double()), rtol=1e-4, atol=1e-5
+    )
     assert factors.bias is dense.bias or torch.equal(factors.bias, dense.bias)
     row = next(row for row in made.report if row.name == "body.1")
     original = dense.weight.detach().double().cpu()
@@ -85,7 +106,11 @@ def test_tucker_is_exact_at_full_ranks_and_never_worse_than_its_start():
     kernel = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def lost(parts: list[torch.Tensor]) -> float:
-        return float((torch.einsum("op,pqhw,qc->ochw", parts[2][..., 0, 0], parts[1], parts[0][..., 0, 0]) - kernel).norm())
+        return float(
+            (
+                torch.einsum("op,pqhw,qc->ochw", parts[2][..., 0, 0], parts[1], parts[0][..., 0, 0]) - kernel
+            ).norm()
+        )
 
     assert lost(tucker2(kernel, 5, 6)) < 1e-12 * float(kernel.norm())
     for inner, outer in ((1, 1), (2, 3), (4, 5)):
@@ -105,14 +130,19 @@ def test_the_last_factor_fits_the_outputs_no_worse_than_any_other_would(conv):
     dense = task.model.body[2].weight.detach().double().flatten(1)
     lost = {}
     for factorization in ("svd", "whitened"):
-        factors = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, conv=conv, targets=("body.2",)))).model.body[2]
+        factors = compress(
+            task,
+            Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, conv=conv, targets=("body.2",))),
+        ).model.body[2]
         kernel = kernel_of(factors)
         lost[factorization] = float((rows @ (kernel.flatten(1) - dense).t()).norm())
         front = [part.weight.detach().double() for part in list(factors)[:-1]]
         patch = rows.view(-1, 8, 3, 3)
         for weight in front:
             patch = torch.nn.functional.conv2d(patch, weight)
-        fitted = torch.linalg.lstsq(patch.flatten(1), rows @ dense.t()).solution  # by another way than the workbench's
+        fitted = torch.linalg.lstsq(
+            patch.flatten(1), rows @ dense.t()
+        ).solution  # by another way than the workbench's
         best = float((patch.flatten(1) @ fitted - rows @ dense.t()).norm())
         assert lost[factorization] >= best * (1 - 1e-6)
         if factorization == "whitened":
@@ -138,7 +168,9 @@ def test_ranks_that_save_nothing_are_stated():
     assert words["body.1"] == "ranks 6 of 8 in and 8 of 12 out by whitened, tucker2"
 
 
-@pytest.mark.parametrize("form", [Form("channel", (3,)), Form("spatial", (3,)), Form("tucker2", (2, 3))], ids=str)
+@pytest.mark.parametrize(
+    "form", [Form("channel", (3,)), Form("spatial", (3,)), Form("tucker2", (2, 3))], ids=str
+)
 def test_forms_know_their_shapes_and_come_back_from_json_and_modules(form):
     module = nn.Conv2d(4, 6, (3, 5), padding=(1, 2))
     factors = factors_like(module, form)

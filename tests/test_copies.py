@@ -9,7 +9,7 @@ import torch
 from tiny_tasks import same, tiny_task, weights
 from torch import nn
 
-from workbench.compress.copies import own_parameters, sharing_copy
+from workbench.modules.sharing import own_parameters, sharing_copy
 
 
 def test_a_copy_has_its_own_modules_and_the_same_tensors(sort):
@@ -69,8 +69,12 @@ class Hidden(nn.Module):
         super().__init__()
         self.shown = nn.Linear(2, 2)
         self.kept = {
-            "list": [self.shown], "dict": {"a": {"b": self.shown}}, "method": self.shown.forward, "partial": functools.partial(torch.add, self.shown), "keyword": functools.partial(print, end=self.shown),
-        }[how]  # fmt: skip
+            "list": [self.shown],
+            "dict": {"a": {"b": self.shown}},
+            "method": self.shown.forward,
+            "partial": functools.partial(torch.add, self.shown),
+            "keyword": functools.partial(print, end=self.shown),
+        }[how]
 
 
 @pytest.mark.parametrize("how", ["list", "dict", "method", "partial", "keyword"])

@@ -1,4 +1,5 @@
-"""The published coverage in small: random recipes of an embedded model, every item scored, and what looks would have said."""
+"""The published coverage in small: random recipes of an embedded model, every item scored, and what looks
+would have said."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import coverage
 from benchmarks.coverage_scores import moved, random_language_recipe, random_recipe, scored, scored_neighbours
 from workbench.errors import CompressionError, RecipeError
-from workbench.measure.quality import quality
+from workbench.metrics.quality import quality
 from workbench.zoo import load_task
 
 RECIPES, NEAR, ITEMS = 20, 6, 300
@@ -26,7 +27,14 @@ RECIPES, NEAR, ITEMS = 20, 6, 300
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("scores") / "fashion-cnn.npz"
-    task = load_task("fashion-cnn", device="cpu", evaluation_items=ITEMS, calibration_items=64, offline=True, progress=False)
+    task = load_task(
+        "fashion-cnn",
+        device="cpu",
+        evaluation_items=ITEMS,
+        calibration_items=64,
+        offline=True,
+        progress=False,
+    )
     scored_neighbours(task, scored(task, RECIPES, 0, path), NEAR, 0, path)
     return path.parent
 
@@ -43,7 +51,19 @@ def test_all_items_of_every_recipe_are_scored_and_not_scored_again(folder, monke
     assert kept["near_loss"].shape == (NEAR, ITEMS)
     assert len(set(kept["recipes"])) == RECIPES
     monkeypatch.setattr("benchmarks.coverage_scores.compress", refuse)
-    again = scored(load_task("fashion-cnn", device="cpu", evaluation_items=ITEMS, calibration_items=64, offline=True, progress=False), RECIPES, 0, path)
+    again = scored(
+        load_task(
+            "fashion-cnn",
+            device="cpu",
+            evaluation_items=ITEMS,
+            calibration_items=64,
+            offline=True,
+            progress=False,
+        ),
+        RECIPES,
+        0,
+        path,
+    )
     assert all(np.array_equal(again[name], kept[name]) for name in kept)
 
 
@@ -75,18 +95,27 @@ def test_all_looks_hold_together_and_what_is_known_narrows_them(rows):
     for row in rows:
         if (row["look"], row["metric"]) == ("all looks", "accuracy"):
             assert row["covered"] >= 0.93, row
-        if row["interval"] in {"dense known", "neighbour"} and row["metric"] == "accuracy" and row["look"] in {"16", "64", "256"}:
+        if (
+            row["interval"] in {"dense known", "neighbour"}
+            and row["metric"] == "accuracy"
+            and row["look"] in {"16", "64", "256"}
+        ):
             assert row["width"] < 0.98, row
     found = {(row["interval"], row["look"]) for row in rows if row["for"] == "population"}
-    assert found == {(kind, look) for kind in coverage.KINDS for look in ("16", "64", "256", "300", "all looks")}
+    assert found == {
+        (kind, look) for kind in coverage.KINDS for look in ("16", "64", "256", "300", "all looks")
+    }
 
 
 def test_mean_losses_hold_together_and_student_alone_does_not_reach_that(folder):
-    """Without what the dense model says of the items, 93.7% of these trials hold at all looks, 97.3% at the first."""
+    """Without what the dense model says of the items, 93.7% of these trials hold at all looks, 97.3% at the
+    first."""
     kept, held = dict(np.load(folder / "fashion-cnn.npz")), {}
     dense = coverage.scores(kept["dense_loss"], kept["dense_correct"])
     for number, (loss, correct) in enumerate(zip(kept["loss"], kept["correct"], strict=True)):
-        for (metric, kind, look), row in coverage.of_recipe("population", dense, coverage.scores(loss, correct), None, 30, seed=number).items():
+        for (metric, kind, look), row in coverage.of_recipe(
+            "population", dense, coverage.scores(loss, correct), None, 30, seed=number
+        ).items():
             held.setdefault((metric, kind, look), []).append(np.mean(row["holds"]))
     for kind in ("joint", "dense known"):
         assert np.mean(held["loss", kind, "all looks"]) >= 0.95
@@ -106,7 +135,9 @@ def test_windows_are_judged_by_perplexity():
     plain = coverage.plainly("perplexity", dense.first(16), mine.first(16), 4)[0].change
     change = (mine.loss - dense.loss)[:16].numpy()
     half = stats.t.ppf(1 - 0.05 / 8, 15) * change.std(ddof=1) / 4
-    assert (plain.low, plain.high) == pytest.approx((np.expm1(change.mean() - half), np.expm1(change.mean() + half)))
+    assert (plain.low, plain.high) == pytest.approx(
+        (np.expm1(change.mean() - half), np.expm1(change.mean() + half))
+    )
 
 
 def test_language_models_get_recipes_without_calibration_data():
@@ -125,7 +156,15 @@ def test_rows_of_models_that_are_not_scored_again_stay(rows, tmp_path):
 
     def said(command, details):
         source = f"`{command}`, today, this"
-        return {"what": "In small.", "command": command, "date": "today", "device": "this", "rows": coverage.aim(details), "details": details, "sources": {row["model"]: source for row in details}}
+        return {
+            "what": "In small.",
+            "command": command,
+            "date": "today",
+            "device": "this",
+            "rows": coverage.aim(details),
+            "details": details,
+            "sources": {row["model"]: source for row in details},
+        }
 
     coverage.write(said("first", other), path)
     coverage.write(said("second", rows), path)
@@ -144,13 +183,21 @@ def test_a_page_says_by_what_and_where_scores_were_made(folder, tmp_path):
     kept = dict(np.load(folder / "fashion-cnn.npz"))
     np.savez(tmp_path / "old.npz", **{name: value for name, value in kept.items() if name != "made"})
     np.savez(tmp_path / "new.npz", **kept | {"made": np.array("`that`, yesterday, a GPU")})
-    assert coverage.sources(tmp_path, "`this`") == {"new": "`this`; scores by `that`, yesterday, a GPU", "old": "`this`"}
+    assert coverage.sources(tmp_path, "`this`") == {
+        "new": "`this`; scores by `that`, yesterday, a GPU",
+        "old": "`this`",
+    }
 
 
 def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):
     kept = dict(np.load(folder / "fashion-cnn.npz"))
-    dense, mine = coverage.scores(kept["dense_loss"], kept["dense_correct"]), coverage.scores(kept["loss"][0], kept["correct"][0])
-    monkeypatch.setattr(coverage, "quality", lambda *given, **options: quality(*given, **{**options, "level": 0.3}))
+    dense, mine = (
+        coverage.scores(kept["dense_loss"], kept["dense_correct"]),
+        coverage.scores(kept["loss"][0], kept["correct"][0]),
+    )
+    monkeypatch.setattr(
+        coverage, "quality", lambda *given, **options: quality(*given, **{**options, "level": 0.3})
+    )
     found = coverage.of_recipe("population", dense, mine, None, 40, seed=0)
     assert np.mean(found["loss", "joint", "64"]["holds"]) < 0.6
     assert np.mean(found["loss", "joint", "all looks"]["holds"]) < 0.3
@@ -158,9 +205,20 @@ def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):
 
 def test_what_another_script_has_put_there_stays(rows, tmp_path):
     path = tmp_path / "coverage.json"
-    predicted = {"what": "Predicted intervals, nominal 90%.", "rows": [{"model": "fashion-cnn", "covered": 0.91}]}
+    predicted = {
+        "what": "Predicted intervals, nominal 90%.",
+        "rows": [{"model": "fashion-cnn", "covered": 0.91}],
+    }
     path.write_text(json.dumps({"predicted": predicted}))
-    result = {"what": "In small.", "command": "test", "date": "today", "device": "this", "rows": coverage.aim(rows), "details": rows, "sources": {"fashion-cnn": "`test`"}}
+    result = {
+        "what": "In small.",
+        "command": "test",
+        "date": "today",
+        "device": "this",
+        "rows": coverage.aim(rows),
+        "details": rows,
+        "sources": {"fashion-cnn": "`test`"},
+    }
     coverage.write(result, path)
     assert json.loads(path.read_text()) == {"predicted": predicted, **result}
     page = path.with_suffix(".md").read_text()
@@ -169,4 +227,6 @@ def test_what_another_script_has_put_there_stays(rows, tmp_path):
 
 
 def test_wilsons_interval_has_its_known_value():
-    assert coverage.wilson(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)  # Newcombe (1998)'s formula, by hand
+    assert coverage.wilson(95, 100) == pytest.approx(
+        (0.8882, 0.9785), abs=1e-4
+    )  # Newcombe (1998)'s formula, by hand

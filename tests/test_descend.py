@@ -10,22 +10,24 @@ import torch
 
 import workbench as wb
 from widgets.explorer import Explorer
-from widgets.fields import scale as slider_scale
-from widgets.fields import side, tick_marks
-from workbench.compress.quantized_inputs import InputFormat
-from workbench.descend import descend, rank
+from widgets.form.controls import scale as slider_scale
+from widgets.form.controls import side, tick_marks
 from workbench.errors import Cancelled, RecipeError
-from workbench.measure.quality import Estimate
-from workbench.predict import Prediction
+from workbench.ledger.pareto import smallest_within
+from workbench.metrics.quality import Estimate
+from workbench.modules.input_quantizer import InputFormat
+from workbench.predict.predictor import Prediction
 from workbench.recipe import METHODS
-from workbench.runtime.realise import reasons_for
+from workbench.runtime.plan import reasons_for
 from workbench.runtime.schemes import KernelTick, kernels_for
-from workbench.tradeoff import smallest_within
+from workbench.search.local_search import descend, rank
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu")
+    return wb.Bench(
+        tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
+    )
 
 
 def test_every_trial_is_measured_kept_and_never_worse(bench):
@@ -54,14 +56,20 @@ def test_a_search_is_cancelled_and_refuses_nonsense(bench):
 
 def test_what_is_predicted_within_comes_first_then_the_smallest_loss():
     def guess(accuracy, size):
-        return Prediction(wb.Recipe(), "accuracy", Estimate(accuracy, 0, 1), 9, False, size, True, Estimate(1, 1, 1), (), ())
+        return Prediction(
+            wb.Recipe(), "accuracy", Estimate(accuracy, 0, 1), 9, False, size, True, Estimate(1, 1, 1), (), ()
+        )
 
-    order = sorted([guess(0.5, 10), guess(0.895, 50), guess(0.7, 5), guess(0.893, 20)], key=lambda g: rank(g, 0.9, 0.01))
+    order = sorted(
+        [guess(0.5, 10), guess(0.895, 50), guess(0.7, 5), guess(0.893, 20)], key=lambda g: rank(g, 0.9, 0.01)
+    )
     assert [g.file_bytes for g in order] == [20, 50, 5, 10]
 
 
 def test_the_search_button_ends_on_the_best_point(tmp_path):
-    panel = Explorer("fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=256, offline=True, device="cpu")
+    panel = Explorer(
+        "fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=256, offline=True, device="cpu"
+    )
     panel.run(wb.Recipe())
     panel.presets.within.value = 0.05
     panel.presets.search.click()
@@ -79,7 +87,12 @@ def test_ticks_never_claim_a_kernel_that_is_not_used():
         for device in ("cpu", "cuda"):
             for tick in kernels_for(kind, device):
                 assert kind.options()[kind.slider]
-                reasons = reasons_for("2:4" if tick.label == "2:4" else None, [] if tick.label == "2:4" else [int(tick.value)], device, inputs=InputFormat() if tick.label == "W8A8" else None)
+                reasons = reasons_for(
+                    "2:4" if tick.label == "2:4" else None,
+                    [] if tick.label == "2:4" else [int(tick.value)],
+                    device,
+                    inputs=InputFormat() if tick.label == "W8A8" else None,
+                )
                 assert not (tick.runs and reasons)
                 assert tick.runs or all(reason in tick.reason for reason in reasons)
     assert [tick.label for tick in kernels_for(wb.Quantize, "cpu")] == ["W4A16", "W8A8"]
@@ -88,7 +101,10 @@ def test_ticks_never_claim_a_kernel_that_is_not_used():
 
 
 def test_marks_are_hollow_with_the_reason_and_filled_where_a_kernel_runs():
-    ticks = (KernelTick(4, "W4A16", runs=True, reason=""), KernelTick(7, "W7<", runs=False, reason="no <such> kernel"))
+    ticks = (
+        KernelTick(4, "W4A16", runs=True, reason=""),
+        KernelTick(7, "W7<", runs=False, reason="no <such> kernel"),
+    )
     marks = tick_marks(wb.Quantize, slider_scale(wb.Quantize), ticks)
     assert "\N{BLACK DIAMOND}W4A16" in marks
     assert "\N{WHITE DIAMOND}W7&lt;" in marks

@@ -19,13 +19,13 @@ from click.testing import CliRunner
 from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
-from workbench import disk_cache as on_disk
-from workbench.cache import Budget
+from workbench.calibration import disk_cache as on_disk
+from workbench.calibration.disk_cache import WHERE, DiskCache, contents, key_text, setting
+from workbench.calibration.memory_cache import Budget
+from workbench.calibration.statistics import Statistics
 from workbench.cli import workbench as command
 from workbench.compress import compress
-from workbench.disk_cache import WHERE, DiskCache, contents, key_text, setting
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
 
 
 def drawn(place: Path, task: object = None, limit: int = 64 * MB) -> DiskCache:
@@ -96,15 +96,20 @@ def test_a_damaged_file_is_ignored_and_written_anew(tmp_path, damage):
     disk = drawn(tmp_path)
     keeping(Budget(MB), disk).once("key", lambda: numbers(1000), lasting=True)
     disk.flush()
-    path, = files(tmp_path)
+    (path,) = files(tmp_path)
     good = path.read_bytes()
     damage(path)
     damaged = path.read_bytes()
     assert damaged != good
-    assert torch.equal(keeping(Budget(MB), disk).once("key", lambda: numbers(1000), lasting=True), numbers(1000))
+    assert torch.equal(
+        keeping(Budget(MB), disk).once("key", lambda: numbers(1000), lasting=True), numbers(1000)
+    )
     disk.flush()
     assert path.read_bytes() != damaged
-    assert torch.equal(keeping(Budget(MB), disk).once("key", lambda: pytest.fail("computed again"), lasting=True), numbers(1000))
+    assert torch.equal(
+        keeping(Budget(MB), disk).once("key", lambda: pytest.fail("computed again"), lasting=True),
+        numbers(1000),
+    )
 
 
 def blocked(place: Path, patch: pytest.MonkeyPatch) -> None:
@@ -135,10 +140,14 @@ def test_what_cannot_be_written_costs_one_warning_and_never_the_value(tmp_path, 
     cache = keeping(Budget(MB), disk)
     assert torch.equal(cache.once("a", numbers, lasting=True), numbers())
     disk.flush()
-    with pytest.warns(RuntimeWarning, match=rf"is not kept for the next session: .* cannot be written .*{WHERE}=off"):
+    with pytest.warns(
+        RuntimeWarning, match=rf"is not kept for the next session: .* cannot be written .*{WHERE}=off"
+    ):
         assert torch.equal(cache.once("b", numbers, lasting=True), numbers())
     disk.flush()
-    assert torch.equal(cache.once("c", numbers, lasting=True), numbers())  # warnings are errors here: a second one would fail
+    assert torch.equal(
+        cache.once("c", numbers, lasting=True), numbers()
+    )  # warnings are errors here: a second one would fail
     assert not list(place.rglob("*.part")) if place.is_dir() else True
 
 
@@ -193,7 +202,10 @@ def test_another_model_or_other_data_under_the_same_names_are_not_mixed_up(tmp_p
 
 
 def test_keys_are_text_that_every_process_writes_alike():
-    assert key_text(("scales", on_disk.WORTH_SECONDS, None, ("a", 1, True))) == "('scales', 0.2, None, ('a', 1, True))"
+    assert (
+        key_text(("scales", on_disk.WORTH_SECONDS, None, ("a", 1, True)))
+        == "('scales', 0.2, None, ('a', 1, True))"
+    )
     assert key_text(("x", object())) is None
     assert key_text(Recipe) is None
     assert key_text((wb.Prune(sparsity=0.5),)) != key_text((wb.Prune(sparsity=0.6),))
@@ -205,8 +217,8 @@ WRITER = """
     from pathlib import Path
     import torch
     from tiny_tasks import tiny_task
-    from workbench.cache import Budget, Cache
-    from workbench.disk_cache import DiskCache
+    from workbench.calibration.memory_cache import Budget, Cache
+    from workbench.calibration.disk_cache import DiskCache
 
     disk = DiskCache(Path({place!r}), tiny_task("vit"), worth_seconds=0.0)
     cache = Cache(torch.device("cpu"), Budget(2**30), disk)
@@ -224,14 +236,18 @@ WRITER = """
 
 
 def writing(place: Path, turns: int, *, drop: bool = False) -> subprocess.Popen[str]:
-    code = textwrap.dedent(WRITER).format(tests=str(Path(__file__).parent), place=str(place), turns=turns, drop=drop)
+    code = textwrap.dedent(WRITER).format(
+        tests=str(Path(__file__).parent), place=str(place), turns=turns, drop=drop
+    )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
 def check_all(place: Path) -> None:
     disk = drawn(place)
     for key in "abcdef":
-        found = keeping(Budget(64 * MB), disk).once(key, lambda key=key: torch.arange(200_000, dtype=torch.float32) + ord(key), lasting=True)
+        found = keeping(Budget(64 * MB), disk).once(
+            key, lambda key=key: torch.arange(200_000, dtype=torch.float32) + ord(key), lasting=True
+        )
         assert torch.equal(found, torch.arange(200_000, dtype=torch.float32) + ord(key))
     disk.flush()
     assert len(files(place)) == 6
@@ -263,7 +279,11 @@ def test_two_processes_at_once_share_one_cache(tmp_path):
 
 
 def test_what_was_offered_is_written_before_a_process_ends(tmp_path):
-    code = textwrap.dedent(WRITER).format(tests=str(Path(__file__).parent), place=str(tmp_path), turns=1, drop=False).replace("disk.flush()\nprint", "print")
+    code = (
+        textwrap.dedent(WRITER)
+        .format(tests=str(Path(__file__).parent), place=str(tmp_path), turns=1, drop=False)
+        .replace("disk.flush()\nprint", "print")
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
     assert len(files(tmp_path)) == 6
 
@@ -298,5 +318,3 @@ def test_a_bench_uses_the_folder_that_is_set(monkeypatch, tmp_path, ledger):
     bench = wb.Bench(tiny_task("vit"), ledger=ledger, progress=False)
     assert bench.statistics.kept.disk.place == tmp_path / "here"
     assert not (tmp_path / "here").exists()  # nothing is made before there is something to keep
-
-

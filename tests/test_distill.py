@@ -11,11 +11,11 @@ from tiny_tasks import TRAINING, same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.distill import distillation_loss
-from workbench.compress.layers import replace_module
+from workbench.compress.distillation.distill import distillation_loss
 from workbench.errors import CompressionError, RecipeError
-from workbench.progress import Training
+from workbench.modules.layer import replace_module
 from workbench.recipe import Recipe
+from workbench.util.progress import Training
 
 PRUNE = wb.Prune(sparsity=0.5)
 
@@ -26,7 +26,8 @@ def softmax(row: list[float], temperature: float) -> list[float]:
 
 
 def loss_by_hand(student, teacher, labels, temperature: float, alpha: float) -> float:
-    """Return alpha T^2 KL(teacher || student at T) + (1 - alpha) cross entropy, averaged over labels, in Python floats."""
+    """Return alpha T^2 KL(teacher || student at T) + (1 - alpha) cross entropy, averaged over labels, in
+    Python floats."""
     terms = []
     for s, t, label in zip(student, teacher, labels, strict=True):
         if label == -100:
@@ -47,13 +48,17 @@ def test_the_loss_is_hintons(temperature, alpha, device):
     student, teacher = logits(7, 5, seed=1), logits(7, 5, seed=2)
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])
     found = distillation_loss(student.to(device), teacher.to(device), labels.to(device), temperature, alpha)
-    assert float(found) == pytest.approx(loss_by_hand(student.tolist(), teacher.tolist(), labels.tolist(), temperature, alpha), rel=1e-4)
+    assert float(found) == pytest.approx(
+        loss_by_hand(student.tolist(), teacher.tolist(), labels.tolist(), temperature, alpha), rel=1e-4
+    )
 
 
 def test_tokens_without_a_label_do_not_count():
     student, teacher = logits(2, 3, 5, seed=1), logits(2, 3, 5, seed=2)
     labels = torch.tensor([[0, -100, 2], [-100, 1, 4]])
-    expected = loss_by_hand(student.view(6, 5).tolist(), teacher.view(6, 5).tolist(), labels.flatten().tolist(), 2.0, 0.7)
+    expected = loss_by_hand(
+        student.view(6, 5).tolist(), teacher.view(6, 5).tolist(), labels.flatten().tolist(), 2.0, 0.7
+    )
     assert float(distillation_loss(student, teacher, labels, 2.0, 0.7)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -69,45 +74,78 @@ def test_the_gradient_keeps_its_size_at_any_temperature():
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     same = logits(8, 5, seed=1)
-    assert float(distillation_loss(same, same, torch.zeros(8, dtype=torch.long), 3.0, 1.0)) == pytest.approx(0, abs=1e-6)
+    assert float(distillation_loss(same, same, torch.zeros(8, dtype=torch.long), 3.0, 1.0)) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_the_first_point_of_the_curve_is_the_loss_of_the_compressed_model():
     task = tiny_task("vit")
     size = 2 * TRAINING  # more than there is: a batch of training items drawn with this seed
-    made = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, alpha=0.4, steps=1, distill_batch=size, seed=3)))
+    made = compress(
+        task, Recipe(PRUNE, wb.Distill(temperature=2, alpha=0.4, steps=1, distill_batch=size, seed=3))
+    )
     drawn = task.training[torch.randint(TRAINING, (TRAINING,), generator=torch.Generator().manual_seed(3))]
     start = compress(task, Recipe(PRUNE))
     with torch.no_grad():
         student, teacher = task.kind.logits(start.model, drawn), task.kind.logits(task.model, drawn)
     assert [step for step, _ in made.curve] == [0]
-    assert made.curve[0][1] == pytest.approx(loss_by_hand(student.tolist(), teacher.tolist(), drawn.labels.tolist(), 2.0, 0.4), rel=1e-4)
+    assert made.curve[0][1] == pytest.approx(
+        loss_by_hand(student.tolist(), teacher.tolist(), drawn.labels.tolist(), 2.0, 0.4), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("before", [wb.Prune(sparsity=0.6), wb.Quantize(weight_bits=3), wb.LowRank(rank_ratio=0.3, factorization="svd")], ids=repr)
+@pytest.mark.parametrize(
+    "before",
+    [wb.Prune(sparsity=0.6), wb.Quantize(weight_bits=3), wb.LowRank(rank_ratio=0.3, factorization="svd")],
+    ids=repr,
+)
 def test_training_brings_the_answers_closer_to_the_teachers(sort, device, before):
     task = tiny_task(sort, device)
     start = compress(task, Recipe(before))
-    made = compress(task, Recipe(before, wb.Distill(temperature=2, alpha=1, steps=40, learning_rate=5e-3, distill_batch=TRAINING, look_every=0)))
+    made = compress(
+        task,
+        Recipe(
+            before,
+            wb.Distill(
+                temperature=2, alpha=1, steps=40, learning_rate=5e-3, distill_batch=TRAINING, look_every=0
+            ),
+        ),
+    )
     assert [step for step, _ in made.curve] == list(range(40))
     training = task.training.to(device)
     with torch.no_grad():
         teacher = task.kind.logits(task.model, training)
-        first, last = (float(distillation_loss(task.kind.logits(model, training), teacher, training.labels, 2, 1)) for model in (start.model, made.model))
+        first, last = (
+            float(distillation_loss(task.kind.logits(model, training), teacher, training.labels, 2, 1))
+            for model in (start.model, made.model)
+        )
     assert last < 0.8 * first
 
 
-@pytest.mark.parametrize("recipe", [
-    (wb.Prune(sparsity=0.5), ), (wb.Prune(pattern="2:4"), ), (wb.Quantize(weight_bits=3, group_size=8), ), (wb.Quantize(weight_bits=4, grid="symmetric"), ),
-    (wb.Prune(pattern="2:4"), wb.Quantize(weight_bits=4)), (wb.LowRank(rank_ratio=0.4), wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)),
-], ids=lambda steps: "+".join(step.label() for step in steps))  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        (wb.Prune(sparsity=0.5),),
+        (wb.Prune(pattern="2:4"),),
+        (wb.Quantize(weight_bits=3, group_size=8),),
+        (wb.Quantize(weight_bits=4, grid="symmetric"),),
+        (wb.Prune(pattern="2:4"), wb.Quantize(weight_bits=4)),
+        (wb.LowRank(rank_ratio=0.4), wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)),
+    ],
+    ids=lambda steps: "+".join(step.label() for step in steps),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_masks_and_grids_hold_while_everything_else_moves(sort, device, dtype, recipe):
     task = tiny_task(sort, device, dtype)
     if sort == "resnet" and any(getattr(step, "group_size", 0) == 8 for step in recipe):
-        recipe = tuple(dataclasses.replace(step, group_size=9) for step in recipe)  # divides 72 and 144 inputs, not 49
+        recipe = tuple(
+            dataclasses.replace(step, group_size=9) for step in recipe
+        )  # divides 72 and 144 inputs, not 49
     start = compress(task, Recipe(*recipe))
-    made = compress(task, Recipe(*recipe, wb.Distill(temperature=2, steps=8, learning_rate=2e-2, distill_batch=16)))
+    made = compress(
+        task, Recipe(*recipe, wb.Distill(temperature=2, steps=8, learning_rate=2e-2, distill_batch=16))
+    )
     moved = 0
     for before, after in zip(start.layers, made.layers, strict=True):
         assert before.name == after.name
@@ -116,7 +154,9 @@ def test_masks_and_grids_hold_while_everything_else_moves(sort, device, dtype, r
             assert (after.matrix()[~after.mask] == 0).all()
         if before.grid is not None:
             assert torch.equal(before.grid.scale, after.grid.scale)  # scales stay, codes follow
-            assert before.grid.zero_point is None or torch.equal(before.grid.zero_point, after.grid.zero_point)
+            assert before.grid.zero_point is None or torch.equal(
+                before.grid.zero_point, after.grid.zero_point
+            )
             assert torch.equal(after.grid.dequantize().to(dtype), after.as_matrix(after.parameter))
         moved += not torch.equal(before.parameter, after.parameter)
     assert moved > len(made.layers) / 2
@@ -125,18 +165,29 @@ def test_masks_and_grids_hold_while_everything_else_moves(sort, device, dtype, r
 def test_only_targeted_layers_move():
     task = tiny_task("vit")
     start = weights(compress(task, Recipe(PRUNE)).model)
-    made = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2, targets=("re:fc1$",))))
+    made = compress(
+        task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2, targets=("re:fc1$",)))
+    )
     changed = {name for name, tensor in weights(made.model).items() if not torch.equal(tensor, start[name])}
     assert changed == {f"vit.layers.{i}.mlp.fc1.{part}" for i in range(2) for part in ("weight", "bias")}
-    assert {row.name for row in made.report if "distilled" in row.outcome} == {f"vit.layers.{i}.mlp.fc1" for i in range(2)}
+    assert {row.name for row in made.report if "distilled" in row.outcome} == {
+        f"vit.layers.{i}.mlp.fc1" for i in range(2)
+    }
 
 
 def test_without_targets_norms_and_biases_learn_too_and_buffers_stay():
     task = tiny_task("resnet")
-    start, made = compress(task, Recipe(PRUNE)), compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2)))
+    start, made = (
+        compress(task, Recipe(PRUNE)),
+        compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2))),
+    )
     for name, buffer in start.model.named_buffers():
         assert torch.equal(buffer, dict(made.model.named_buffers())[name]), name
-    assert all(not torch.equal(p, dict(made.model.named_parameters())[name]) for name, p in start.model.named_parameters() if "normalization" in name)
+    assert all(
+        not torch.equal(p, dict(made.model.named_parameters())[name])
+        for name, p in start.model.named_parameters()
+        if "normalization" in name
+    )
 
 
 def test_tied_weights_stay_tied_and_the_report_says_that_they_learned():
@@ -150,7 +201,10 @@ def test_tied_weights_stay_tied_and_the_report_says_that_they_learned():
 
 def test_another_seed_draws_other_batches():
     task = tiny_task("vit")
-    runs = [compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=3, distill_batch=4, seed=seed))).curve for seed in (0, 1, 0)]
+    runs = [
+        compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=3, distill_batch=4, seed=seed))).curve
+        for seed in (0, 1, 0)
+    ]
     assert runs[0] != runs[1]
     assert runs[0] == runs[2]
 
@@ -174,7 +228,13 @@ def test_it_can_run_where_gradients_are_switched_off():
 def test_items_that_are_no_numbers_are_refused_by_what_the_teacher_says_of_them():
     task = tiny_task("vit")
     task.training.inputs["pixel_values"][:] = torch.nan
-    with pytest.raises(CompressionError, match=r"teacher 'tiny-vit' answers with numbers that are not finite \(4 of 4\): nothing can be learned from them; check its weights and the training items"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            r"teacher 'tiny-vit' answers with numbers that are not finite \(4 of 4\): nothing can be learned"
+            r" from them; check its weights and the training items"
+        ),
+    ):
         compress(task, Recipe(PRUNE, wb.Distill(temperature=2)))
 
 
@@ -198,10 +258,18 @@ def test_training_that_is_ended_early_says_where_and_gives_the_same_bits_again()
     task = tiny_task("vit")
     seen: list[tuple[int, int]] = []
     training = Training(lambda curve, steps: seen.append((len(curve), steps)), lambda: len(seen) == 4)
-    recipe = wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4), wb.Distill(temperature=2, steps=9, distill_batch=8))
+    recipe = wb.Recipe(
+        wb.Prune(sparsity=0.5),
+        wb.Quantize(weight_bits=4),
+        wb.Distill(temperature=2, steps=9, distill_batch=8),
+    )
     stopped = compress(task, recipe, training=training)
     assert seen == [(1, 9), (2, 9), (3, 9), (4, 9)]
-    assert stopped.recipe == wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4), wb.Distill(temperature=2, steps=9, distill_batch=8, stop_at=4))
+    assert stopped.recipe == wb.Recipe(
+        wb.Prune(sparsity=0.5),
+        wb.Quantize(weight_bits=4),
+        wb.Distill(temperature=2, steps=9, distill_batch=8, stop_at=4),
+    )
     assert "distilled 4 steps at T=2" in stopped.report[0].outcome
     again = compress(task, stopped.recipe)
     assert same(weights(again.model), weights(stopped.model))

@@ -1,4 +1,7 @@
-"""KL to the dense model, against float64 computed with all logits at once; what is kept for it, and how it is said."""
+"""KL to the dense model, against float64 computed with all logits at once.
+
+What is kept for it, and how it is said.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from torch import nn
 
 import workbench as wb
 from workbench.bench import Bench
-from workbench.card import card, divergence_words
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import DataError
-from workbench.frame import points_frame
-from workbench.measure import divergence as module
-from workbench.measure.divergence import Each, Outputs, Reference, Sampler, divergence, kl_of_logits, spread
+from workbench.ledger.table import points_frame
+from workbench.measure import kl as module
+from workbench.measure.card import card, divergence_words
+from workbench.measure.cuda_graphs import Captured, Graphs
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.graphed import Captured, Graphs
+from workbench.measure.kl import Each, Outputs, Reference, Sampler, divergence, kl_of_logits, spread
 from workbench.measure.measurement import Measurement
-from workbench.statistics import Statistics
-from workbench.summary import summary
+from workbench.measure.summary import summary
 from workbench.tasks.base import Items, Task
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
 
@@ -38,7 +41,15 @@ def evaluator_of(task: Task, **settings) -> Evaluator:
     return Evaluator(task, task.evaluation.to(next(task.model.parameters()).device), **settings)
 
 
-def measured(task: Task, model: nn.Module, evaluator: Evaluator, *, counts: tuple[int, ...] = (48,), dense_counts: tuple[int, ...] = (48,), level: float = 0.9):
+def measured(
+    task: Task,
+    model: nn.Module,
+    evaluator: Evaluator,
+    *,
+    counts: tuple[int, ...] = (48,),
+    dense_counts: tuple[int, ...] = (48,),
+    level: float = 0.9,
+):
     """Return the divergence of a model, its items read in steps."""
     reference, mine = Reference(evaluator, Statistics(task)), evaluator.outputs()
     parts, dense = [], []
@@ -51,9 +62,16 @@ def measured(task: Task, model: nn.Module, evaluator: Evaluator, *, counts: tupl
 
 def logits_of(task: Task, model: nn.Module) -> torch.Tensor:
     exact = copy.deepcopy(model).double()
-    inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in task.evaluation.inputs.items()}
+    inputs = {
+        name: tensor.to(next(model.parameters()).device) for name, tensor in task.evaluation.inputs.items()
+    }
     with torch.no_grad():
-        found = exact(**{name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}).logits.cpu()
+        found = exact(
+            **{
+                name: tensor.double() if tensor.is_floating_point() else tensor
+                for name, tensor in inputs.items()
+            }
+        ).logits.cpu()
     return found[:, :-1] if found.ndim == 3 else found
 
 
@@ -71,7 +89,9 @@ def interval(values: torch.Tensor, level: float) -> tuple[float, float, float]:
 
 
 def near(found: module.Divergence, values: torch.Tensor, level: float = 0.9, rel: float = 2e-4) -> None:
-    assert (found.kl.value, found.kl.low, found.kl.high) == pytest.approx(interval(values, level), rel=rel, abs=1e-7)
+    assert (found.kl.value, found.kl.low, found.kl.high) == pytest.approx(
+        interval(values, level), rel=rel, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,9 +124,18 @@ def test_heads_that_stay_on_give_the_same(name, fused):
 def test_looks_in_steps_and_a_dense_model_read_at_once_agree(sort):
     task = tiny_task(sort)
     model = compress(task, RECIPE, shared=True).model
-    near(measured(task, model, evaluator_of(task), counts=(16, 17, 48), dense_counts=(20, 48)), items_kl(task, model).mean(1))
-    near(measured(task, model, evaluator_of(task), counts=(16, 30), dense_counts=(48,)), items_kl(task, model)[:30].mean(1))
-    near(measured(task, model, evaluator_of(task), counts=(30,), dense_counts=(16,)), items_kl(task, model)[:30].mean(1))  # the rest is read
+    near(
+        measured(task, model, evaluator_of(task), counts=(16, 17, 48), dense_counts=(20, 48)),
+        items_kl(task, model).mean(1),
+    )
+    near(
+        measured(task, model, evaluator_of(task), counts=(16, 30), dense_counts=(48,)),
+        items_kl(task, model)[:30].mean(1),
+    )
+    near(
+        measured(task, model, evaluator_of(task), counts=(30,), dense_counts=(16,)),
+        items_kl(task, model)[:30].mean(1),
+    )  # the rest is read
 
 
 def test_texts_read_in_the_order_of_their_length_are_told_apart(device):
@@ -114,9 +143,16 @@ def test_texts_read_in_the_order_of_their_length_are_told_apart(device):
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(2, 9, (48,), generator=generator)
     task.evaluation.inputs["attention_mask"][:] = (torch.arange(8) < lengths[:, None]).long()
-    ids = torch.nn.functional.pad(task.evaluation.inputs["input_ids"], (0, 8))  # 16 columns, of which half are never read
+    ids = torch.nn.functional.pad(
+        task.evaluation.inputs["input_ids"], (0, 8)
+    )  # 16 columns, of which half are never read
     mask = torch.nn.functional.pad(task.evaluation.inputs["attention_mask"], (0, 8))
-    task = dataclasses.replace(task, kind=TEXT_CLASSIFICATION, evaluation=Items({"input_ids": ids, "attention_mask": mask}, task.evaluation.labels), batch_size=5)
+    task = dataclasses.replace(
+        task,
+        kind=TEXT_CLASSIFICATION,
+        evaluation=Items({"input_ids": ids, "attention_mask": mask}, task.evaluation.labels),
+        batch_size=5,
+    )
     model = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), shared=True).model
     evaluator = evaluator_of(task)
     assert evaluator.text_spans() is not None
@@ -210,7 +246,10 @@ def test_no_room_is_said(monkeypatch, ledger):
     monkeypatch.setattr(module, "HOST_BYTES", 20)
     point = Bench(tiny_task("vit"), device="cpu", ledger=ledger, progress=False).measure(RECIPE)
     assert point.kl is None
-    assert point.missing["KL to the dense model"] == "outputs of 1 of 48 items are kept within 20 bytes: an interval needs at least 2"
+    assert (
+        point.missing["KL to the dense model"]
+        == "outputs of 1 of 48 items are kept within 20 bytes: an interval needs at least 2"
+    )
     assert any(what == "not measured: KL to the dense model" for what, _, _ in summary(point))
 
 
@@ -229,7 +268,15 @@ def test_models_run_once_and_no_item_twice(sort, ledger, monkeypatch):
     usual = type(task.kind).logits
     evaluating = []
     scores = Evaluator.scores
-    monkeypatch.setattr(Evaluator, "scores", lambda self, model, *rest, **named: (evaluating.append(1), scores(self, model, *rest, **named), evaluating.pop())[1])
+    monkeypatch.setattr(
+        Evaluator,
+        "scores",
+        lambda self, model, *rest, **named: (
+            evaluating.append(1),
+            scores(self, model, *rest, **named),
+            evaluating.pop(),
+        )[1],
+    )
 
     def logits(self, model, items):
         if evaluating and len(items) > 1:  # one item is tried where shortcuts are looked for
@@ -253,11 +300,18 @@ def test_points_carry_it_and_early_looks_do_not(ledger):
     assert last.kl.low < last.kl.value < last.kl.high
     assert (last.kl_items, last.kl_answers) == (48, 48 * 7)
     assert Measurement.from_json(last.to_json()) == last
-    words = f"{last.kl.value:.3g} [{last.kl.low:.3g}, {last.kl.high:.3g}] nats a token, of 336 tokens in 48 windows"
+    words = (
+        f"{last.kl.value:.3g} [{last.kl.low:.3g}, {last.kl.high:.3g}] nats a token, of 336 tokens in 48"
+        " windows"
+    )
     assert ("KL to dense", "", words) in summary(last)
     assert f"| KL to dense | {words} |" in card(last)
     row = points_frame([last]).iloc[0]
-    assert (row["kl_to_dense_nats"], row["kl_to_dense_nats_low"], row["kl_answers"]) == (last.kl.value, last.kl.low, 336)
+    assert (row["kl_to_dense_nats"], row["kl_to_dense_nats_low"], row["kl_answers"]) == (
+        last.kl.value,
+        last.kl.low,
+        336,
+    )
 
 
 def test_old_points_without_it_load(ledger):
@@ -287,7 +341,12 @@ def test_a_point_that_goes_on_is_of_all_items_it_has_read(tmp_path, sort):
 def test_a_point_that_stops_twice_keeps_what_it_knew(tmp_path):
     task = tiny_task("vit", evaluation=300)
     bench = Bench(task, device="cpu", ledger=tmp_path / "points.journal", progress=False)
-    widths = [point.primary.change.half_width for point in Bench(task, device="cpu", ledger=tmp_path / "other.journal", progress=False).stream(RECIPE)]
+    widths = [
+        point.primary.change.half_width
+        for point in Bench(task, device="cpu", ledger=tmp_path / "other.journal", progress=False).stream(
+            RECIPE
+        )
+    ]
     found = [bench.measure(RECIPE, margin=margin) for margin in (1.0, (widths[0] + widths[1]) / 2, 0)]
     assert [point.kl_items for point in found] == [16, 64, 300] == [point.items for point in found]
 
@@ -307,7 +366,10 @@ def test_a_model_whose_outputs_are_gone_is_known_by_what_was_kept_of_each_item()
     reference, mine = Reference(evaluator, Statistics(task)), evaluator.outputs()
     evaluator.scores(model, [], 48, outputs=mine)
     whole = divergence(evaluator, reference, model, mine, 48, level=0.9)
-    assert divergence(evaluator, reference, model, evaluator.outputs(), 48, level=0.9, earlier=whole.each) == whole
+    assert (
+        divergence(evaluator, reference, model, evaluator.outputs(), 48, level=0.9, earlier=whole.each)
+        == whole
+    )
     with pytest.raises(DataError, match="outputs of 0 of 48 items"):
         divergence(evaluator, reference, model, evaluator.outputs(), 48, level=0.9)
 
@@ -328,10 +390,14 @@ def test_dense_outputs_that_were_thrown_out_are_read_again():
 
 
 def test_kinds_without_a_distribution_have_none(tmp_path):
-    from workbench.measure.divergence import has_distribution
+    from workbench.measure.kl import has_distribution
     from workbench.tasks import KINDS
 
-    assert [kind.name for kind in KINDS if has_distribution(kind)] == ["image classification", "text classification", "language modelling"]
+    assert [kind.name for kind in KINDS if has_distribution(kind)] == [
+        "image classification",
+        "text classification",
+        "language modelling",
+    ]
 
 
 class Stepwise:
@@ -352,7 +418,9 @@ class Stepwise:
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_graphs_give_what_is_kept_of_each_batch(name, monkeypatch):
     def capture(self: Graphs, items: Items) -> Captured:
-        made = Stepwise(self, Items({key: tensor.clone() for key, tensor in items.inputs.items()}, items.labels.clone()))
+        made = Stepwise(
+            self, Items({key: tensor.clone() for key, tensor in items.inputs.items()}, items.labels.clone())
+        )
         return Captured(made, made.inputs, made.loss, made.answers, made.sampled)
 
     monkeypatch.setattr(Graphs, "capture", capture)
@@ -392,9 +460,20 @@ def test_outputs_beside_the_room_are_left_out():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
 def test_streamed_models_give_the_same(name, device, tmp_path):
-    benches = [wb.Bench(tiny_task(name), device=device, placement=where, ledger=tmp_path / f"{where}.journal", progress=False) for where in ("device", "streamed")]
+    benches = [
+        wb.Bench(
+            tiny_task(name),
+            device=device,
+            placement=where,
+            ledger=tmp_path / f"{where}.journal",
+            progress=False,
+        )
+        for where in ("device", "streamed")
+    ]
     for bench in benches:
         bench.evaluator.fused = False  # as a streamed model is run
     points = [bench.measure(RECIPE) for bench in benches]
     assert points[0].kl.value > 0
-    assert [(point.kl, point.kl_items, point.kl_answers) for point in points] == 2 * [(points[0].kl, points[0].kl_items, points[0].kl_answers)]
+    assert [(point.kl, point.kl_items, point.kl_answers) for point in points] == 2 * [
+        (points[0].kl, points[0].kl_items, points[0].kl_answers)
+    ]

@@ -12,12 +12,12 @@ from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.blow_up import trouble, worse
-from workbench.compress.held_out import HeldOut
-from workbench.compress.training import Run
+from workbench.compress.training.divergence_guard import trouble, worse
+from workbench.compress.training.trainer import Run
+from workbench.compress.training.validation import HeldOut
 from workbench.errors import CompressionError
-from workbench.progress import Look
 from workbench.recipe import Recipe
+from workbench.util.progress import Look
 
 
 @pytest.fixture
@@ -41,7 +41,10 @@ def test_a_training_that_diverges_keeps_the_best_and_says_where(breaking):
     made = distilled(task, *BOTH, steps=50)
     kept = made.recipe.get("distill").stop_at
     assert kept in {10, 20, 30}
-    assert made.warnings[0].startswith(f"distillation diverged at step 37 of 50: loss nan; the weights after step {kept} are kept, where training loss was lowest (")
+    assert made.warnings[0].startswith(
+        f"distillation diverged at step 37 of 50: loss nan; the weights after step {kept} are kept, where"
+        " training loss was lowest ("
+    )
     assert "lower learning_rate=0.0003" in made.warnings[0]
     assert len(made.curve) == 37
     assert same(weights(compress(task, made.recipe).model), weights(made.model))
@@ -51,7 +54,9 @@ def test_training_through_the_rounding_falls_back_as_well(breaking):
     task = tiny_task("vit")
     breaking(37)
     made = compress(task, Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=50, qat_batch=8)))
-    assert made.warnings[0].startswith("quantization-aware training diverged at step 37 of 50: loss nan; the weights after step ")
+    assert made.warnings[0].startswith(
+        "quantization-aware training diverged at step 37 of 50: loss nan; the weights after step "
+    )
     assert made.recipe.get("qat").qat_stop_at in {10, 20, 30}
     assert same(weights(compress(task, made.recipe).model), weights(made.model))
 
@@ -62,7 +67,12 @@ def test_training_between_rounds_of_pruning_goes_on_from_its_best_where_it_diver
     breaking(12)
     made = compress(task, recipe)
     for index in (1, 2):
-        assert re.match(rf"training of Prune after round {index} diverged at step 12 of 20: loss nan; the weights (after step 10|from before the first step) are kept, where training loss was lowest \(.*; lower train_rate", made.warnings[index - 1])
+        assert re.match(
+            rf"training of Prune after round {index} diverged at step 12 of 20: loss nan; the weights (after"
+            r" step 10|from before the first step) are kept, where training loss was lowest \(.*; lower"
+            r" train_rate",
+            made.warnings[index - 1],
+        )
     assert same(weights(compress(task, recipe).model), weights(made.model))
     assert made.recipe == recipe
 
@@ -81,7 +91,11 @@ def test_a_gradient_that_is_no_number_ends_the_training_before_it_does_harm(monk
 
     monkeypatch.setattr(Run, "added", added)
     made = distilled(task, steps=50)
-    assert re.match(r"distillation diverged at step 7 of 50: a gradient is nan at loss [\d.]+; the weights from before the first step are kept", made.warnings[0])
+    assert re.match(
+        r"distillation diverged at step 7 of 50: a gradient is nan at loss [\d.]+; the weights from before"
+        r" the first step are kept",
+        made.warnings[0],
+    )
     assert len(made.curve) == 7
     assert same(weights(made.model), weights(compress(task, Recipe(PRUNE)).model))
 
@@ -90,9 +104,18 @@ def test_a_gradient_that_is_no_number_ends_the_training_before_it_does_harm(monk
 def test_a_loss_that_blows_up_without_being_infinite_ends_the_training(look_every, monkeypatch):
     task = tiny_task("vit")
     start, plain = compress(task, Recipe(PRUNE)), Run.added
-    monkeypatch.setattr(Run, "added", lambda run, drawn, objective: plain(run, drawn, objective) + (1e4 if run.done > 3 else 0))
+    monkeypatch.setattr(
+        Run,
+        "added",
+        lambda run, drawn, objective: plain(run, drawn, objective) + (1e4 if run.done > 3 else 0),
+    )
     made = distilled(task, steps=120, look_every=look_every)
-    assert re.match(r"distillation diverged at step 13 of 120: loss 1e\+04, for 10 steps above 10 times what it was at first \(.*\) and 1 more; the weights from before the first step are kept, .*; lower learning_rate=0\.0003$", made.warnings[0])
+    assert re.match(
+        r"distillation diverged at step 13 of 120: loss 1e\+04, for 10 steps above 10 times what it was at"
+        r" first \(.*\) and 1 more; the weights from before the first step are kept, .*; lower"
+        r" learning_rate=0\.0003$",
+        made.warnings[0],
+    )
     assert len(made.curve) == 13
     assert made.recipe.get("distill").stop_at == 0
     assert same(weights(made.model), weights(start.model))
@@ -102,7 +125,10 @@ def test_a_loss_that_blows_up_without_being_infinite_ends_the_training(look_ever
 def test_a_transfer_that_diverges_keeps_the_best_look(breaking):
     task = tiny_task("vit")
     breaking(11)
-    made = compress(task, Recipe(PRUNE, wb.Transfer(transfer_steps=20, transfer_batch=8, transfer_look_every=4, lora_count=2)))
+    made = compress(
+        task,
+        Recipe(PRUNE, wb.Transfer(transfer_steps=20, transfer_batch=8, transfer_look_every=4, lora_count=2)),
+    )
     kept = made.recipe.get("transfer").transfer_stop_at
     assert kept in {0, 4, 8}
     assert made.warnings[0].startswith("transfer diverged at step 11 of 20: loss nan; the weights ")
@@ -112,14 +138,21 @@ def test_a_transfer_that_diverges_keeps_the_best_look(breaking):
 def test_a_loss_that_only_grew_is_said():
     assert worse([1.0] * 9 + [2.0] * 10) == ""  # too few steps
     assert worse([1.0] * 10 + [2.0] * 9 + [0.5]) == ""
-    assert worse([1.0] * 10 + [2.0] * 9 + [3.0]) == "ended with a larger loss than it began with: 1 at the first step, at least 2 in each of the last 10"
+    assert (
+        worse([1.0] * 10 + [2.0] * 9 + [3.0])
+        == "ended with a larger loss than it began with: 1 at the first step, at least 2 in each of the"
+        " last 10"
+    )
 
 
 def test_single_bad_batches_are_no_divergence():
     assert trouble(1e6, 1.0, [1.0] * 20) == ""
     assert trouble(1e6, 1.0, [1.0] + [1e6] * 8) == ""
     assert trouble(19.9, 1.0, [1.0] + [1e6] * 20) == ""
-    assert trouble(20.1, 1.0, [1.0] + [1e6] * 9) == "loss 20.1, for 10 steps above 10 times what it was at first (1) and 1 more"
+    assert (
+        trouble(20.1, 1.0, [1.0] + [1e6] * 9)
+        == "loss 20.1, for 10 steps above 10 times what it was at first (1) and 1 more"
+    )
     assert trouble(math.inf, 1.0, []) == "loss inf"
 
 
@@ -127,7 +160,11 @@ def test_with_looks_the_best_look_is_kept(breaking, monkeypatch):
     task = tiny_task("vit")
     breaking(11)
     losses = {0: 3.0, 4: 1.0, 8: 2.0}
-    monkeypatch.setattr(HeldOut, "look", lambda _held, _model, step: Look(step, losses[step], "accuracy", 1.0, 0.5, 0.4, 0.6, 4, 0.95))
+    monkeypatch.setattr(
+        HeldOut,
+        "look",
+        lambda _held, _model, step: Look(step, losses[step], "accuracy", 1.0, 0.5, 0.4, 0.6, 4, 0.95),
+    )
     made = distilled(task, steps=50, look_every=4)
     assert made.recipe.get("distill").stop_at == 4
     assert "held-out loss was lowest" in made.warnings[0]
@@ -138,13 +175,19 @@ def test_a_training_that_diverges_early_keeps_what_it_began_with(breaking):
     task = tiny_task("vit")
     breaking(7)
     made = distilled(task, steps=50)
-    assert made.warnings[0].startswith("distillation diverged at step 7 of 50: loss nan; the weights from before the first step are kept, where training loss was lowest (")
+    assert made.warnings[0].startswith(
+        "distillation diverged at step 7 of 50: loss nan; the weights from before the first step are kept,"
+        " where training loss was lowest ("
+    )
     assert same(weights(made.model), weights(compress(task, Recipe(PRUNE)).model))
 
 
 def test_a_training_that_cannot_begin_is_refused(breaking):
     breaking(0)
-    with pytest.raises(CompressionError, match=r"distillation diverged at step 0 of 50: loss nan; lower learning_rate=0\.0003"):
+    with pytest.raises(
+        CompressionError,
+        match=r"distillation diverged at step 0 of 50: loss nan; lower learning_rate=0\.0003",
+    ):
         distilled(tiny_task("vit"), steps=50)
 
 
@@ -158,6 +201,10 @@ def test_on_a_real_model_a_point_that_diverged_is_measured_and_kept(ledger):
     bench = wb.Bench("fashion-vit", ledger=ledger, progress=False)
     recipe = Recipe(wb.Quantize(weight_bits=3), wb.QAT(qat_steps=20, qat_rate=1.0, qat_batch=16))
     point = bench.measure(recipe)
-    assert re.match(r"quantization-aware training diverged at step 10 of 20: loss \d+, for 10 steps above 10 times what it was at first .*; the weights from before the first step are kept", point.warnings[0])
+    assert re.match(
+        r"quantization-aware training diverged at step 10 of 20: loss \d+, for 10 steps above 10 times what"
+        r" it was at first .*; the weights from before the first step are kept",
+        point.warnings[0],
+    )
     assert point.quality[0].compressed.value > 0.85
     assert bench.measure(recipe) == point

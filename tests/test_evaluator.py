@@ -19,30 +19,42 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.activations import Activations
-from workbench.compress.layers import find_layers
+from workbench.compress.quantization.activations import Activations
+from workbench.measure.chunked_head import Head, Headless, find_head
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.fused import Head, Headless, find_head
-from workbench.measure.prefix import Kept, alike, find_chain
-from workbench.measure.stand_ins import with_stand_ins
+from workbench.measure.prefix_reuse import Kept, alike, find_chain
+from workbench.modules.layer import find_layers
+from workbench.modules.substitution import with_stand_ins
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
-from workbench.tasks.choosing import Unprojected
+from workbench.tasks.likelihood import Unprojected
 
 ALL = sorted(structure_models.BUILDERS)
 LANGUAGE = ("llama", "gpt2", "untied", "grouped", "scaled")
-DEPTHS = {"bert": 0, "llama": 1, "gpt2": 1, "grouped": 3, "scaled": 2, "resnet": 3, "bottleneck": 4}  # blocks that can be left out; one alone is not worth it, and a tied head is the embedding too
+DEPTHS = {
+    "bert": 0,
+    "llama": 1,
+    "gpt2": 1,
+    "grouped": 3,
+    "scaled": 2,
+    "resnet": 3,
+    "bottleneck": 4,
+}  # blocks that can be left out; one alone is not worth it, and a tied head is the embedding too
 PARTS = ("loss", "correct", "weight", "answers")
 
 
 def evaluator_of(task: Task, **settings) -> Evaluator:
-    settings = {"fused": False} | settings  # bits are compared with those of the model run as it is; see test_fused_blocks.py
+    settings = {
+        "fused": False
+    } | settings  # bits are compared with those of the model run as it is; see test_fused_blocks.py
     return Evaluator(task, task.evaluation.to(next(task.model.parameters()).device), **settings)
 
 
 def plain(task: Task, model: nn.Module, count: int | None = None) -> Scores:
     """Return what the model does, batch by batch, by its own forward."""
-    return Scores.join([score(task.kind, model, items) for items in task.evaluation[:count].batches(task.batch_size)])
+    return Scores.join(
+        [score(task.kind, model, items) for items in task.evaluation[:count].batches(task.batch_size)]
+    )
 
 
 def alone(task: Task, name: str) -> nn.Module:
@@ -77,8 +89,15 @@ def test_the_model_is_run_without_its_head_and_logits_come_in_chunks(name, monke
     evaluator, shapes = evaluator_of(task), []
     head = task.model.get_output_embeddings()
     assert evaluator.head(type(task.model)) == Head("lm_head", VOCABULARY)
-    monkeypatch.setattr("workbench.tasks.choosing.CHUNK", 20 * VOCABULARY)
-    monkeypatch.setattr(type(head), "forward", lambda self, given, real=type(head).forward: (shapes.append(tuple(given.shape)) if self is head else None, real(self, given))[1])
+    monkeypatch.setattr("workbench.tasks.likelihood.CHUNK", 20 * VOCABULARY)
+    monkeypatch.setattr(
+        type(head),
+        "forward",
+        lambda self, given, real=type(head).forward: (
+            shapes.append(tuple(given.shape)) if self is head else None,
+            real(self, given),
+        )[1],
+    )
     evaluator.scores(task.model, [], 16)
     width = task.model.config.hidden_size
     assert shapes == [(20, width)] * 5 + [(16 * 7 - 100, width)]
@@ -110,8 +129,18 @@ def test_what_is_done_after_the_head_keeps_the_models_own_logits():
 def test_gemma_caps_its_logits():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-                          head_dim=8, max_position_embeddings=64, final_logit_softcapping=3.0, sliding_window=4)  # fmt: skip
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        final_logit_softcapping=3.0,
+        sliding_window=4,
+    )
     task = tiny_task("llama", model=spread(Gemma2ForCausalLM(config)))
     assert find_head(task.model, task.evaluation) is None
     name = next(name for name in find_layers(task.model)[0] if ".layers.3." in name)
@@ -124,7 +153,11 @@ def test_gemma_caps_its_logits():
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_head_that_rounds_its_inputs_together_is_not_taken_apart(bias):
     task = tiny_task("untied")
-    together = Activations(targets=("lm_head",), activation_granularity="tensor") if bias else Activations(targets=("lm_head",))
+    together = (
+        Activations(targets=("lm_head",), activation_granularity="tensor")
+        if bias
+        else Activations(targets=("lm_head",))
+    )
     model = compress(task, wb.Recipe(together), shared=True).model
     evaluator = evaluator_of(task)
     assert (evaluator.prepared(model) is model) is bias
@@ -174,7 +207,10 @@ def test_every_single_layer_scores_the_same_bits(name, device, one_thread):
     assert max(used) == DEPTHS.get(name, 2)
 
 
-@pytest.mark.parametrize(("threads", "noise", "left_out"), [(1, 0.0, True), (1, 1e-7, False), (2, 0.0, True), (2, 1e-7, True), (2, 1e-3, False)])
+@pytest.mark.parametrize(
+    ("threads", "noise", "left_out"),
+    [(1, 0.0, True), (1, 1e-7, False), (2, 0.0, True), (2, 1e-7, True), (2, 1e-3, False)],
+)
 def test_with_several_threads_the_same_to_rounding_is_enough(monkeypatch, threads, noise, left_out):
     task = structure_models.task_of("grouped")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -207,7 +243,13 @@ def test_blocks_before_the_changed_one_are_not_run():
     evaluator = evaluator_of(task)
     real = type(model.model.layers[0]).forward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model.model.layers[0]), "forward", lambda self, *args, **named: (runs.append(self.self_attn.layer_idx), real(self, *args, **named))[1])
+        patch.setattr(
+            type(model.model.layers[0]),
+            "forward",
+            lambda self, *args, **named: (runs.append(self.self_attn.layer_idx), real(self, *args, **named))[
+                1
+            ],
+        )
         evaluator.scores(model, [], 48)
         first, runs[:] = list(runs), []
         evaluator.scores(model, [], 48)
@@ -219,11 +261,22 @@ def test_a_changed_embedding_norm_or_cache_leaves_nothing_out():
     task = structure_models.task_of("grouped")
     evaluator = evaluator_of(task)
     assert evaluator.unchanged_blocks(alone(task, "model.layers.1.mlp.up_proj")) == 1
-    assert evaluator.unchanged_blocks(alone(task, "lm_head")) == (0 if task.model.config.tie_word_embeddings else 3)
-    for recipe in (wb.Recipe(wb.Prune(sparsity=0.3, pattern="layers")), wb.Recipe(wb.KVCache(kv_bits=4)), wb.Recipe(wb.Prune(sparsity=0.5))):
+    assert evaluator.unchanged_blocks(alone(task, "lm_head")) == (
+        0 if task.model.config.tie_word_embeddings else 3
+    )
+    for recipe in (
+        wb.Recipe(wb.Prune(sparsity=0.3, pattern="layers")),
+        wb.Recipe(wb.KVCache(kv_bits=4)),
+        wb.Recipe(wb.Prune(sparsity=0.5)),
+    ):
         assert evaluator.unchanged_blocks(compress(task, recipe, shared=True).model) == 0
     assert evaluator.unchanged_blocks(task.model) == 0
-    assert evaluator.unchanged_blocks(compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.2.*",)))).model) == 0  # nothing is shared
+    assert (
+        evaluator.unchanged_blocks(
+            compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.2.*",)))).model
+        )
+        == 0
+    )  # nothing is shared
 
 
 @pytest.mark.parametrize("change", ["hook", "forward", "buffer", "class", "number"])
@@ -246,11 +299,16 @@ def test_any_change_of_a_block_is_seen(change):
 
 
 class Chained(nn.Module):
-    """Blocks in a row whose outputs may be read once more at the end, or that may work in place or return more."""
+    """Blocks in a row whose outputs may be read once more at the end, or that may work in place or return
+    more."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.way, self.blocks, self.head = way, nn.ModuleList(nn.Linear(6, 6) for _ in range(4)), nn.Linear(6, CLASSES)
+        self.way, self.blocks, self.head = (
+            way,
+            nn.ModuleList(nn.Linear(6, 6) for _ in range(4)),
+            nn.Linear(6, CLASSES),
+        )
 
     def forward(self, pixel_values):
         states, seen = pixel_values.flatten(1), []
@@ -266,12 +324,18 @@ class Chained(nn.Module):
         return type("Output", (), {"logits": self.head(states)})
 
 
-@pytest.mark.parametrize(("way", "chained"), [("plain", True), ("skip", False), ("in place", False), ("twice", False), ("new", False)])
+@pytest.mark.parametrize(
+    ("way", "chained"),
+    [("plain", True), ("skip", False), ("in place", False), ("twice", False), ("new", False)],
+)
 def test_only_a_plain_chain_is_cut(way, chained):
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = Chained(way).eval().requires_grad_(False)
-    items = Items({"pixel_values": torch.randn(48, 6, generator=generator)}, torch.randint(CLASSES, (48,), generator=generator))
+    items = Items(
+        {"pixel_values": torch.randn(48, 6, generator=generator)},
+        torch.randint(CLASSES, (48,), generator=generator),
+    )
     task = dataclasses.replace(tiny_task("vit"), model=model, evaluation=items)
     found = find_chain(model, lambda other, some: score(task.kind, other, some), items[:1])
     assert (found is not None) is chained
@@ -328,7 +392,22 @@ def test_the_sensitivity_of_layers_is_what_it_was_without_shortcuts(tmp_path):
 
 def test_the_benchmark_runs_on_a_tiny_shape(tmp_path):
     out = tmp_path / "evaluation.json"
-    command = [sys.executable, "benchmarks/evaluation.py", "--shape", "tiny", "--device", "cpu", "--context", "16", "--windows", "20", "--repeats", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        "benchmarks/evaluation.py",
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--context",
+        "16",
+        "--windows",
+        "20",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     costs = json.loads(out.read_text())["costs"]

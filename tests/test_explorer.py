@@ -13,27 +13,40 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
-from widgets.choice import Choice
-from widgets.code_view import command, python
-from widgets.error_pane import ErrorPane, explain
 from widgets.explorer import Explorer
-from widgets.honesty import signed, strip
-from widgets.layer_rows import rows_of
-from widgets.live import Live, thin
-from widgets.live_axes import y_range
-from widgets.live_figure import DENSE, FRONT, MEASURED, PREDICTED, history_changes, live_changes, live_figure
-from widgets.plot_choice import PlotChoice
+from widgets.panes.code_view import command, python
+from widgets.panes.error_pane import ErrorPane, explain
+from widgets.panes.layer_rows import rows_of
+from widgets.panes.verdict_strip import signed, strip
+from widgets.plot.live_axes import y_range
+from widgets.plot.live_figure import (
+    DENSE,
+    FRONT,
+    MEASURED,
+    PREDICTED,
+    history_changes,
+    live_changes,
+    live_figure,
+)
+from widgets.plot.plot_choice import PlotChoice
+from widgets.session.model_choice import Choice
+from widgets.session.state import Live, thin
+from workbench.cli.serve import lab_command, write_settings
 from workbench.errors import CompressionError, ModelError
-from workbench.predict import Predictor
-from workbench.serve import lab_command, write_settings
-from workbench.tradeoff import fastest_within, smallest_within
+from workbench.ledger.pareto import fastest_within, smallest_within
+from workbench.predict.predictor import Predictor
 
 ZEROS = wb.Recipe(wb.Prune(sparsity=0.5))
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path_factory.mktemp("points") / "points.journal", progress=False, device="cpu")
+    made = wb.Bench(
+        tiny_tasks.tiny_task("vit"),
+        ledger=tmp_path_factory.mktemp("points") / "points.journal",
+        progress=False,
+        device="cpu",
+    )
     for sparsity in (0.2, 0.5, 0.8):
         made.measure(wb.Recipe(wb.Prune(sparsity=sparsity)))
     return made
@@ -41,7 +54,9 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def panel(tmp_path):
-    made = Explorer("fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu")
+    made = Explorer(
+        "fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu"
+    )
     yield made
     made.close()
 
@@ -125,9 +140,18 @@ def test_no_keyword_is_swallowed():
         Explorer("fashion-cnn", sparsty=0.5)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_out_of_memory_names_the_slider(error):
-    assert explain(error, "weight_bits").startswith("Out of memory after weight_bits was moved: go back (undo)")
+    assert explain(error, "weight_bits").startswith(
+        "Out of memory after weight_bits was moved: go back (undo)"
+    )
 
 
 def test_other_errors_say_their_kind_and_text_is_escaped():
@@ -155,11 +179,25 @@ def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
     assert f"measured: 16 of {point.items_total} items" in during
     assert "predicted, not measured yet" in during  # the speed
     after = strip(Live(ZEROS, guess, point, "measured"))
-    for words in ("theoretical", "packed", "file", "time predicted", "time measured", "answers changed", f"{point.items} of {point.items_total}"):
+    for words in (
+        "theoretical",
+        "packed",
+        "file",
+        "time predicted",
+        "time measured",
+        "answers changed",
+        f"{point.items} of {point.items_total}",
+    ):
         assert words in after
     assert signed(-0.04) == "\N{PLUS-MINUS SIGN}0.0"
     assert signed(-1.26) == "\N{MINUS SIGN}1.3"
-    assert [signed(value) for value in (999.96, 2460.0, -21_900.0, 3.14e7, math.inf)] == ["+1000.0", "+2,500", "\N{MINUS SIGN}22,000", "+3.1e+07", "+inf"]
+    assert [signed(value) for value in (999.96, 2460.0, -21_900.0, 3.14e7, math.inf)] == [
+        "+1000.0",
+        "+2,500",
+        "\N{MINUS SIGN}22,000",
+        "+3.1e+07",
+        "+inf",
+    ]
 
 
 def test_records_become_traces(bench, point):
@@ -178,7 +216,10 @@ def test_records_become_traces(bench, point):
     assert done[PREDICTED]["x"] == []
     assert done[MEASURED]["y"][0] == pytest.approx(100 * point.primary.compressed.value)
     look = dataclasses.replace(point, items=16, latency=None)
-    assert live_changes(Live(ZEROS, guess, look, "measuring"), point, PlotChoice(cost="latency"))[MEASURED]["x"] == []
+    assert (
+        live_changes(Live(ZEROS, guess, look, "measuring"), point, PlotChoice(cost="latency"))[MEASURED]["x"]
+        == []
+    )
 
 
 def test_axes_are_calm():
@@ -209,11 +250,17 @@ def test_code_says_the_same_everywhere():
     space = {}
     exec(python("m", recipe).replace("point = Bench('m').measure", "found = "), space)  # noqa: S102
     assert space["found"] == recipe
-    assert command("m", recipe) == "workbench measure m --sparsity 0.5 --pattern 2:4 --prune-targets '*fc*' --weight-bits 3"
+    assert (
+        command("m", recipe)
+        == "workbench measure m --sparsity 0.5 --pattern 2:4 --prune-targets '*fc*' --weight-bits 3"
+    )
 
 
 def test_importing_widgets_is_free_and_explorer_comes_by_name():
-    code = "import json, sys, widgets; before = 'ipywidgets' in sys.modules; from widgets import Explorer; print(json.dumps([before, Explorer.__name__]))"
+    code = (
+        "import json, sys, widgets; before = 'ipywidgets' in sys.modules; from widgets import Explorer;"
+        " print(json.dumps([before, Explorer.__name__]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [False, "Explorer"]
     import widgets
@@ -230,13 +277,15 @@ def test_lab_is_on_loopback_with_its_token_and_own_settings(tmp_path):
     assert "--KernelManager.transport=ipc" in words
     assert not any("token" in word for word in words)
     write_settings(tmp_path)
-    assert json.loads((tmp_path / "overrides.json").read_text())["@jupyter-widgets/jupyterlab-manager:plugin"] == {"saveState": False}
+    assert json.loads((tmp_path / "overrides.json").read_text())[
+        "@jupyter-widgets/jupyterlab-manager:plugin"
+    ] == {"saveState": False}
 
 
 def test_the_websocket_sends_at_once():
     from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 
-    from workbench.serve import send_at_once
+    from workbench.cli.serve import send_at_once
 
     before = KernelWebsocketHandler.open
     try:
@@ -274,7 +323,9 @@ def test_another_model_forgets_the_layers_and_the_dense_numbers_of_the_one_befor
     assert "dense" in panel.dense.value
     panel.follow(wb.Recipe(wb.Prune(sparsity=0.5, pattern="channels")))
     panel.session.live = dataclasses.replace(panel.session.live, recipe=panel.form.recipe)
-    panel.session.load_now(Choice("fashion-vit", device="cpu", evaluation_items=64))  # a recipe that does not fit it
+    panel.session.load_now(
+        Choice("fashion-vit", device="cpu", evaluation_items=64)
+    )  # a recipe that does not fit it
     deadline = time.monotonic() + 30
     while panel.session.live.state != "failed" and time.monotonic() < deadline:
         time.sleep(0.02)

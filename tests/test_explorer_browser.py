@@ -31,12 +31,28 @@ def open_lab(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("lab")
     problems, outside = [], []
-    environment = {"XDG_STATE_HOME": str(folder / "state"), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
-    with lab.server(NOTEBOOK, folder, environment, {"evaluation_items = None": "evaluation_items = 800"}) as url, sync_playwright() as playwright:
+    environment = {
+        "XDG_STATE_HOME": str(folder / "state"),
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "2",
+    }
+    with (
+        lab.server(
+            NOTEBOOK, folder, environment, {"evaluation_items = None": "evaluation_items = 800"}
+        ) as url,
+        sync_playwright() as playwright,
+    ):
         chromium = playwright.chromium.launch(executable_path=path, args=list(browser.FLAGS))
         page = chromium.new_page(viewport={"width": 1280, "height": 800})
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: outside.append(request.url) if not re.match(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:", request.url) else None)
+        page.on(
+            "request",
+            lambda request: (
+                outside.append(request.url)
+                if not re.match(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:", request.url)
+                else None
+            ),
+        )
         opened = lab.Lab(page)
         opened.open(url)
         opened.run_all()
@@ -137,9 +153,12 @@ def test_a_click_on_a_point_puts_the_sliders_back(panel):
 
 
 SPOT = """key => {
-  const plot = document.querySelector('.wb-panel .js-plotly-plot'), box = plot.getBoundingClientRect(), size = plot._fullLayout;
-  for (const t of plot._fullData) for (const [i, k] of Array.from(t.customdata || []).entries()) if (k === key)
-    return {x: box.x + size.xaxis._offset + size.xaxis.d2p(t.x[i]), y: box.y + size.yaxis._offset + size.yaxis.d2p(t.y[i])};
+  const plot = document.querySelector('.wb-panel .js-plotly-plot');
+  const box = plot.getBoundingClientRect(), size = plot._fullLayout;
+  for (const t of plot._fullData)
+    for (const [i, k] of Array.from(t.customdata || []).entries())
+      if (k === key) return {x: box.x + size.xaxis._offset + size.xaxis.d2p(t.x[i]),
+                             y: box.y + size.yaxis._offset + size.yaxis.d2p(t.y[i])};
 }"""
 
 
@@ -173,7 +192,12 @@ def test_the_bar_changes_axes_and_colours_and_a_box_marks_points(panel):
     menu.get_by_label("colour", exact=True).select_option(label="standing")
     lab.wait_for(lambda: panel.traces()[4]["x"] != [1] and not page.locator(".wb-scale").count(), 5)
     page.click(".wb-plotmenu button:text-is('select')")
-    lab.wait_for(lambda: page.evaluate("document.querySelector('.wb-panel .js-plotly-plot').layout.dragmode") == "select", 5)
+    lab.wait_for(
+        lambda: (
+            page.evaluate("document.querySelector('.wb-panel .js-plotly-plot').layout.dragmode") == "select"
+        ),
+        5,
+    )
     box = page.locator(".wb-panel .js-plotly-plot .nsewdrag").first.bounding_box()
     page.mouse.move(box["x"] + 5, box["y"] + 5)
     page.mouse.down()
@@ -184,12 +208,17 @@ def test_the_bar_changes_axes_and_colours_and_a_box_marks_points(panel):
     lab.wait_for(lambda: not page.evaluate(BOXES), 5)
 
 
-FILLS = """() => [...new Set(Array.from(document.querySelectorAll('.wb-panel .js-plotly-plot .scatterlayer .points path')).map(p => p.style.fill))]"""
+FILLS = """() => [...new Set(Array.from(
+  document.querySelectorAll('.wb-panel .js-plotly-plot .scatterlayer .points path')
+).map(p => p.style.fill))]"""
 BOXES = "document.querySelectorAll('.wb-panel .js-plotly-plot .selectionlayer path').length"
 
 
 def test_everything_fits_a_small_window(panel):
-    boxes = panel.page.evaluate("[...document.querySelectorAll('.wb-panel, .wb-head, .wb-main, .wb-strip, .wb-tabs')].map(e => [e.scrollWidth - e.clientWidth, e.getBoundingClientRect().right])")
+    boxes = panel.page.evaluate(
+        "[...document.querySelectorAll('.wb-panel, .wb-head, .wb-main, .wb-strip, .wb-tabs')].map(e =>"
+        " [e.scrollWidth - e.clientWidth, e.getBoundingClientRect().right])"
+    )
     assert all(over <= 4 for over, _ in boxes), boxes  # the margins of ipywidgets' own boxes
     assert all(right <= 1280 for _, right in boxes)
     assert panel.page.locator(".wb-strip").bounding_box()["y"] < 780
@@ -200,7 +229,9 @@ def test_a_restarted_kernel_finds_every_point_again(panel):
     panel.restart()
     panel.run_all()
     panel.panel()
-    lab.wait_for(lambda: sum(len(trace["x"]) for trace in panel.traces()[1:4]) == before - 1, 30, panel.traces)  # all but the dense model itself
+    lab.wait_for(
+        lambda: sum(len(trace["x"]) for trace in panel.traces()[1:4]) == before - 1, 30, panel.traces
+    )  # all but the dense model itself
     panel.settled()
 
 
@@ -212,8 +243,14 @@ def test_every_control_has_a_name_and_says_its_exact_value(panel):
     assert set(said) >= {"rank", "sparsity", "bits", "temperature"}
     assert len(said) == len(handles)
     assert float(said["sparsity"]) == panel.readout("sparsity")
-    assert panel.page.get_by_role("slider", name="sparsity").get_attribute("aria-valuenow") == said["sparsity"]
-    nameless = re.findall(r"^ *- (?:slider|button|combobox|spinbutton|checkbox|textbox|tab)(?: \[.*\])?:?$", panel.page.locator(".wb-panel").aria_snapshot(), re.MULTILINE)
+    assert (
+        panel.page.get_by_role("slider", name="sparsity").get_attribute("aria-valuenow") == said["sparsity"]
+    )
+    nameless = re.findall(
+        r"^ *- (?:slider|button|combobox|spinbutton|checkbox|textbox|tab)(?: \[.*\])?:?$",
+        panel.page.locator(".wb-panel").aria_snapshot(),
+        re.MULTILINE,
+    )
     assert nameless == []
 
 
@@ -222,10 +259,15 @@ def test_the_picture_for_a_notebook_without_a_kernel_is_there_and_hidden(panel):
     picture = panel.page.locator(".wb-still")
     assert not picture.is_visible()
     lab.wait_for(lambda: recipe_line(panel.page) in picture.locator("code").text_content(), 5)
-    panel.page.evaluate("document.querySelectorAll('.wb-panel').forEach(e => e.classList.add('wb-gone') || e.classList.remove('wb-panel'))")
+    panel.page.evaluate(
+        "document.querySelectorAll('.wb-panel').forEach(e => e.classList.add('wb-gone') ||"
+        " e.classList.remove('wb-panel'))"
+    )
     assert picture.is_visible()
     assert picture.locator("svg circle").count() > 0
-    panel.page.evaluate("document.querySelectorAll('.wb-gone').forEach(e => e.classList.replace('wb-gone', 'wb-panel'))")
+    panel.page.evaluate(
+        "document.querySelectorAll('.wb-gone').forEach(e => e.classList.replace('wb-gone', 'wb-panel'))"
+    )
     assert not picture.is_visible()
 
 

@@ -1,4 +1,5 @@
-"""Exports: read by a decoder written here from the documented format, loaded back bit for bit, and never half there."""
+"""Exports: read by a decoder written here from the documented format, loaded back bit for bit, and never half
+there."""
 
 from __future__ import annotations
 
@@ -26,27 +27,52 @@ from workbench.export import check_target
 from workbench.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {**VARIANTS, **{order: Recipe(*(NAMED[name] for name in order)) for order in orders() if len(order) > 2}, "dense": Recipe(),
-           "nf4": Recipe(wb.Prune(sparsity=0.5), wb.Quantize(number_format="nf4")), "float8": Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=8, number_format="float8")),
-           "float16": Recipe(wb.Quantize(weight_bits=16, number_format="float16")), "2:4 hqq": Recipe(wb.Prune(pattern="2:4"), wb.Quantize(weight_bits=3, rounding="hqq")),
-           "tensor": Recipe(wb.Quantize(weight_bits=5, granularity="tensor")), "3.4": Recipe(wb.Prune(sparsity=0.7), wb.Quantize(weight_bits=3.4, group_size=8))}  # fmt: skip
+RECIPES = {
+    **VARIANTS,
+    **{order: Recipe(*(NAMED[name] for name in order)) for order in orders() if len(order) > 2},
+    "dense": Recipe(),
+    "nf4": Recipe(wb.Prune(sparsity=0.5), wb.Quantize(number_format="nf4")),
+    "float8": Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=8, number_format="float8")),
+    "float16": Recipe(wb.Quantize(weight_bits=16, number_format="float16")),
+    "2:4 hqq": Recipe(wb.Prune(pattern="2:4"), wb.Quantize(weight_bits=3, rounding="hqq")),
+    "tensor": Recipe(wb.Quantize(weight_bits=5, granularity="tensor")),
+    "3.4": Recipe(wb.Prune(sparsity=0.7), wb.Quantize(weight_bits=3.4, group_size=8)),
+}
 
 
 # --- a decoder from scratch: numpy and the words of the documentation, nothing of the workbench
 
 
 def bits_of(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return `count` integers of `bits` bits each, least significant bit first in each byte and in each integer."""
+    """Return `count` integers of `bits` bits each, least significant bit first in each byte and in each
+    integer."""
     stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
     return (stream.astype(np.int64) << np.arange(bits)).sum(1)
 
 
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534,
-       0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # Dettmers et al. 2023  # fmt: skip
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)  # Dettmers et al. 2023
 
 
 def float8(code: int) -> float:
-    """Return what a byte is as e4m3: a sign, four bits of exponent with a bias of 7, three bits of fraction, no infinities."""
+    """Return what a byte is as e4m3: a sign, four bits of exponent with a bias of 7, three bits of fraction,
+    no infinities."""
     exponent, fraction = code >> 3 & 15, code & 7
     size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
     return -size if code >> 7 else size
@@ -65,7 +91,11 @@ def decoded(tensors: dict[str, np.ndarray], key: str, about: dict) -> np.ndarray
         return tensors[key].astype(about["dtype"])
     rows = shape[1] if about["transposed"] else shape[0]
     columns = int(np.prod(shape)) // rows
-    mask = bits_of(tensors[f"{key}.mask"], 1, rows * columns).astype(bool) if "bitmask" in about["kind"] else np.ones(rows * columns, bool)
+    mask = (
+        bits_of(tensors[f"{key}.mask"], 1, rows * columns).astype(bool)
+        if "bitmask" in about["kind"]
+        else np.ones(rows * columns, bool)
+    )
     matrix = np.zeros(rows * columns, np.float32)
     if about["kind"] == "bitmask":
         matrix[mask] = tensors[f"{key}.values"]
@@ -76,12 +106,19 @@ def decoded(tensors: dict[str, np.ndarray], key: str, about: dict) -> np.ndarray
         zero = np.full(scales, 1 << (bits - 1) if about["number_format"] == "integer" else 0)
         if f"{key}.zero_point" in tensors:
             kept = tensors[f"{key}.zero_point"]
-            zero = (bits_of(kept, bits, scale.size) if kept.dtype == np.uint8 else kept.astype(np.float32)).reshape(scales)
-        wide = [np.broadcast_to(np.repeat(x, columns // groups, axis=1), (rows, columns)).ravel() for x in (scale, zero)]
+            zero = (
+                bits_of(kept, bits, scale.size) if kept.dtype == np.uint8 else kept.astype(np.float32)
+            ).reshape(scales)
+        wide = [
+            np.broadcast_to(np.repeat(x, columns // groups, axis=1), (rows, columns)).ravel()
+            for x in (scale, zero)
+        ]
         codes = numbers(bits_of(tensors[f"{key}.codes"], bits, int(mask.sum())), about["number_format"])
         matrix[mask] = (codes - wide[1][mask]).astype(np.float32) * wide[0][mask]
         if f"{key}.input_scale" in tensors:
-            matrix = (matrix.reshape(rows, columns) * tensors[f"{key}.input_scale"].astype(np.float32)).ravel()
+            matrix = (
+                matrix.reshape(rows, columns) * tensors[f"{key}.input_scale"].astype(np.float32)
+            ).ravel()
     matrix = matrix.reshape(rows, columns)
     return np.ascontiguousarray(matrix.T) if about["transposed"] else matrix.reshape(shape)
 
@@ -90,46 +127,76 @@ def rebuilt(directory: Path) -> dict[str, torch.Tensor]:
     """Return the state dict of an export."""
     encodings = json.loads((directory / "compression.json").read_text())["encodings"]
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
-    state = {key: decoded(tensors, key, about) for key, about in encodings.items() if about["kind"] != "shared"}
+    state = {
+        key: decoded(tensors, key, about) for key, about in encodings.items() if about["kind"] != "shared"
+    }
     state |= {key: state[about["same_as"]] for key, about in encodings.items() if about["kind"] == "shared"}
     return {key: torch.from_numpy(value) for key, value in state.items()}
 
 
 def merged(state: dict[str, torch.Tensor], low_rank: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Return a state dict for the plain architecture: the two layers of a low-rank one multiplied into one."""
+    """Return a state dict for the plain architecture: the two layers of a low-rank one multiplied into
+    one."""
     for name, rank in low_rank.items():
         first, second = state.pop(f"{name}.0.weight"), state.pop(f"{name}.1.weight")
         assert len(first) == rank
-        state[f"{name}.weight"] = (second.flatten(1).double() @ first.flatten(1).double()).float().view(len(second), *first.shape[1:])
+        state[f"{name}.weight"] = (
+            (second.flatten(1).double() @ first.flatten(1).double())
+            .float()
+            .view(len(second), *first.shape[1:])
+        )
         if f"{name}.1.bias" in state:
             state[f"{name}.bias"] = state.pop(f"{name}.1.bias")
     return state
 
 
-@pytest.mark.parametrize("recipe", [
-    Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)),
-    Recipe(wb.LowRank(rank_ratio=0.45), wb.Prune(sparsity=0.3, criterion="wanda"), wb.Quantize(weight_bits=6, grid="symmetric")),
-], ids=lambda recipe: recipe.label())  # fmt: skip
-def test_an_independent_reader_finds_the_accuracy_and_the_bytes_that_were_measured(tmp_path, recipe, fashion_cnn):
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)),
+        Recipe(
+            wb.LowRank(rank_ratio=0.45),
+            wb.Prune(sparsity=0.3, criterion="wanda"),
+            wb.Quantize(weight_bits=6, grid="symmetric"),
+        ),
+    ],
+    ids=lambda recipe: recipe.label(),
+)
+def test_an_independent_reader_finds_the_accuracy_and_the_bytes_that_were_measured(
+    tmp_path, recipe, fashion_cnn
+):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     bench = Bench(fashion_cnn, device="cpu", ledger=tmp_path / "points.journal", progress=False)
     point = bench.measure(recipe)
     out = bench.export(recipe, tmp_path / "out")
-    model = ResNetForImageClassification(ResNetConfig.from_dict(json.loads((out / "config.json").read_text()))).eval()
-    model.load_state_dict(merged(rebuilt(out), json.loads((out / "compression.json").read_text())["low_rank"]))
+    model = ResNetForImageClassification(
+        ResNetConfig.from_dict(json.loads((out / "config.json").read_text()))
+    ).eval()
+    model.load_state_dict(
+        merged(rebuilt(out), json.loads((out / "compression.json").read_text())["low_rank"])
+    )
     with np.load(ROOT / "workbench" / "zoo" / "embedded" / "fashion-mnist-slice.npz") as arrays:
         images, labels = arrays["evaluation_images"], arrays["evaluation_labels"]
     assert images.shape == (2000, 28, 28)
     pixels = (torch.from_numpy(images).float() / 255 - 0.286) / 0.353  # as preprocessor_config.json says
     with torch.no_grad():
-        answers = torch.cat([model(pixel_values=batch.unsqueeze(1)).logits.argmax(-1) for batch in pixels.split(200)])
+        answers = torch.cat(
+            [model(pixel_values=batch.unsqueeze(1)).logits.argmax(-1) for batch in pixels.split(200)]
+        )
     right = int((answers == torch.from_numpy(labels)).sum())
-    assert right == pytest.approx(round(2000 * point.primary.compressed.value), abs=0 if not recipe.get("lowrank") else 2)  # a product rounds otherwise
+    assert right == pytest.approx(
+        round(2000 * point.primary.compressed.value), abs=0 if not recipe.get("lowrank") else 2
+    )  # a product rounds otherwise
     assert point.primary.compressed.value == pytest.approx(right / 2000, abs=0.001)
     assert (out / "model.safetensors").stat().st_size == point.sizes.file_bytes
-    assert sum(t.nbytes for t in safetensors.numpy.load_file(out / "model.safetensors").values()) == point.sizes.packed_bytes
-    assert point.dense_sizes.file_bytes == pytest.approx((ROOT / "workbench/zoo/embedded/fashion-cnn/model.safetensors").stat().st_size, rel=0.01)
+    assert (
+        sum(t.nbytes for t in safetensors.numpy.load_file(out / "model.safetensors").values())
+        == point.sizes.packed_bytes
+    )
+    assert point.dense_sizes.file_bytes == pytest.approx(
+        (ROOT / "workbench/zoo/embedded/fashion-cnn/model.safetensors").stat().st_size, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -143,7 +210,9 @@ def test_what_is_loaded_back_is_the_same_bit_for_bit(sort, tmp_path, recipe, led
     out = export(task, made, MEASURED(recipe), tmp_path / "out")
     loaded = wb.load(out)
     with torch.no_grad():
-        assert torch.equal(task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation))
+        assert torch.equal(
+            task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation)
+        )
     expected = made.model.state_dict()
     state = rebuilt(out)
     assert list(state) == list(expected)
@@ -154,7 +223,8 @@ def test_what_is_loaded_back_is_the_same_bit_for_bit(sort, tmp_path, recipe, led
 
 
 class Measured:
-    """One measurement for exports that are only about tensors: the recipe is put in, the rest is of another point."""
+    """One measurement for exports that are only about tensors: the recipe is put in, the rest is of another
+    point."""
 
     def __init__(self) -> None:
         self.point = None
@@ -164,7 +234,9 @@ class Measured:
             import tempfile
 
             with tempfile.TemporaryDirectory() as folder:
-                self.point = Bench(tiny_task("vit"), device="cpu", ledger=Path(folder) / "x.journal", progress=False).measure(Recipe())
+                self.point = Bench(
+                    tiny_task("vit"), device="cpu", ledger=Path(folder) / "x.journal", progress=False
+                ).measure(Recipe())
         return dataclasses.replace(self.point, recipe=recipe)
 
 
@@ -177,22 +249,34 @@ def test_bfloat16_models_come_back_in_bfloat16(sort, tmp_path):
     from workbench.export import export
 
     task = tiny_task(sort, dtype=torch.bfloat16)
-    recipe = Recipe(wb.LowRank(rank_ratio=0.3, targets=("*", "lm_head" if sort == "untied" else "*")), wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4, group_size=0))
+    recipe = Recipe(
+        wb.LowRank(rank_ratio=0.3, targets=("*", "lm_head" if sort == "untied" else "*")),
+        wb.Prune(sparsity=0.5),
+        wb.Quantize(weight_bits=4, group_size=0),
+    )
     made = compress(task, recipe)
     loaded = wb.load(export(task, made, MEASURED(recipe), tmp_path / "out"))
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        assert torch.equal(task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation))
+        assert torch.equal(
+            task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation)
+        )
 
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
     bench = Bench(tiny_task("gpt2"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
-    return bench.export(Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)), tmp_path / "parent" / "out")
+    return bench.export(
+        Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)), tmp_path / "parent" / "out"
+    )
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_tied_weights_are_stored_once_and_come_back_tied(exported):
@@ -203,14 +287,24 @@ def test_tied_weights_are_stored_once_and_come_back_tied(exported):
 
 def test_an_export_says_how_it_was_made(exported):
     manifest = json.loads((exported / "compression.json").read_text())
-    assert Recipe.from_json(json.dumps(manifest["recipe"])) == Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))
-    assert manifest["weights_sha256"] == hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
+    assert Recipe.from_json(json.dumps(manifest["recipe"])) == Recipe(
+        wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)
+    )
+    assert (
+        manifest["weights_sha256"]
+        == hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
+    )
     assert manifest["measurement"]["sizes"]["file_bytes"] == (exported / "model.safetensors").stat().st_size
     assert manifest["measurement"]["provenance"]["versions"]["torch"] == torch.__version__
     card = (exported / "README.md").read_text()
     assert "50% sparse + W4" in card
     assert f"{(exported / 'model.safetensors').stat().st_size:,}" in card
-    assert {path.name for path in exported.iterdir()} == {"README.md", "compression.json", "config.json", "model.safetensors"}
+    assert {path.name for path in exported.iterdir()} == {
+        "README.md",
+        "compression.json",
+        "config.json",
+        "model.safetensors",
+    }
     assert [path.name for path in exported.parent.iterdir()] == ["out"]
 
 
@@ -220,7 +314,13 @@ def test_an_export_says_how_it_was_made(exported):
 def test_a_damaged_weights_file_is_refused(exported):
     path = exported / "model.safetensors"
     whole = path.read_bytes()
-    for spoiled in (whole[:-1], whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x"):
+    for spoiled in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"",
+        whole[:-1] + bytes([whole[-1] ^ 1]),
+        whole + b"x",
+    ):
         path.write_bytes(spoiled)
         with pytest.raises(ExportError, match=r"model\.safetensors' is damaged: its sha256"):
             wb.load(exported)
@@ -252,7 +352,10 @@ def test_a_newer_format_is_refused_with_what_this_version_reads(exported):
 def test_a_class_that_is_no_model_of_ours_is_never_built(exported):
     manifest = json.loads((exported / "compression.json").read_text())
     (exported / "compression.json").write_text(json.dumps({**manifest, "auto_class": "pipeline"}))
-    with pytest.raises(ExportError, match=r"asks for the class 'pipeline'; known: AutoModel, AutoModelForCTC, AutoModelForCausalLM"):
+    with pytest.raises(
+        ExportError,
+        match=r"asks for the class 'pipeline'; known: AutoModel, AutoModelForCTC, AutoModelForCausalLM",
+    ):
         wb.load(exported)
 
 
@@ -319,7 +422,9 @@ def test_a_parent_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     bench = Bench(tiny_task("vit"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
-        with pytest.raises(ExportError, match=r"cannot write to .*: choose a directory that you may write to"):
+        with pytest.raises(
+            ExportError, match=r"cannot write to .*: choose a directory that you may write to"
+        ):
             check_target(tmp_path / "out", overwrite=False)
 
     def read_only(*_, **__):
@@ -331,9 +436,18 @@ def test_a_parent_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "workbench.export.verify", "workbench.export.card", "pathlib.Path.rename", "second rename"])
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
-def test_a_failure_at_any_moment_leaves_no_half_export_and_keeps_the_old_one(tmp_path, exported, monkeypatch, call, failure):
+@pytest.mark.parametrize(
+    "call",
+    ["os.fsync", "workbench.export.verify", "workbench.export.card", "pathlib.Path.rename", "second rename"],
+)
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()],
+    ids=["full disk", "Ctrl-C"],
+)
+def test_a_failure_at_any_moment_leaves_no_half_export_and_keeps_the_old_one(
+    tmp_path, exported, monkeypatch, call, failure
+):
     bench = Bench(tiny_task("gpt2"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
     bench.measure(Recipe(wb.Quantize(weight_bits=8)))  # the ledger's own writes are not the subject
     before, count = contents(exported), itertools.count()

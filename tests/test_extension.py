@@ -1,4 +1,5 @@
-"""A method from outside: one dataclass and one function, and it has help, checks, a flag, a parameter and a place in the report."""
+"""A method from outside: one dataclass and one function, and it has help, checks, a flag, a parameter and a
+place in the report."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from tiny_tasks import tiny_task
 
 from workbench.bench import Bench
 from workbench.errors import RecipeError
-from workbench.ledger import Ledger
+from workbench.ledger.ledger import Ledger
 from workbench.recipe import METHODS, Recipe
-from workbench.report import job_from
-from workbench.sweep import around
+from workbench.report.report import job_from
+from workbench.search.sweep import around
 
 PLUGIN = '''
 """Shrink: bring every weight a little closer to zero."""
@@ -95,7 +96,16 @@ def test_its_values_are_checked_like_any_others(plugin):
 
 
 def test_as_a_notebook_parameter(plugin):
-    job = job_from({"model": "fashion-cnn", "plugins": [plugin], "shrinkage": "0.1", "shrink_norm": "rowwise", "weight_bits": 4, "shrink_targets": "re:conv"})
+    job = job_from(
+        {
+            "model": "fashion-cnn",
+            "plugins": [plugin],
+            "shrinkage": "0.1",
+            "shrink_norm": "rowwise",
+            "weight_bits": 4,
+            "shrink_targets": "re:conv",
+        }
+    )
     shrink = importlib.import_module(plugin).Shrink
     assert job.recipe.steps[0] == shrink(shrinkage=0.1, shrink_norm="rowwise", targets=("re:conv",))
     assert [step.kind() for step in job.recipe] == ["shrink", "quantize"]
@@ -117,7 +127,10 @@ def test_without_the_plugin_its_options_are_unknown():
 def test_a_report_sweeps_it(plugin):
     importlib.import_module(plugin)
     base = METHODS.recipe({"weight_bits": 4})
-    assert [recipe.label() for recipe in around(base, "shrinkage")] == ["shrinkage 0.1 + W4", "shrinkage 0.2 + W4"]
+    assert [recipe.label() for recipe in around(base, "shrinkage")] == [
+        "shrinkage 0.1 + W4",
+        "shrinkage 0.2 + W4",
+    ]
 
 
 def test_from_the_command_line(plugin, capsys, tmp_path):
@@ -130,7 +143,21 @@ def test_from_the_command_line(plugin, capsys, tmp_path):
     assert "[default: plain]" in words
     assert "PydanticUndefined" not in words
     where = tmp_path / "points.journal"
-    code, out, _ = run(capsys, "--plugin", plugin, "measure", "fashion-cnn", "--shrinkage", "0.1", "--evaluation-items", "64", "--device", "cpu", "--ledger", str(where))
+    code, out, _ = run(
+        capsys,
+        "--plugin",
+        plugin,
+        "measure",
+        "fashion-cnn",
+        "--shrinkage",
+        "0.1",
+        "--evaluation-items",
+        "64",
+        "--device",
+        "cpu",
+        "--ledger",
+        str(where),
+    )
     assert code == 0
     assert "shrunk by 0.1" in out
     assert Ledger(where).rows()[0].recipe.get("shrink").shrinkage == 0.1
@@ -141,14 +168,22 @@ def test_from_the_command_line(plugin, capsys, tmp_path):
 def test_in_a_process_of_its_own(plugin, tmp_path):
     script = Path(sys.executable).with_name("workbench")
     folder = str(tmp_path / "elsewhere")
-    done = subprocess.run([script, "--plugin", plugin, "measure", "--help"], capture_output=True, text=True, check=True, env={"PYTHONPATH": folder, "PATH": ""})
+    done = subprocess.run(
+        [script, "--plugin", plugin, "measure", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": folder, "PATH": ""},
+    )
     assert "--shrinkage" in done.stdout
 
 
 def test_points_of_a_plugin_wait_in_the_ledger_until_it_is_loaded_again(plugin, tmp_path):
     module = importlib.import_module(plugin)
     where = tmp_path / "points.journal"
-    point = Bench(tiny_task("vit"), device="cpu", ledger=where, progress=False).measure(Recipe(module.Shrink(shrinkage=0.5)))
+    point = Bench(tiny_task("vit"), device="cpu", ledger=where, progress=False).measure(
+        Recipe(module.Shrink(shrinkage=0.5))
+    )
     METHODS.unregister(module.Shrink)
     without = Ledger(where)
     assert (len(without), without.unreadable) == (0, 1)

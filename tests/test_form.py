@@ -9,8 +9,8 @@ import pytest
 from pydantic import Field
 
 import workbench as wb
-from widgets.fields import bounds, decimals, nice_step, scale
-from widgets.recipe_form import RecipeForm
+from widgets.form.controls import bounds, decimals, nice_step, scale
+from widgets.form.recipe_form import RecipeForm
 from workbench.errors import RecipeError
 from workbench.recipe import METHODS, Recipe, Step, configuration
 
@@ -50,13 +50,17 @@ def test_every_registered_method_has_its_controls(form):
 
 
 def test_ranges_come_from_the_annotations(form):
-    sparsity, rank, bits, temperature = (part(form, name) for name in ("sparsity", "rank_ratio", "weight_bits", "temperature"))
+    sparsity, rank, bits, temperature = (
+        part(form, name) for name in ("sparsity", "rank_ratio", "weight_bits", "temperature")
+    )
     assert (sparsity.slider.min, sparsity.slider.max, sparsity.slider.step) == (0.0, 0.99, 0.01)
     assert (rank.slider.min, rank.slider.max) == (0.01, 1.0)
     assert (bits.slider.min, bits.slider.max) == (2, 8)
     assert temperature.slider.min > 0
     assert temperature.slider.max == 8
-    assert sparsity.choices["criterion"].options == typing.get_args(wb.Prune.options()["criterion"].annotation)
+    assert sparsity.choices["criterion"].options == typing.get_args(
+        wb.Prune.options()["criterion"].annotation
+    )
     assert bits.choices["scale_search"].value is True
     assert temperature.choices["alpha"].max == 1
     with pytest.raises(Exception, match="Invalid selection"):
@@ -117,9 +121,11 @@ def test_what_is_refused_is_said_and_the_recipe_stays(form):
 
 def test_set_recipe_moves_every_control(form):
     recipe = wb.Recipe(
-        wb.LowRank(rank_ratio=0.4, factorization="svd"), wb.Prune(sparsity=0.5, pattern="2:4", criterion="wanda"),
-        wb.Quantize(weight_bits=3, group_size=32, grid="symmetric", scale_search=False), wb.Distill(temperature=3.0, steps=5),
-    )  # fmt: skip
+        wb.LowRank(rank_ratio=0.4, factorization="svd"),
+        wb.Prune(sparsity=0.5, pattern="2:4", criterion="wanda"),
+        wb.Quantize(weight_bits=3, group_size=32, grid="symmetric", scale_search=False),
+        wb.Distill(temperature=3.0, steps=5),
+    )
     form.set_recipe(recipe)
     assert form.recipe == recipe
     assert wb.Recipe(*(step.kind(**step.values()) for step in form.forms if step.on.value)) == recipe
@@ -139,8 +145,14 @@ def test_a_value_beyond_the_slider_widens_it(form):
 
 
 def test_recipes_that_sliders_cannot_show_are_refused(form):
-    apart = wb.Recipe(wb.Prune(sparsity=0.2, targets=("a",)), wb.Distill(temperature=2), wb.Prune(sparsity=0.2, targets=("b",)))
-    with pytest.raises(RecipeError, match="cannot be put on the sliders: they hold steps in the order prune, distill"):
+    apart = wb.Recipe(
+        wb.Prune(sparsity=0.2, targets=("a",)),
+        wb.Distill(temperature=2),
+        wb.Prune(sparsity=0.2, targets=("b",)),
+    )
+    with pytest.raises(
+        RecipeError, match="cannot be put on the sliders: they hold steps in the order prune, distill"
+    ):
         form.set_recipe(apart)
     assert form.recipe == wb.Recipe()
 

@@ -1,4 +1,5 @@
-"""Stored forms besides integers: what their codes stand for, what they take, and that zero is zero in each."""
+"""Stored forms besides integers: what their codes stand for, what they take, and that zero is zero in
+each."""
 
 from __future__ import annotations
 
@@ -10,16 +11,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from workbench.compress.layers import Layer
-from workbench.compress.scales import Spec, fit, form_of
-from workbench.runtime.forms import NF4, Cast, FloatGrid, InputScaled, OffsetGrid, effective_bits, kind_of, split, stacked
-from workbench.runtime.grid import Grid
-from workbench.runtime.packed import pack_model, unpack_state
+from workbench.compress.quantization.scales import Spec, fit, form_of
+from workbench.formats.affine import Grid
+from workbench.formats.stored_forms import (
+    NF4,
+    Cast,
+    FloatGrid,
+    InputScaled,
+    OffsetGrid,
+    effective_bits,
+    kind_of,
+    split,
+    stacked,
+)
+from workbench.modules.layer import Layer
+from workbench.modules.packing import pack_model, unpack_state
 
 SPECS = {
-    "row": Spec(5), "group": Spec(3, 8), "tensor": Spec(4, whole=True), "symmetric": Spec(2, 4, symmetric=True), "nf4 row": Spec(4, 0, "nf4"), "nf4 group": Spec(4, 8, "nf4"),
-    "nf4 tensor": Spec(4, 0, "nf4", whole=True), "float8 row": Spec(8, 0, "float8"), "float8 tensor": Spec(8, 0, "float8", whole=True), "float16": Spec(16, 0, "float16"), "bfloat16": Spec(16, 0, "bfloat16"),
-}  # fmt: skip
+    "row": Spec(5),
+    "group": Spec(3, 8),
+    "tensor": Spec(4, whole=True),
+    "symmetric": Spec(2, 4, symmetric=True),
+    "nf4 row": Spec(4, 0, "nf4"),
+    "nf4 group": Spec(4, 8, "nf4"),
+    "nf4 tensor": Spec(4, 0, "nf4", whole=True),
+    "float8 row": Spec(8, 0, "float8"),
+    "float8 tensor": Spec(8, 0, "float8", whole=True),
+    "float16": Spec(16, 0, "float16"),
+    "bfloat16": Spec(16, 0, "bfloat16"),
+}
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,11 +58,24 @@ def form(matrix: torch.Tensor, spec: Spec):
 def forms(matrix: torch.Tensor, kept: torch.Tensor | None = None):
     """Return every form of a matrix, those that methods make included."""
     made = {name: form(matrix, spec) for name, spec in SPECS.items()}
-    codes = torch.randint(8, matrix.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8).to(matrix.device)
+    codes = torch.randint(8, matrix.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8).to(
+        matrix.device
+    )
     groups = matrix.shape[1] // 8
-    made["offset"] = OffsetGrid(codes, gaussian(len(matrix), groups).abs().half().to(matrix.device), gaussian(len(matrix), groups, seed=2).half().to(matrix.device) + 3, 3, kept)
-    made["scaled"] = InputScaled(form(matrix, SPECS["group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device))
-    made["scaled nf4"] = InputScaled(form(matrix, SPECS["nf4 group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device))
+    made["offset"] = OffsetGrid(
+        codes,
+        gaussian(len(matrix), groups).abs().half().to(matrix.device),
+        gaussian(len(matrix), groups, seed=2).half().to(matrix.device) + 3,
+        3,
+        kept,
+    )
+    made["scaled"] = InputScaled(
+        form(matrix, SPECS["group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device)
+    )
+    made["scaled nf4"] = InputScaled(
+        form(matrix, SPECS["nf4 group"]),
+        (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device),
+    )
     return made
 
 
@@ -50,7 +83,8 @@ def forms(matrix: torch.Tensor, kept: torch.Tensor | None = None):
 
 
 def test_nf4_levels_are_those_of_the_paper():
-    # Dettmers et al. 2023, appendix E: quantiles of the standard normal at evenly spaced probabilities from 1 - offset on, 8 above zero and 7 below
+    # Dettmers et al. 2023, appendix E: quantiles of the standard normal at evenly spaced probabilities from 1
+    # - offset on, 8 above zero and 7 below
     normal, offset = torch.distributions.Normal(0.0, 1.0), 0.9677083
     above = normal.icdf(torch.linspace(offset, 0.5, 9)[:-1])
     below = -normal.icdf(torch.linspace(offset, 0.5, 8)[:-1])
@@ -70,7 +104,9 @@ def test_nf4_takes_the_nearest_level():
             value, size = float(matrix[row, column]), float(scale[row, column // 8])
             best = min(range(16), key=lambda code: abs(value / size - float(levels[code])))
             assert int(made.codes[row, column]) == best
-            assert float(made.dequantize()[row, column]) == pytest.approx(float(levels[best]) * size, rel=1e-6)
+            assert float(made.dequantize()[row, column]) == pytest.approx(
+                float(levels[best]) * size, rel=1e-6
+            )
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -81,29 +117,45 @@ def test_float8_is_torchs_own_after_one_scale(whole):
     assert torch.equal(made.scale, scale.view(made.scale.shape))
     assert made.scale.dtype == torch.float32
     assert torch.equal(made.dequantize(), (matrix / scale).to(torch.float8_e4m3fn).float() * scale)
-    assert float((made.dequantize() - matrix).norm() / matrix.norm()) < 0.03  # three bits after the leading one
+    assert (
+        float((made.dequantize() - matrix).norm() / matrix.norm()) < 0.03
+    )  # three bits after the leading one
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_casts_are_casts(dtype):
     matrix = gaussian(6, 40)
-    assert torch.equal(form(matrix, Spec(16, 0, str(dtype).removeprefix("torch."))).dequantize(), matrix.to(dtype).float())
+    assert torch.equal(
+        form(matrix, Spec(16, 0, str(dtype).removeprefix("torch."))).dequantize(), matrix.to(dtype).float()
+    )
 
 
 @pytest.mark.parametrize("number_format", ["nf4", "integer"])
 def test_the_scale_search_never_does_worse_group_by_group(number_format):
     matrix = gaussian(64, 64)
-    errors = [(form(matrix, Spec(4, 16, number_format, search=search)).dequantize() - matrix).view(64, 4, 16).norm(dim=2) for search in (True, False)]
+    errors = [
+        (form(matrix, Spec(4, 16, number_format, search=search)).dequantize() - matrix)
+        .view(64, 4, 16)
+        .norm(dim=2)
+        for search in (True, False)
+    ]
     assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
     assert float(errors[0].square().sum()) < 0.97 * float(errors[1].square().sum())
 
 
-# Mean squared error on unit Gaussian weights, 64 to a group, for absolute-maximum NF4: seen here .00846 over 1M weights, below symmetric integers; no 4-bit
-# code does better than 4^-4 = .0039.
+# Mean squared error on unit Gaussian weights, 64 to a group, for absolute-maximum NF4: seen here .00846 over
+# 1M weights, below symmetric integers; no 4-bit code does better than 4^-4 = .0039.
 def test_nf4_on_gaussian_weights():
     matrix = gaussian(1024, 1024)
-    error = float((form(matrix, Spec(4, 64, "nf4", search=False)).dequantize() - matrix).double().square().mean())
-    uniform = float((form(matrix, Spec(4, 64, symmetric=True, search=False)).dequantize() - matrix).double().square().mean())
+    error = float(
+        (form(matrix, Spec(4, 64, "nf4", search=False)).dequantize() - matrix).double().square().mean()
+    )
+    uniform = float(
+        (form(matrix, Spec(4, 64, symmetric=True, search=False)).dequantize() - matrix)
+        .double()
+        .square()
+        .mean()
+    )
     assert 4.0**-4 < error < uniform
 
 
@@ -114,9 +166,16 @@ def test_one_scale_for_all_is_the_per_tensor_fake_quantization_of_torch():
     for search in (True, False):
         made = form(matrix, Spec(4, whole=True, search=search))
         assert made.scale.shape == (1, 1)
-        codes = torch.ops.quantized_decomposed.quantize_per_tensor(matrix, float(made.scale), int(made.zero_point), 0, 15, torch.uint8)
+        codes = torch.ops.quantized_decomposed.quantize_per_tensor(
+            matrix, float(made.scale), int(made.zero_point), 0, 15, torch.uint8
+        )
         assert torch.equal(made.codes, codes)
-        assert torch.equal(made.dequantize(), torch.ops.quantized_decomposed.dequantize_per_tensor(codes, float(made.scale), int(made.zero_point), 0, 15, torch.uint8))
+        assert torch.equal(
+            made.dequantize(),
+            torch.ops.quantized_decomposed.dequantize_per_tensor(
+                codes, float(made.scale), int(made.zero_point), 0, 15, torch.uint8
+            ),
+        )
 
 
 # --- what must hold for every form
@@ -147,7 +206,11 @@ def test_forms_are_stacked_and_split_without_changing_a_bit(name, device):
 
 
 def test_forms_of_different_kinds_are_told_apart():
-    made = forms(gaussian(4, 16), torch.ones(4, 16, dtype=torch.bool)) | {"kept not": forms(gaussian(4, 16))["offset"], "wider": form(gaussian(4, 16), Spec(6)), "none": None}
+    made = forms(gaussian(4, 16), torch.ones(4, 16, dtype=torch.bool)) | {
+        "kept not": forms(gaussian(4, 16))["offset"],
+        "wider": form(gaussian(4, 16), Spec(6)),
+        "none": None,
+    }
     assert len({kind_of(part) for part in made.values()}) == len(made)
     tiny = form(gaussian(4, 16) * 1e-9, Spec(5))
     assert (tiny.scale.dtype, made["row"].scale.dtype) == (torch.float32, torch.float16)
@@ -155,7 +218,9 @@ def test_forms_of_different_kinds_are_told_apart():
     assert torch.equal(stacked([tiny, made["row"]]).dequantize()[0], tiny.dequantize())
 
 
-def layer_of(made, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Layer]:
+def layer_of(
+    made, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Layer]:
     module = nn.Linear(16, 4, bias=False, dtype=dtype)
     layer = Layer("0", "0", module, mask=mask, grid=made)
     layer.write(made.dequantize())
@@ -177,7 +242,9 @@ def test_what_is_packed_unpacks_to_the_same_bits(name, dtype, masked):
     count = 64 if kept is None else int(torch.count_nonzero(model[0].weight))
     assert packed.theoretical_bytes == math.ceil(made.bits * count / 8)
     if not masked and made.bits < 16:
-        assert packed.packed_bytes * 8 == 64 * made.bits + made.overhead_bits + (-(64 * made.bits + made.overhead_bits) % 8)
+        assert packed.packed_bytes * 8 == 64 * made.bits + made.overhead_bits + (
+            -(64 * made.bits + made.overhead_bits) % 8
+        )
 
 
 def test_a_grid_without_zero_is_zero_by_its_mask():
@@ -197,7 +264,10 @@ def test_effective_bits_by_hand():
     assert form(gaussian(4, 16), Spec(4, whole=True)).overhead_bits == 16 + 4
     assert form(gaussian(4, 16), Spec(4, symmetric=True)).overhead_bits == 4 * 16
     assert effective_bits([(row, 64, 32)]) == 4 + 4 * 20 / 64
-    assert effective_bits([(row, 64, 32), (group, 64, 32), (None, 128, 32)]) == (64 * 4 + 80 + 64 * 3 + 152 + 128 * 32) / 256
+    assert (
+        effective_bits([(row, 64, 32), (group, 64, 32), (None, 128, 32)])
+        == (64 * 4 + 80 + 64 * 3 + 152 + 128 * 32) / 256
+    )
     assert effective_bits([(InputScaled(row, torch.ones(16).half()), 64, 32)]) == 4 + (80 + 256) / 64
     assert effective_bits([]) == 0
 
@@ -205,7 +275,19 @@ def test_effective_bits_by_hand():
 def test_classes_say_their_widths():
     made = forms(gaussian(4, 16))
     assert {name: part.bits for name, part in made.items()} == {
-        "row": 5, "group": 3, "tensor": 4, "symmetric": 2, "nf4 row": 4, "nf4 group": 4, "nf4 tensor": 4, "float8 row": 8, "float8 tensor": 8, "float16": 16, "bfloat16": 16,
-        "offset": 3, "scaled": 3, "scaled nf4": 4,
-    }  # fmt: skip
+        "row": 5,
+        "group": 3,
+        "tensor": 4,
+        "symmetric": 2,
+        "nf4 row": 4,
+        "nf4 group": 4,
+        "nf4 tensor": 4,
+        "float8 row": 8,
+        "float8 tensor": 8,
+        "float16": 16,
+        "bfloat16": 16,
+        "offset": 3,
+        "scaled": 3,
+        "scaled nf4": 4,
+    }
     assert {type(part) for part in made.values()} == {Grid, FloatGrid, OffsetGrid, InputScaled, Cast}

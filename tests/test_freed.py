@@ -1,4 +1,5 @@
-"""What nobody uses any more is freed, a model's memory above all: in fresh processes, where every library is imported for the first time."""
+"""What nobody uses any more is freed, a model's memory above all: in fresh processes, where every library is
+imported for the first time."""
 
 import subprocess
 import sys
@@ -10,8 +11,12 @@ import pytest
 BENCH = """
     def measured(sort):
         bench = wb.Bench(tiny_task(sort, evaluation=40), ledger=folder + f"/{sort}.journal", progress=False)
-        for recipe in (wb.Recipe(wb.Prune(sparsity=0.5, criterion="wanda")), wb.Recipe(wb.Quantize(weight_bits=3, rounding="gptq")), wb.Recipe(wb.LowRank(rank_ratio=0.5))):
-            bench.measure(recipe)
+        for step in (
+            wb.Prune(sparsity=0.5, criterion="wanda"),
+            wb.Quantize(weight_bits=3, rounding="gptq"),
+            wb.LowRank(rank_ratio=0.5),
+        ):
+            bench.measure(wb.Recipe(step))
         wb.sweep(bench, trials=2)
         bench.ledger.pareto()
         return [weakref.ref(part) for part in (bench, bench.task.model, bench.statistics, bench.evaluator)]
@@ -19,11 +24,14 @@ BENCH = """
     parts = [part for sort in ("vit", "llama") for part in measured(sort)]
 """
 SESSION = """
-    from widgets.choice import Choice
-    from widgets.session import Session
+    from widgets.session.model_choice import Choice
+    from widgets.session.session import Session
 
     def loaded():
-        session = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=print, on_not_loaded=print, ledger=folder + "/points.journal", progress=False)
+        session = Session(
+            on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=print,
+            on_not_loaded=print, ledger=folder + "/points.journal", progress=False,
+        )
         parts = []
         for sort in ("vit", "llama", "resnet"):
             session.load_now(Choice(tiny_task(sort, evaluation=40)))
@@ -39,19 +47,23 @@ SESSION = """
 
 CANCELLED = """
     import time
-    from widgets.choice import Choice
-    from widgets.session import Session
+    from widgets.session.model_choice import Choice
+    from widgets.session.session import Session
 
     def seen():
         point = session.live.point
-        if point is not None and not point.complete and len(point.recipe) and point.items == point.items_total:
-            session.cancel()  # all items are read, what is measured after that is not wanted: as a hand that moves on does
+        read = point is not None and not point.complete and point.items == point.items_total
+        if read and len(point.recipe):
+            session.cancel()  # what is measured after all items is not wanted: as a hand that moves on does
 
     def settled():
         while session.measurer.busy or session.measurer.running is not None:
             time.sleep(0.01)
 
-    session = Session(on_live=seen, on_history=lambda: None, on_loaded=lambda: None, on_error=print, on_not_loaded=print, ledger=folder + "/points.journal", progress=False)
+    session = Session(
+        on_live=seen, on_history=lambda: None, on_loaded=lambda: None, on_error=print,
+        on_not_loaded=print, ledger=folder + "/points.journal", progress=False,
+    )
     made, keep = [], session.take
     session.take = lambda compressed: (made.append(weakref.ref(compressed.model)), keep(compressed))
     session.load_now(Choice(tiny_task("llama", evaluation=40)))
@@ -70,9 +82,22 @@ CANCELLED = """
 
 def freed_by(made, folder):
     """Return which parts are freed, as a fresh process prints them."""
-    code = f"import gc, sys, weakref\nfolder = {str(folder)!r}\nfrom tiny_tasks import tiny_task\nimport workbench as wb\n" + textwrap.dedent(made)
-    code += "\ngc.collect()\nprint([part() is None for part in parts])\nif 'session' in globals():\n    session.close()\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=240, check=False)
+    code = (
+        f"import gc, sys, weakref\nfolder = {str(folder)!r}\nfrom tiny_tasks import tiny_task\nimport"
+        " workbench as wb\n" + textwrap.dedent(made)
+    )
+    code += (
+        "\ngc.collect()\nprint([part() is None for part in parts])\nif 'session' in globals():\n   "
+        " session.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 

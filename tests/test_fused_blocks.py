@@ -1,4 +1,5 @@
-"""Blocks with one kernel where transformers has many: what takes a stand-in, what does not, and that the same comes out."""
+"""Blocks with one kernel where transformers has many: what takes a stand-in, what does not, and that the same
+comes out."""
 
 import dataclasses
 
@@ -11,10 +12,18 @@ from transformers.models.llama import modeling_llama
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.layers import find_layers
+from workbench.measure.cuda_graphs import counterparts
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.fused_blocks import NEAR, FusedBlocks, FusedGate, FusedNorm, FusedRotary, Operations, fused_blocks
-from workbench.measure.graphed import counterparts
+from workbench.measure.fused_blocks import (
+    NEAR,
+    FusedBlocks,
+    FusedGate,
+    FusedNorm,
+    FusedRotary,
+    Operations,
+    fused_blocks,
+)
+from workbench.modules.layer import find_layers
 
 CPU = torch.device("cpu")
 
@@ -122,7 +131,11 @@ def test_a_module_whose_code_somebody_replaced_is_kept(way):
 
 def test_layers_of_any_make_are_called_as_they_are():
     plain, task = Plain(), tiny_task("llama")
-    mlp = compress(task, wb.Recipe(wb.LowRank(rank_ratio=0.5, targets=("*.gate_proj", "*.up_proj")))).model.model.layers[1].mlp
+    mlp = (
+        compress(task, wb.Recipe(wb.LowRank(rank_ratio=0.5, targets=("*.gate_proj", "*.up_proj"))))
+        .model.model.layers[1]
+        .mlp
+    )
     made, x = plain.blocks().stand_in(mlp), torch.randn(2, 5, 16)
     assert type(mlp.gate_proj) is not nn.Linear
     with torch.inference_mode():
@@ -134,8 +147,20 @@ def test_layers_of_any_make_are_called_as_they_are():
 def test_norms_within_an_attention_are_fused_with_it():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
-    model, plain, ids = tiny_tasks.spread(Qwen3ForCausalLM(config).eval().requires_grad_(False)), Plain(), torch.arange(12)[None]
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model, plain, ids = (
+        tiny_tasks.spread(Qwen3ForCausalLM(config).eval().requires_grad_(False)),
+        Plain(),
+        torch.arange(12)[None],
+    )
     made = plain.blocks().of(model)
     plain.used = dict.fromkeys(plain.used, 0)
     with torch.inference_mode():
@@ -210,7 +235,9 @@ def test_the_file_of_the_model_keeps_its_own_function():
     with torch.enable_grad():
         used = dict(plain.used)
         made(input_ids=torch.arange(5)[None])
-        assert plain.used["rotary"] == used["rotary"]  # where gradients are asked for, the model's own is used
+        assert (
+            plain.used["rotary"] == used["rotary"]
+        )  # where gradients are asked for, the model's own is used
 
 
 def test_without_a_gpu_nothing_is_fused():
@@ -223,9 +250,14 @@ def test_without_a_gpu_nothing_is_fused():
 # --- the evaluator with and without
 
 RECIPES = {
-    "dense": wb.Recipe(), "sparse": wb.Recipe(wb.Prune(sparsity=0.5)), "rank": wb.Recipe(wb.LowRank(rank_ratio=0.5)), "bits": wb.Recipe(wb.Quantize(weight_bits=4)),
-    "inputs": wb.Recipe(wb.Activations()), "narrow": wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")), "short": wb.Recipe(wb.Prune(sparsity=0.5, pattern="layers")),
-}  # fmt: skip
+    "dense": wb.Recipe(),
+    "sparse": wb.Recipe(wb.Prune(sparsity=0.5)),
+    "rank": wb.Recipe(wb.LowRank(rank_ratio=0.5)),
+    "bits": wb.Recipe(wb.Quantize(weight_bits=4)),
+    "inputs": wb.Recipe(wb.Activations()),
+    "narrow": wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")),
+    "short": wb.Recipe(wb.Prune(sparsity=0.5, pattern="layers")),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -235,9 +267,13 @@ def test_scores_are_the_same_with_and_without(sort, recipe):
     model = compress(task, recipe, shared=True).model
     fused, own = evaluators(task, plain)
     for part in ("loss", "answers"):
-        assert torch.equal(getattr(fused.scores(model, [], 48), part), getattr(own.scores(model, [], 48), part))
+        assert torch.equal(
+            getattr(fused.scores(model, [], 48), part), getattr(own.scores(model, [], 48), part)
+        )
     assert min(plain.used.values()) > 0
-    assert (counterparts(task.model, model) is not None) is (recipe.label() in {"dense", "50% sparse", "W4"})  # stand-ins never get into the models themselves
+    assert (counterparts(task.model, model) is not None) is (
+        recipe.label() in {"dense", "50% sparse", "W4"}
+    )  # stand-ins never get into the models themselves
 
 
 def test_known_blocks_are_left_out_with_fused_ones():
@@ -249,7 +285,9 @@ def test_known_blocks_are_left_out_with_fused_ones():
     assert fused.unchanged_blocks(model) == 3
     plain.used = dict.fromkeys(plain.used, 0)
     again = fused.scores(model, [], 48)
-    assert plain.used["gated"] == len(list(task.evaluation.batches(task.batch_size)))  # of the fourth block alone
+    assert plain.used["gated"] == len(
+        list(task.evaluation.batches(task.batch_size))
+    )  # of the fourth block alone
     assert torch.equal(first.loss, again.loss)
     assert torch.equal(again.loss, own.scores(model, [], 48).loss)
 
@@ -264,7 +302,9 @@ def test_on_a_gpu_evaluation_agrees_with_that_of_the_models_own_code(graphs, dty
     for recipe in RECIPES.values():
         model = compress(task, recipe, shared=True).model
         found, expected = ours.scores(model, [], 48), own.scores(model, [], 48)
-        assert torch.allclose(found.loss, expected.loss, rtol=1e-4 if dtype == torch.float32 else 3e-2), recipe
+        assert torch.allclose(found.loss, expected.loss, rtol=1e-4 if dtype == torch.float32 else 3e-2), (
+            recipe
+        )
         assert (found.answers == expected.answers).double().mean() > (0.99 if dtype == torch.float32 else 0.9)
     assert set(ours.fused.refused.values()) == {""}
     assert len(ours.fused.refused) == 3
@@ -296,5 +336,13 @@ def test_models_that_are_moved_about_are_run_as_they_are(monkeypatch):
 def deep():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
     return LlamaForCausalLM(config)

@@ -9,26 +9,38 @@ import torch
 from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
-from workbench.compress import compress, gptq
-from workbench.compress.layers import Layer
-from workbench.compress.scales import Scales, Spec, fit, form_of
+from workbench.calibration.statistics import Statistics
+from workbench.compress import compress
+from workbench.compress.quantization import gptq
+from workbench.compress.quantization.scales import Scales, Spec, fit, form_of
 from workbench.errors import CompressionError
+from workbench.modules.layer import Layer
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
 from workbench.tasks import score
 from workbench.zoo import load_task
 
 SPECS = {
-    "row": Spec(3), "row symmetric": Spec(3, symmetric=True), "group": Spec(4, 8), "group symmetric": Spec(2, 8, symmetric=True), "tensor": Spec(4, whole=True),
-    "nf4": Spec(4, 8, "nf4"), "float8": Spec(8, 0, "float8"), "no search": Spec(3, search=False),
-}  # fmt: skip
+    "row": Spec(3),
+    "row symmetric": Spec(3, symmetric=True),
+    "group": Spec(4, 8),
+    "group symmetric": Spec(2, 8, symmetric=True),
+    "tensor": Spec(4, whole=True),
+    "nf4": Spec(4, 8, "nf4"),
+    "float8": Spec(8, 0, "float8"),
+    "no search": Spec(3, search=False),
+}
 
 
-def problem(layers: int = 2, outputs: int = 6, inputs: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights [layers, outputs, inputs] and correlated second moments [layers, inputs, inputs], float64."""
+def problem(
+    layers: int = 2, outputs: int = 6, inputs: int = 24, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights [layers, outputs, inputs] and correlated second moments [layers, inputs, inputs],
+    float64."""
     generator = torch.Generator().manual_seed(seed)
     stack = torch.randn(layers, outputs, inputs, generator=generator, dtype=torch.float64)
-    mix = torch.randn(layers, inputs, inputs, generator=generator, dtype=torch.float64) * torch.linspace(0.2, 3, inputs)
+    mix = torch.randn(layers, inputs, inputs, generator=generator, dtype=torch.float64) * torch.linspace(
+        0.2, 3, inputs
+    )
     rows = torch.randn(layers, 200, inputs, generator=generator, dtype=torch.float64) @ mix
     return stack, rows.mT @ rows / 200
 
@@ -39,24 +51,42 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
         middle = 1 << (spec.bits - 1) if zero is None else zero.double()
         return ((torch.round(weight / scale) + middle).clamp(0, spec.levels) - middle) * scale
     if spec.number_format == "nf4":
-        from workbench.runtime.forms import NF4
+        from workbench.formats.stored_forms import NF4
 
         levels = torch.tensor(NF4, dtype=torch.float32).double()
         return levels[(weight[:, None] / scale[:, None] - levels).abs().argmin(1)] * scale
     return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
 
 
-def reference(weight: torch.Tensor, moment: torch.Tensor, scales: Scales, spec: Spec, order: list[int], *, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Round one layer in float64: the inverse itself, one row and column eliminated after each step (Frantar et al. 2022, eq. 2 and 3)."""
+def reference(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    scales: Scales,
+    spec: Spec,
+    order: list[int],
+    *,
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Round one layer in float64: the inverse itself, one row and column eliminated after each step (Frantar
+    et al. 2022, eq. 2 and 3)."""
     weight, rounded = weight.clone(), torch.zeros_like(weight)
     alive = moment.diagonal() > 0
     mean = moment.diagonal()[alive].mean() if bool(alive.any()) else torch.tensor(1.0, dtype=torch.float64)
-    damped = moment + torch.diag(torch.where(alive, 0.0, mean)) + 0.01 * mean * torch.eye(len(moment), dtype=torch.float64)
+    damped = (
+        moment
+        + torch.diag(torch.where(alive, 0.0, mean))
+        + 0.01 * mean * torch.eye(len(moment), dtype=torch.float64)
+    )
     inverse = torch.linalg.inv(damped)
     for column in order:
         group = 0 if scales.scale.shape[2] == 1 else column // spec.group_size
-        scale, zero = (None if part is None else part[0, :, group].expand(len(weight)) for part in (scales.scale, scales.zero))
-        rounded[:, column] = nearest(weight[:, column], scale.double(), zero, spec) * (1 if kept is None else kept[:, column])
+        scale, zero = (
+            None if part is None else part[0, :, group].expand(len(weight))
+            for part in (scales.scale, scales.zero)
+        )
+        rounded[:, column] = nearest(weight[:, column], scale.double(), zero, spec) * (
+            1 if kept is None else kept[:, column]
+        )
         error = (weight[:, column] - rounded[:, column]) / inverse[column, column]
         weight -= error[:, None] * inverse[column]
         inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
@@ -80,11 +110,19 @@ def test_it_is_the_reference_column_by_column(spec, ordered, block, monkeypatch)
     moments[1, 3] = moments[1, :, 3] = 0  # an input that is never read
     found, scales, columns = solved(stack, moments, spec, ordered=ordered)
     for index in range(2):
-        mine = Scales(scales.scale[index : index + 1], None if scales.zero is None else scales.zero[index : index + 1], scales.half)
+        mine = Scales(
+            scales.scale[index : index + 1],
+            None if scales.zero is None else scales.zero[index : index + 1],
+            scales.half,
+        )
         expected = reference(stack[index], moments[index], mine, spec, columns[index].tolist())
-        assert torch.allclose(found[index], expected, rtol=0, atol=1e-6 if spec.number_format != "integer" else 1e-9)  # levels are float32
+        assert torch.allclose(
+            found[index], expected, rtol=0, atol=1e-6 if spec.number_format != "integer" else 1e-9
+        )  # levels are float32
         assert (not ordered) or bool((moments[index].diagonal()[columns[index]].diff() <= 0).all())
-    assert not torch.equal(found, form_of(stack.float(), scales, spec).dequantize().double())  # rounding to nearest is something else
+    assert not torch.equal(
+        found, form_of(stack.float(), scales, spec).dequantize().double()
+    )  # rounding to nearest is something else
 
 
 @pytest.mark.parametrize("spec", [Spec(4, 8), Spec(3, symmetric=True)], ids=["group", "row"])
@@ -95,8 +133,19 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_them(spec):
     found, scales, columns = solved(stack, moments, spec, masks=masks)
     assert bool((found[~masks] == 0).all())
     for index in range(2):
-        mine = Scales(scales.scale[index : index + 1], None if scales.zero is None else scales.zero[index : index + 1], scales.half)
-        assert torch.allclose(found[index], reference(stack[index], moments[index], mine, spec, columns[index].tolist(), kept=masks[index].double()), rtol=0, atol=1e-9)
+        mine = Scales(
+            scales.scale[index : index + 1],
+            None if scales.zero is None else scales.zero[index : index + 1],
+            scales.half,
+        )
+        assert torch.allclose(
+            found[index],
+            reference(
+                stack[index], moments[index], mine, spec, columns[index].tolist(), kept=masks[index].double()
+            ),
+            rtol=0,
+            atol=1e-9,
+        )
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -104,9 +153,14 @@ def test_in_float32_outputs_lose_less_than_by_rounding_to_nearest(spec, device):
     stack, moments = (part.to(device) for part in problem(4, 32, 64))
     found, scales, _ = solved(stack.float(), moments.float(), spec)
     plain = form_of(stack.float(), scales, spec).dequantize()
-    errors = [float((((values.double() - stack) @ moments) * (values.double() - stack)).sum()) for values in (found, plain)]
+    errors = [
+        float((((values.double() - stack) @ moments) * (values.double() - stack)).sum())
+        for values in (found, plain)
+    ]
     assert errors[0] < (0.95 if spec.number_format != "float8" else 1.0) * errors[1]
-    assert torch.equal(form_of(found, scales, spec).dequantize(), found)  # it lies on the grid that was fitted before
+    assert torch.equal(
+        form_of(found, scales, spec).dequantize(), found
+    )  # it lies on the grid that was fitted before
 
 
 def test_strong_damping_is_rounding_to_nearest():
@@ -135,8 +189,16 @@ def test_damping_is_raised_where_a_moment_cannot_be_inverted(monkeypatch):
     layers = [Layer(f"l{index}", f"l{index}", torch.nn.Linear(1, 1)) for index in range(2)]
     *_, stronger = gptq.factorise(moments.float(), layers, damping=0.01, by_activation=True)
     assert (tried, stronger) == ([(2, 0.01), (1, 0.1), (1, 1.0)], [1, 100])
-    monkeypatch.setattr(gptq, "damped", lambda scaled, _: (scaled, torch.zeros(len(scaled), dtype=torch.bool)))
-    with pytest.raises(CompressionError, match=r"layer 'l0': the second moment of its 24 inputs cannot be inverted, even with damping 1 of its mean diagonal.*rounding='rtn'"):
+    monkeypatch.setattr(
+        gptq, "damped", lambda scaled, _: (scaled, torch.zeros(len(scaled), dtype=torch.bool))
+    )
+    with pytest.raises(
+        CompressionError,
+        match=(
+            r"layer 'l0': the second moment of its 24 inputs cannot be inverted, even with damping 1 of its"
+            r" mean diagonal.*rounding='rtn'"
+        ),
+    ):
         gptq.factorise(moments.float(), layers, damping=0.01, by_activation=True)
 
 
@@ -145,7 +207,11 @@ def test_one_item_of_calibration_is_regularised_and_the_user_is_told(sort, devic
     few = dataclasses.replace(task, calibration=task.calibration[:1])
     made = compress(few, Recipe(wb.Quantize(weight_bits=3, rounding="gptq")))
     assert torch.isfinite(score(task.kind, made.model, task.evaluation).loss).all()
-    assert any("calibration has too few rows for the second moments" in words and "regularised by damping of 0.01" in words for words in made.warnings)
+    assert any(
+        "calibration has too few rows for the second moments" in words
+        and "regularised by damping of 0.01" in words
+        for words in made.warnings
+    )
 
 
 def test_all_zero_rows_and_inputs_that_are_never_read():
@@ -168,7 +234,12 @@ def test_factors_are_kept_for_the_next_width_and_change_nothing(sort):
         assert same(weights(compress(task, recipe, kept).model), weights(compress(task, recipe).model))
     assert calls.count("calibration") == 1 + -(-len(task.calibration) // task.batch_size)
     readers = kept.moments().readers
-    orders = [name for key in kept.kept if isinstance(key, tuple) and key[0] == ("gptq order", 0.01, True) for name in key[1]]
+    orders = [
+        name
+        for key in kept.kept
+        if isinstance(key, tuple) and key[0] == ("gptq order", 0.01, True)
+        for name in key[1]
+    ]
     assert orders
     assert set(orders) <= set(readers.values())
     assert len(orders) == len(set(orders))
@@ -178,7 +249,9 @@ def test_an_embedding_is_rounded_to_nearest_and_the_report_says_so():
     task = tiny_task("untied")
     step = wb.Quantize(weight_bits=4, rounding="gptq", targets=("model.embed_tokens", "*"))
     rows = {row.name: row for row in compress(task, Recipe(step)).report}
-    assert rows["model.embed_tokens"].outcome == "W4 asymmetric rounded to nearest, as its inputs are looked up"
+    assert (
+        rows["model.embed_tokens"].outcome == "W4 asymmetric rounded to nearest, as its inputs are looked up"
+    )
     assert rows["model.layers.0.mlp.up_proj"].outcome == "W4 asymmetric by gptq"
 
 
@@ -194,9 +267,18 @@ def test_on_real_models_it_loses_no_more_than_rounding_to_nearest(name, bits, re
     statistics = Statistics(task)
     losses = {}
     for rounding in ("rtn", "gptq"):
-        made = compress(task, Recipe(wb.Quantize(weight_bits=bits, rounding=rounding)), statistics, shared=True)
-        losses[rounding] = torch.cat([score(task.kind, made.model, items).loss for items in task.evaluation[:600].batches(task.batch_size)]).double()
+        made = compress(
+            task, Recipe(wb.Quantize(weight_bits=bits, rounding=rounding)), statistics, shared=True
+        )
+        losses[rounding] = torch.cat(
+            [
+                score(task.kind, made.model, items).loss
+                for items in task.evaluation[:600].batches(task.batch_size)
+            ]
+        ).double()
     difference = losses["gptq"] - losses["rtn"]
-    assert float(difference.mean()) < 1.96 * float(difference.std()) / len(difference) ** 0.5  # paired: not worse outside the noise
+    assert (
+        float(difference.mean()) < 1.96 * float(difference.std()) / len(difference) ** 0.5
+    )  # paired: not worse outside the noise
     if bits == 3:
         assert float(difference.mean()) < 0

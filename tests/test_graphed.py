@@ -1,4 +1,7 @@
-"""One captured copy of the dense model serves every point whose weights alone changed; anything else is run as it is, with a reason."""
+"""One captured copy of the dense model serves every point whose weights alone changed.
+
+Anything else is run as it is, with a reason.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,24 @@ from tiny_tasks import tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.activations import Activations
-from workbench.measure import graphed
+from workbench.compress.quantization.activations import Activations
+from workbench.measure import cuda_graphs
+from workbench.measure.cuda_graphs import Captured, Graphs, counterparts
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.graphed import Captured, Graphs, counterparts
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
-from workbench.tasks.choosing import tally, token_loss
+from workbench.tasks.likelihood import tally, token_loss
 
-VALUES = [wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=3)), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))]
-FORMS = [wb.Recipe(wb.LowRank(rank_ratio=0.3)), wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")), wb.Recipe(Activations())]
+VALUES = [
+    wb.Recipe(wb.Prune(sparsity=0.5)),
+    wb.Recipe(wb.Quantize(weight_bits=3)),
+    wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)),
+]
+FORMS = [
+    wb.Recipe(wb.LowRank(rank_ratio=0.3)),
+    wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")),
+    wb.Recipe(Activations()),
+]
 
 
 class Replayed:
@@ -43,7 +54,9 @@ def stepwise(monkeypatch):
     """Let the CPU stand in for a GPU: the captured copy is run step by step."""
 
     def capture(self: Graphs, items: Items) -> Captured:
-        made = Replayed(self, Items({name: tensor.clone() for name, tensor in items.inputs.items()}, items.labels.clone()))
+        made = Replayed(
+            self, Items({name: tensor.clone() for name, tensor in items.inputs.items()}, items.labels.clone())
+        )
         return Captured(made, made.inputs, made.loss, made.answers)
 
     monkeypatch.setattr(Graphs, "capture", capture)
@@ -68,15 +81,22 @@ def test_every_point_whose_weights_alone_changed_is_read_by_one_copy(sort, stepw
     dense = read(graphs, task.model, task.evaluation)
     for recipe in VALUES:
         model = compress(task, recipe, shared=True).model
-        found, expected = read(graphs, model, task.evaluation), Scores.join([score(task.kind, model, items) for items in task.evaluation.batches(16)])
+        found, expected = (
+            read(graphs, model, task.evaluation),
+            Scores.join([score(task.kind, model, items) for items in task.evaluation.batches(16)]),
+        )
         assert torch.equal(found.loss, expected.loss)
         assert torch.equal(found.answers, expected.answers)
         assert not torch.equal(found.loss, dense.loss)
-    assert torch.equal(read(graphs, task.model, task.evaluation).loss, dense.loss)  # the dense weights come back
+    assert torch.equal(
+        read(graphs, task.model, task.evaluation).loss, dense.loss
+    )  # the dense weights come back
     assert len(graphs.captured) == 1
     assert graphs.refused == ""
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(task.model).items())
-    assert not {tensor.data_ptr() for tensor in graphs.slots} & {tensor.data_ptr() for tensor in task.model.parameters()}
+    assert not {tensor.data_ptr() for tensor in graphs.slots} & {
+        tensor.data_ptr() for tensor in task.model.parameters()
+    }
 
 
 @pytest.mark.parametrize("recipe", FORMS, ids=lambda recipe: recipe.label())
@@ -90,10 +110,16 @@ def test_other_forms_are_run_as_they_are(recipe, stepwise):
 
 def test_only_moved_weights_are_copied(stepwise, monkeypatch):
     task, counts = structure_models.task_of("grouped"), []
-    one = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.0.mlp.up_proj",))), shared=True).model
-    two = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.1.mlp.up_proj",))), shared=True).model
+    one = compress(
+        task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.0.mlp.up_proj",))), shared=True
+    ).model
+    two = compress(
+        task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.1.mlp.up_proj",))), shared=True
+    ).model
     graphs, real = graphs_of(task), torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda into, values: (counts.append(len(into)), real(into, values))[1])
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda into, values: (counts.append(len(into)), real(into, values))[1]
+    )
     for model in (task.model, one, one, two, task.model):
         read(graphs, model, task.evaluation)
     assert counts == [1, 1, 2, 1]
@@ -109,12 +135,14 @@ def test_weights_are_loaded_again_only_if_another_model_came_between(stepwise, m
             assert replay is not None
             with torch.inference_mode():
                 loss, _ = replay(task.evaluation[:16])
-        assert torch.allclose(loss.double().mean(1), score(task.kind, model, task.evaluation[:16]).loss, rtol=1e-6)
+        assert torch.allclose(
+            loss.double().mean(1), score(task.kind, model, task.evaluation[:16]).loss, rtol=1e-6
+        )
     assert [model is one for model in loads] == [True, False, True, True]
 
 
 def test_a_short_batch_is_captured_when_it_comes_again_and_few_shapes_are(stepwise, monkeypatch):
-    monkeypatch.setattr(graphed, "SHAPES", 2)
+    monkeypatch.setattr(cuda_graphs, "SHAPES", 2)
     task = tiny_task("llama")
     graphs = graphs_of(task)
     counts = []
@@ -123,7 +151,13 @@ def test_a_short_batch_is_captured_when_it_comes_again_and_few_shapes_are(stepwi
         counts.append([(len(one.inputs), one.graph.replays) for one in graphs.captured.values()])
     assert counts == [[(16, 2)], [(16, 4), (8, 1)], [(16, 6), (8, 2)]]
     for _ in range(3):
-        read(graphs, task.model, Items({"input_ids": task.evaluation.inputs["input_ids"][:16, :6]}, task.evaluation.labels[:16, :5]))
+        read(
+            graphs,
+            task.model,
+            Items(
+                {"input_ids": task.evaluation.inputs["input_ids"][:16, :6]}, task.evaluation.labels[:16, :5]
+            ),
+        )
     assert len(graphs.captured) == 2
 
 
@@ -172,15 +206,22 @@ def test_a_change_of_ties_types_or_numbers_is_no_change_of_values():
     model = compress(task, VALUES[0], shared=True).model
     ours, theirs = counterparts(task.model, task.model), counterparts(task.model, model)
     assert len(ours) == len(theirs) == len([*model.parameters(), *model.buffers()])
-    places = {id(tensor): name for name, tensor in [*task.model.named_parameters(), *task.model.named_buffers()]}
-    assert all(two is dict([*model.named_parameters(), *model.named_buffers()])[places[id(one)]] for one, two in zip(ours, theirs, strict=True))
+    places = {
+        id(tensor): name for name, tensor in [*task.model.named_parameters(), *task.model.named_buffers()]
+    }
+    assert all(
+        two is dict([*model.named_parameters(), *model.named_buffers()])[places[id(one)]]
+        for one, two in zip(ours, theirs, strict=True)
+    )
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
     assert counterparts(task.model, model) is None
     model = compress(task, VALUES[0], shared=True).model
     model.model.layers[0].self_attn.scaling = 2.0
     assert counterparts(task.model, model) is None
     other = compress(task, VALUES[0], shared=True).model
-    other.model.norm.weight = torch.nn.Parameter(other.model.norm.weight.detach().double(), requires_grad=False)
+    other.model.norm.weight = torch.nn.Parameter(
+        other.model.norm.weight.detach().double(), requires_grad=False
+    )
     assert counterparts(task.model, other) is None
     swapped = compress(task, VALUES[0], shared=True).model
     swapped.model.layers[0] = swapped.model.layers[1]
@@ -200,7 +241,11 @@ def test_graphs_score_as_the_model_itself_does(name, dtype):
     task = structure_models.task_of(name, "cuda", dtype)
     items = task.evaluation.to("cuda")
     quick, slow = Evaluator(task, items), Evaluator(task, items, graphs=False)
-    for model in (task.model, *(compress(task, recipe, shared=True).model for recipe in [*VALUES, *FORMS[:1]]), task.model):
+    for model in (
+        task.model,
+        *(compress(task, recipe, shared=True).model for recipe in [*VALUES, *FORMS[:1]]),
+        task.model,
+    ):
         found, expected = quick.scores(model, [], 48), slow.scores(model, [], 48)
         assert torch.allclose(found.loss, expected.loss, rtol=1e-5 if dtype == torch.float32 else 2e-2)
         assert (found.answers == expected.answers).double().mean() > (0.99 if dtype == torch.float32 else 0.9)
@@ -209,7 +254,10 @@ def test_graphs_score_as_the_model_itself_does(name, dtype):
         assert quick.graphs.refused == ""
         assert len(quick.graphs.captured) == 1
     else:  # seen on an H100 with some models in float32 and a ViT in bfloat16: they are run as they are
-        assert quick.graphs.refused == "capture failed: RuntimeError: a replay gives other bits than the model run step by step"
+        assert (
+            quick.graphs.refused
+            == "capture failed: RuntimeError: a replay gives other bits than the model run step by step"
+        )
 
 
 def test_looking_for_packed_sequences_comes_back():
@@ -218,7 +266,7 @@ def test_looking_for_packed_sequences_comes_back():
     look = masking_utils.find_packed_sequence_indices
     task = tiny_task("llama")
     wanted = score(task.kind, task.model, task.evaluation)
-    with graphed.one_sequence_each():
+    with cuda_graphs.one_sequence_each():
         assert masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0, 1]])) is None
         assert torch.equal(score(task.kind, task.model, task.evaluation).loss, wanted.loss)
     assert masking_utils.find_packed_sequence_indices is look
@@ -227,7 +275,9 @@ def test_looking_for_packed_sequences_comes_back():
 def test_a_capture_makes_no_mask_where_nobody_gave_one(monkeypatch):
     from transformers import masking_utils
 
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)  # as while a stream is captured
+    monkeypatch.setattr(
+        masking_utils, "is_tracing", lambda tensor=None: True
+    )  # as while a stream is captured
     task, seen = tiny_task("llama"), []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -236,7 +286,7 @@ def test_a_capture_makes_no_mask_where_nobody_gave_one(monkeypatch):
         return attention(*args, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    with graphed.one_sequence_each():
+    with cuda_graphs.one_sequence_each():
         assert not masking_utils.is_tracing(None)
         assert masking_utils.is_tracing(torch.ones(1))  # a mask that was given is not looked into
         score(task.kind, task.model, task.evaluation[:4])
@@ -247,7 +297,7 @@ def test_a_capture_makes_no_mask_where_nobody_gave_one(monkeypatch):
 
 @pytest.mark.gpu
 def test_the_copy_stays_within_its_share_of_the_memory(monkeypatch):
-    monkeypatch.setattr(graphed, "SHARE", 1e-9)
+    monkeypatch.setattr(cuda_graphs, "SHARE", 1e-9)
     task = tiny_task("llama", "cuda")
     evaluator = Evaluator(task, task.evaluation.to("cuda"))
     evaluator.scores(task.model, [], 48)
@@ -259,21 +309,36 @@ def test_reading_by_graph_puts_sorted_texts_back(stepwise):
     task = tiny_task("bert")
     generator = torch.Generator().manual_seed(3)
     mask = (torch.arange(16) < torch.randint(1, 17, (48, 1), generator=generator)).long()
-    items = Items({"input_ids": torch.randint(64, (48, 16), generator=generator), "attention_mask": mask}, task.evaluation.labels)
+    items = Items(
+        {"input_ids": torch.randint(64, (48, 16), generator=generator), "attention_mask": mask},
+        task.evaluation.labels,
+    )
     task = dataclasses.replace(task, evaluation=items)
     evaluator = Evaluator(task, items)
     expected = evaluator.scores(task.model, [], 48)
     with torch.inference_mode():
-        found = evaluator.replay(lambda some: token_loss(task.kind.logits(task.model, some), some.labels), 0, 48, lambda *_: None)
+        found = evaluator.replay(
+            lambda some: token_loss(task.kind.logits(task.model, some), some.labels), 0, 48, lambda *_: None
+        )
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.answers, expected.answers)
 
 
-def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_waiting_for_it(stepwise, monkeypatch):
+def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_waiting_for_it(
+    stepwise, monkeypatch
+):
     task, events = structure_models.task_of("grouped"), []
     graphs, expected = graphs_of(task), evaluator_of(task).scores(task.model, [], 40)
-    monkeypatch.setattr("workbench.measure.evaluator.tally", lambda *given: (events.append("waits"), tally(*given))[1])
+    monkeypatch.setattr(
+        "workbench.measure.evaluator.tally", lambda *given: (events.append("waits"), tally(*given))[1]
+    )
     with graphs.loaded(task.model) as replay:
-        found = evaluator_of(task).replay(lambda items: (events.append(len(items)), replay(items))[1], 0, 40, lambda *_: None, meanwhile=lambda: events.append("meanwhile"))
+        found = evaluator_of(task).replay(
+            lambda items: (events.append(len(items)), replay(items))[1],
+            0,
+            40,
+            lambda *_: None,
+            meanwhile=lambda: events.append("meanwhile"),
+        )
     assert events == [16, 16, 8, "meanwhile", "waits"]
     assert torch.equal(found.loss, expected.loss)

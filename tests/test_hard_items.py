@@ -1,4 +1,5 @@
-"""Intervals of a mean loss where hard items are missing: numbers worked out, populations with a known truth, what stays as it is."""
+"""Intervals of a mean loss where hard items are missing: numbers worked out, populations with a known truth,
+what stays as it is."""
 
 from __future__ import annotations
 
@@ -9,18 +10,34 @@ import pytest
 import torch
 from scipy import stats
 
-from workbench.measure.hard_items import MOST, hardness, widening
-from workbench.measure.intervals import mean
-from workbench.measure.known import Known
-from workbench.measure.quality import quality
+from workbench.metrics.control_variates import Known
+from workbench.metrics.hard_items import MOST, hardness, widening
+from workbench.metrics.intervals import mean
+from workbench.metrics.quality import quality
 from workbench.tasks.base import Scores
 
 LEVEL = 0.986  # of one of four looks that hold together at 95%
 
 
-def made(loss: np.ndarray, correct: np.ndarray, weight: np.ndarray | None = None, **details: np.ndarray) -> Scores:
-    values = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in {"loss": loss, "correct": correct, "weight": np.ones(len(loss)) if weight is None else weight, **details}.items()}
-    return Scores(values["loss"], values["correct"], values["weight"], values["correct"].long(), {name: values[name] for name in details})
+def made(
+    loss: np.ndarray, correct: np.ndarray, weight: np.ndarray | None = None, **details: np.ndarray
+) -> Scores:
+    values = {
+        name: torch.tensor(numbers, dtype=torch.float64)
+        for name, numbers in {
+            "loss": loss,
+            "correct": correct,
+            "weight": np.ones(len(loss)) if weight is None else weight,
+            **details,
+        }.items()
+    }
+    return Scores(
+        values["loss"],
+        values["correct"],
+        values["weight"],
+        values["correct"].long(),
+        {name: values[name] for name in details},
+    )
 
 
 def losses(*probabilities: float) -> torch.Tensor:
@@ -33,9 +50,14 @@ def test_hardness_is_the_square_of_what_the_right_label_lacks():
 
 
 def test_the_factor_is_isakis_ratio_with_half_an_item_that_was_not_seen():
-    read, rest = losses(0.9, 0.5, 0.9, 0.5), losses(0.1, 0.2, 0.9, 0.5)  # hardness 0.01, 0.25, 0.01, 0.25 and 0.81, 0.64, 0.01, 0.25
+    read, rest = (
+        losses(0.9, 0.5, 0.9, 0.5),
+        losses(0.1, 0.2, 0.9, 0.5),
+    )  # hardness 0.01, 0.25, 0.01, 0.25 and 0.81, 0.64, 0.01, 0.25
     assert widening(read, read) == pytest.approx(math.sqrt((0.52 + 0.5) / 4.5 / 0.13))
-    assert widening(read, torch.cat([read, rest])) == pytest.approx(math.sqrt((0.52 + 1.71 + 0.5) / 8.5 / 0.13))
+    assert widening(read, torch.cat([read, rest])) == pytest.approx(
+        math.sqrt((0.52 + 1.71 + 0.5) / 8.5 / 0.13)
+    )
     assert widening(rest, torch.cat([read, rest])) == 1.0  # harder than most: never narrower
     assert widening(losses(*[0.9999] * 4), torch.cat([read, losses(*[0.9999] * 4)])) == MOST
     assert widening(torch.zeros(16), torch.zeros(16)) == MOST
@@ -48,14 +70,16 @@ def test_windows_of_tokens_are_alike_and_not_widened():
 
 
 def items(draw: np.random.Generator, count: int) -> tuple[Scores, Scores]:
-    """Return what a classifier and its compressed copy do on items of two classes: the margin of most is wide, and compression moves each by about 1."""
+    """Return what a classifier and its compressed copy do on items of two classes: the margin of most is
+    wide, and compression moves each by about 1."""
     margin = draw.normal(4.0, 4.0, count)
     moved = margin - 0.2 + draw.normal(0.0, 1.0, count)
     return tuple(made(np.logaddexp(0.0, -of), of > 0) for of in (margin, moved))  # type: ignore[return-value]
 
 
 def test_a_mean_loss_of_few_items_is_covered_although_most_are_easy():
-    """At 98.6%, Student's interval holds 92 times in a hundred here, and 97 with what the dense model says of the items."""
+    """At 98.6%, Student's interval holds 92 times in a hundred here, and 97 with what the dense model says of
+    the items."""
     draw, trials = np.random.default_rng(1), 600
     dense, mine = items(draw, 1_000_000)
     wanted = float((mine.loss - dense.loss).mean())
@@ -64,7 +88,11 @@ def test_a_mean_loss_of_few_items_is_covered_although_most_are_easy():
         before, after = items(draw, 500)
         some, few = before.first(16), after.first(16)
         student = mean(few.loss - some.loss, some.weight, LEVEL)
-        found = {"student": student, "alone": quality("accuracy", some, few, level=LEVEL)[1].change, "known": quality("accuracy", some, few, level=LEVEL, known=Known(before))[1].change}
+        found = {
+            "student": student,
+            "alone": quality("accuracy", some, few, level=LEVEL)[1].change,
+            "known": quality("accuracy", some, few, level=LEVEL, known=Known(before))[1].change,
+        }
         for name, one in found.items():
             held[name] += one.low <= wanted <= one.high
     assert held["student"] / trials < 0.94
@@ -78,21 +106,33 @@ def test_perplexity_is_the_exponential_of_the_losses_interval():
     mine = made(dense.loss.numpy() + draw.gamma(2.0, 0.1, 40), draw.random(40), weight)
     for count, known in ((12, None), (12, Known(dense)), (40, None)):
         some, few = dense.first(count), mine.first(count)
-        loss, found = quality("accuracy", some, few, known=known)[1], quality("perplexity", some, few, known=known)[0]
+        loss, found = (
+            quality("accuracy", some, few, known=known)[1],
+            quality("perplexity", some, few, known=known)[0],
+        )
         for one, other in ((found.dense, loss.dense), (found.compressed, loss.compressed)):
-            assert (one.value, one.low, one.high) == pytest.approx(tuple(math.exp(x) for x in (other.value, other.low, other.high)))
-        assert (found.change.value, found.change.low, found.change.high) == pytest.approx(tuple(math.expm1(x) for x in (loss.change.value, loss.change.low, loss.change.high)))
+            assert (one.value, one.low, one.high) == pytest.approx(
+                tuple(math.exp(x) for x in (other.value, other.low, other.high))
+            )
+        assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+            tuple(math.expm1(x) for x in (loss.change.value, loss.change.low, loss.change.high))
+        )
         assert found.change.low > -1
 
 
 def test_what_is_no_likelihood_is_not_widened():
     draw = np.random.default_rng(3)
     score, loss = draw.random(30), draw.random(30) ** 4
-    dense, mine = (made(values, np.zeros(30), score=score, cosine=score + values) for values in (loss, loss + draw.random(30)))
+    dense, mine = (
+        made(values, np.zeros(30), score=score, cosine=score + values)
+        for values in (loss, loss + draw.random(30))
+    )
     found = quality("rank correlation", dense, mine)[1]
     assert found.metric == "squared error"
     change = mine.loss.numpy() - dense.loss.numpy()
-    assert found.change.half_width == pytest.approx(stats.t.ppf(0.975, 29) * change.std(ddof=1) / math.sqrt(30))
+    assert found.change.half_width == pytest.approx(
+        stats.t.ppf(0.975, 29) * change.std(ddof=1) / math.sqrt(30)
+    )
     weight = draw.integers(20, 128, 30).astype(float)
     one, other = made(loss, draw.random(30), weight), made(loss, draw.random(30), weight)
     assert quality("perplexity", one, other)[1].change == mean(other.correct - one.correct, one.weight, 0.95)
@@ -106,7 +146,10 @@ def test_no_interval_of_a_loss_reaches_below_zero_and_no_upper_end_moves():
         few = 8 if known is None else 7
         some, read = dense.first(few), mine.first(few)
         found = quality(primary, some, read, known=known)
-        plain = [mean(values, some.weight, 0.95, widening(some.loss, dense.loss)) for values in (read.loss, read.loss - some.loss)]
+        plain = [
+            mean(values, some.weight, 0.95, widening(some.loss, dense.loss))
+            for values in (read.loss, read.loss - some.loss)
+        ]
         loss = next(one for one in found if one.metric in {"loss", "perplexity"})
         if known is None:
             assert plain[0].low < 0
@@ -122,7 +165,10 @@ def test_no_interval_of_a_loss_reaches_below_zero_and_no_upper_end_moves():
 def test_squared_errors_and_shares_of_tokens_stay_in_their_range():
     draw = np.random.default_rng(4)
     values = np.array([0.0] * 7 + [0.8])
-    one, other = (made(loss, np.zeros(8), score=draw.random(8), cosine=draw.random(8)) for loss in (values, values[::-1].copy()))
+    one, other = (
+        made(loss, np.zeros(8), score=draw.random(8), cosine=draw.random(8))
+        for loss in (values, values[::-1].copy())
+    )
     assert quality("rank correlation", one, other)[1].compressed.low == 0
     assert quality("rank correlation", one, other)[1].change.low < 0
     shares = np.array([0.999] * 7 + [0.5]), np.array([0.001] * 7 + [0.5])
@@ -135,11 +181,15 @@ def test_squared_errors_and_shares_of_tokens_stay_in_their_range():
 
 
 def test_what_is_cut_off_is_where_the_truth_cannot_be():
-    """The cut intervals hold exactly as often as the whole ones: exponential losses of mean 0.1, of which 8 are read."""
+    """The cut intervals hold exactly as often as the whole ones: exponential losses of mean 0.1, of which 8
+    are read."""
     draw, held = np.random.default_rng(5), {"cut": 0, "whole": 0}
     for _ in range(400):
         scores = made(draw.exponential(0.1, 8) * draw.integers(0, 2, 8) * 2, np.ones(8))
-        cut, whole = quality("accuracy", scores, scores)[1].compressed, mean(scores.loss, scores.weight, 0.95, widening(scores.loss, scores.loss))
+        cut, whole = (
+            quality("accuracy", scores, scores)[1].compressed,
+            mean(scores.loss, scores.weight, 0.95, widening(scores.loss, scores.loss)),
+        )
         assert (cut.value, cut.high) == (whole.value, whole.high)
         held["cut"] += cut.low <= 0.1 <= cut.high
         held["whole"] += whole.low <= 0.1 <= whole.high

@@ -6,15 +6,17 @@ import pytest
 from tiny_tasks import tiny_task
 
 import workbench as wb
-from widgets.honesty import notes_of
+from widgets.panes.verdict_strip import notes_of
 from workbench.bench import Bench
-from workbench.measure.estimate import Estimate
+from workbench.metrics.estimate import Estimate
 from workbench.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
 def point(tmp_path_factory):
-    bench = Bench(tiny_task("vit"), device="cpu", ledger=tmp_path_factory.mktemp("ledger") / "x.journal", progress=False)
+    bench = Bench(
+        tiny_task("vit"), device="cpu", ledger=tmp_path_factory.mktemp("ledger") / "x.journal", progress=False
+    )
     return bench.measure(Recipe(wb.Quantize(weight_bits=4)))
 
 
@@ -31,4 +33,6 @@ def test_a_slower_point_says_so_and_what_ran_it(point):
 
 def test_a_point_that_may_be_as_fast_does_not(point):
     assert "slower" not in " ".join(notes_of(with_speed(point, 0.8, 1.1), None))
-    assert "slower" not in " ".join(notes_of(dataclasses.replace(with_speed(point, 0.2, 0.4), recipe=Recipe()), None))
+    assert "slower" not in " ".join(
+        notes_of(dataclasses.replace(with_speed(point, 0.2, 0.4), recipe=Recipe()), None)
+    )

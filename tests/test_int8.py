@@ -1,4 +1,7 @@
-"""Products of integers against float64, in torch and in ONNX Runtime, for every rounding; caches, fallbacks, instructions."""
+"""Products of integers against float64, in torch and in ONNX Runtime, for every rounding.
+
+Caches, fallbacks, instructions.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,19 @@ import torch
 from integer_models import KIND, One, grid_for, items_of, layer_of, reference
 from torch import nn
 
-from workbench.compress.layers import patches
-from workbench.compress.quantized_inputs import InputFormat
+from workbench.modules.input_quantizer import InputFormat
+from workbench.modules.layer import patches
 from workbench.runtime import int8
 from workbench.runtime.int8_torch import TorchInt8
 from workbench.runtime.onnx_engine import OnnxRuntime
 
-ROUNDINGS = [InputFormat(bits, "integer", dynamic, per_token, symmetric)
-             for bits, dynamic, per_token, symmetric in itertools.product((8, 5), (True, False), (True, False), (True, False)) if dynamic or not per_token]  # fmt: skip
+ROUNDINGS = [
+    InputFormat(bits, "integer", dynamic, per_token, symmetric)
+    for bits, dynamic, per_token, symmetric in itertools.product(
+        (8, 5), (True, False), (True, False), (True, False)
+    )
+    if dynamic or not per_token
+]
 INPUTS, OUTPUTS = 37, 13  # no multiple of anything
 
 
@@ -41,7 +49,12 @@ def in_onnx(model: nn.Module, layers: tuple, given: torch.Tensor) -> nn.Module:
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda rounding: rounding.words())
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (3, False)])
 def test_the_torch_kernel_computes_what_float64_does(rounding, bits, symmetric):
-    layer = layer_of(nn.Linear(INPUTS, OUTPUTS), grid_for(OUTPUTS, INPUTS, bits, symmetric=symmetric), rounding, smooth=torch.linspace(0.5, 2, INPUTS))
+    layer = layer_of(
+        nn.Linear(INPUTS, OUTPUTS),
+        grid_for(OUTPUTS, INPUTS, bits, symmetric=symmetric),
+        rounding,
+        smooth=torch.linspace(0.5, 2, INPUTS),
+    )
     assert not TorchInt8().serves(layer, "cpu")
     found = TorchInt8().build(layer)(values().view(11, 1, INPUTS))
     assert found.shape == (11, 1, OUTPUTS)
@@ -58,8 +71,20 @@ def test_onnx_runtime_computes_what_float64_does(rounding):
         assert close(KIND.logits(session, items_of(values())), reference(layer, values()))
 
 
-@pytest.mark.parametrize("rounding", [InputFormat(), InputFormat(per_token=False, symmetric=False), InputFormat(symmetric=False), InputFormat(dynamic=False, per_token=False)], ids=lambda r: r.words())
-@pytest.mark.parametrize("form", [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (1, 3), "dilation": 2, "bias": False}])
+@pytest.mark.parametrize(
+    "rounding",
+    [
+        InputFormat(),
+        InputFormat(per_token=False, symmetric=False),
+        InputFormat(symmetric=False),
+        InputFormat(dynamic=False, per_token=False),
+    ],
+    ids=lambda r: r.words(),
+)
+@pytest.mark.parametrize(
+    "form",
+    [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (1, 3), "dilation": 2, "bias": False}],
+)
 def test_convolutions_of_integers_agree_with_float64(rounding, form):
     conv = nn.Conv2d(5, 7, **form)
     grid = grid_for(7, conv.weight[0].numel(), 8, symmetric=False)
@@ -106,7 +131,9 @@ def test_a_cpu_without_the_instructions_is_refused_with_the_reason(monkeypatch):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_four_bit_weights_agree_with_float64(group, symmetric):
     inputs = 384 if group != 48 else 144
-    layer = layer_of(nn.Linear(inputs, OUTPUTS), grid_for(OUTPUTS, inputs, 4, symmetric=symmetric, group=group), None)
+    layer = layer_of(
+        nn.Linear(inputs, OUTPUTS), grid_for(OUTPUTS, inputs, 4, symmetric=symmetric, group=group), None
+    )
     assert OnnxRuntime().how(layer) == "packed"
     given = torch.randn(5, inputs, generator=torch.Generator().manual_seed(3))
     session = in_onnx(One(layer.module), (layer,), given)
@@ -116,11 +143,14 @@ def test_packed_four_bit_weights_agree_with_float64(group, symmetric):
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"bits": 8, "group": 8}, "a scale for every 8 inputs"),
-    ({"bits": 3, "group": 0, "inputs": None}, "its inputs are not quantized"),
-    ({"bits": 8, "group": 0, "inputs": InputFormat(number_format="float8")}, "float8, not integers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bits": 8, "group": 8}, "a scale for every 8 inputs"),
+        ({"bits": 3, "group": 0, "inputs": None}, "its inputs are not quantized"),
+        ({"bits": 8, "group": 0, "inputs": InputFormat(number_format="float8")}, "float8, not integers"),
+    ],
+)
 def test_what_is_not_served_says_why(change, words):
     grid = grid_for(OUTPUTS, 40, change["bits"], symmetric=True, group=change["group"])
     layer = layer_of(nn.Linear(40, OUTPUTS), grid, change.get("inputs", InputFormat()))
@@ -133,18 +163,28 @@ def test_another_recipe_of_the_same_structure_is_not_exported_again(monkeypatch)
     from workbench.runtime import onnx_engine
 
     exports, kept = [], {}
-    monkeypatch.setattr(onnx_engine, "export", lambda *given, make=onnx_engine.export: exports.append(1) or make(*given))
+    monkeypatch.setattr(
+        onnx_engine, "export", lambda *given, make=onnx_engine.export: exports.append(1) or make(*given)
+    )
 
     def once(key, compute):
         return kept[key] if key in kept else kept.setdefault(key, compute())
 
     for seed in (0, 1):
-        layer = layer_of(nn.Linear(INPUTS, OUTPUTS), grid_for(OUTPUTS, INPUTS, 8, symmetric=False, seed=seed), InputFormat())
+        layer = layer_of(
+            nn.Linear(INPUTS, OUTPUTS),
+            grid_for(OUTPUTS, INPUTS, 8, symmetric=False, seed=seed),
+            InputFormat(),
+        )
         session = OnnxRuntime().build(One(layer.module), (layer,), KIND, items_of(values()), once)
         with torch.inference_mode():
             assert close(KIND.logits(session, items_of(values())), reference(layer, values()))
     assert len(exports) == 1
-    layer = layer_of(nn.Linear(INPUTS, OUTPUTS), grid_for(OUTPUTS, INPUTS, 8, symmetric=False), InputFormat(symmetric=False))  # other rounding, same tensors' shapes or not
+    layer = layer_of(
+        nn.Linear(INPUTS, OUTPUTS),
+        grid_for(OUTPUTS, INPUTS, 8, symmetric=False),
+        InputFormat(symmetric=False),
+    )  # other rounding, same tensors' shapes or not
     OnnxRuntime().build(One(layer.module), (layer,), KIND, items_of(values()), once)
     assert len(exports) == 2
 

@@ -20,8 +20,8 @@ from tiny_tasks import tiny_task
 import workbench as wb
 from workbench.bench import Bench
 from workbench.errors import LedgerError
-from workbench.journal import Journal
-from workbench.ledger import Ledger
+from workbench.ledger.journal import Journal
+from workbench.ledger.ledger import Ledger
 from workbench.measure.measurement import ADAPTER, Measurement
 from workbench.recipe import Recipe
 
@@ -29,7 +29,9 @@ from workbench.recipe import Recipe
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Measurement:
     where = tmp_path_factory.mktemp("measured") / "points.journal"
-    return Bench(tiny_task("vit"), device="cpu", ledger=where, progress=False).measure(Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)))
+    return Bench(tiny_task("vit"), device="cpu", ledger=where, progress=False).measure(
+        Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))
+    )
 
 
 def numbered(point: Measurement, number: int) -> Measurement:
@@ -54,7 +56,16 @@ def test_the_layers_of_a_stored_point_are_read_late_and_are_the_same(tmp_path, m
         row.layer  # noqa: B018  asking is the test
 
 
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda row: pickle.loads(pickle.dumps(row)), lambda row: dataclasses.replace(row, items=row.items)], ids=["copy", "deepcopy", "pickle", "replace"])  # noqa: S301
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda row: pickle.loads(pickle.dumps(row)),  # noqa: S301
+        lambda row: dataclasses.replace(row, items=row.items),
+    ],
+    ids=["copy", "deepcopy", "pickle", "replace"],
+)
 def test_a_point_read_late_is_like_any_other(measured, again):
     assert measured == everything(measured)
     for same in (again(Measurement.from_json(measured.to_json())), Measurement.from_json(measured.to_json())):
@@ -62,22 +73,55 @@ def test_a_point_read_late_is_like_any_other(measured, again):
         assert measured == same
         assert repr(same) == repr(measured)
         assert hash(same.layers) == hash(measured.layers)
-        assert dataclasses.asdict(dataclasses.replace(same, recipe=Recipe())) == dataclasses.asdict(dataclasses.replace(measured, recipe=Recipe()))
-    assert json.loads(dataclasses.replace(Measurement.from_json(measured.to_json()), items=7).to_json()) == {**json.loads(measured.to_json()), "items": 7}
+        assert dataclasses.asdict(dataclasses.replace(same, recipe=Recipe())) == dataclasses.asdict(
+            dataclasses.replace(measured, recipe=Recipe())
+        )
+    assert json.loads(dataclasses.replace(Measurement.from_json(measured.to_json()), items=7).to_json()) == {
+        **json.loads(measured.to_json()),
+        "items": 7,
+    }
 
 
-TRICKS = ('"layers":[', '],"provenance":{', '{"layers":[],"provenance":{}}', "\\", 'a "quoted" \\" end', "\u00e9\u4e2d\U0001f600", "\n")
+TRICKS = (
+    '"layers":[',
+    '],"provenance":{',
+    '{"layers":[],"provenance":{}}',
+    "\\",
+    'a "quoted" \\" end',
+    "\u00e9\u4e2d\U0001f600",
+    "\n",
+)
 
 
 @given(st.lists(st.sampled_from(TRICKS) | st.text(max_size=12), min_size=3, max_size=3))
 def test_no_text_in_a_point_is_taken_for_the_marks_around_its_layers(measured, texts):
     name, outcome, why = (text.encode("utf-8", "ignore").decode() for text in texts)
-    context, layer = dataclasses.replace(measured.context, model_name=name), dataclasses.replace(measured.layers[0], outcome=outcome)
-    point = dataclasses.replace(measured, context=context, layers=(layer, *measured.layers[1:]), missing={"latency": why}, warnings=(name, outcome))
+    context, layer = (
+        dataclasses.replace(measured.context, model_name=name),
+        dataclasses.replace(measured.layers[0], outcome=outcome),
+    )
+    point = dataclasses.replace(
+        measured,
+        context=context,
+        layers=(layer, *measured.layers[1:]),
+        missing={"latency": why},
+        warnings=(name, outcome),
+    )
     back = Measurement.from_json(point.to_json())
     assert back == point == everything(point)
     assert back.layers[0].outcome == outcome
-    line = json.dumps({"op_code": 4, "study_id": 0, "user_attrs": {"recipe": name, "measurement": point.to_json(), "why": why}, "system_attrs": {outcome: why}}, separators=(",", ":")).encode() + b"\n"
+    line = (
+        json.dumps(
+            {
+                "op_code": 4,
+                "study_id": 0,
+                "user_attrs": {"recipe": name, "measurement": point.to_json(), "why": why},
+                "system_attrs": {outcome: why},
+            },
+            separators=(",", ":"),
+        ).encode()
+        + b"\n"
+    )
     late = Measurement.from_line(line, 0)
     assert late == point
     assert late.to_json() == point.to_json()
@@ -86,9 +130,20 @@ def test_no_text_in_a_point_is_taken_for_the_marks_around_its_layers(measured, t
 
 def test_figures_are_what_the_point_says_also_of_a_changed_copy(measured):
     late = Measurement.from_json(measured.to_json())
-    for row in (measured, late, dataclasses.replace(late, items=late.items - 1), pickle.loads(pickle.dumps(late))):  # noqa: S301
+    for row in (
+        measured,
+        late,
+        dataclasses.replace(late, items=late.items - 1),
+        pickle.loads(pickle.dumps(late)),  # noqa: S301
+    ):
         change = row.primary.change
-        assert row.figures == (row.complete, (row.context.model_fingerprint, row.context.data_fingerprint), row.primary.metric, (change.value, change.low, change.high), row.sizes.file_bytes)
+        assert row.figures == (
+            row.complete,
+            (row.context.model_fingerprint, row.context.data_fingerprint),
+            row.primary.metric,
+            (change.value, change.low, change.high),
+            row.sizes.file_bytes,
+        )
     assert not dataclasses.replace(late, items=late.items - 1).figures.complete
 
 
@@ -104,7 +159,11 @@ def test_points_stored_otherwise_are_read_at_once(measured):
 
 def test_the_journal_reads_what_optuna_reads_and_the_other_way_round(tmp_path, measured):
     where = tmp_path / "points.journal"
-    theirs = optuna.create_study(storage=optuna.storages.JournalStorage(JournalFileBackend(str(where))), study_name="workbench", directions=["maximize", "minimize", "minimize"])
+    theirs = optuna.create_study(
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(where))),
+        study_name="workbench",
+        directions=["maximize", "minimize", "minimize"],
+    )
     mine = Ledger(where)
     mine.add(numbered(measured, 1))
     trial = theirs.ask({"sparsity": optuna.distributions.FloatDistribution(0, 1)})
@@ -115,7 +174,10 @@ def test_the_journal_reads_what_optuna_reads_and_the_other_way_round(tmp_path, m
     mine.refresh()
     assert [int(row.key, 16) for row in mine.rows()] == [1, 2]
     assert mine.unreadable == 1  # the other tool's
-    fresh = [optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name="workbench") for backend in (JournalFileBackend(str(where)), Journal(where))]
+    fresh = [
+        optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name="workbench")
+        for backend in (JournalFileBackend(str(where)), Journal(where))
+    ]
     assert fresh[0].trials == fresh[1].trials == mine.study.trials == theirs.trials
     assert len(fresh[0].trials) == 3
     assert fresh[0].user_attrs == fresh[1].user_attrs == theirs.user_attrs != {}
@@ -126,7 +188,9 @@ def test_optuna_is_shown_the_studies_and_what_this_process_wrote_alone(tmp_path,
     first = Ledger(where)
     for number in (1, 2):
         first.add(numbered(measured, number))
-    other = optuna.create_study(storage=optuna.storages.JournalStorage(Journal(where)), study_name="another", directions=["minimize"])
+    other = optuna.create_study(
+        storage=optuna.storages.JournalStorage(Journal(where)), study_name="another", directions=["minimize"]
+    )
     other.tell(other.ask(), 1.0)
     mine = Ledger(where)
     assert [len(mine.book.trials), len(mine.study.trials)] == [0, 2]
@@ -139,10 +203,14 @@ def test_optuna_is_shown_the_studies_and_what_this_process_wrote_alone(tmp_path,
     assert sorted(int(row.key, 16) for row in mine.rows()) == [1, 2, 3, 4]
     assert mine.unreadable == 0  # the other study's trial is not ours
     assert Ledger(where).annotations() == mine.annotations() != {}
-    assert [trial.user_attrs["key"] for trial in mine.study.trials] == [f"{number:016x}" for number in (1, 2, 3, 4)]
+    assert [trial.user_attrs["key"] for trial in mine.study.trials] == [
+        f"{number:016x}" for number in (1, 2, 3, 4)
+    ]
 
 
-def test_a_broken_line_that_another_process_wrote_is_named_each_time_and_hides_nothing_before_it(tmp_path, measured):
+def test_a_broken_line_that_another_process_wrote_is_named_each_time_and_hides_nothing_before_it(
+    tmp_path, measured
+):
     where = tmp_path / "points.journal"
     ledger, other = Ledger(where), Ledger(where)
     other.add(numbered(measured, 1))

@@ -1,4 +1,5 @@
-"""Keeping points: notes and pins in the ledger, tables in files, points side by side, the report's own process."""
+"""Keeping points: notes and pins in the ledger, tables in files, points side by side, the report's own
+process."""
 
 from __future__ import annotations
 
@@ -15,25 +16,32 @@ import pytest
 from tiny_tasks import tiny_task
 
 import workbench as wb
-from widgets.compare_html import comparison_html
-from widgets.compare_view import CompareView
-from widgets.history_view import HistoryView, arranged, line_of
-from widgets.keep_bar import WAIT, KeepBar
-from workbench.compare import Apart, choices_of, comparison, facts, paired_test
+from widgets.figures.compare_html import comparison_html
+from widgets.panes.compare_view import CompareView
+from widgets.panes.history_view import HistoryView, arranged, line_of
+from widgets.panes.keep_bar import WAIT, KeepBar
 from workbench.errors import LedgerError, RecipeError
-from workbench.frame import points_frame, save_points
-from workbench.ledger import Annotation, Ledger
+from workbench.ledger.ledger import Annotation, Ledger
+from workbench.ledger.table import points_frame, save_points
 from workbench.measure.measurement import Measurement
+from workbench.search.compare import Apart, choices_of, comparison, facts, paired_test
 
 W4 = wb.Recipe(wb.Quantize(weight_bits=4))
 BOTH = wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))
-TWICE = wb.Recipe(wb.Quantize(weight_bits=8, targets=("*q_proj",)), wb.Quantize(weight_bits=2, targets=("*fc1",)))
+TWICE = wb.Recipe(
+    wb.Quantize(weight_bits=8, targets=("*q_proj",)), wb.Quantize(weight_bits=2, targets=("*fc1",))
+)
 NOTE = 'schön <b>\N{SLIGHTLY SMILING FACE}</b>, "quoted"\nsecond line, 中文'
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = wb.Bench(tiny_task("vit"), device="cpu", ledger=tmp_path_factory.mktemp("points") / "points.journal", progress=False)
+    made = wb.Bench(
+        tiny_task("vit"),
+        device="cpu",
+        ledger=tmp_path_factory.mktemp("points") / "points.journal",
+        progress=False,
+    )
     for recipe in (W4, BOTH, TWICE):
         made.measure(recipe)
     return made
@@ -46,7 +54,9 @@ def rows(bench):
 
 @pytest.fixture(params=["journal", "sqlite"])
 def kept(request, tmp_path, rows):
-    ledger = Ledger(tmp_path / "points.journal" if request.param == "journal" else f"sqlite:///{tmp_path / 'points.db'}")
+    ledger = Ledger(
+        tmp_path / "points.journal" if request.param == "journal" else f"sqlite:///{tmp_path / 'points.db'}"
+    )
     for row in rows:
         ledger.add(row)
     return ledger
@@ -62,7 +72,10 @@ def test_notes_and_pins_come_back_and_the_newest_wins(kept, rows):
     assert kept.annotate(key, pinned=True) == Annotation(NOTE, pinned=True)
     kept.annotate(rows[1].key, pinned=True)
     again = Ledger(kept.where)
-    assert again.annotations() == {key: Annotation(NOTE, pinned=True), rows[1].key: Annotation("", pinned=True)}
+    assert again.annotations() == {
+        key: Annotation(NOTE, pinned=True),
+        rows[1].key: Annotation("", pinned=True),
+    }
     again.annotate(key, note="  newer  ")
     assert kept.annotations()[key] == Annotation("newer", pinned=True)  # the other one is still open
     kept.annotate(key, note="", pinned=False)
@@ -74,7 +87,9 @@ def test_what_is_no_note_is_refused_and_repeated(kept, rows):
     key = rows[0].key
     with pytest.raises(LedgerError, match=r"no point 'feedbeef' in the ledger .*points\..*; it has 3 points"):
         kept.annotate("feedbeef", pinned=True)
-    with pytest.raises(LedgerError, match=r"the note 'x{40}\.\.\.' is refused: it has 501 characters, the most is 500"):
+    with pytest.raises(
+        LedgerError, match=r"the note 'x{40}\.\.\.' is refused: it has 501 characters, the most is 500"
+    ):
         kept.annotate(key, note="x" * 501)
     for odd in ("\ud800", "a\x00b", "\x1b[31m"):
         with pytest.raises(LedgerError, match="is no text"):
@@ -85,7 +100,11 @@ def test_what_is_no_note_is_refused_and_repeated(kept, rows):
 
 def test_optuna_still_reads_a_study_with_notes(kept, rows):
     kept.annotate(rows[0].key, note=NOTE, pinned=True)
-    storage = kept.where if "://" in kept.where else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(kept.where))
+    storage = (
+        kept.where
+        if "://" in kept.where
+        else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(kept.where))
+    )
     study = optuna.load_study(study_name="workbench", storage=storage)
     assert len(study.trials) == 3
     assert study.user_attrs[f"note {rows[0].key}"] == NOTE
@@ -124,7 +143,7 @@ def test_a_torn_line_of_another_process_does_not_swallow_the_next_note(tmp_path,
 
 WRITE = """
 import itertools, sys
-from workbench.ledger import Ledger
+from workbench.ledger.ledger import Ledger
 ledger, key, name = Ledger(sys.argv[1]), sys.argv[2], sys.argv[3]
 print("ready", flush=True)
 for number in itertools.count():
@@ -138,12 +157,24 @@ def test_two_processes_write_notes_and_one_is_killed(tmp_path, rows):
     ledger = Ledger(where)
     for row in rows:
         ledger.add(row)
-    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(where), rows[i].key, f"writer{i}"], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITE, str(where), rows[i].key, f"writer{i}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
     assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
-    first = [[writer.stdout.readline() for _ in range(5)] for writer in writers]  # both are at it, however slow the machine
+    first = [
+        [writer.stdout.readline() for _ in range(5)] for writer in writers
+    ]  # both are at it, however slow the machine
     for writer in writers:
         writer.send_signal(signal.SIGKILL)
-    last = [int(("".join(read) + writer.communicate()[0]).split()[-1]) for read, writer in zip(first, writers, strict=True)]
+    last = [
+        int(("".join(read) + writer.communicate()[0]).split()[-1])
+        for read, writer in zip(first, writers, strict=True)
+    ]
     ledger.annotate(rows[2].key, note="mine")  # no lock was left behind
     found = Ledger(where).annotations()
     for index, number in enumerate(last):
@@ -177,7 +208,9 @@ def test_a_table_comes_back_from_csv_as_it_was(tmp_path, bench, rows):
         if pd.api.types.is_float_dtype(frame[column]):
             assert again[column].tolist() == pytest.approx(frame[column].tolist(), rel=1e-15, abs=0), column
         else:
-            assert [value if pd.notna(value) else "" for value in again[column]] == frame[column].tolist(), column
+            assert [value if pd.notna(value) else "" for value in again[column]] == frame[column].tolist(), (
+                column
+            )
     for index, row in enumerate(rows):
         assert frame["accuracy_fraction"][index] == row.primary.compressed.value
         assert frame["accuracy_change_fraction_low"][index] == row.primary.change.low
@@ -190,8 +223,12 @@ def test_a_table_comes_back_from_csv_as_it_was(tmp_path, bench, rows):
 
 
 def test_what_was_not_measured_is_missing_in_the_table_and_infinity_stays(rows):
-    quality = dataclasses.replace(rows[0].quality[1], compressed=dataclasses.replace(rows[0].quality[1].compressed, value=float("inf")))
-    odd = dataclasses.replace(rows[0], latency=None, missing={"latency": "no clock"}, quality=(rows[0].primary, quality))
+    quality = dataclasses.replace(
+        rows[0].quality[1], compressed=dataclasses.replace(rows[0].quality[1].compressed, value=float("inf"))
+    )
+    odd = dataclasses.replace(
+        rows[0], latency=None, missing={"latency": "no clock"}, quality=(rows[0].primary, quality)
+    )
     frame = points_frame([odd])
     assert frame["latency_median_ms"].isna().all()
     assert frame["speedup_ratio_low"].isna().all()
@@ -211,9 +248,14 @@ def test_a_file_is_never_replaced_and_lines_of_json_hold_everything(tmp_path, ro
 
 def test_a_place_that_cannot_be_written_is_refused_in_words(tmp_path, rows):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerError, match=r"cannot write '.*file/points\.csv': (Not a directory|File exists); give another folder"):
+    with pytest.raises(
+        LedgerError,
+        match=r"cannot write '.*file/points\.csv': (Not a directory|File exists); give another folder",
+    ):
         save_points(rows, tmp_path / "file" / "points.csv")
-    with pytest.raises(LedgerError, match=r"cannot export points to 'points\.xls': the name must end in \.csv or \.jsonl"):
+    with pytest.raises(
+        LedgerError, match=r"cannot export points to 'points\.xls': the name must end in \.csv or \.jsonl"
+    ):
         save_points(rows, "points.xls")
     with pytest.raises(LedgerError, match="nothing is measured yet"):
         save_points([], tmp_path / "points.csv")
@@ -226,7 +268,10 @@ def test_only_what_differs_is_marked():
     choices = {(c.step, c.option): c for c in choices_of([W4, BOTH, wb.Recipe(wb.Quantize(weight_bits=3))])}
     assert choices["quantize", "weight_bits"].texts == ("4", "4", "3")
     assert choices["prune", "sparsity"].texts == ("", "0.5", "")
-    assert {name for name, choice in choices.items() if choice.differs} == {("quantize", "weight_bits"), *((step, option) for step, option in choices if step == "prune")}
+    assert {name for name, choice in choices.items() if choice.differs} == {
+        ("quantize", "weight_bits"),
+        *((step, option) for step, option in choices if step == "prune"),
+    }
     twice = {c.step for c in choices_of([TWICE, W4])}
     assert twice == {"quantize", "quantize 2"}
 
@@ -237,7 +282,9 @@ def test_a_comparison_says_the_numbers_of_the_points(rows):
     for layer in record.layers:
         for point, error in zip(rows, layer.errors, strict=True):
             assert error == next(x.relative_error for x in point.layers if x.name == layer.name)
-    assert [layer.worst for layer in record.layers] == sorted((layer.worst for layer in record.layers), reverse=True)
+    assert [layer.worst for layer in record.layers] == sorted(
+        (layer.worst for layer in record.layers), reverse=True
+    )
     file = next(fact for fact in facts(record) if fact.name == "file size")
     largest = max(row.sizes.file_bytes for row in rows)
     assert file.lengths == pytest.approx([row.sizes.file_bytes / largest for row in rows])
@@ -250,12 +297,20 @@ def test_a_comparison_says_the_numbers_of_the_points(rows):
 
 def shifted(row, low, high):
     change = dataclasses.replace(row.primary.change, value=(low + high) / 2, low=low, high=high)
-    return dataclasses.replace(row, key=f"{low}", quality=(dataclasses.replace(row.primary, change=change), *row.quality[1:]))
+    return dataclasses.replace(
+        row, key=f"{low}", quality=(dataclasses.replace(row.primary, change=change), *row.quality[1:])
+    )
 
 
 @pytest.mark.parametrize(
     ("one", "other", "overlap"),
-    [((-0.3, -0.2), (-0.1, 0.0), False), ((-0.1, 0.0), (-0.3, -0.2), False), ((-0.3, -0.1), (-0.2, 0.0), True), ((-0.3, 0.0), (-0.2, -0.1), True), ((float("nan"), float("nan")), (0.0, 0.1), True)],
+    [
+        ((-0.3, -0.2), (-0.1, 0.0), False),
+        ((-0.1, 0.0), (-0.3, -0.2), False),
+        ((-0.3, -0.1), (-0.2, 0.0), True),
+        ((-0.3, 0.0), (-0.2, -0.1), True),
+        ((float("nan"), float("nan")), (0.0, 0.1), True),
+    ],
 )
 def test_intervals_that_do_not_overlap_are_beyond_the_noise(rows, one, other, overlap):
     record = comparison([shifted(rows[0], *one), shifted(rows[0], *other)])
@@ -268,14 +323,21 @@ def test_too_many_too_few_and_foreign_points_are_refused(rows):
         comparison([rows[0], rows[0]])
     with pytest.raises(RecipeError, match="7 points chosen: pick 2 to 6"):
         comparison([dataclasses.replace(rows[0], key=str(i)) for i in range(7)])
-    foreign = dataclasses.replace(rows[1], context=dataclasses.replace(rows[1].context, model_name="other", model_fingerprint="f"))
-    with pytest.raises(RecipeError, match="points of other on noise and tiny-vit on noise cannot be compared"):
+    foreign = dataclasses.replace(
+        rows[1], context=dataclasses.replace(rows[1].context, model_name="other", model_fingerprint="f")
+    )
+    with pytest.raises(
+        RecipeError, match="points of other on noise and tiny-vit on noise cannot be compared"
+    ):
         comparison([rows[0], foreign])
 
 
 def test_a_paired_test_counts_the_items_by_hand(bench):
     (found,) = paired_test(bench, W4, [TWICE])
-    answers = [bench.compress(recipe).model(pixel_values=bench.evaluation.inputs["pixel_values"]).logits.argmax(-1) for recipe in (W4, TWICE)]
+    answers = [
+        bench.compress(recipe).model(pixel_values=bench.evaluation.inputs["pixel_values"]).logits.argmax(-1)
+        for recipe in (W4, TWICE)
+    ]
     right = [(a == bench.evaluation.labels).double() for a in answers]
     assert found.change.value == pytest.approx(float((right[1] - right[0]).mean()))
     assert found.dense.value == pytest.approx(float(right[0].mean()))
@@ -296,13 +358,17 @@ def test_pinned_points_come_first_in_every_order(rows):
     for order in ("newest", "smallest", "best quality", "fastest"):
         assert arranged(rows, said, order)[0] is rows[0]
     assert arranged(rows, {}) == rows[::-1]
-    assert [row.sizes.file_bytes for row in arranged(rows, {}, "smallest")] == sorted(row.sizes.file_bytes for row in rows)
+    assert [row.sizes.file_bytes for row in arranged(rows, {}, "smallest")] == sorted(
+        row.sizes.file_bytes for row in rows
+    )
     assert line_of(rows[0], said).endswith("| a note")
 
 
 def test_the_history_filters_and_exports_what_it_shows(rows):
     wrote = []
-    view = HistoryView(lambda _key: None, lambda chosen, path: wrote.append((chosen, path)) or "there/points.csv")
+    view = HistoryView(
+        lambda _key: None, lambda chosen, path: wrote.append((chosen, path)) or "there/points.csv"
+    )
     view.show(rows, {rows[1].key: Annotation("<i>mine</i>", pinned=True)})
     assert "&lt;i&gt;mine&lt;/i&gt;" in view.table.value
     view.pinned.value = True
@@ -341,7 +407,9 @@ def test_a_paired_test_is_shown_although_the_list_was_filled_anew_and_says_when_
     keys, found = view.chosen, paired_test(bench, W4, [TWICE])
     view.wait(keys)
     assert "testing item by item" in view.test.value
-    view.list.observe(lambda _: view.show_test(keys, found), "options")  # another thread's answer comes while nothing is chosen
+    view.list.observe(
+        lambda _: view.show_test(keys, found), "options"
+    )  # another thread's answer comes while nothing is chosen
     view.show(rows)
     view.list.unobserve_all("options")
     assert "Paired on the same" in view.test.value
@@ -383,7 +451,13 @@ def test_the_commands_list_note_export_and_compare(tmp_path, bench, rows):
         ledger.add(row)
 
     def run(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-m", "workbench", *words, "--ledger", str(where)], capture_output=True, text=True, check=False, env=os.environ)
+        done = subprocess.run(
+            [sys.executable, "-m", "workbench", *words, "--ledger", str(where)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ,
+        )
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 

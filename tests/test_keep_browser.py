@@ -28,13 +28,27 @@ def open_lab(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("lab")
     problems, outside = [], []
-    environment = {"XDG_STATE_HOME": str(folder / "state"), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
-    changes = {"evaluation_items = None": "evaluation_items = 100", 'model = \\"fashion-vit\\"': 'model = \\"fashion-cnn\\"'}
+    environment = {
+        "XDG_STATE_HOME": str(folder / "state"),
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "2",
+    }
+    changes = {
+        "evaluation_items = None": "evaluation_items = 100",
+        'model = \\"fashion-vit\\"': 'model = \\"fashion-cnn\\"',
+    }
     with lab.server(NOTEBOOK, folder, environment, changes) as url, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=list(browser.FLAGS))
         page = chromium.new_page(viewport={"width": 1280, "height": 800})
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: outside.append(request.url) if not re.match(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:", request.url) else None)
+        page.on(
+            "request",
+            lambda request: (
+                outside.append(request.url)
+                if not re.match(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:", request.url)
+                else None
+            ),
+        )
         opened = lab.Lab(page)
         start(opened, url)
         opened.drag("sparsity", 0.4)
@@ -85,43 +99,68 @@ def test_a_pin_and_a_note_reach_the_ledger_the_plot_and_the_lists(panel, folder)
     field.fill(NOTE)
     field.press("Enter")
     point = shown(panel, folder)
-    lab.wait_for(lambda: ledger(folder).annotations().get(point.key) == wb.ledger.Annotation(NOTE, pinned=True), 10, ledger(folder).annotations)
+    lab.wait_for(
+        lambda: ledger(folder).annotations().get(point.key) == wb.ledger.Annotation(NOTE, pinned=True),
+        10,
+        ledger(folder).annotations,
+    )
     ring = lab.wait_for(lambda: panel.traces()[PINNED]["x"], 10, panel.traces)
     assert ring == [pytest.approx(point.sizes.file_bytes / 1e6)]
     tab(panel, "history")
     lab.wait_for(lambda: "ship" in panel.page.locator(".wb-table tbody tr").first.inner_text(), 10)
-    assert NOTE in panel.page.locator(".wb-tabs .wb-table").locator("visible=true").first.inner_text()  # as typed: nothing became markup
+    assert (
+        NOTE in panel.page.locator(".wb-tabs .wb-table").locator("visible=true").first.inner_text()
+    )  # as typed: nothing became markup
 
 
 def test_the_table_is_written_beside_the_notebook_and_pandas_reads_it(panel, folder):
     tab(panel, "history")
     for expected in ("points.csv", "points-2.csv"):
         panel.page.click(".wb-files button:text-is('export table')")
-        lab.wait_for(lambda name=expected: panel.page.locator(".wb-files code").all_inner_texts() == [name], 10, panel.page.locator(".wb-files").inner_text)
+        lab.wait_for(
+            lambda name=expected: panel.page.locator(".wb-files code").all_inner_texts() == [name],
+            10,
+            panel.page.locator(".wb-files").inner_text,
+        )
         frame = pd.read_csv(folder / expected, dtype={"key": str})
         rows = {row.key: row for row in ledger(folder).rows()}
         assert set(frame["key"]) == set(rows)
         for record in frame.to_dict("records"):
             assert record["file_bytes"] == rows[record["key"]].sizes.file_bytes
-            assert record["accuracy_change_fraction_low"] == pytest.approx(rows[record["key"]].primary.change.low)
+            assert record["accuracy_change_fraction_low"] == pytest.approx(
+                rows[record["key"]].primary.change.low
+            )
         assert frame.loc[frame["pinned"], "note"].tolist() == [NOTE]
     panel.page.locator(".wb-path input").fill("/proc/none/points.csv")
     panel.page.locator(".wb-path input").press("Tab")
     panel.page.click(".wb-files button:text-is('export table')")
-    lab.wait_for(lambda: "cannot write '/proc/none/points.csv'" in panel.page.locator(".wb-errors").inner_text(), 10)
+    lab.wait_for(
+        lambda: "cannot write '/proc/none/points.csv'" in panel.page.locator(".wb-errors").inner_text(), 10
+    )
 
 
-BOX = """() => { const plot = document.querySelector('.wb-panel .js-plotly-plot'), box = plot.getBoundingClientRect(), size = plot._fullLayout;
-  return [box.x + size._size.l + 3, box.y + size._size.t + 3, box.x + size._size.l + size._size.w - 3, box.y + size._size.t + size._size.h - 3]; }"""
+BOX = """() => {
+  const plot = document.querySelector('.wb-panel .js-plotly-plot');
+  const box = plot.getBoundingClientRect(), size = plot._fullLayout._size;
+  return [box.x + size.l + 3, box.y + size.t + 3, box.x + size.l + size.w - 3, box.y + size.t + size.h - 3];
+}"""
 
 
 def test_a_brush_puts_two_points_side_by_side(panel, folder):
     page = panel.page
     page.evaluate("document.querySelector('.wb-plot').scrollIntoView({block: 'center'})")
     page.click(".wb-plot button:has-text('select')")
-    lab.wait_for(lambda: page.evaluate("document.querySelector('.wb-panel .js-plotly-plot')._fullLayout.dragmode") == "select", 5)
+    lab.wait_for(
+        lambda: (
+            page.evaluate("document.querySelector('.wb-panel .js-plotly-plot')._fullLayout.dragmode")
+            == "select"
+        ),
+        5,
+    )
     settled = []
-    lab.wait_for(lambda: settled.append(page.evaluate(BOX)) or settled[-8:] == [settled[-1]] * 8, 10)  # the page scrolls, and plotly draws anew
+    lab.wait_for(
+        lambda: settled.append(page.evaluate(BOX)) or settled[-8:] == [settled[-1]] * 8, 10
+    )  # the page scrolls, and plotly draws anew
     left, top, right, bottom = settled[-1]
     page.mouse.move(left, top)
     page.mouse.down()
@@ -139,7 +178,11 @@ def test_a_brush_puts_two_points_side_by_side(panel, folder):
     assert NOTE in words
     assert page.locator(".wb-tabs td.wb-differs").count() >= 1
     page.click("button:text-is('paired test')")
-    lab.wait_for(lambda: "Paired on the same 100 items" in page.locator(".wb-test").inner_text(), 30, page.locator(".wb-test").inner_text)
+    lab.wait_for(
+        lambda: "Paired on the same 100 items" in page.locator(".wb-test").inner_text(),
+        30,
+        page.locator(".wb-test").inner_text,
+    )
     page.click(".wb-testbuttons button:text-is('clear')")
     lab.wait_for(lambda: page.locator(".wb-tabs table.wb-compare").count() == 0, 10)
     page.locator(".wb-points select").focus()
@@ -163,7 +206,9 @@ def test_a_report_is_made_beside_the_panel_and_measures_nothing_again(panel, fol
     assert journal.read_text().count(point.key) == before
     href = line.locator("a").get_attribute("href")
     assert page.request.get(href).text() == text
-    lab.wait_for(lambda: f"history ({len(ledger(folder).rows())})" in page.locator(".wb-tabs").inner_text(), 10)  # what it measured joined the past
+    lab.wait_for(
+        lambda: f"history ({len(ledger(folder).rows())})" in page.locator(".wb-tabs").inner_text(), 10
+    )  # what it measured joined the past
     page.click("button:text-is('save report')")  # all points are there now
     lab.wait_for(lambda: "report: cell" in line.inner_text(), 60, line.inner_text)
     page.click("button:text-is('stop report')")
@@ -171,7 +216,10 @@ def test_a_report_is_made_beside_the_panel_and_measures_nothing_again(panel, fol
 
 
 def test_everything_still_fits(panel):
-    boxes = panel.page.evaluate("[...document.querySelectorAll('.wb-keep, .wb-tabs, .wb-reportline')].map(e => [e.scrollWidth - e.clientWidth, e.getBoundingClientRect().right])")
+    boxes = panel.page.evaluate(
+        "[...document.querySelectorAll('.wb-keep, .wb-tabs, .wb-reportline')].map(e => [e.scrollWidth -"
+        " e.clientWidth, e.getBoundingClientRect().right])"
+    )
     assert all(over <= 4 and right <= 1280 for over, right in boxes), boxes
 
 

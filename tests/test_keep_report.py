@@ -9,20 +9,37 @@ from pathlib import Path
 import pytest
 
 import workbench as wb
-from widgets.keep_bar import link_outputs, state_html
-from widgets.report_run import ReportRun, ReportState, free_name, plugins_of, progress_of, reason, report_command
+from widgets.panes.keep_bar import link_outputs, state_html
+from widgets.session.report_run import (
+    ReportRun,
+    ReportState,
+    free_name,
+    plugins_of,
+    progress_of,
+    reason,
+    report_command,
+)
 from workbench.cli import workbench as command_group
 from workbench.errors import RecipeError, WorkbenchError
-from workbench.report import job_from, notebook_parameters
+from workbench.report.report import job_from, notebook_parameters
 
 W4 = wb.Recipe(wb.Quantize(weight_bits=4))
 BOTH = wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))
-TWICE = wb.Recipe(wb.Quantize(weight_bits=8, targets=("*q_proj",)), wb.Quantize(weight_bits=2, targets=("*fc1",)))
+TWICE = wb.Recipe(
+    wb.Quantize(weight_bits=8, targets=("*q_proj",)), wb.Quantize(weight_bits=2, targets=("*fc1",))
+)
 NOTE = 'schön <b>\N{SLIGHTLY SMILING FACE}</b>, "quoted"\nsecond line, 中文'
 
 
 def test_a_whole_recipe_goes_through_the_command_line_and_the_notebook():
-    settings = {"data": None, "device": "cpu", "ledger": "p.journal", "evaluation_items": 64, "offline": True, "progress": False}
+    settings = {
+        "data": None,
+        "device": "cpu",
+        "ledger": "p.journal",
+        "evaluation_items": 64,
+        "offline": True,
+        "progress": False,
+    }
     words = report_command("fashion-cnn", TWICE, settings, Path("reports"), "x")
     assert words[:3] == [sys.executable, "-m", "workbench"]
     context = command_group.commands["report"].make_context("report", words[4:])
@@ -32,12 +49,16 @@ def test_a_whole_recipe_goes_through_the_command_line_and_the_notebook():
     assert job.recipe == TWICE
     assert {name: job.settings.get(name) for name in settings} == {**settings, "data": None}
     assert job_from(notebook_parameters({"model": "m", "recipe": "[]"})).recipe == wb.Recipe()
-    assert notebook_parameters({"model": "m", "sparsity": 0.5})["weight_bits"] is None  # not the notebook's example on top
+    assert (
+        notebook_parameters({"model": "m", "sparsity": 0.5})["weight_bits"] is None
+    )  # not the notebook's example on top
     assert "weight_bits" not in notebook_parameters({"model": "m"})
 
 
 def test_a_recipe_given_twice_or_wrongly_is_refused():
-    with pytest.raises(RecipeError, match="given together with weight_bits: give the whole recipe, or single options"):
+    with pytest.raises(
+        RecipeError, match="given together with weight_bits: give the whole recipe, or single options"
+    ):
         job_from({"model": "m", "recipe": W4.to_json(), "weight_bits": 4})
     with pytest.raises(RecipeError, match=r"not a recipe in JSON: 'half'"):
         job_from({"model": "m", "recipe": "half"})
@@ -74,7 +95,8 @@ NOTEBOOK = """
 import json, pathlib, sys, time
 page = pathlib.Path(sys.argv[1])
 for done in range(3):
-    cells = [{"metadata": {"papermill": {"status": "completed" if i < done else "pending"}}} for i in range(3)]
+    said = ["completed" if i < done else "pending" for i in range(3)]
+    cells = [{"metadata": {"papermill": {"status": status}}} for status in said]
     page.with_suffix(".ipynb").write_text(json.dumps({"cells": cells}))
     time.sleep(0.3)
 page.write_text("<html>")
@@ -96,7 +118,9 @@ def test_a_report_that_fails_says_why_and_one_that_is_stopped_ends(tmp_path):
     assert (states[-1].state, states[-1].message) == ("failed", "no such <model>")
     assert "&lt;model&gt;" in state_html(states[-1])
     start = time.monotonic()
-    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).with_suffix('.started').touch(); time.sleep(60)"
+    code = (
+        "import pathlib, sys, time; pathlib.Path(sys.argv[1]).with_suffix('.started').touch(); time.sleep(60)"
+    )
     assert watched(code, tmp_path / "s.html", ".started")[-1].state == "stopped"
     assert time.monotonic() - start < 30
     assert reason("", 3) == "the report ended with exit code 3 and said nothing"

@@ -1,4 +1,5 @@
-"""Intervals that use what is known of all items: simulated populations with a known truth, the plain numbers where nothing is known, hand-made formulas."""
+"""Intervals that use what is known of all items: simulated populations with a known truth, the plain numbers
+where nothing is known, hand-made formulas."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from workbench.measure.joint import joint_level
-from workbench.measure.known import Known
-from workbench.measure.quality import mean, paired_proportions, proportion, quality
+from workbench.metrics.control_variates import Known
+from workbench.metrics.quality import mean, paired_proportions, proportion, quality
+from workbench.metrics.sequential_looks import joint_level
 from workbench.tasks.base import Scores
 
 TOTAL = 400
@@ -20,19 +21,38 @@ COUNTS = (16, 64, 256, TOTAL)
 
 def made(loss: np.ndarray, correct: np.ndarray | None = None, weight: np.ndarray | None = None) -> Scores:
     right = torch.tensor(np.zeros(len(loss)) if correct is None else correct, dtype=torch.float64)
-    return Scores(torch.tensor(loss, dtype=torch.float64), right, torch.ones(len(loss), dtype=torch.float64) if weight is None else torch.tensor(weight, dtype=torch.float64), right.long())
+    return Scores(
+        torch.tensor(loss, dtype=torch.float64),
+        right,
+        (
+            torch.ones(len(loss), dtype=torch.float64)
+            if weight is None
+            else torch.tensor(weight, dtype=torch.float64)
+        ),
+        right.long(),
+    )
 
 
-def population(draw: np.random.Generator, count: int, near: float, skewed: bool = True) -> tuple[Scores, Scores, Scores]:
-    """Return dense, compressed and neighbouring scores of items as a classifier has them: most losses near 0, few large; `near` of the neighbour's change is shared."""
+def population(
+    draw: np.random.Generator, count: int, near: float, skewed: bool = True
+) -> tuple[Scores, Scores, Scores]:
+    """Return dense, compressed and neighbouring scores of items as a classifier has them: most losses near 0,
+    few large; `near` of the neighbour's change is shared."""
     hard = draw.gamma(0.3, 1.0, count)  # of mean 0.3, skewness 3.7
-    shared, own, theirs = (draw.exponential(1.0, count) if skewed else draw.normal(1.0, 1.0, count) for _ in range(3))
-    dense, mine, other = hard, hard + 0.4 * (near * shared + (1 - near) * own), hard + 0.4 * (near * shared + (1 - near) * theirs)
+    shared, own, theirs = (
+        draw.exponential(1.0, count) if skewed else draw.normal(1.0, 1.0, count) for _ in range(3)
+    )
+    dense, mine, other = (
+        hard,
+        hard + 0.4 * (near * shared + (1 - near) * own),
+        hard + 0.4 * (near * shared + (1 - near) * theirs),
+    )
     return tuple(made(loss, loss < 0.7) for loss in (dense, mine, other))  # type: ignore[return-value]
 
 
 def truth(near: float, skewed: bool) -> tuple[float, float]:
-    """Return the change of accuracy and of loss in that population: from a sample that is far larger than any below."""
+    """Return the change of accuracy and of loss in that population: from a sample that is far larger than any
+    below."""
     dense, mine, _ = population(np.random.default_rng(99), 2_000_000, near, skewed)
     return float((mine.correct - dense.correct).mean()), 0.4
 
@@ -44,17 +64,27 @@ def below(nominal: float, trials: int) -> float:
 
 @pytest.mark.parametrize(("near", "skewed"), [(0.9, True), (0.9, False), (0.3, False)])
 def test_intervals_hold_at_each_look_and_together(near, skewed):
-    """95% for all looks together. Of skewed losses, 16 fall short of Student's promise without any control: with one, not more so."""
+    """95% for all looks together.
+
+    Of skewed losses, 16 fall short of Student's promise without any control: with one, not more so.
+    """
     wanted, draw, trials = truth(near, skewed), np.random.default_rng(3), 160
     level = joint_level(COUNTS, 0.95)
-    kinds = {"plain": lambda _: None, "dense": lambda known: Known(known[0]), "near": lambda known: Known(*known)}
+    kinds = {
+        "plain": lambda _: None,
+        "dense": lambda known: Known(known[0]),
+        "near": lambda known: Known(*known),
+    }
     held = {(kind, metric): np.zeros((trials, len(COUNTS))) for kind in kinds for metric in range(2)}
     full, width = {key: np.zeros(trials) for key in held}, {key: np.zeros(len(COUNTS)) for key in held}
     for trial in range(trials):
         dense, mine, other = population(draw, TOTAL, near, skewed)
         whole = quality("accuracy", dense, mine)
         for kind, known in kinds.items():
-            looks = [quality("accuracy", dense.first(n), mine.first(n), level=level, known=known((dense, other))) for n in COUNTS]
+            looks = [
+                quality("accuracy", dense.first(n), mine.first(n), level=level, known=known((dense, other)))
+                for n in COUNTS
+            ]
             for metric in range(2):
                 changes = [look[metric].change for look in looks]
                 held[kind, metric][trial] = [one.low <= wanted[metric] <= one.high for one in changes]
@@ -68,24 +98,39 @@ def test_intervals_hold_at_each_look_and_together(near, skewed):
         else:
             assert (holds.mean(0) >= held["plain", 1].mean(0) - 0.025).all(), (kind, holds.mean(0))
     for metric in range(2):
-        assert (width["near", metric][-1], width["dense", metric][-1]) == pytest.approx((width["plain", metric][-1],) * 2)  # nothing is unread
-        assert (width["dense", metric] <= width["plain", metric] * (1.0 if metric == 0 else 1.1) + 1e-9).all()  # of losses both are widened, each by what it knows
+        assert (width["near", metric][-1], width["dense", metric][-1]) == pytest.approx(
+            (width["plain", metric][-1],) * 2
+        )  # nothing is unread
+        assert (
+            width["dense", metric] <= width["plain", metric] * (1.0 if metric == 0 else 1.1) + 1e-9
+        ).all()  # of losses both are widened, each by what it knows
     assert width["dense", 0][0] < 0.85 * width["plain", 0][0]
     if near == 0.9:
-        assert (width["near", 1][:2] < 0.6 * width["plain", 1][:2]).all()  # a third of the items for the same width
+        assert (
+            width["near", 1][:2] < 0.6 * width["plain", 1][:2]
+        ).all()  # a third of the items for the same width
         assert (width["near", 0][:3] < 0.9 * width["plain", 0][:3]).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.03, 0.4])
 @pytest.mark.parametrize("items", [16, 64, 256])
 def test_single_answers_are_covered_however_few_of_them_flip(items, share):
-    """Right answers are lost with probability `share`, wrong ones gained with a third of it; evaluation sets of 1,000 items."""
+    """Right answers are lost with probability `share`, wrong ones gained with a third of it.
+
+    Evaluation sets of 1,000 items.
+    """
     draw, trials, level, hits = np.random.default_rng(5), 400, 0.95, 0
     for _ in range(trials):
         dense = draw.random(1000) < 0.9
         moved = draw.random(1000)
         mine = np.where(dense, moved >= share, moved < share / 3)
-        found = quality("accuracy", made(moved, dense).first(items), made(moved, mine).first(items), level=level, known=Known(made(moved, dense)))[0].change
+        found = quality(
+            "accuracy",
+            made(moved, dense).first(items),
+            made(moved, mine).first(items),
+            level=level,
+            known=Known(made(moved, dense)),
+        )[0].change
         hits += found.low <= -0.9 * share + 0.1 * share / 3 <= found.high
     assert hits / trials >= below(level, trials)
 
@@ -117,10 +162,17 @@ def test_without_a_neighbour_the_change_of_a_mean_is_the_plain_one():
     plain = mean(mine.loss[:64] - dense.loss[:64], dense.weight[:64], 0.95)
     found = quality("accuracy", dense.first(64), mine.first(64), known=Known(dense))[1]
     half = plain.half_width * wider(dense.loss[:64].numpy(), dense.loss.numpy())
-    assert (found.change.value, found.change.low, found.change.high) == pytest.approx((plain.value, plain.value - half, plain.value + half))
-    assert found.dense == mean(dense.loss, dense.weight, 0.95, wider(dense.loss.numpy(), dense.loss.numpy()))  # of all items
+    assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+        (plain.value, plain.value - half, plain.value + half)
+    )
+    assert found.dense == mean(
+        dense.loss, dense.weight, 0.95, wider(dense.loss.numpy(), dense.loss.numpy())
+    )  # of all items
     assert found.compressed.value == pytest.approx(found.dense.value + found.change.value)
-    assert found.compressed.half_width < quality("accuracy", dense.first(64), mine.first(64))[1].compressed.half_width
+    assert (
+        found.compressed.half_width
+        < quality("accuracy", dense.first(64), mine.first(64))[1].compressed.half_width
+    )
 
 
 def test_the_difference_estimator_is_the_formula_worked_out():
@@ -128,12 +180,20 @@ def test_the_difference_estimator_is_the_formula_worked_out():
     dense, near, mine = (draw.gamma(1.0, 1.0, 40) for _ in range(3))
     near = mine + 0.1 * near
     count = 10
-    found = quality("perplexity", made(dense).first(count), made(mine).first(count), known=Known(made(dense), made(near)))[0].change
+    found = quality(
+        "perplexity", made(dense).first(count), made(mine).first(count), known=Known(made(dense), made(near))
+    )[0].change
     z = mine[:count] - near[:count]
     y = mine[:count] - dense[:count]
     value = z.mean() + (near - dense).mean()
-    half = wider(dense[:count], dense) * stats.t.ppf(0.975, count - 1) * math.sqrt(z.var(ddof=1) * (1 / count - 1 / 40) + y.var(ddof=1) / 40)
-    assert (found.value, found.low, found.high) == pytest.approx((math.exp(value) - 1, math.exp(value - half) - 1, math.exp(value + half) - 1))
+    half = (
+        wider(dense[:count], dense)
+        * stats.t.ppf(0.975, count - 1)
+        * math.sqrt(z.var(ddof=1) * (1 / count - 1 / 40) + y.var(ddof=1) / 40)
+    )
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (math.exp(value) - 1, math.exp(value - half) - 1, math.exp(value + half) - 1)
+    )
 
 
 def test_weighted_windows_are_a_ratio_with_a_control():
@@ -149,17 +209,27 @@ def test_weighted_windows_are_a_ratio_with_a_control():
 
 
 def test_answers_are_stratified_by_the_formula_worked_out():
-    """20 items, 16 of them right; of the first 10 the dense model has 7 right, of which 3 are lost, and 3 wrong, of which 1 is gained."""
+    """20 items, 16 of them right.
+
+    Of the first 10 the dense model has 7 right, of which 3 are lost, and 3 wrong, of which 1 is gained.
+    """
     dense = np.array([1] * 7 + [0] * 3 + [1] * 9 + [0])
     mine = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
     one, two = made(dense * 1.0, dense), made(mine * 1.0, mine)
     found = quality("accuracy", one.first(10), two, known=Known(one))[0]
-    lost, gained = (proportion(torch.tensor(part, dtype=torch.float64), 0.95) for part in ([1, 1, 1, 0, 0, 0, 0], [1, 0, 0]))
+    lost, gained = (
+        proportion(torch.tensor(part, dtype=torch.float64), 0.95)
+        for part in ([1, 1, 1, 0, 0, 0, 0], [1, 0, 0])
+    )
     value = 0.2 * gained.value - 0.8 * lost.value
     p, q = 2 / 12, 4 / 12
     spread = stats.norm.ppf(0.975) ** 2 * (p + q - (p - q) ** 2) / 20
-    low = value - math.sqrt(0.5 * ((0.8 * (lost.high - lost.value)) ** 2 + (0.2 * (gained.value - gained.low)) ** 2) + spread)
-    high = value + math.sqrt(0.5 * ((0.8 * (lost.value - lost.low)) ** 2 + (0.2 * (gained.high - gained.value)) ** 2) + spread)
+    low = value - math.sqrt(
+        0.5 * ((0.8 * (lost.high - lost.value)) ** 2 + (0.2 * (gained.value - gained.low)) ** 2) + spread
+    )
+    high = value + math.sqrt(
+        0.5 * ((0.8 * (lost.value - lost.low)) ** 2 + (0.2 * (gained.high - gained.value)) ** 2) + spread
+    )
     assert found.change.value == pytest.approx(value)
     assert (found.change.low, found.change.high) == pytest.approx((low, high))
     assert high - low < 2 * paired_proportions(one.correct[:10], two.correct, 0.95).half_width
@@ -170,15 +240,24 @@ def test_answers_are_stratified_by_the_formula_worked_out():
 def test_lost_models_get_no_control():
     dense = np.ones(20)
     broken = np.full(20, np.inf)
-    found = quality("perplexity", made(dense).first(8), made(broken).first(8), known=Known(made(dense), made(dense)))[0]
+    found = quality(
+        "perplexity", made(dense).first(8), made(broken).first(8), known=Known(made(dense), made(dense))
+    )[0]
     assert found.change.value == found.compressed.value == math.inf
-    useless = quality("perplexity", made(dense).first(8), made(dense * 2).first(8), known=Known(made(dense), made(broken)))[0]
+    useless = quality(
+        "perplexity", made(dense).first(8), made(dense * 2).first(8), known=Known(made(dense), made(broken))
+    )[0]
     assert useless.change.value == pytest.approx(math.e - 1)
 
 
 def test_one_stratum_may_be_empty():
     right = np.ones(40)
-    found = quality("accuracy", made(right, right).first(16), made(right, right).first(16), known=Known(made(right, right)))[0].change
+    found = quality(
+        "accuracy",
+        made(right, right).first(16),
+        made(right, right).first(16),
+        known=Known(made(right, right)),
+    )[0].change
     assert found.value == 0
     assert -0.25 < found.low < 0 <= found.high < 0.25
 
@@ -191,7 +270,9 @@ def test_one_stratum_may_be_empty():
 def test_the_joint_level_holds_for_random_walks(counts, confidence):
     level = joint_level(counts, confidence)
     steps = np.diff((0, *counts))
-    walks = np.cumsum(np.random.default_rng(0).normal(size=(200_000, len(counts))) * np.sqrt(steps), axis=1) / np.sqrt(counts)
+    walks = np.cumsum(
+        np.random.default_rng(0).normal(size=(200_000, len(counts))) * np.sqrt(steps), axis=1
+    ) / np.sqrt(counts)
     together = (np.abs(walks) <= stats.norm.ppf((1 + level) / 2)).all(axis=1).mean()
     assert together == pytest.approx(confidence, abs=0.004)
     assert confidence < level < 1 - (1 - confidence) / len(counts)  # cheaper than Bonferroni

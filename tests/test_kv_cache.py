@@ -1,4 +1,5 @@
-"""The KV cache in a few bits: the numbers against loops, the bytes against the tensors, and generation against one pass."""
+"""The KV cache in a few bits: the numbers against loops, the bytes against the tensors, and generation
+against one pass."""
 
 from __future__ import annotations
 
@@ -14,16 +15,16 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.bench import Bench
 from workbench.compress import compress
-from workbench.compress.kv_cache import cache_format_of, pack_layers, packed_cache
+from workbench.compress.quantization.kv_cache import cache_format_of, pack_layers, packed_cache
 from workbench.errors import CompressionError, RecipeError
 from workbench.export import load
+from workbench.formats.bit_packing import pack
+from workbench.formats.kv_cache import CacheFormat
 from workbench.measure.kv_cache import cache_bytes
 from workbench.measure.measurement import Measurement
+from workbench.measure.summary import summary
 from workbench.recipe import Recipe
-from workbench.runtime.bits import pack
-from workbench.runtime.cache_format import CacheFormat
 from workbench.sensitivity import layers_of
-from workbench.summary import summary
 
 CAUSAL = ("llama", "gpt2")
 
@@ -43,7 +44,10 @@ def logits(task, model, items=None) -> torch.Tensor:
 
 
 def by_hand(values: list[float], bits: int) -> list[float]:
-    """Return the rounded numbers of one group in Python floats; only the scale is rounded to float16, as it is stored."""
+    """Return the rounded numbers of one group in Python floats.
+
+    Only the scale is rounded to float16, as it is stored.
+    """
     most = 2**bits - 1
     low, high = min(0.0, *values), max(0.0, *values)
     scale = float(torch.tensor((high - low) / most, dtype=torch.float16)) or 1.0
@@ -62,7 +66,9 @@ def test_rounding_is_what_a_loop_makes_and_bytes_are_real(bits, head, group, dev
     assert rows.dtype == torch.uint8
     assert rows.shape == (2, 3, 5, form.row_bytes(head))
     assert form.row_bytes(head) == math.ceil(head / 8) * bits + 3 * (head // (group or head))
-    expected = torch.tensor([by_hand(part, bits) for part in values.view(-1, group or head).tolist()]).view_as(values)
+    expected = torch.tensor(
+        [by_hand(part, bits) for part in values.view(-1, group or head).tolist()]
+    ).view_as(values)
     assert torch.allclose(form.decode(rows, head).cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -70,7 +76,9 @@ def test_rounding_is_what_a_loop_makes_and_bytes_are_real(bits, head, group, dev
 @given(st.integers(2, 8), st.integers(1, 40), st.integers(0, 2**31))
 def test_codes_are_packed_as_weights_are_and_come_back(bits, head, seed):
     form = CacheFormat(bits)
-    codes = torch.randint(1 << bits, (3, head), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        1 << bits, (3, head), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     rows = form.packed(codes)
     assert torch.equal(form.unpacked(rows, head), codes)
     padded = torch.nn.functional.pad(codes, (0, -head % 8))
@@ -94,26 +102,35 @@ def test_zeros_stay_zero_and_bad_numbers_show(bits):
 
 def test_more_bits_and_smaller_groups_are_closer():
     values = noise(64, 32)
-    errors = [float((CacheFormat(bits).decode(CacheFormat(bits).encode(values), 32) - values).norm()) for bits in (2, 3, 4, 6, 8)]
+    errors = [
+        float((CacheFormat(bits).decode(CacheFormat(bits).encode(values), 32) - values).norm())
+        for bits in (2, 3, 4, 6, 8)
+    ]
     assert errors == sorted(errors, reverse=True)
-    grouped = [float((CacheFormat(3, size).decode(CacheFormat(3, size).encode(values), 32) - values).norm()) for size in (0, 16, 8, 4)]
+    grouped = [
+        float((CacheFormat(3, size).decode(CacheFormat(3, size).encode(values), 32) - values).norm())
+        for size in (0, 16, 8, 4)
+    ]
     assert grouped == sorted(grouped, reverse=True)
 
 
 # --- in a model
 
 
-
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_attention_reads_rounded_keys_and_values_everywhere(sort, bits, device):
-    """An independent path: the same rounding put into transformers' own cache, one layer's update at a time."""
+    """An independent path: the same rounding put into transformers' own cache, one layer's update at a
+    time."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     class Rounded(DynamicLayer):
         def update(self, key_states, value_states, *args, **named):
             form = CacheFormat(bits)
-            rounded = [form.decode(form.encode(states), states.shape[-1]).to(states.dtype) for states in (key_states, value_states)]
+            rounded = [
+                form.decode(form.encode(states), states.shape[-1]).to(states.dtype)
+                for states in (key_states, value_states)
+            ]
             return super().update(*rounded, *args, **named)
 
     task = tiny_task(sort, device)
@@ -121,7 +138,9 @@ def test_attention_reads_rounded_keys_and_values_everywhere(sort, bits, device):
     cache = DynamicCache(config=task.model.config)
     cache.layers = [Rounded() for _ in cache.layers]
     with torch.no_grad():
-        expected = task.model(**task.evaluation.to(device).inputs, past_key_values=cache, use_cache=True).logits[:, :-1]
+        expected = task.model(
+            **task.evaluation.to(device).inputs, past_key_values=cache, use_cache=True
+        ).logits[:, :-1]
     assert torch.equal(logits(task, made.model), expected)
     assert not torch.equal(expected, logits(task, task.model))
 
@@ -148,18 +167,32 @@ def test_tokens_one_by_one_see_what_a_whole_window_sees(sort, bits):
         out = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
         assert out.past_key_values is cache
         steps.append(out.logits)
-    assert torch.allclose(torch.cat(steps, 1), whole, atol=2e-2 if bits == 4 else 1e-3)  # a rounding may fall the other way by float noise
+    assert torch.allclose(
+        torch.cat(steps, 1), whole, atol=2e-2 if bits == 4 else 1e-3
+    )  # a rounding may fall the other way by float noise
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=["greedy", "beams", "samples"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "samples"],
+)
 def test_generation_goes_through_the_packed_cache(sort, options):
-    from workbench.runtime.cache_layer import packed_layer
+    from workbench.modules.kv_cache import packed_layer
 
     task = tiny_task(sort)
     model = compress(task, Recipe(wb.KVCache(kv_bits=8))).model
     ids = task.evaluation.inputs["input_ids"][:2, :5]
     torch.manual_seed(0)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True, **options)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        **options,
+    )
     layers = out.past_key_values.layers
     assert all(isinstance(layer, packed_layer()) and layer.keys.dtype == torch.uint8 for layer in layers)
     assert layers[0].get_seq_length() == 10  # the last token is never read
@@ -170,7 +203,14 @@ def test_greedy_text_is_that_of_rounding_without_any_cache(sort):
     task = tiny_task(sort)
     model = compress(task, Recipe(wb.KVCache(kv_bits=8))).model
     ids = task.evaluation.inputs["input_ids"][:1, :4]
-    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     grown = ids
     for _ in range(6):
         with torch.no_grad():
@@ -187,7 +227,9 @@ def test_bytes_are_those_of_the_tensors_and_of_the_formula(sort):
     assert cache_bytes(task.model, window) == 2 * layers * heads * tokens * head * 4
     for bits, group in ((4, 0), (8, 0), (3, 4)):
         model = compress(task, Recipe(wb.KVCache(kv_bits=bits, kv_group_size=group))).model
-        assert cache_bytes(model, window) == 2 * layers * heads * tokens * (head * bits // 8 + 3 * (head // (group or head)))
+        assert cache_bytes(model, window) == 2 * layers * heads * tokens * (
+            head * bits // 8 + 3 * (head // (group or head))
+        )
 
 
 def test_a_point_says_them_and_keeps_them(tmp_path):
@@ -205,7 +247,9 @@ def test_a_point_says_them_and_keeps_them(tmp_path):
 def test_points_measured_before_there_was_a_cache_still_load(tmp_path):
     import json
 
-    point = Bench(tiny_task("vit"), ledger=tmp_path / "points", progress=False).measure(Recipe(wb.Quantize(weight_bits=8)))
+    point = Bench(tiny_task("vit"), ledger=tmp_path / "points", progress=False).measure(
+        Recipe(wb.Quantize(weight_bits=8))
+    )
     assert point.cache is None
     old = json.loads(point.to_json())
     del old["cache"]
@@ -214,15 +258,23 @@ def test_points_measured_before_there_was_a_cache_still_load(tmp_path):
 
 def test_fewer_heads_keep_less(tmp_path):
     task = tiny_task("gpt2")
-    point = Bench(task, ledger=tmp_path / "points", progress=False).measure(Recipe(wb.Prune(sparsity=0.5, pattern="heads"), wb.KVCache(kv_bits=8)))
+    point = Bench(task, ledger=tmp_path / "points", progress=False).measure(
+        Recipe(wb.Prune(sparsity=0.5, pattern="heads"), wb.KVCache(kv_bits=8))
+    )
     assert point.cache.compressed == 2 * 2 * 1 * 8 * (8 + 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_it_goes_with_every_other_step_and_the_export_gives_the_same_bits(sort, dtype, tmp_path):
     task = tiny_task(sort, dtype=dtype)
-    recipe = Recipe(wb.LowRank(rank_ratio=0.45), wb.Prune(sparsity=0.3), wb.Activations(activation_bits=8, smoothing=0.5), wb.Quantize(weight_bits=8),
-                    wb.KVCache(kv_bits=5, kv_group_size=4), wb.Distill(temperature=2, steps=2, distill_batch=8))  # fmt: skip
+    recipe = Recipe(
+        wb.LowRank(rank_ratio=0.45),
+        wb.Prune(sparsity=0.3),
+        wb.Activations(activation_bits=8, smoothing=0.5),
+        wb.Quantize(weight_bits=8),
+        wb.KVCache(kv_bits=5, kv_group_size=4),
+        wb.Distill(temperature=2, steps=2, distill_batch=8),
+    )
     bench = Bench(task, ledger=tmp_path / "points", progress=False)
     made = bench.compress(recipe).model
     loaded = load(bench.export(recipe, tmp_path / "out"))
@@ -233,11 +285,19 @@ def test_it_goes_with_every_other_step_and_the_export_gives_the_same_bits(sort, 
 
 def test_training_learns_through_it():
     task = tiny_task("llama")
-    made = compress(task, Recipe(wb.KVCache(kv_bits=2), wb.Distill(temperature=2, alpha=1, steps=40, learning_rate=5e-3, look_every=0)))
+    made = compress(
+        task,
+        Recipe(
+            wb.KVCache(kv_bits=2),
+            wb.Distill(temperature=2, alpha=1, steps=40, learning_rate=5e-3, look_every=0),
+        ),
+    )
     losses = [loss for _, loss in made.curve]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     before, after = weights(task.model), weights(made.model)
-    assert all(not torch.equal(before[name], after[name]) for name in before if "k_proj" in name or "v_proj" in name)
+    assert all(
+        not torch.equal(before[name], after[name]) for name in before if "k_proj" in name or "v_proj" in name
+    )
 
 
 def test_it_is_left_out_of_the_sensitivity_of_layers():
@@ -252,7 +312,13 @@ def test_it_is_left_out_of_the_sensitivity_of_layers():
 
 @pytest.mark.parametrize("sort", ["vit", "resnet", "bert"])
 def test_models_without_a_cache_are_refused(sort):
-    with pytest.raises(CompressionError, match=rf"KVCache\(kv_bits=4\): tiny-{sort} does (image|text) classification; only language models keep keys and values"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            rf"KVCache\(kv_bits=4\): tiny-{sort} does (image|text) classification; only language models keep"
+            r" keys and values"
+        ),
+    ):
         compress(tiny_task(sort), Recipe(wb.KVCache(kv_bits=4)))
 
 
@@ -274,28 +340,53 @@ def test_a_language_model_that_takes_no_cache_is_refused():
 def test_a_sliding_window_is_refused():
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=4)
-    with pytest.raises(CompressionError, match=r"cannot take over layer 0 of a DynamicCache: its DynamicSlidingWindowLayer is not supported"):
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=4,
+    )
+    with pytest.raises(
+        CompressionError,
+        match=r"cannot take over layer 0 of a DynamicCache: its DynamicSlidingWindowLayer is not supported",
+    ):
         compress(tiny_task("llama", model=MistralForCausalLM(config)), Recipe(wb.KVCache()))
 
 
 def test_groups_that_do_not_divide_a_head_are_refused_with_what_would_work():
-    with pytest.raises(CompressionError, match=r"KVCache\(kv_bits=8, kv_group_size=3\): groups of 3 do not divide a head of 8 numbers: take 0 for the whole head"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            r"KVCache\(kv_bits=8, kv_group_size=3\): groups of 3 do not divide a head of 8 numbers: take 0"
+            r" for the whole head"
+        ),
+    ):
         compress(tiny_task("llama"), Recipe(wb.KVCache(kv_group_size=3)))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"kv_bits": 1}, r"KVCache\(kv_bits=1\) is refused: input should be greater than or equal to 2"),
-    ({"kv_bits": 9}, r"KVCache\(kv_bits=9\) is refused"),
-    ({"targets": ("*k_proj",)}, r"targets=\('\*k_proj',\) name weights, and a cache belongs to none: leave targets out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_bits": 1}, r"KVCache\(kv_bits=1\) is refused: input should be greater than or equal to 2"),
+        ({"kv_bits": 9}, r"KVCache\(kv_bits=9\) is refused"),
+        (
+            {"targets": ("*k_proj",)},
+            r"targets=\('\*k_proj',\) name weights, and a cache belongs to none: leave targets out",
+        ),
+    ],
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(RecipeError, match=message):
         wb.KVCache(**options)
 
 
 def test_a_second_cache_is_refused():
-    with pytest.raises(RecipeError, match=r"KVCache\(kv_bits=4\) cannot follow another KVCache: a model has one cache"):
+    with pytest.raises(
+        RecipeError, match=r"KVCache\(kv_bits=4\) cannot follow another KVCache: a model has one cache"
+    ):
         Recipe(wb.KVCache(), wb.KVCache(kv_bits=4))
 
 
@@ -305,5 +396,8 @@ def test_a_cache_that_is_in_use_is_refused():
     task = tiny_task("llama")
     cache = DynamicCache(config=task.model.config)
     task.model(**task.evaluation[:1].inputs, past_key_values=cache)
-    with pytest.raises(CompressionError, match=r"layer 0 of a DynamicCache: its DynamicLayer is in use; give an empty DynamicCache, or none"):
+    with pytest.raises(
+        CompressionError,
+        match=r"layer 0 of a DynamicCache: its DynamicLayer is in use; give an empty DynamicCache, or none",
+    ):
         pack_layers(cache, CacheFormat(4))

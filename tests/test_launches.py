@@ -8,23 +8,34 @@ from launches import Launches
 from tiny_tasks import tiny_task
 
 import workbench as wb
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
 from workbench.tasks.base import Task
 
 MOVES = {  # recipe at a position of its slider, kernels and waits that it may ask for
-    "magnitude": (lambda at: [wb.Prune(sparsity=0.3 + 0.1 * at)], 200, 2), "wanda": (lambda at: [wb.Prune(sparsity=0.3 + 0.1 * at, criterion="wanda")], 260, 2),
-    "2:4": (lambda _at: [wb.Prune(sparsity=0.5, pattern="2:4")], 250, 2), "round to nearest": (lambda at: [wb.Quantize(weight_bits=3 + at % 2)], 220, 2),
-    "low rank": (lambda at: [wb.LowRank(rank_ratio=0.2 + 0.05 * at)], 190, 2), "bits after pruning": (lambda at: [wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3 + at)], 1400, 6),
-}  # fmt: skip
+    "magnitude": (lambda at: [wb.Prune(sparsity=0.3 + 0.1 * at)], 200, 2),
+    "wanda": (lambda at: [wb.Prune(sparsity=0.3 + 0.1 * at, criterion="wanda")], 260, 2),
+    "2:4": (lambda _at: [wb.Prune(sparsity=0.5, pattern="2:4")], 250, 2),
+    "round to nearest": (lambda at: [wb.Quantize(weight_bits=3 + at % 2)], 220, 2),
+    "low rank": (lambda at: [wb.LowRank(rank_ratio=0.2 + 0.05 * at)], 190, 2),
+    "bits after pruning": (lambda at: [wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3 + at)], 1400, 6),
+}
 
 
 def deep(layers: int) -> Task:
     """Return a Llama of many small blocks in bfloat16, as on a GPU: seven layers a block, of four shapes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     return tiny_task("llama", dtype=torch.bfloat16, model=LlamaForCausalLM(config))
 

@@ -1,4 +1,5 @@
-"""Layers that stand apart from the sliders: the form holds them, the sliders keep them, undo takes them back."""
+"""Layers that stand apart from the sliders: the form holds them, the sliders keep them, undo takes them
+back."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workbench as wb
-from widgets.layer_control import LayerControl, layer_steps
-from widgets.recipe_form import RecipeForm
+from widgets.form.layer_override import LayerControl, layer_steps
+from widgets.form.recipe_form import RecipeForm
 from workbench.compress import compress
 from workbench.errors import RecipeError
 
@@ -39,7 +40,11 @@ def test_a_layer_is_left_out_set_apart_and_put_back(form):
     form.exclude("a", "prune")
     assert repr(form.recipe) == "Recipe(Prune(targets=('*', '!a'), sparsity=0.5), Quantize(weight_bits=4))"
     form.override("a", wb.Prune(sparsity=0.8))
-    apart = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "!a")), wb.Prune(sparsity=0.8, targets=("a",)), wb.Quantize(weight_bits=4))
+    apart = wb.Recipe(
+        wb.Prune(sparsity=0.5, targets=("*", "!a")),
+        wb.Prune(sparsity=0.8, targets=("a",)),
+        wb.Quantize(weight_bits=4),
+    )
     assert form.recipe == apart
     part(form, "sparsity").slider.value = 0.3
     assert form.recipe == wb.Recipe(wb.Prune(sparsity=0.3, targets=("*", "!a")), *apart.steps[1:])
@@ -48,7 +53,12 @@ def test_a_layer_is_left_out_set_apart_and_put_back(form):
 
 
 def test_every_change_is_one_step_of_undo(form):
-    steps = [lambda: form.exclude("a", "prune"), lambda: form.override("b", wb.Quantize(weight_bits=8)), lambda: form.follow("a", "prune"), lambda: form.exclude("a", "prune")]
+    steps = [
+        lambda: form.exclude("a", "prune"),
+        lambda: form.override("b", wb.Quantize(weight_bits=8)),
+        lambda: form.follow("a", "prune"),
+        lambda: form.exclude("a", "prune"),
+    ]
     seen = [form.recipe]
     for step in steps:
         step()
@@ -88,12 +98,20 @@ def test_off_and_on_keeps_what_stands_apart_and_reset_forgets_it(form):
 
 
 def test_recipes_of_several_steps_go_on_the_sliders_in_their_order(form):
-    twice = wb.Recipe(wb.Quantize(weight_bits=8, targets=("fc1",)), wb.Quantize(weight_bits=4, targets=("*", "!fc1")), wb.Quantize(weight_bits=2, targets=("head",)))
+    twice = wb.Recipe(
+        wb.Quantize(weight_bits=8, targets=("fc1",)),
+        wb.Quantize(weight_bits=4, targets=("*", "!fc1")),
+        wb.Quantize(weight_bits=2, targets=("head",)),
+    )
     form.set_recipe(twice)
     assert form.recipe == twice
     assert part(form, "weight_bits").slider.value == 4
     part(form, "weight_bits").slider.value = 5
-    assert form.recipe.steps == (twice.steps[0], dataclasses.replace(twice.steps[1], weight_bits=5), twice.steps[2])
+    assert form.recipe.steps == (
+        twice.steps[0],
+        dataclasses.replace(twice.steps[1], weight_bits=5),
+        twice.steps[2],
+    )
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing(form):
@@ -106,8 +124,18 @@ def test_what_cannot_be_is_refused_and_changes_nothing(form):
     with pytest.raises(RecipeError, match=r"a is left out by target '!re:\^a\$' of prune, which is wider"):
         form.follow("a", "prune")
     assert form.recipe == wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "!re:^a$")))
-    mixed = wb.Recipe(wb.Prune(sparsity=0.2, targets=("a",)), wb.Distill(temperature=2), wb.Prune(sparsity=0.2, targets=("b",)))
-    with pytest.raises(RecipeError, match="cannot be put on the sliders: they hold steps in the order prune, distill, those of one kind together"):
+    mixed = wb.Recipe(
+        wb.Prune(sparsity=0.2, targets=("a",)),
+        wb.Distill(temperature=2),
+        wb.Prune(sparsity=0.2, targets=("b",)),
+    )
+    with pytest.raises(
+        RecipeError,
+        match=(
+            "cannot be put on the sliders: they hold steps in the order prune, distill, those of one kind"
+            " together"
+        ),
+    ):
         form.set_recipe(mixed)
 
 
@@ -118,13 +146,23 @@ def test_the_output_head_follows_by_name_only(form):
     assert form.recipe.steps[0].targets == ("*", "!head")
 
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["follow", "out", "own", "slider", "undo"]), st.sampled_from(LAYERS), st.sampled_from([0.2, 0.6, 0.9])), max_size=12)
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["follow", "out", "own", "slider", "undo"]),
+        st.sampled_from(LAYERS),
+        st.sampled_from([0.2, 0.6, 0.9]),
+    ),
+    max_size=12,
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(ACTIONS)
 def test_whatever_is_done_each_layer_stands_as_it_was_put_last(actions):
-    form, stands = RecipeForm(wb.Recipe(wb.Prune(sparsity=0.5)), Clock()), dict.fromkeys(LAYERS, ("follow", 0.5))
+    form, stands = (
+        RecipeForm(wb.Recipe(wb.Prune(sparsity=0.5)), Clock()),
+        dict.fromkeys(LAYERS, ("follow", 0.5)),
+    )
     past = []
     for action, layer, value in actions:
         before, kept = form.recipe, dict(stands)
@@ -134,7 +172,9 @@ def test_whatever_is_done_each_layer_stands_as_it_was_put_last(actions):
             stands = past.pop() if past else stands
         elif action == "slider":
             part(form, "sparsity").slider.value = value
-            stands = {name: (mode, value if mode == "follow" else own) for name, (mode, own) in stands.items()}
+            stands = {
+                name: (mode, value if mode == "follow" else own) for name, (mode, own) in stands.items()
+            }
         elif action == "own":
             form.override(layer, wb.Prune(sparsity=value))
             stands[layer] = "own", value
@@ -169,7 +209,10 @@ def test_controls_change_the_recipe_and_show_what_was_refused(form):
     control.mode.value = "own"
     assert (control.slider.value, control.slider.layout.display) == (0.5, None)
     control.slider.value = 0.1 + 0.2
-    assert form.recipe.steps[:2] == (wb.Prune(sparsity=0.5, targets=("*", "!a")), wb.Prune(sparsity=0.3, targets=("a",)))
+    assert form.recipe.steps[:2] == (
+        wb.Prune(sparsity=0.5, targets=("*", "!a")),
+        wb.Prune(sparsity=0.3, targets=("a",)),
+    )
     control.mode.value = "out"
     assert form.recipe.steps[:2] == (wb.Prune(sparsity=0.5, targets=("*", "!a")), wb.Quantize(weight_bits=4))
     form.set_recipe(wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4")))

@@ -9,9 +9,9 @@ import tiny_tasks
 
 import workbench as wb
 from widgets.explorer import Explorer
-from widgets.layer_figures import AFTER, BEFORE, weights_changes, weights_figure
-from widgets.layer_rows import table_of
-from workbench.measure.weights import weight_changes
+from widgets.figures.layer_figures import AFTER, BEFORE, weights_changes, weights_figure
+from widgets.panes.layer_rows import table_of
+from workbench.measure.weight_histograms import weight_changes
 from workbench.sensitivity import sensitivities
 
 RECIPE = wb.Recipe(wb.Prune(sparsity=0.6), wb.Quantize(weight_bits=3))
@@ -19,7 +19,9 @@ RECIPE = wb.Recipe(wb.Prune(sparsity=0.6), wb.Quantize(weight_bits=3))
 
 @pytest.fixture
 def panel(tmp_path):
-    made = Explorer("fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu")
+    made = Explorer(
+        "fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu"
+    )
     yield made
     made.close()
 
@@ -38,17 +40,28 @@ def ready(panel):
 
 
 def test_rows_say_what_the_report_says(tmp_path):
-    bench = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu")
+    bench = wb.Bench(
+        tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
+    )
     recipe = wb.Recipe(wb.LowRank(rank_ratio=0.3), *RECIPE)
     point = bench.measure(recipe)
     costs = {cost.name: cost for cost in sensitivities(bench, recipe, 16, lambda *_: None)}
     table = table_of(point.layers, costs)
-    assert [name for name, _ in table.columns] == ["weights", "zeros", "rank kept", "bits", "error", "alone costs, points"]
+    assert [name for name, _ in table.columns] == [
+        "weights",
+        "zeros",
+        "rank kept",
+        "bits",
+        "error",
+        "alone costs, points",
+    ]
     for row, report in zip(table.rows, point.layers, strict=True):
         assert (row.name, row.words) == (report.name, report.outcome)
         cells = dict(zip(("weights", "zeros", "rank", "bits", "error", "cost"), row.cells, strict=True))
         assert cells["weights"].text == f"{report.weights / sum(r.weights for r in point.layers):.1%}"
-        assert cells["rank"].text == ("" if report.rank is None else f"{report.rank / min(report.shape[0], report.shape[-1]):.0%}")
+        assert cells["rank"].text == (
+            "" if report.rank is None else f"{report.rank / min(report.shape[0], report.shape[-1]):.0%}"
+        )
         assert cells["bits"].text == ("" if report.bits is None else str(report.bits))
         assert cells["error"].value == (report.relative_error or None)
         assert (cells["cost"].value is None) == (report.name not in costs)
@@ -108,7 +121,9 @@ def test_leaving_a_layer_out_moves_the_sliders_and_the_report_says_so(panel):
     panel.layers.choose(layer)
     control = next(control for control in panel.layers.controls if control.kind is wb.Prune)
     control.mode.value = "out"
-    assert panel.form.recipe == wb.Recipe(wb.Prune(sparsity=0.6, targets=("*", f"!{layer}")), wb.Quantize(weight_bits=3))
+    assert panel.form.recipe == wb.Recipe(
+        wb.Prune(sparsity=0.6, targets=("*", f"!{layer}")), wb.Quantize(weight_bits=3)
+    )
     wait(lambda: panel.session.live.state == "measured" and ready(panel))
     words = {row["name"]: row["words"] for row in panel.layers.grid.rows}
     assert words[layer].startswith(f"prune left out by target '!{layer}'")

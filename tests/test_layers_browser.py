@@ -1,4 +1,5 @@
-"""The layers tab in a real browser: a click and a key choose a layer, its weights are drawn, it is left out."""
+"""The layers tab in a real browser: a click and a key choose a layer, its weights are drawn, it is left
+out."""
 
 from __future__ import annotations
 
@@ -26,8 +27,17 @@ def panel(tmp_path_factory):
     from playwright.sync_api import sync_playwright
 
     folder, problems = tmp_path_factory.mktemp("lab"), []
-    environment = {"XDG_STATE_HOME": str(folder / "state"), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
-    with lab.server(NOTEBOOK, folder, environment, {"evaluation_items = None": "evaluation_items = 400"}) as url, sync_playwright() as playwright:
+    environment = {
+        "XDG_STATE_HOME": str(folder / "state"),
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "2",
+    }
+    with (
+        lab.server(
+            NOTEBOOK, folder, environment, {"evaluation_items = None": "evaluation_items = 400"}
+        ) as url,
+        sync_playwright() as playwright,
+    ):
         chromium = playwright.chromium.launch(executable_path=path, args=list(browser.FLAGS))
         page = chromium.new_page(viewport={"width": 1280, "height": 800})
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -76,13 +86,21 @@ def test_the_keyboard_chooses_a_layer(panel):
 def test_leaving_the_layer_out_changes_the_recipe_line_and_the_report(panel):
     control = panel.page.locator(".wb-layer-control:visible").first
     control.locator("button", has_text="leave out").click()
-    panel.settled_on(r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.\d+\)\)$", 60)
-    lab.wait_for(lambda: "prune left out by target '!vit.layers.1.mlp.fc1'" in told(panel), 10, lambda: told(panel))
+    panel.settled_on(
+        r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.\d+\)\)$", 60
+    )
+    lab.wait_for(
+        lambda: "prune left out by target '!vit.layers.1.mlp.fc1'" in told(panel), 10, lambda: told(panel)
+    )
     row = panel.page.locator(".wb-grid tbody tr", has_text="layers.1.mlp.fc1")
     assert "%" not in row.locator("td").nth(1).inner_text()  # no zeros
-    lab.wait_for(lambda: panel.page.evaluate(COUNTS) == [384 * 128, 384 * 128], 30, lambda: panel.page.evaluate(COUNTS))
+    lab.wait_for(
+        lambda: panel.page.evaluate(COUNTS) == [384 * 128, 384 * 128], 30, lambda: panel.page.evaluate(COUNTS)
+    )
     panel.drag("sparsity", 0.4)
-    panel.settled_on(r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.(39|4|41)\)\)$", 60)
+    panel.settled_on(
+        r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.(39|4|41)\)\)$", 60
+    )
 
 
 def test_a_layer_gets_a_value_of_its_own(panel):
@@ -92,7 +110,11 @@ def test_a_layer_gets_a_value_of_its_own(panel):
     handle.wait_for()  # the slider appears once the kernel has answered; what is hidden takes no focus
     handle.focus()
     panel.page.keyboard.press("End")
-    panel.settled_on(r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.\d+\), Prune\(targets=\('vit\.layers\.1\.mlp\.fc1',\), sparsity=0\.99\)\)$", 60)
+    panel.settled_on(
+        r"^Recipe\(Prune\(targets=\('\*', '!vit\.layers\.1\.mlp\.fc1'\), sparsity=0\.\d+\),"
+        r" Prune\(targets=\('vit\.layers\.1\.mlp\.fc1',\), sparsity=0\.99\)\)$",
+        60,
+    )
     lab.wait_for(lambda: "99% sparse by magnitude" in told(panel), 10, lambda: told(panel))
     control.locator("button", has_text="follow slider").click()
     panel.settled_on(r"^Recipe\(Prune\(sparsity=0\.(39|4|41)\)\)$", 60)
@@ -101,6 +123,8 @@ def test_a_layer_gets_a_value_of_its_own(panel):
 def test_sensitivity_fills_a_column(panel):
     panel.page.locator(".wb-layer-bar button", has_text="sensitivity").click()
     lab.wait_for(lambda: panel.page.locator(".wb-grid .wb-track").count() >= 2, 60)
-    lab.wait_for(lambda: "37 of 37 layers measured alone" in panel.page.locator(".wb-layer-bar").inner_text(), 240)
+    lab.wait_for(
+        lambda: "37 of 37 layers measured alone" in panel.page.locator(".wb-layer-bar").inner_text(), 240
+    )
     assert panel.page.locator(".wb-grid .wb-track").count() == 37
     assert not panel.page.locator(".wb-errors").is_visible()

@@ -13,37 +13,63 @@ from pathlib import Path
 import pytest
 
 import workbench
-from workbench.gates import Gates
 from workbench.recipe import METHODS
-from workbench.report import PLAIN
+from workbench.report.gates import Gates
+from workbench.report.report import PLAIN
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "workbench").rglob("*.py"))
-PYTHON = sorted(path for folder in ("workbench", "widgets", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+PYTHON = sorted(
+    path
+    for folder in ("workbench", "widgets", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
 NEVER = {"widgets", "plotly", "ipywidgets", "IPython"}  # what workbench may not import at all
-LATER = {"jupyterlab", "nbconvert", "papermill", "jinja2", "nbformat", "datasets", "gguf", "optuna", "transformers", "rich"}  # only inside functions
+LATER = {
+    "jupyterlab",
+    "nbconvert",
+    "papermill",
+    "jinja2",
+    "nbformat",
+    "datasets",
+    "gguf",
+    "optuna",
+    "transformers",
+    "rich",
+}  # only inside functions
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Return the top-level packages that a piece of code imports, `import_module("x")` with a constant included."""
+    """Return the top-level packages that a piece of code imports, `import_module("x")` with a constant
+    included."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in {"import_module", "__import__"}:
-            found |= {argument.value.split(".")[0] for argument in node.args[:1] if isinstance(argument, ast.Constant)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in {
+            "import_module",
+            "__import__",
+        }:
+            found |= {
+                argument.value.split(".")[0]
+                for argument in node.args[:1]
+                if isinstance(argument, ast.Constant)
+            }
     return found
 
 
 def at_import(path: Path) -> list[ast.stmt]:
-    """Return the statements that run when a module is imported by its package: no functions, no TYPE_CHECKING."""
+    """Return the statements that run when a module is imported by its package: no functions, no
+    TYPE_CHECKING."""
     found: list[ast.stmt] = []
     waiting: list[ast.stmt] = list(ast.parse(path.read_text()).body)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
             continue
         inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
         waiting += inner
@@ -62,20 +88,29 @@ def test_nothing_flows_back(path):
 def test_a_reader_holds_every_file_in_one_sitting(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 400
-    assert not re.search(r"/(home|root|work|Users)/\w", text.replace(r"/(home|root|work|Users)/\w", "")), "a path of one machine"
+    assert not re.search(r"/(home|root|work|Users)/\w", text.replace(r"/(home|root|work|Users)/\w", "")), (
+        "a path of one machine"
+    )
 
 
 def fresh(code: str, folder: Path) -> dict:
     """Run code in a new process in an empty directory; it must print one line of JSON."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder
+    )
     assert list(folder.iterdir()) == []
     return json.loads(done.stdout)
 
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(workbench.__path__, "workbench.") if not module.name.endswith("zoo.train") and ".triton_" not in module.name)  # Triton is there on a GPU only
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(workbench.__path__, "workbench.")
+    if not module.name.endswith("zoo.train") and ".triton_" not in module.name
+)  # Triton is there on a GPU only
 STATE = """
 import json, sys, threading
-print(json.dumps({"modules": sorted({name.split(".")[0] for name in sys.modules}), "threads": threading.active_count(),
+print(json.dumps({"modules": sorted({name.split(".")[0] for name in sys.modules}),
+                  "threads": threading.active_count(),
                   "cuda": "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()}))
 """
 
@@ -91,14 +126,17 @@ def test_importing_every_module_touches_no_gpu_starts_no_thread_and_opens_no_fil
 import sys
 opened = []
 def hook(event, args):
-    if event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and args[0] != "/dev/null" and set(args[1]) & set("wax+"):
+    named = event == "open" and isinstance(args[0], str) and isinstance(args[1], str)
+    if named and args[0] != "/dev/null" and set(args[1]) & set("wax+"):
         opened.append(args[0])
-    if event in {"socket.connect", "subprocess.Popen"} and not any("torch" in str(a) or "ldconfig" in str(a) for a in args):
+    reaches = event in {"socket.connect", "subprocess.Popen"}
+    if reaches and not any("torch" in str(a) or "ldconfig" in str(a) for a in args):
         opened.append(event)
 sys.addaudithook(hook)
 sys.dont_write_bytecode = True
 """
-    code = f"{watch}{chr(10).join(f'import {name}' for name in MODULES)}{STATE.replace('json.dumps({', 'json.dumps({chr(111): opened, ')}"
+    imports = "\n".join(f"import {name}" for name in MODULES)
+    code = f"{watch}{imports}{STATE.replace('json.dumps({', 'json.dumps({chr(111): opened, ')}"
     state = fresh(code, tmp_path)
     assert not set(state["modules"]) & NEVER
     assert (state["threads"], state["cuda"]) == (1, False)
@@ -109,7 +147,9 @@ def test_all_public_names_are_there():
     assert set(workbench.__all__) == set(workbench.__dir__())
     for name in workbench.__all__:
         assert getattr(workbench, name) is not None, name
-    assert {"Bench", "Recipe", "Prune", "LowRank", "Quantize", "Distill", "load", "Ledger", "METHODS"} <= set(workbench.__all__)
+    assert {"Bench", "Recipe", "Prune", "LowRank", "Quantize", "Distill", "load", "Ledger", "METHODS"} <= set(
+        workbench.__all__
+    )
     with pytest.raises(AttributeError, match="module 'workbench' has no attribute 'nothing'"):
         workbench.nothing  # noqa: B018
 

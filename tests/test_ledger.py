@@ -1,4 +1,5 @@
-"""The ledger: what was measured is found again, whatever happened to the process, the disk or the last line."""
+"""The ledger: what was measured is found again, whatever happened to the process, the disk or the last
+line."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tiny_tasks import tiny_task
 import workbench as wb
 from workbench.bench import Bench
 from workbench.errors import LedgerError
-from workbench.ledger import Ledger, default_path
+from workbench.ledger.ledger import Ledger, default_path
 from workbench.measure.measurement import Measurement
 from workbench.recipe import Recipe
 
@@ -72,13 +73,22 @@ def test_points_keep_their_order_and_a_repeated_one_its_place(where, measured):
 
 def test_optuna_itself_reads_the_study(where, measured):
     Ledger(where).add(measured)
-    storage = where if "://" in where else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where))
+    storage = (
+        where
+        if "://" in where
+        else optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where))
+    )
     study = optuna.load_study(study_name="workbench", storage=storage)
-    assert study.directions == [optuna.study.StudyDirection.MAXIMIZE, *[optuna.study.StudyDirection.MINIMIZE] * 2]
+    assert study.directions == [
+        optuna.study.StudyDirection.MAXIMIZE,
+        *[optuna.study.StudyDirection.MINIMIZE] * 2,
+    ]
     (trial,) = study.trials
     assert trial.state == optuna.trial.TrialState.COMPLETE
     assert trial.params == {"sparsity": 0.5, "weight_bits": 4.0}
-    assert trial.values == pytest.approx([-measured.primary.drop.value, measured.sizes.file_bytes, 1 / measured.latency.speedup.value])
+    assert trial.values == pytest.approx(
+        [-measured.primary.drop.value, measured.sizes.file_bytes, 1 / measured.latency.speedup.value]
+    )
     assert trial.user_attrs["key"] == measured.key
     assert study.best_trials == [trial]
 
@@ -95,13 +105,21 @@ def test_other_data_models_batches_and_levels_are_other_points(tmp_path):
     where = tmp_path / "points.journal"
     tasks = [tiny_task("vit"), tiny_task("resnet"), tiny_task("vit", evaluation=40)]
     found = {Bench(task, device="cpu", ledger=where, progress=False).context.key(RECIPE) for task in tasks}
-    found |= {Bench(tasks[0], device="cpu", ledger=where, progress=False, latency_batch=4).context.key(RECIPE)}
+    found |= {
+        Bench(tasks[0], device="cpu", ledger=where, progress=False, latency_batch=4).context.key(RECIPE)
+    }
     found |= {Bench(tasks[0], device="cpu", ledger=where, progress=False, confidence=0.9).context.key(RECIPE)}
     assert len(found) == 5
 
 
 def test_infinite_and_missing_figures_survive(ledger, measured):
-    odd = dataclasses.replace(measured, latency=None, peak_memory_bytes=None, missing={"latency": "no clock"}, curve=((0, float("inf")),))
+    odd = dataclasses.replace(
+        measured,
+        latency=None,
+        peak_memory_bytes=None,
+        missing={"latency": "no clock"},
+        curve=((0, float("inf")),),
+    )
     ledger.add(odd)
     again = Ledger(ledger.where).rows()[0]
     assert again == odd
@@ -120,7 +138,9 @@ def test_whatever_is_torn_off_the_last_point_all_earlier_ones_come_back(tmp_path
     kept = whole.stat().st_size
     ledger.add(numbered(measured, 3))
     size = whole.stat().st_size
-    offsets = sorted({kept, kept + 1, size - 2, size - 1, size, *range(kept, size, max(1, (size - kept) // 50))})
+    offsets = sorted(
+        {kept, kept + 1, size - 2, size - 1, size, *range(kept, size, max(1, (size - kept) // 50))}
+    )
     assert len(offsets) >= 50
     for offset in offsets:
         torn = tmp_path / "torn.journal"
@@ -147,7 +167,7 @@ def test_a_file_torn_within_its_first_line_starts_afresh(tmp_path, measured):
 ADD = """
 import dataclasses, itertools, sys
 from pathlib import Path
-from workbench.ledger import Ledger
+from workbench.ledger.ledger import Ledger
 from workbench.measure.measurement import Measurement
 where, source, first, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 point, ledger = Measurement.from_json(Path(source).read_text()), Ledger(where)
@@ -159,7 +179,11 @@ for number in range(first, first + count):
 
 
 def adder(where: Path, source: Path, first: int, count: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", ADD, str(where), str(source), str(first), str(count)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", ADD, str(where), str(source), str(first), str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_process_killed_while_adding_loses_at_most_the_point_at_hand(tmp_path, measured):
@@ -198,7 +222,7 @@ def refuse(monkeypatch) -> None:
         os.truncate(descriptor, os.fstat(descriptor).st_size - 50)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("workbench.journal.os.fsync", full)
+    monkeypatch.setattr("workbench.ledger.journal.os.fsync", full)
 
 
 def test_on_a_full_disk_the_point_stays_in_memory_and_is_written_later(tmp_path, measured, monkeypatch):
@@ -208,7 +232,10 @@ def test_on_a_full_disk_the_point_stays_in_memory_and_is_written_later(tmp_path,
     before = where.read_bytes()
     with monkeypatch.context() as patch:
         refuse(patch)
-        with pytest.raises(LedgerError, match=r"1 measured points are not on disk yet: cannot write .*points\.journal'.*No space left"):
+        with pytest.raises(
+            LedgerError,
+            match=r"1 measured points are not on disk yet: cannot write .*points\.journal'.*No space left",
+        ):
             ledger.add(numbered(measured, 2))
         with pytest.raises(LedgerError, match="2 measured points are not on disk yet"):
             ledger.add(numbered(measured, 3))
@@ -235,7 +262,12 @@ def test_bench_warns_of_a_full_disk_and_still_gives_the_point(tmp_path, monkeypa
 
 def test_a_ledger_that_cannot_be_opened_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    for where in (tmp_path / "file" / "points.journal", tmp_path, f"sqlite:///{tmp_path}/none/points.db", "nothing://x"):
+    for where in (
+        tmp_path / "file" / "points.journal",
+        tmp_path,
+        f"sqlite:///{tmp_path}/none/points.db",
+        "nothing://x",
+    ):
         with pytest.raises(LedgerError, match=r"^cannot open the ledger '") as caught:
             Ledger(where)
         assert "\n" not in str(caught.value), where
@@ -256,10 +288,18 @@ def test_points_of_a_method_that_is_not_loaded_are_counted_and_kept(tmp_path, me
     ledger.add(numbered(measured, 1))
 
     class Foreign:
-        key, recipe, latency, primary, sizes = "f" * 16, measured.recipe, measured.latency, measured.primary, measured.sizes
+        key, recipe, latency, primary, sizes = (
+            "f" * 16,
+            measured.recipe,
+            measured.latency,
+            measured.primary,
+            measured.sizes,
+        )
 
         def to_json(self) -> str:
-            return numbered(measured, 2).to_json().replace('\\"step\\": \\"prune\\"', '\\"step\\": \\"shrink\\"')
+            return (
+                numbered(measured, 2).to_json().replace('\\"step\\": \\"prune\\"', '\\"step\\": \\"shrink\\"')
+            )
 
     ledger.add(Foreign())
     again = Ledger(where)

@@ -9,7 +9,7 @@ from test_evaluator import evaluator_of, plain, same
 from tiny_tasks import CLASSES, VOCABULARY, tiny_task
 from torch import nn
 
-from workbench.measure.lengths import ordered, text_spans, trimmed
+from workbench.measure.length_sorting import ordered, text_spans, trimmed
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
@@ -18,17 +18,31 @@ from workbench.tasks.text_classification import TEXT_CLASSIFICATION
 def padded_task(side: str = "right") -> Task:
     task = tiny_task("bert")
     generator = torch.Generator().manual_seed(3)
-    ids, lengths = torch.randint(VOCABULARY, (48, 16), generator=generator), torch.randint(1, 17, (48,), generator=generator)
+    ids, lengths = (
+        torch.randint(VOCABULARY, (48, 16), generator=generator),
+        torch.randint(1, 17, (48,), generator=generator),
+    )
     places = torch.arange(16).expand(48, -1)
     mask = (places < lengths[:, None] if side == "right" else places >= 16 - lengths[:, None]).long()
-    return dataclasses.replace(task, evaluation=Items({"input_ids": ids, "attention_mask": mask}, torch.randint(CLASSES, (48,), generator=generator)))
+    return dataclasses.replace(
+        task,
+        evaluation=Items(
+            {"input_ids": ids, "attention_mask": mask}, torch.randint(CLASSES, (48,), generator=generator)
+        ),
+    )
 
 
 def test_padded_texts_score_the_same_to_rounding_in_their_own_order(monkeypatch):
     task = padded_task()
     evaluator, shapes = evaluator_of(task), []
     evaluator.text_spans()
-    monkeypatch.setattr("workbench.measure.evaluator.score", lambda kind, model, items: (shapes.append(tuple(items.inputs["input_ids"].shape)), score(kind, model, items))[1])
+    monkeypatch.setattr(
+        "workbench.measure.evaluator.score",
+        lambda kind, model, items: (
+            shapes.append(tuple(items.inputs["input_ids"].shape)),
+            score(kind, model, items),
+        )[1],
+    )
     parts: list[Scores] = []
     looks = [evaluator.scores(task.model, parts, count) for count in (16, 48)]
     whole = plain(task, task.model)

@@ -8,9 +8,9 @@ from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.copies import sharing_copy
-from workbench.compress.layers import find_layers
-from workbench.compress.lora import Adapted, Adapters, mean_of
+from workbench.compress.distillation.lora import Adapted, Adapters, mean_of
+from workbench.modules.layer import find_layers
+from workbench.modules.sharing import sharing_copy
 from workbench.recipe import Recipe
 
 RANK, ALPHA = 2, 6.0
@@ -62,7 +62,10 @@ def test_the_change_is_alpha_over_r_up_down_in_float64(sort):
 def test_nothing_changes_before_the_first_step(sort):
     task, adapted, _ = adapted_task(sort)
     with torch.no_grad():
-        assert torch.equal(adapted.logits(task.evaluation[:4], Adapters(adapted.batches, RANK, ALPHA, 0, []).changes()), task.kind.logits(task.model, task.evaluation[:4]))
+        assert torch.equal(
+            adapted.logits(task.evaluation[:4], Adapters(adapted.batches, RANK, ALPHA, 0, []).changes()),
+            task.kind.logits(task.model, task.evaluation[:4]),
+        )
 
 
 def test_the_count_is_exact(sort):
@@ -79,7 +82,9 @@ def test_gradients_reach_the_changes_and_nothing_else(sort):
     adapters = stirred(Adapters(adapted.batches, RANK, ALPHA, 0, []))
     items = task.training[:8]
     task.kind.loss(adapted.logits(items, adapters.changes()), items.labels).backward()
-    assert all(parameter.grad is not None and float(parameter.grad.norm()) > 0 for parameter in adapters.parameters())
+    assert all(
+        parameter.grad is not None and float(parameter.grad.norm()) > 0 for parameter in adapters.parameters()
+    )
     assert all(parameter.grad is None for parameter in adapted.model.parameters())
 
 
@@ -111,7 +116,9 @@ def test_the_mean_is_that_of_the_changes_not_of_the_factors():
     _, adapted, _ = adapted_task("vit")
     several = [stirred(Adapters(adapted.batches, RANK, ALPHA, seed, []), seed) for seed in range(3)]
     for index, mean in enumerate(mean_of(several)):
-        by_hand = sum(ALPHA / RANK * (one.ups[index].double() @ one.downs[index].double()) for one in several) / 3
+        by_hand = (
+            sum(ALPHA / RANK * (one.ups[index].double() @ one.downs[index].double()) for one in several) / 3
+        )
         assert torch.allclose(mean.double(), by_hand, atol=1e-6)
     before = weights(adapted.model)
     mean_of(several)

@@ -26,13 +26,19 @@ def dense_matrix(module: nn.Module) -> torch.Tensor:
 
 
 def factored(task, made):
-    """Yield (name, dense matrix, rank-r matrix, r) of every layer that was replaced, r counted on the modules."""
+    """Yield (name, dense matrix, rank-r matrix, r) of every layer that was replaced, r counted on the
+    modules."""
     found = 0
     for row in made.report:
         pair = made.model.get_submodule(row.name)
         if row.rank is not None:
             found += 1
-            yield row.name, dense_matrix(task.model.get_submodule(row.name)), product(pair), len(pair[0].weight)
+            yield (
+                row.name,
+                dense_matrix(task.model.get_submodule(row.name)),
+                product(pair),
+                len(pair[0].weight),
+            )
     assert found >= 3
 
 
@@ -51,12 +57,19 @@ def test_plain_svd_loses_exactly_the_dropped_singular_values(sort, device, ratio
 def test_whitened_loses_exactly_the_dropped_output_variance_and_less_than_plain(sort, device, ratio):
     task = tiny_task(sort, device)
     inputs = recorded_inputs(task)
-    plain = {name: now for name, _, now, _ in factored(task, compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd"))))}
+    plain = {
+        name: now
+        for name, _, now, _ in factored(
+            task, compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd")))
+        )
+    }
     better = 0
     for name, dense, now, rank in factored(task, compress(task, Recipe(wb.LowRank(rank_ratio=ratio)))):
         rows = inputs[name].double().cpu()
         outputs = rows @ dense.t()
-        dropped = torch.linalg.eigvalsh(outputs.t() @ outputs / len(rows)).flip(0)[rank:].clamp_min(0).sum().sqrt()
+        dropped = (
+            torch.linalg.eigvalsh(outputs.t() @ outputs / len(rows)).flip(0)[rank:].clamp_min(0).sum().sqrt()
+        )
         error = float((rows @ (now - dense).t()).norm() / len(rows) ** 0.5)
         assert error == pytest.approx(float(dropped), rel=2e-3, abs=1e-5), name
         other = float((rows @ (plain[name] - dense).t()).norm() / len(rows) ** 0.5)
@@ -90,11 +103,19 @@ def test_a_square_layer_above_half_rank_is_left_whole_and_the_report_says_why():
     task = tiny_task("vit")
     made = compress(task, Recipe(wb.LowRank(rank_ratio=0.5)))
     rows = {row.name: row for row in made.report}
-    square = next(row for row in rows.values() if row.shape == (16, 16) and row.name != "classifier" and "patch" not in row.name)
+    square = next(
+        row
+        for row in rows.values()
+        if row.shape == (16, 16) and row.name != "classifier" and "patch" not in row.name
+    )
     assert square.rank is None
     assert square.weights == 256
-    assert square.outcome == "lowrank skipped: rank 8 of 16x16 saves no weights (below rank_ratio 0.47 it would)"
-    assert torch.equal(made.model.get_submodule(square.name).weight, task.model.get_submodule(square.name).weight)
+    assert (
+        square.outcome == "lowrank skipped: rank 8 of 16x16 saves no weights (below rank_ratio 0.47 it would)"
+    )
+    assert torch.equal(
+        made.model.get_submodule(square.name).weight, task.model.get_submodule(square.name).weight
+    )
     wide = next(row for row in rows.values() if row.shape == (32, 16))
     assert (wide.rank, wide.weights) == (8, 8 * 48)
     below = {row.name: row for row in compress(task, Recipe(wb.LowRank(rank_ratio=0.46))).report}
@@ -102,9 +123,13 @@ def test_a_square_layer_above_half_rank_is_left_whole_and_the_report_says_why():
 
 
 CONVOLUTIONS = [
-    {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1), "bias": False},
-    {"kernel_size": 3, "dilation": 2, "padding": 2}, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, {"kernel_size": 1},
-]  # fmt: skip
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1), "bias": False},
+    {"kernel_size": 3, "dilation": 2, "padding": 2},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    {"kernel_size": 1},
+]
 
 
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
@@ -112,14 +137,18 @@ CONVOLUTIONS = [
 def test_two_convolutions_do_what_one_of_the_product_would(options, factorization, device):
     body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, **options))
     task = custom_task(body, body(torch.zeros(1, 1, 8, 8)).numel(), device)
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, targets=("body.1",))))
+    made = compress(
+        task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, targets=("body.1",)))
+    )
     dense, pair = task.model.body[1], made.model.body[1]
     assert [len(layer.weight) for layer in pair] == [round(0.3 * min(12, dense.weight[0].numel())), 12]
     x = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(4)).to(device)
     out = pair(x)
     assert out.shape == dense(x).shape
     rows = conv_rows(dense, x).double().cpu() @ product(pair).t()  # [positions * 5, 12], position by position
-    expected = rows.view(-1, 5, 12).permute(1, 2, 0).reshape(out.shape) + (0 if dense.bias is None else dense.bias.double().cpu().view(1, -1, 1, 1))
+    expected = rows.view(-1, 5, 12).permute(1, 2, 0).reshape(out.shape) + (
+        0 if dense.bias is None else dense.bias.double().cpu().view(1, -1, 1, 1)
+    )
     torch.testing.assert_close(out.double().cpu(), expected, rtol=1e-4, atol=1e-5)
     inputs = recorded_inputs(task)["body.1"].double().cpu()
     lost = inputs @ (product(pair) - dense_matrix(dense)).t()

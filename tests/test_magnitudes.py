@@ -7,13 +7,14 @@ import torch
 from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
-from workbench.compress import compress, magnitudes
-from workbench.compress.batch import Batch
-from workbench.compress.layers import Layer
-from workbench.compress.selection import BLOCK, first_true
+from workbench.calibration.statistics import Statistics
+from workbench.compress import compress
+from workbench.compress.core.batch import Batch
+from workbench.compress.pruning import magnitude_histogram
 from workbench.errors import CompressionError
+from workbench.kernels.selection import BLOCK, first_true
+from workbench.modules.layer import Layer
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -45,16 +46,23 @@ def test_a_looked_up_threshold_keeps_what_sorting_keeps(device, dtype, shape):
         weight[0, :2] = torch.tensor([0.0, -0.0])
         weight[-1] = weight[0]  # ties
         batch = Batch((one_layer(weight.to(device)),))
-        below = magnitudes.counts(batch, None)
+        below = magnitude_histogram.counts(batch, None)
         values = weight.flatten().double().abs()
-        order = sorted(range(len(values)), key=lambda i, values=values: (-values[i], i))  # the largest first, ties in order
+        order = sorted(
+            range(len(values)), key=lambda i, values=values: (-values[i], i)
+        )  # the largest first, ties in order
         for removed in (0, 1, len(values) // 3, len(values) - 1, len(values)):
-            kept = magnitudes.keep(batch.stored().flatten(1), below, [removed]).flatten().tolist()
-            assert [i for i, stays in enumerate(kept) if stays] == sorted(order[: len(values) - removed]), (scale, removed)
+            kept = magnitude_histogram.keep(batch.stored().flatten(1), below, [removed]).flatten().tolist()
+            assert [i for i, stays in enumerate(kept) if stays] == sorted(order[: len(values) - removed]), (
+                scale,
+                removed,
+            )
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("first", [(), (wb.LowRank(rank_ratio=0.6, factorization="svd"),)], ids=["dense", "after low rank"])
+@pytest.mark.parametrize(
+    "first", [(), (wb.LowRank(rank_ratio=0.6, factorization="svd"),)], ids=["dense", "after low rank"]
+)
 def test_recipes_give_the_same_bits_as_with_a_search(monkeypatch, sort, device, dtype, first):
     task = tiny_task(sort, device, dtype)
     statistics = Statistics(task)
@@ -62,19 +70,25 @@ def test_recipes_give_the_same_bits_as_with_a_search(monkeypatch, sort, device, 
         recipe = Recipe(*first, wb.Prune(sparsity=sparsity, allocation=allocation))
         counted = compress(task, recipe, statistics)
         with monkeypatch.context() as patch:
-            patch.setattr(magnitudes, "countable", lambda _step, _layers: False)
+            patch.setattr(magnitude_histogram, "countable", lambda _step, _layers: False)
             searched = compress(task, recipe)
         assert same(weights(counted.model), weights(searched.model))
         assert counted.report == searched.report
-        assert all(torch.equal(one.mask, other.mask) for one, other in zip(counted.layers, searched.layers, strict=True) if one.mask is not None)
+        assert all(
+            torch.equal(one.mask, other.mask)
+            for one, other in zip(counted.layers, searched.layers, strict=True)
+            if one.mask is not None
+        )
 
 
 def test_counts_are_kept_for_the_next_sparsity(monkeypatch):
     task = tiny_task("llama", "cpu", torch.bfloat16)
     statistics, times = Statistics(task), []
-    keys = magnitudes.keys
+    keys = magnitude_histogram.keys
     compress(task, Recipe(wb.Prune(sparsity=0.3)), statistics)
-    monkeypatch.setattr(magnitudes, "keys", lambda stored: times.append(stored.shape) or keys(stored))
+    monkeypatch.setattr(
+        magnitude_histogram, "keys", lambda stored: times.append(stored.shape) or keys(stored)
+    )
     once = len({id(layer) for layer in compress(task, Recipe(wb.Prune(sparsity=0.4)), statistics).layers})
     assert 0 < len(times) <= once  # each batch's weights are read for the mask alone
 
@@ -82,7 +96,9 @@ def test_counts_are_kept_for_the_next_sparsity(monkeypatch):
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_infinite_weights_are_refused_by_name(allocation):
     task = tiny_task("llama", "cpu", torch.bfloat16)
-    name, module = next((name, module) for name, module in task.model.named_modules() if isinstance(module, torch.nn.Linear))
+    name, module = next(
+        (name, module) for name, module in task.model.named_modules() if isinstance(module, torch.nn.Linear)
+    )
     with torch.no_grad():
         module.weight[0, 0] = torch.inf
     with pytest.raises(CompressionError, match=f"{name}.*infinite"):
@@ -91,10 +107,12 @@ def test_infinite_weights_are_refused_by_name(allocation):
 
 def test_only_16_bit_magnitudes_are_counted():
     layer = one_layer(torch.randn(4, 8).bfloat16())
-    assert magnitudes.countable(wb.Prune(sparsity=0.5), [layer])
-    assert not magnitudes.countable(wb.Prune(sparsity=0.5, criterion="wanda"), [layer])
-    assert not magnitudes.countable(wb.Prune(pattern="2:4"), [layer])
-    assert not magnitudes.countable(wb.Prune(sparsity=0.5), [layer, one_layer(torch.randn(4, 8).half())])
-    assert not magnitudes.countable(wb.Prune(sparsity=0.5), [one_layer(torch.randn(4, 8))])
+    assert magnitude_histogram.countable(wb.Prune(sparsity=0.5), [layer])
+    assert not magnitude_histogram.countable(wb.Prune(sparsity=0.5, criterion="wanda"), [layer])
+    assert not magnitude_histogram.countable(wb.Prune(pattern="2:4"), [layer])
+    assert not magnitude_histogram.countable(
+        wb.Prune(sparsity=0.5), [layer, one_layer(torch.randn(4, 8).half())]
+    )
+    assert not magnitude_histogram.countable(wb.Prune(sparsity=0.5), [one_layer(torch.randn(4, 8))])
     layer.mask = torch.ones(4, 8, dtype=torch.bool)
-    assert not magnitudes.countable(wb.Prune(sparsity=0.5), [layer])
+    assert not magnitude_histogram.countable(wb.Prune(sparsity=0.5), [layer])

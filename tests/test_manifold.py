@@ -1,4 +1,5 @@
-"""Distances on the sphere against their definitions in float64, their gradients where they could break, and projections against numpy."""
+"""Distances on the sphere against their definitions in float64, their gradients where they could break, and
+projections against numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.compress.manifold import Fit, angles, cosine, geodesic, layer_map, squared
+from workbench.compress.distillation.projection import Fit, angles, cosine, geodesic, layer_map, squared
 
 
 def noise(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -42,7 +43,16 @@ def test_only_directions_count():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("place", "angle"), [("the same", 0.0), ("nearly the same", 1e-4), ("opposite", math.pi), ("nearly opposite", math.pi - 1e-4), ("square", math.pi / 2)])
+@pytest.mark.parametrize(
+    ("place", "angle"),
+    [
+        ("the same", 0.0),
+        ("nearly the same", 1e-4),
+        ("opposite", math.pi),
+        ("nearly opposite", math.pi - 1e-4),
+        ("square", math.pi / 2),
+    ],
+)
 def test_small_and_large_angles_are_exact_and_gradients_finite(dtype, place, angle):
     one = torch.tensor([[math.cos(angle), math.sin(angle), 0.0]], dtype=dtype).requires_grad_()
     other = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)
@@ -51,7 +61,9 @@ def test_small_and_large_angles_are_exact_and_gradients_finite(dtype, place, ang
     assert float(found.detach()) == pytest.approx(angle, abs=1e-6, rel=1e-3)
     assert torch.isfinite(one.grad).all()
     size = float(one.grad.norm())
-    assert size == pytest.approx(0.0 if place == "the same" else 1.0, abs=2e-3) or place == "opposite"  # the distance grows as fast as the point moves
+    assert (
+        size == pytest.approx(0.0 if place == "the same" else 1.0, abs=2e-3) or place == "opposite"
+    )  # the distance grows as fast as the point moves
 
 
 def test_a_state_equal_to_its_aim_and_a_state_of_zeros_have_finite_gradients():

@@ -11,14 +11,14 @@ from tiny_tasks import tiny_task
 import workbench as wb
 from workbench.bench import Bench
 from workbench.errors import DataError, RecipeError
-from workbench.ledger import Ledger
-from workbench.measure.joint import joint_level
-from workbench.measure.known import Known
-from workbench.measure.quality import quality
-from workbench.neighbours import MOST, Neighbours
+from workbench.ledger.ledger import Ledger
+from workbench.measure.recent_scores import MOST, Neighbours
+from workbench.measure.summary import summary
+from workbench.metrics.control_variates import Known
+from workbench.metrics.quality import quality
+from workbench.metrics.sequential_looks import joint_level
 from workbench.recipe import Recipe
-from workbench.report import job_from
-from workbench.summary import summary
+from workbench.report.report import job_from
 from workbench.tasks.base import Scores
 
 RECIPE = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
@@ -26,7 +26,9 @@ RECIPE = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
 
 @pytest.fixture
 def bench(tmp_path) -> Bench:
-    return Bench(tiny_task("vit", evaluation=300), device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    return Bench(
+        tiny_task("vit", evaluation=300), device="cpu", ledger=tmp_path / "points.journal", progress=False
+    )
 
 
 def counted(bench: Bench, monkeypatch) -> list[int]:
@@ -46,7 +48,12 @@ def counted(bench: Bench, monkeypatch) -> list[int]:
 
 
 def test_reading_stops_at_the_first_look_that_knows_enough_and_goes_on_when_asked(bench, monkeypatch):
-    wide = [point.primary.change.half_width for point in Bench(bench.task, device="cpu", ledger=bench.ledger.where + ".other", progress=False).stream(RECIPE)]
+    wide = [
+        point.primary.change.half_width
+        for point in Bench(
+            bench.task, device="cpu", ledger=bench.ledger.where + ".other", progress=False
+        ).stream(RECIPE)
+    ]
     margin = (wide[0] + wide[1]) / 2  # more than 64 items leave, less than 16 do
     added = counted(bench, monkeypatch)
     *looks, last = bench.stream(RECIPE, margin=margin)
@@ -69,7 +76,9 @@ def test_reading_stops_at_the_first_look_that_knows_enough_and_goes_on_when_aske
     assert sum(added) == 300
     assert bench.measure(RECIPE, margin=margin) is whole
     assert Ledger(bench.ledger.where).rows() == [whole]
-    fresh = Bench(bench.task, device="cpu", ledger=bench.ledger.where + ".third", progress=False).measure(RECIPE)
+    fresh = Bench(bench.task, device="cpu", ledger=bench.ledger.where + ".third", progress=False).measure(
+        RECIPE
+    )
     assert whole.quality == fresh.quality
 
 
@@ -79,7 +88,13 @@ def test_a_margin_that_is_not_reached_reads_everything(bench):
 
 
 def test_the_benchs_own_margin_holds_unless_a_call_says_otherwise(tmp_path):
-    bench = Bench(tiny_task("vit", evaluation=300), device="cpu", ledger=tmp_path / "points.journal", progress=False, margin=0.9)
+    bench = Bench(
+        tiny_task("vit", evaluation=300),
+        device="cpu",
+        ledger=tmp_path / "points.journal",
+        progress=False,
+        margin=0.9,
+    )
     assert bench.measure(RECIPE).items == 16
     assert bench.measure(RECIPE, margin=0).items == 300
     assert bench.measure(RECIPE).items == 300  # knows more than was asked
@@ -107,23 +122,40 @@ def test_early_looks_use_the_dense_model_and_the_nearest_complete_point(bench):
         assert dense is not None
         mine = bench.evaluator.scores(bench.compress(RECIPE).model, [], point.items)
         level = joint_level((16, 64, 256, 300), 0.95)
-        expected = quality("accuracy", dense.first(point.items), mine, looks=4, level=level, known=Known(dense, close))
+        expected = quality(
+            "accuracy", dense.first(point.items), mine, looks=4, level=level, known=Known(dense, close)
+        )
         plain = quality("accuracy", dense.first(point.items), mine, looks=4, level=level)
         for found, wanted, before in zip(point.quality, expected, plain, strict=True):
-            assert (found.change.value, found.change.low, found.change.high) == pytest.approx((wanted.change.value, wanted.change.low, wanted.change.high), rel=1e-4, abs=1e-6)
+            assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+                (wanted.change.value, wanted.change.low, wanted.change.high), rel=1e-4, abs=1e-6
+            )
             assert found.change.half_width <= before.change.half_width + 1e-9
-            assert found.dense == quality("accuracy", dense, dense, level=level)[point.quality.index(found)].dense  # of all items
+            assert (
+                found.dense
+                == quality("accuracy", dense, dense, level=level)[point.quality.index(found)].dense
+            )  # of all items
 
 
 def some(count: int) -> Scores:
-    return Scores(*(torch.rand(count, dtype=torch.float64) for _ in range(3)), torch.zeros(count, 7, dtype=torch.int64))
+    return Scores(
+        *(torch.rand(count, dtype=torch.float64) for _ in range(3)), torch.zeros(count, 7, dtype=torch.int64)
+    )
 
 
 def test_the_nearest_has_the_same_steps_and_the_nearest_sliders():
     kept, found = Neighbours(), {}
-    recipes = {name: Recipe(*steps) for name, steps in {
-        "near": (wb.Prune(sparsity=0.48),), "far": (wb.Prune(sparsity=0.1),), "other option": (wb.Prune(sparsity=0.5, criterion="wanda"),),
-        "other steps": (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=8)), "itself": (wb.Prune(sparsity=0.5),), "dense": ()}.items()}  # fmt: skip
+    recipes = {
+        name: Recipe(*steps)
+        for name, steps in {
+            "near": (wb.Prune(sparsity=0.48),),
+            "far": (wb.Prune(sparsity=0.1),),
+            "other option": (wb.Prune(sparsity=0.5, criterion="wanda"),),
+            "other steps": (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=8)),
+            "itself": (wb.Prune(sparsity=0.5),),
+            "dense": (),
+        }.items()
+    }
     for name, recipe in recipes.items():
         kept.keep(recipe, some(5))
         found[name] = kept.complete[recipe]
@@ -141,7 +173,10 @@ def test_few_recipes_are_kept_and_no_answers_of_complete_ones():
         kept.begin(str(index), some(5))
     assert len(kept.complete) == len(kept.begun) == MOST
     assert list(kept.begun) == [str(index) for index in range(3, MOST + 3)]
-    assert all(scores.answers.numel() == 0 and scores.answers.untyped_storage().nbytes() == 0 for scores in kept.complete.values())
+    assert all(
+        scores.answers.numel() == 0 and scores.answers.untyped_storage().nbytes() == 0
+        for scores in kept.complete.values()
+    )
 
 
 def test_a_point_of_before_reads_back_without_a_margin(bench):

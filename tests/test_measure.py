@@ -1,4 +1,5 @@
-"""Measurements against formulas written here, and against simulated truth: does a 95% interval hold 95% of the time?"""
+"""Measurements against formulas written here, and against simulated truth: does a 95% interval hold 95% of
+the time?"""
 
 from __future__ import annotations
 
@@ -16,18 +17,23 @@ from workbench.compress import compress
 from workbench.errors import DataError
 from workbench.measure.latency import measure_latency
 from workbench.measure.memory import peak_memory_bytes
-from workbench.measure.quality import Estimate, flips, mean, paired_proportions, proportion, quality
 from workbench.measure.size import file_content, sizes
+from workbench.metrics.quality import Estimate, flips, mean, paired_proportions, proportion, quality
+from workbench.modules.packing import pack_model
 from workbench.recipe import Recipe
-from workbench.runtime.packed import pack_model
-from workbench.runtime.realise import realise
+from workbench.runtime.plan import realise
 from workbench.tasks import score
 from workbench.tasks.base import Scores
 
 
 def answers(correct: list[int], loss: list[float] | None = None) -> Scores:
     right = torch.tensor(correct, dtype=torch.float64)
-    return Scores(torch.tensor(loss or [0.5] * len(correct), dtype=torch.float64), right, torch.ones(len(correct), dtype=torch.float64), right.long())
+    return Scores(
+        torch.tensor(loss or [0.5] * len(correct), dtype=torch.float64),
+        right,
+        torch.ones(len(correct), dtype=torch.float64),
+        right.long(),
+    )
 
 
 def pairs(gained: int, lost: int, both: int, neither: int) -> tuple[Scores, Scores]:
@@ -45,14 +51,17 @@ def pairs(gained: int, lost: int, both: int, neither: int) -> tuple[Scores, Scor
 def test_wilsons_interval_solves_wilsons_equation(successes, total, level):
     found = proportion(torch.tensor([1.0] * successes + [0.0] * (total - successes)), level)
     z = stats.norm.ppf((1 + level) / 2)
-    # the two p with |p_hat - p| = z sqrt(p (1 - p) / n): roots of (1 + z^2/n) p^2 - (2 p_hat + z^2/n) p + p_hat^2
-    roots = np.sort(np.roots([1 + z**2 / total, -(2 * successes / total + z**2 / total), (successes / total) ** 2]))
+    # the two p with |p_hat - p| = z sqrt(p (1 - p) / n): roots of (1 + z^2/n) p^2 - (2 p_hat + z^2/n) p +
+    # p_hat^2
+    roots = np.sort(
+        np.roots([1 + z**2 / total, -(2 * successes / total + z**2 / total), (successes / total) ** 2])
+    )
     assert found.value == successes / total
     assert (found.low, found.high) == pytest.approx(tuple(roots), abs=1e-9)
 
 
-# Worked by hand for Bonett and Price (2012): n = 16, gained 1, lost 4, z = 1.959964. p+ = 2/18, p- = 5/18, d = -3/18,
-# d +- z sqrt((7/18 - (3/18)^2) / 18) = -.1667 +- 1.959964 * .141634.
+# Worked by hand for Bonett and Price (2012): n = 16, gained 1, lost 4, z = 1.959964. p+ = 2/18, p- = 5/18, d
+# = -3/18, d +- z sqrt((7/18 - (3/18)^2) / 18) = -.1667 +- 1.959964 * .141634.
 def test_the_paired_interval_equals_numbers_worked_by_hand():
     dense, compressed = pairs(gained=1, lost=4, both=8, neither=3)
     found = paired_proportions(dense.correct, compressed.correct, 0.95)
@@ -63,12 +72,15 @@ def test_the_paired_interval_equals_numbers_worked_by_hand():
 
 @pytest.mark.parametrize(("gained", "lost", "rest"), [(0, 0, 16), (5, 2, 57), (0, 9, 247), (30, 90, 1880)])
 def test_the_paired_interval_is_waldss_after_one_more_of_each_kind(gained, lost, rest):
-    """The same interval another way: Wald's, from the sample variance of -1, 0, 1 after adding one gain and one loss."""
+    """The same interval another way: Wald's, from the sample variance of -1, 0, 1 after adding one gain and
+    one loss."""
     dense, compressed = pairs(gained, lost, rest // 2, rest - rest // 2)
     found = paired_proportions(dense.correct, compressed.correct, 0.95)
     adjusted = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * rest)
     half = stats.norm.ppf(0.975) * adjusted.std() / math.sqrt(len(adjusted))
-    assert (found.low, found.high) == pytest.approx((adjusted.mean() - half, adjusted.mean() + half), abs=1e-12)
+    assert (found.low, found.high) == pytest.approx(
+        (adjusted.mean() - half, adjusted.mean() + half), abs=1e-12
+    )
     assert found.value == (gained - lost) / (gained + lost + rest)
 
 
@@ -101,7 +113,9 @@ def test_wilsons_interval_covers_the_truth_on_average(items):
     """On average over accuracies: at single ones it swings around 95% (Brown, Cai and DasGupta 2001)."""
     truths = np.linspace(0.5, 0.99, 99)
     found = [proportion(torch.tensor([1.0] * k + [0.0] * (items - k)), 0.95) for k in range(items + 1)]
-    coverage = [sum(stats.binom.pmf(k, items, p) for k, e in enumerate(found) if e.low <= p <= e.high) for p in truths]
+    coverage = [
+        sum(stats.binom.pmf(k, items, p) for k, e in enumerate(found) if e.low <= p <= e.high) for p in truths
+    ]
     assert np.mean(coverage) >= 0.94
 
 
@@ -157,10 +171,16 @@ def test_perplexity_is_the_exponential_of_all_nats_over_all_tokens():
     assert [q.metric for q in found] == ["perplexity", "next-token accuracy"]
     assert found[1].drop.value == -found[1].change.value  # positive is worse, for every metric
     assert found[0].drop.value == found[0].change.value
-    assert found[0].dense.value == pytest.approx(math.exp(float(nats) / task.evaluation.labels.numel()), rel=1e-5)
-    assert found[0].change.value == pytest.approx(found[0].compressed.value / found[0].dense.value - 1, rel=1e-9)
+    assert found[0].dense.value == pytest.approx(
+        math.exp(float(nats) / task.evaluation.labels.numel()), rel=1e-5
+    )
+    assert found[0].change.value == pytest.approx(
+        found[0].compressed.value / found[0].dense.value - 1, rel=1e-9
+    )
     assert found[0].dense.low < found[0].dense.value < found[0].dense.high
-    assert found[1].dense.value == pytest.approx(float((logits.argmax(-1) == task.evaluation.labels).double().mean()))
+    assert found[1].dense.value == pytest.approx(
+        float((logits.argmax(-1) == task.evaluation.labels).double().mean())
+    )
 
 
 def test_quality_of_classes_says_everything_on_the_same_items():
@@ -183,7 +203,9 @@ def test_several_looks_share_the_error_by_bonferroni(looks):
     assert accuracy.change == paired_proportions(dense.correct, compressed.correct, level)
     assert accuracy.compressed == proportion(compressed.correct, level)
     assert loss.change == mean(compressed.loss - dense.loss, dense.weight, level)
-    assert flips(dense, compressed, looks=looks) == proportion((dense.answers != compressed.answers).double(), level)
+    assert flips(dense, compressed, looks=looks) == proportion(
+        (dense.answers != compressed.answers).double(), level
+    )
     assert (accuracy.confidence, accuracy.looks) == (0.95, looks)  # the joint confidence
 
 
@@ -191,7 +213,10 @@ def test_flips_count_changed_answers_that_equal_accuracy_hides():
     dense, compressed = pairs(gained=5, lost=5, both=80, neither=10)
     assert quality("accuracy", dense, compressed)[0].change.value == 0
     assert flips(dense, compressed).value == 0.1
-    tokens = [Scores(torch.zeros(2), torch.zeros(2), torch.full((2,), 4.0), torch.tensor(rows)) for rows in ([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 0], [0, 0, 0, 8]])]
+    tokens = [
+        Scores(torch.zeros(2), torch.zeros(2), torch.full((2,), 4.0), torch.tensor(rows))
+        for rows in ([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 0], [0, 0, 0, 8]])
+    ]
     assert flips(*tokens).value == 0.5
 
 
@@ -233,7 +258,9 @@ def test_low_bit_weights_take_their_bits_and_their_scales(bits):
             theoretical += count * bits // 8 - 4 * count
     assert packed.packed_bytes == expected
     assert packed.theoretical_bytes == theoretical
-    assert len(file_content(packed)) - packed.packed_bytes < 160 * len(packed.tensors) + 64  # a header and nothing else
+    assert (
+        len(file_content(packed)) - packed.packed_bytes < 160 * len(packed.tensors) + 64
+    )  # a header and nothing else
 
 
 def test_zeros_save_bytes_only_where_they_can():
@@ -243,7 +270,11 @@ def test_zeros_save_bytes_only_where_they_can():
         made = compress(task, Recipe(wb.Prune(sparsity=sparsity)))
         found = sizes(made.model, made.layers)
         assert (found.packed_bytes < dense.packed_bytes) == smaller
-        zeros = sum(row.shape[0] * row.shape[1] - round((1 - row.sparsity) * row.shape[0] * row.shape[1]) for row in made.report if row.sparsity)
+        zeros = sum(
+            row.shape[0] * row.shape[1] - round((1 - row.sparsity) * row.shape[0] * row.shape[1])
+            for row in made.report
+            if row.sparsity
+        )
         assert found.theoretical_bytes == dense.theoretical_bytes - 4 * zeros
         if smaller:  # four bytes a kept weight and one bit a weight
             positions = sum(-(-row.shape[0] * row.shape[1] // 8) for row in made.report if row.sparsity)
@@ -255,7 +286,11 @@ def test_four_bits_and_half_zeros_are_stored_in_whichever_way_is_smaller():
     bits = {}
     for width in (2, 8):
         made = compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=width)))
-        bits[width] = {encoding.kind for encoding in pack_model(made.model, made.layers).encodings.values() if encoding.bits}
+        bits[width] = {
+            encoding.kind
+            for encoding in pack_model(made.model, made.layers).encodings.values()
+            if encoding.bits
+        }
     assert bits == {2: {"grid"}, 8: {"grid+bitmask"}}  # 2 bits against 1 + 1 and a mask; 8 against 4 + 1
 
 
@@ -271,7 +306,10 @@ def test_latency_is_timed_in_turn_and_recorded_with_its_conditions(device):
     found = measure_latency(task.kind, task.model, realised, task.evaluation[:8].to(device), most=10)
     turns = [tuple(order[i : i + 2]) for i in range(0, len(order), 2)]
     assert len(turns) > 10  # some to warm up
-    assert set(turns) == {("dense", "other"), ("other", "dense")}  # neither is ever ahead by more than one, nor always first
+    assert set(turns) == {
+        ("dense", "other"),
+        ("other", "dense"),
+    }  # neither is ever ahead by more than one, nor always first
     assert abs(turns[-10:].count(("dense", "other")) - 5) <= 1
     assert (found.batch, found.input_shape, found.rounds) == (8, (1, 8, 8), 10)
     assert 0 < found.median_ms <= found.p95_ms
@@ -280,7 +318,10 @@ def test_latency_is_timed_in_turn_and_recorded_with_its_conditions(device):
 
 
 def test_a_model_that_works_five_times_as_hard_is_seen_to(monkeypatch):
-    """Time is what the clock says; this one counts passes of the model instead of seconds, so that no other program matters."""
+    """Time is what the clock says.
+
+    This one counts passes of the model instead of seconds, so that no other program matters.
+    """
     task, passes = tiny_task("vit"), []
     task.model.register_forward_hook(lambda *_: passes.append(1))
 
@@ -310,7 +351,10 @@ def test_a_slow_model_is_timed_for_as_long_as_was_granted_and_at_least_six_times
 
 def test_peak_memory_holds_the_weights_and_something_more(sort, device):
     task = tiny_task(sort, device)
-    few, many = (peak_memory_bytes(task.kind, task.model, task.evaluation[:count].to(device)) for count in (2, EVALUATION))
+    few, many = (
+        peak_memory_bytes(task.kind, task.model, task.evaluation[:count].to(device))
+        for count in (2, EVALUATION)
+    )
     held = sum({p.data_ptr(): p.nbytes for p in [*task.model.parameters(), *task.model.buffers()]}.values())
     assert held < few < many
 
@@ -318,15 +362,25 @@ def test_peak_memory_holds_the_weights_and_something_more(sort, device):
 def test_a_low_rank_model_needs_less_memory(device):
     task = tiny_task("vit", device)
     made = compress(task, Recipe(wb.LowRank(rank_ratio=0.1)))
-    dense, low = (peak_memory_bytes(task.kind, model, task.evaluation[:1].to(device)) for model in (task.model, made.model))
+    dense, low = (
+        peak_memory_bytes(task.kind, model, task.evaluation[:1].to(device))
+        for model in (task.model, made.model)
+    )
     assert low < dense
 
 
 def test_what_no_kernel_makes_faster_says_so():
     task = tiny_task("vit")
-    reasons = {label: realise(compress(task, Recipe(*steps)), "cpu").no_kernel for label, steps in {
-        "dense": (), "low": (wb.LowRank(rank_ratio=0.3),), "pruned": (wb.Prune(sparsity=0.5),), "2:4": (wb.Prune(pattern="2:4"),),
-        "both": (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))}.items()}  # fmt: skip
+    reasons = {
+        label: realise(compress(task, Recipe(*steps)), "cpu").no_kernel
+        for label, steps in {
+            "dense": (),
+            "low": (wb.LowRank(rank_ratio=0.3),),
+            "pruned": (wb.Prune(sparsity=0.5),),
+            "2:4": (wb.Prune(pattern="2:4"),),
+            "both": (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3)),
+        }.items()
+    }
     assert reasons["dense"] == reasons["low"] == ()
     assert len(reasons["pruned"]) == 1
     assert "unstructured zeros on this CPU" in reasons["pruned"][0]

@@ -1,4 +1,5 @@
-"""The table of methods: the README shows what the registry says, and every line is about options that exist."""
+"""The table of methods: the README shows what the registry says, and every line is about options that
+exist."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from workbench.cli import workbench
-from workbench.methods import markdown, method_rows
 from workbench.recipe import METHODS
+from workbench.report.methods_table import markdown, method_rows
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -28,7 +29,10 @@ def test_every_line_names_options_and_choices_that_exist(step):
         for name in names.split(", "):
             assert name in step.options()
         for value in filter(None, values.split(", ")):
-            about = f"{step.options()[names].annotation} {step.options()[names].metadata} {step.options()[names].examples}"
+            about = (
+                f"{step.options()[names].annotation} {step.options()[names].metadata}"
+                f" {step.options()[names].examples}"
+            )
             assert value in about or value == "n:m"
 
 

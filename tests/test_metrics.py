@@ -11,36 +11,39 @@ from tiny_tasks import tiny_task
 
 import workbench as wb
 from widgets.explorer import dense_words
-from widgets.figures import add_looks, metric_title, tradeoff_figure
-from widgets.honesty import badge, facts_of
-from widgets.live import Live
-from widgets.live_axes import y_range
-from widgets.live_figure import DENSE, dense_changes
-from widgets.plot_choice import PlotChoice
-from widgets.tables import points_table
-from widgets.training_view import look_words
-from workbench.card import card, quality_words
-from workbench.compare import comparison, facts
-from workbench.frame import flat
-from workbench.gates import Gates, check
-from workbench.ledger import Annotation
-from workbench.measure.metrics import METRICS, metric_named
-from workbench.measure.quality import Estimate
-from workbench.progress import Look
-from workbench.summary import summary
+from widgets.figures.figures import add_looks, metric_title, tradeoff_figure
+from widgets.figures.tables import points_table
+from widgets.panes.training_view import look_words
+from widgets.panes.verdict_strip import badge, facts_of
+from widgets.plot.live_axes import y_range
+from widgets.plot.live_figure import DENSE, dense_changes
+from widgets.plot.plot_choice import PlotChoice
+from widgets.session.state import Live
+from workbench.ledger.ledger import Annotation
+from workbench.ledger.table import flat
+from workbench.measure.card import card, quality_words
+from workbench.measure.summary import summary
+from workbench.metrics.metrics import METRICS, metric_named
+from workbench.metrics.quality import Estimate
+from workbench.report.gates import Gates, check
+from workbench.search.compare import comparison, facts
+from workbench.util.progress import Look
 from workbench.zoo import load_task
 
 CHANGE = Estimate(-0.0123, -0.02, 0.005)
 FRACTION = re.compile(r"(?<![\d.])0\.\d{2,}")
 
 
-@pytest.mark.parametrize(("name", "value", "interval", "change", "amount"), [
-    ("accuracy", "93.1%", "93.1% [92.0%, 94.2%]", "-1.2 points, -2.0 to +0.5", "1.23 points"),
-    ("word error rate", "93.1%", "93.1% [92.0%, 94.2%]", "-1.2 points, -2.0 to +0.5", "1.23 points"),
-    ("perplexity", "0.931", "0.931 [0.92, 0.942]", "-1.2%, -2.0% to +0.5%", "1.23%"),
-    ("rank correlation", "0.931", "0.931 [0.920, 0.942]", "-0.0123, -0.02 to +0.005", "0.0123"),
-    ("loss", "0.931", "0.931 [0.92, 0.942]", "-0.0123 nats, -0.02 to +0.005", "0.0123 nats"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "interval", "change", "amount"),
+    [
+        ("accuracy", "93.1%", "93.1% [92.0%, 94.2%]", "-1.2 points, -2.0 to +0.5", "1.23 points"),
+        ("word error rate", "93.1%", "93.1% [92.0%, 94.2%]", "-1.2 points, -2.0 to +0.5", "1.23 points"),
+        ("perplexity", "0.931", "0.931 [0.92, 0.942]", "-1.2%, -2.0% to +0.5%", "1.23%"),
+        ("rank correlation", "0.931", "0.931 [0.920, 0.942]", "-0.0123, -0.02 to +0.005", "0.0123"),
+        ("loss", "0.931", "0.931 [0.92, 0.942]", "-0.0123 nats, -0.02 to +0.005", "0.0123 nats"),
+    ],
+)
 def test_a_metric_in_words(name, value, interval, change, amount):
     metric = metric_named(name)
     assert metric.words(0.931) == value
@@ -59,10 +62,23 @@ def point(request, tmp_path_factory):
     """Return a point whose metric is a fraction, moved to values that no other number has."""
     folder = tmp_path_factory.mktemp("metrics")
     task = tiny_task("vit")
-    made = wb.Bench(task, device="cpu", ledger=folder / "p.journal", progress=False).measure(wb.Recipe(wb.Quantize(weight_bits=4)))
+    made = wb.Bench(task, device="cpu", ledger=folder / "p.journal", progress=False).measure(
+        wb.Recipe(wb.Quantize(weight_bits=4))
+    )
     name = "accuracy" if request.param == "image" else "word error rate"
-    quality = dataclasses.replace(made.primary, metric=name, dense=Estimate(0.0947, 0.0811, 0.1083), compressed=Estimate(0.1379, 0.1197, 0.1583), change=Estimate(0.0432, 0.0127, 0.0741))
-    latency = dataclasses.replace(made.latency, dense_median_ms=900.0, median_ms=1200.0, audio_seconds=3.0 if name == "word error rate" else 0.0)
+    quality = dataclasses.replace(
+        made.primary,
+        metric=name,
+        dense=Estimate(0.0947, 0.0811, 0.1083),
+        compressed=Estimate(0.1379, 0.1197, 0.1583),
+        change=Estimate(0.0432, 0.0127, 0.0741),
+    )
+    latency = dataclasses.replace(
+        made.latency,
+        dense_median_ms=900.0,
+        median_ms=1200.0,
+        audio_seconds=3.0 if name == "word error rate" else 0.0,
+    )
     return dataclasses.replace(made, quality=(quality,), latency=latency, margin=0.02)
 
 
@@ -80,12 +96,22 @@ def test_every_table_says_percent(point):
     assert f"<td>{words}</td>" in page  # and not `error rate 9.5% ...`
     other = dataclasses.replace(point, key="other")
     assert facts(comparison([point, other]))[0].words == ("13.8% (+4.3 points, +1.3 to +7.4)",) * 2
-    assert [fact for fact in facts_of(point, None) if FRACTION.search(fact[1]) and "real-time" not in fact[1] and fact[0] != "KL to dense"] == []
+    assert [
+        fact
+        for fact in facts_of(point, None)
+        if FRACTION.search(fact[1]) and "real-time" not in fact[1] and fact[0] != "KL to dense"
+    ] == []
 
 
 def test_gates_say_points(point):
-    drop = "4.32 points (1.27 to 7.41)" if point.primary.metric == "word error rate" else "-4.32 points (-7.41 to -1.27)"
-    assert check(Gates(max_quality_drop=0.01), point)[0].words.startswith(f"{point.primary.metric} drop {drop}, limit 0.01, which is 1 point")
+    drop = (
+        "4.32 points (1.27 to 7.41)"
+        if point.primary.metric == "word error rate"
+        else "-4.32 points (-7.41 to -1.27)"
+    )
+    assert check(Gates(max_quality_drop=0.01), point)[0].words.startswith(
+        f"{point.primary.metric} drop {drop}, limit 0.01, which is 1 point"
+    )
 
 
 def test_plots_say_percent(point):
@@ -95,7 +121,9 @@ def test_plots_say_percent(point):
     dense = next(trace for trace in figure.data if trace.name == "dense model")
     assert (dense.y, dense.hovertemplate) == ((pytest.approx(9.47),), "dense model<br>9.5%<extra></extra>")
     better = metric_named(point.primary.metric).higher
-    assert figure.layout.yaxis.title.text == (f"{point.primary.metric} (%)" if better else f"{point.primary.metric} (%, better upwards)")
+    assert figure.layout.yaxis.title.text == (
+        f"{point.primary.metric} (%)" if better else f"{point.primary.metric} (%, better upwards)"
+    )
     assert figure.layout.yaxis.autorange == (None if better else "reversed")
 
 
@@ -112,7 +140,9 @@ def test_looks_at_held_out_items_say_percent():
     from plotly.subplots import make_subplots
 
     look = Look(5, 0.5, "word error rate", 0.05, 0.0947, 0.0811, 0.1083, 20, 0.95)
-    assert "held-out word error rate 9.5% [8.1%, 10.8%] after step 5 on 20 items, dense 5.0%" in look_words([look])
+    assert "held-out word error rate 9.5% [8.1%, 10.8%] after step 5 on 20 items, dense 5.0%" in look_words(
+        [look]
+    )
     figure: go.Figure = make_subplots(specs=[[{"secondary_y": True}]])
     add_looks(figure, [look])
     line, dense = figure.data
@@ -126,17 +156,29 @@ def test_speech_is_as_fast_as_its_real_time_factor_says(point):
         assert point.latency.real_time_factors is None
         assert not [name for name in flat(point, Annotation()) if "real_time_factor" in name]
         return
-    assert (flat(point, Annotation())["real_time_factor"], flat(point, Annotation())["dense_real_time_factor"]) == (pytest.approx(0.4), pytest.approx(0.3))
+    assert (
+        flat(point, Annotation())["real_time_factor"],
+        flat(point, Annotation())["dense_real_time_factor"],
+    ) == (pytest.approx(0.4), pytest.approx(0.3))
     rows = {row[0]: row[1:] for row in summary(point)}
     assert rows["real-time factor: seconds of work per second of sound"] == ("0.300", "0.400")
-    assert dict(facts_of(point, None))["time measured"] == "1200.00 ms, dense 900.00 ms; real-time factor 0.400, dense 0.300"
+    assert (
+        dict(facts_of(point, None))["time measured"]
+        == "1200.00 ms, dense 900.00 ms; real-time factor 0.400, dense 0.300"
+    )
 
 
 def test_a_measured_point_of_speech_has_one_unit(tmp_path):
     """Whole, from a real (tiny) Whisper: in no row of the table is a rate a bare fraction."""
     pytest.importorskip("jiwer")
-    task = load_task(speech_models.whisper(tmp_path / "m"), speech_models.sounds(tmp_path / "d", speech_models.words(24)), progress=False)
-    made = wb.Bench(task, device="cpu", ledger=tmp_path / "p.journal", progress=False).measure(wb.Recipe(wb.Quantize(weight_bits=3)))
+    task = load_task(
+        speech_models.whisper(tmp_path / "m"),
+        speech_models.sounds(tmp_path / "d", speech_models.words(24)),
+        progress=False,
+    )
+    made = wb.Bench(task, device="cpu", ledger=tmp_path / "p.journal", progress=False).measure(
+        wb.Recipe(wb.Quantize(weight_bits=3))
+    )
     rows = {row[0]: row[1:] for row in summary(made)}
     for cell in rows["word error rate"]:
         assert re.fullmatch(r"\d+\.\d% \[\d+\.\d%, \d+\.\d%\]", cell)
@@ -153,9 +195,15 @@ def test_the_star_of_a_model_without_errors_stands_inside_the_plot(dense, measur
 
 def test_the_badge_says_when_only_the_clock_is_missing(point):
     read = dataclasses.replace(point, latency=None, margin=None)
-    assert f"measured: {read.items} of {read.items_total} items, timing" in badge(Live(read.recipe, point=read, state="measuring"))
-    assert "timing" not in badge(Live(read.recipe, point=dataclasses.replace(read, items=2), state="measuring"))
-    assert "timing" not in badge(Live(read.recipe, point=dataclasses.replace(read, missing={"latency": "no clock"}), state="measured"))
+    assert f"measured: {read.items} of {read.items_total} items, timing" in badge(
+        Live(read.recipe, point=read, state="measuring")
+    )
+    assert "timing" not in badge(
+        Live(read.recipe, point=dataclasses.replace(read, items=2), state="measuring")
+    )
+    assert "timing" not in badge(
+        Live(read.recipe, point=dataclasses.replace(read, missing={"latency": "no clock"}), state="measured")
+    )
 
 
 def test_the_dense_model_of_speech_shows_its_real_time_factor(point):

@@ -19,13 +19,22 @@ def test_environment_yml_lists_what_pyproject_lists() -> None:
     conda = [item for item in environment["dependencies"] if isinstance(item, str)]
     pip = next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
     assert f"python{PROJECT['requires-python']}" in conda
-    assert sorted(item for item in pip if not item.startswith("--")) == sorted([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+    assert sorted(item for item in pip if not item.startswith("--")) == sorted(
+        [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    )
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
     name = re.compile(r"^[A-Za-z0-9_.-]+")
-    pinned = {name.match(line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#")}
-    wanted = {name.match(item)[0].lower().replace("_", "-") for item in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]}
+    pinned = {
+        name.match(line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    wanted = {
+        name.match(item)[0].lower().replace("_", "-")
+        for item in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    }
     assert wanted <= pinned
 
 
@@ -49,8 +58,31 @@ def test_wheel_carries_models_page_and_notebooks(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+    )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for ending in ("fashion-vit/model.safetensors", "fashion-cnn/model.safetensors", "fashion-mnist-slice.npz", "report_page.html", "templates/workbench/index.html.j2", "static/workbench.css", "widgets/labels.js", "notebooks/report.ipynb", "LICENSE-fashion-mnist"):
+    for ending in (
+        "fashion-vit/model.safetensors",
+        "fashion-cnn/model.safetensors",
+        "fashion-mnist-slice.npz",
+        "report_page.html",
+        "templates/workbench/index.html.j2",
+        "static/workbench.css",
+        "widgets/labels.js",
+        "notebooks/report.ipynb",
+        "LICENSE-fashion-mnist",
+    ):
         assert any(name.endswith(ending) for name in names), ending
     assert not [name for name in names if name.startswith("tests/")]

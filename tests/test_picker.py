@@ -9,13 +9,14 @@ import time
 import pytest
 
 import workbench as wb
-from widgets.choice import Choice
 from widgets.explorer import Explorer
-from widgets.model_picker import OTHER, ModelPicker, data_names, local_folders
-from widgets.session import Session
-from widgets.waiting import Waiting, said
-from workbench.device import choices
-from workbench.zoo import arriving, models
+from widgets.form.model_picker import OTHER, ModelPicker, data_names, local_folders
+from widgets.session.load_progress import Waiting, said
+from widgets.session.model_choice import Choice
+from widgets.session.session import Session
+from workbench.hub import download_progress
+from workbench.util.device import choices
+from workbench.zoo import models
 
 
 @pytest.fixture
@@ -61,7 +62,13 @@ def test_data_device_and_items_are_part_of_the_choice_and_another_model_brings_i
 
 def test_put_shows_without_reacting(picker):
     picker.put(Choice("owner/name", "some/data", "cuda:7", 5))
-    assert (picker.model.value, picker.other.value, picker.data.value, picker.device.value, picker.items.value) == (OTHER, "owner/name", "some/data", "cuda:7", 5)
+    assert (
+        picker.model.value,
+        picker.other.value,
+        picker.data.value,
+        picker.device.value,
+        picker.items.value,
+    ) == (OTHER, "owner/name", "some/data", "cuda:7", 5)
     picker.put(Choice("fashion-vit"))
     assert (picker.model.value, picker.device.value, picker.data.value) == ("fashion-vit", "auto", "")
 
@@ -72,7 +79,14 @@ def test_data_names_are_those_of_the_task():
     assert data_names(known["smollm2-135m"]) == ("python-docs", "wikitext-2")
     assert data_names(known["all-MiniLM-L6-v2"]) == ("wordsim353", "sts-b")
     assert data_names(known["whisper-tiny.en"]) == ("asterisk-prompts",)
-    assert set(data_names(None)) == {"fashion-mnist-slice", "python-docs", "wikitext-2", "wordsim353", "sts-b", "asterisk-prompts"}
+    assert set(data_names(None)) == {
+        "fashion-mnist-slice",
+        "python-docs",
+        "wikitext-2",
+        "wordsim353",
+        "sts-b",
+        "asterisk-prompts",
+    }
 
 
 def test_folders_with_a_model_complete(tmp_path, monkeypatch):
@@ -98,14 +112,14 @@ def test_what_has_arrived_is_counted(tmp_path, monkeypatch):
     blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "x.incomplete").write_bytes(b"12345")
-    assert arriving.arrived_bytes("owner/name") == 5
-    assert arriving.arrived_bytes("fashion-vit") == 0
-    assert arriving.arrived_bytes("./folder") == 0
-    assert arriving.content(tmp_path / "nothing") == 0
+    assert download_progress.arrived_bytes("owner/name") == 5
+    assert download_progress.arrived_bytes("fashion-vit") == 0
+    assert download_progress.arrived_bytes("./folder") == 0
+    assert download_progress.content(tmp_path / "nothing") == 0
 
 
 def test_waiting_counts_what_is_fetched_and_ends(monkeypatch):
-    monkeypatch.setattr("widgets.waiting.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("widgets.session.load_progress.PAUSE_SECONDS", 0.01)
     shown, bytes_here = [], iter(range(1_000_000, 90_000_000, 1_000_000))
     waiting = Waiting(shown.append, lambda _name: next(bytes_here))
     waiting.start("<m>")
@@ -121,8 +135,16 @@ def test_waiting_counts_what_is_fetched_and_ends(monkeypatch):
 def test_giving_up_leaves_the_old_model_and_a_late_one_never_shows(tmp_path, monkeypatch):
     entered, go = threading.Event(), threading.Event()
     loaded, session = [], None
-    session = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: loaded.append(session.choice), on_error=pytest.fail, on_not_loaded=pytest.fail,
-                      ledger=tmp_path / "points.journal", offline=True, progress=False)  # fmt: skip
+    session = Session(
+        on_live=lambda: None,
+        on_history=lambda: None,
+        on_loaded=lambda: loaded.append(session.choice),
+        on_error=pytest.fail,
+        on_not_loaded=pytest.fail,
+        ledger=tmp_path / "points.journal",
+        offline=True,
+        progress=False,
+    )
     first = Choice("fashion-cnn", device="cpu", evaluation_items=32)
     session.load_now(first)
     make = wb.Bench
@@ -132,7 +154,7 @@ def test_giving_up_leaves_the_old_model_and_a_late_one_never_shows(tmp_path, mon
         go.wait(20)
         return make(*args, **kwargs)
 
-    monkeypatch.setattr("widgets.session.Bench", slow)
+    monkeypatch.setattr("widgets.session.session.Bench", slow)
     session.load(Choice("fashion-vit", device="cpu", evaluation_items=32))
     assert entered.wait(20)
     session.give_up()
@@ -147,8 +169,16 @@ def test_giving_up_leaves_the_old_model_and_a_late_one_never_shows(tmp_path, mon
 
 
 def test_what_is_loaded_is_not_looked_at_for_garbage_in_the_middle_of_a_move_and_closing_ends_that(tmp_path):
-    session = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=pytest.fail, on_not_loaded=pytest.fail,
-                      ledger=tmp_path / "points.journal", offline=True, progress=False)  # fmt: skip
+    session = Session(
+        on_live=lambda: None,
+        on_history=lambda: None,
+        on_loaded=lambda: None,
+        on_error=pytest.fail,
+        on_not_loaded=pytest.fail,
+        ledger=tmp_path / "points.journal",
+        offline=True,
+        progress=False,
+    )
     try:
         session.load_now(Choice("fashion-cnn", device="cpu", evaluation_items=16))
         session.run(wb.Recipe())
@@ -164,7 +194,9 @@ def test_what_is_loaded_is_not_looked_at_for_garbage_in_the_middle_of_a_move_and
 
 
 def test_the_panel_loads_what_is_picked_and_goes_back_with_the_reason(tmp_path):
-    panel = Explorer("fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu")
+    panel = Explorer(
+        "fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu"
+    )
     panel.run(wb.Recipe())
     panel.picker.items.value = 32
     assert until(lambda: panel.session.choice == Choice("fashion-cnn", None, "cpu", 32))

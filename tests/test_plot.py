@@ -16,25 +16,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from widgets.colours import NONE, SCALE, color_at, color_bar, legend, painted
-from widgets.live import Live, thin
-from widgets.live_axes import axes, change_range, x_range, y_range
-from widgets.live_figure import DENSE, DOMINATED, FRONT, HISTORY, MEASURED, NOISE, PINNED, PREDICTED, history_changes, live_changes
-from widgets.plot_bar import PlotBar
-from widgets.plot_choice import COST_NAMES, SHADE_NAMES, PlotChoice, logarithmic
-from widgets.tradeoff_view import TradeoffView
-from workbench.predict import Predictor
-from workbench.tradeoff import COSTS, SHADES, cost_of, dense_cost_of, quality_of, shade_of, shades, tradeoff
+from widgets.plot.colours import NONE, SCALE, color_at, color_bar, legend, painted
+from widgets.plot.live_axes import axes, change_range, x_range, y_range
+from widgets.plot.live_figure import (
+    DENSE,
+    DOMINATED,
+    FRONT,
+    HISTORY,
+    MEASURED,
+    NOISE,
+    PINNED,
+    PREDICTED,
+    history_changes,
+    live_changes,
+)
+from widgets.plot.plot_bar import PlotBar
+from widgets.plot.plot_choice import COST_NAMES, SHADE_NAMES, PlotChoice, logarithmic
+from widgets.plot.tradeoff_view import TradeoffView
+from widgets.session.state import Live, thin
+from workbench.ledger.pareto import (
+    COSTS,
+    SHADES,
+    cost_of,
+    dense_cost_of,
+    quality_of,
+    shade_of,
+    shades,
+    tradeoff,
+)
+from workbench.predict.predictor import Predictor
 
 RECIPES = (
-    wb.Recipe(), wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=4)), wb.Recipe(wb.Quantize(weight_bits=8)),
+    wb.Recipe(),
+    wb.Recipe(wb.Prune(sparsity=0.5)),
+    wb.Recipe(wb.Quantize(weight_bits=4)),
+    wb.Recipe(wb.Quantize(weight_bits=8)),
     wb.Recipe(wb.LowRank(rank_ratio=0.4), wb.Prune(sparsity=0.8)),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path_factory.mktemp("plot") / "points.journal", progress=False, device="cpu")
+    made = wb.Bench(
+        tiny_tasks.tiny_task("vit"),
+        ledger=tmp_path_factory.mktemp("plot") / "points.journal",
+        progress=False,
+        device="cpu",
+    )
     for recipe in RECIPES:
         made.measure(recipe)
     return made
@@ -54,11 +82,16 @@ def view():
 def test_every_cost_is_what_the_measurement_says(rows, cost):
     for row in rows:
         expected = {
-            "file_bytes": row.sizes.file_bytes, "packed_bytes": row.sizes.packed_bytes, "theoretical_bytes": row.sizes.theoretical_bytes,
-            "peak_memory_bytes": row.peak_memory_bytes, "latency": 1 / row.latency.speedup.value,
-        }[cost]  # fmt: skip
+            "file_bytes": row.sizes.file_bytes,
+            "packed_bytes": row.sizes.packed_bytes,
+            "theoretical_bytes": row.sizes.theoretical_bytes,
+            "peak_memory_bytes": row.peak_memory_bytes,
+            "latency": 1 / row.latency.speedup.value,
+        }[cost]
         assert cost_of(row, cost).value == pytest.approx(expected)
-    assert dense_cost_of(rows[0], cost) == (1.0 if cost == "latency" else pytest.approx(cost_of(rows[0], cost).value, rel=0.05))
+    assert dense_cost_of(rows[0], cost) == (
+        1.0 if cost == "latency" else pytest.approx(cost_of(rows[0], cost).value, rel=0.05)
+    )
     without = dataclasses.replace(rows[0], peak_memory_bytes=None, dense_peak_memory_bytes=None, latency=None)
     assert (cost_of(without, cost) is None) is (cost in {"latency", "peak_memory_bytes"})
     assert COST_NAMES[cost]
@@ -107,10 +140,14 @@ def test_the_scale_grows_lighter_all_the_way(first, second):
 def test_a_record_of_another_metric_and_of_changes(rows):
     loss = tradeoff(rows, metric="loss")
     assert loss.metric == "loss"
-    assert {p.key: p.quality for p in loss.points} == {row.key: quality_of(row, "loss").compressed for row in rows}
+    assert {p.key: p.quality for p in loss.points} == {
+        row.key: quality_of(row, "loss").compressed for row in rows
+    }
     change = tradeoff(rows, change=True)
     assert change.dense_quality == 0
-    assert {p.key: p.quality.value for p in change.points} == {row.key: row.primary.change.value for row in rows}
+    assert {p.key: p.quality.value for p in change.points} == {
+        row.key: row.primary.change.value for row in rows
+    }
     with pytest.raises(ValueError, match="got 0 in 0 points"):
         tradeoff(rows, metric="word error rate")
 
@@ -118,10 +155,17 @@ def test_a_record_of_another_metric_and_of_changes(rows):
 def test_pins_are_rings_and_survive_thinning(view, rows):
     chance = random.Random(0)  # noqa: S311  no secret
     many = [
-        dataclasses.replace(rows[1], key=f"{i}", sizes=dataclasses.replace(rows[1].sizes, file_bytes=chance.randint(1000, 9000)), recipe=wb.Recipe(wb.Prune(sparsity=0.5)))
+        dataclasses.replace(
+            rows[1],
+            key=f"{i}",
+            sizes=dataclasses.replace(rows[1].sizes, file_bytes=chance.randint(1000, 9000)),
+            recipe=wb.Recipe(wb.Prune(sparsity=0.5)),
+        )
         for i in range(900)
     ]
-    assert "3" not in {row.key for row in thin(many, "file_bytes")} or many[3].sizes.file_bytes == min(row.sizes.file_bytes for row in many)
+    assert "3" not in {row.key for row in thin(many, "file_bytes")} or many[3].sizes.file_bytes == min(
+        row.sizes.file_bytes for row in many
+    )
     view.show_history(many)
     view.show_pinned(["3", "no such key"])
     ring = view.figure.data[PINNED]
@@ -155,7 +199,12 @@ def test_only_the_live_traces_are_written_during_a_drag(view, rows, bench, monke
     guess = Predictor(bench)
     view.show_live(Live(RECIPES[1], guess.predict(RECIPES[1]), None, "measuring"))
     sent = []
-    monkeypatch.setattr(type(view.figure), "_send_update_msg", lambda _self, *_given, trace_indexes=None, **_more: sent.append(trace_indexes), raising=True)
+    monkeypatch.setattr(
+        type(view.figure),
+        "_send_update_msg",
+        lambda _self, *_given, trace_indexes=None, **_more: sent.append(trace_indexes),
+        raising=True,
+    )
     recipe = wb.Recipe(wb.Prune(sparsity=0.61))
     view.show_live(Live(recipe, guess.predict(recipe), None, "measuring"))
     assert sent
@@ -190,7 +239,9 @@ def test_the_star_and_the_live_points_lie_in_the_window(view, bench, cost, quali
 def test_a_prediction_is_shown_as_a_change_against_the_dense_model(rows, bench):
     guess = Predictor(bench).predict(RECIPES[1])
     live = Live(RECIPES[1], guess, None, "measuring")
-    plain, change = (live_changes(live, rows[-1], PlotChoice(change=c))[PREDICTED]["y"][0] for c in (False, True))
+    plain, change = (
+        live_changes(live, rows[-1], PlotChoice(change=c))[PREDICTED]["y"][0] for c in (False, True)
+    )
     assert plain - change == pytest.approx(100 * rows[-1].primary.dense.value)
 
 
@@ -204,7 +255,11 @@ def test_the_bar_says_what_is_chosen_and_takes_it_from_python():
     assert bar.choice.metric == "next-token accuracy"
     assert bar.choice.change
     bar.choice = PlotChoice(shade="rank", metric="next-token accuracy")
-    assert (bar.shade.value, bar.metric.value, bar.cost.value) == ("rank", ("next-token accuracy", False), "file_bytes")
+    assert (bar.shade.value, bar.metric.value, bar.cost.value) == (
+        "rank",
+        ("next-token accuracy", False),
+        "file_bytes",
+    )
     bar.offer(["accuracy", "loss"])  # another model
     assert bar.choice.metric == ""
     assert bar.log_quality.disabled
@@ -226,7 +281,10 @@ def test_axes_follow_the_choice():
 
 def test_standing_traces_keep_their_colours(rows):
     changes = history_changes(tradeoff(rows))
-    assert {changes[index]["marker"]["color"] for index in (DOMINATED, NOISE, FRONT)} <= {"#3b82f6", "#8b95a5"}
+    assert {changes[index]["marker"]["color"] for index in (DOMINATED, NOISE, FRONT)} <= {
+        "#3b82f6",
+        "#8b95a5",
+    }
 
 
 def test_points_and_choices_may_come_from_two_threads(view, rows, monkeypatch):
@@ -244,7 +302,9 @@ def test_points_and_choices_may_come_from_two_threads(view, rows, monkeypatch):
         drawing.pop()
 
     monkeypatch.setattr(make, "batch_update", slow)
-    thread = threading.Thread(target=lambda: [view.show_history(rows[: 1 + count % len(rows)]) for count in range(12)])
+    thread = threading.Thread(
+        target=lambda: [view.show_history(rows[: 1 + count % len(rows)]) for count in range(12)]
+    )
     thread.start()
     for cost in ("latency", "file_bytes") * 6:
         view.bar.choice = PlotChoice(cost=cost, log_cost=cost == "file_bytes")

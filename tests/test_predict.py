@@ -1,4 +1,5 @@
-"""Predictions: file bytes against real measured files, intervals that cover, and words that say what is only a guess."""
+"""Predictions: file bytes against real measured files, intervals that cover, and words that say what is only
+a guess."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ import tiny_tasks
 from pydantic import Field
 
 import workbench as wb
+from workbench.calibration.statistics import Statistics
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import sizes
-from workbench.predict import Predictor, coordinates, spot_of
-from workbench.predict_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
-from workbench.predict_prior import KINDS, Link, prior_of
-from workbench.predict_quality import Spot, history
+from workbench.predict.history import Spot, history
+from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
+from workbench.predict.predictor import Predictor, coordinates, spot_of
+from workbench.predict.prior import KINDS, Link, prior_of
 from workbench.recipe import METHODS, Step, configuration
-from workbench.statistics import Statistics
+from workbench.shapes.outline import Outline
 
 EXACT = {
     "dense": wb.Recipe(),
@@ -70,9 +71,15 @@ def test_file_bytes_against_the_real_file(sort, name, statistics):
 
 def test_targets_and_the_output_head_are_respected(statistics):
     task = statistics["vit"].task
-    for recipe in (wb.Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",))), wb.Recipe(wb.LowRank(rank_ratio=0.3, targets=("*",)), wb.Prune(sparsity=0.5, targets=("*fc1.0",)))):
+    for recipe in (
+        wb.Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",))),
+        wb.Recipe(wb.LowRank(rank_ratio=0.3, targets=("*",)), wb.Prune(sparsity=0.5, targets=("*fc1.0",))),
+    ):
         compressed = wb.compress(task, recipe, statistics["vit"])
-        assert Outline.of(task.model).after(recipe).file_bytes() == sizes(compressed.model, compressed.layers).file_bytes
+        assert (
+            Outline.of(task.model).after(recipe).file_bytes()
+            == sizes(compressed.model, compressed.layers).file_bytes
+        )
 
 
 @pytest.fixture
@@ -108,7 +115,9 @@ def test_points_make_the_interval_narrow(bench):
 
 def test_points_of_other_models_do_not_count(bench):
     point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
-    other = dataclasses.replace(point, key="other", context=dataclasses.replace(point.context, model_fingerprint="other"))
+    other = dataclasses.replace(
+        point, key="other", context=dataclasses.replace(point.context, model_fingerprint="other")
+    )
     bench.ledger.points["other"] = other
     predictor = Predictor(bench)
     predictor.refresh()
@@ -163,7 +172,10 @@ def made_up(count, seed):
 @pytest.mark.parametrize("count", [40, 300])
 def test_the_interval_covers_what_is_then_measured(count):
     known, fresh = made_up(count, 1), made_up(200, 2)
-    hits = [abs(local_fit(known, x, m).value - y) <= local_fit(known, x, m).half for x, m, y in zip(fresh.places, fresh.marks, fresh.values, strict=True)]
+    hits = [
+        abs(local_fit(known, x, m).value - y) <= local_fit(known, x, m).half
+        for x, m, y in zip(fresh.places, fresh.marks, fresh.values, strict=True)
+    ]
     assert 0.84 <= np.mean(hits) <= 1
     widths = np.array([local_fit(known, x, m).half for x, m in zip(fresh.places, fresh.marks, strict=True)])
     assert np.median(widths[np.isfinite(widths)]) < 0.06
@@ -183,16 +195,27 @@ def test_coordinates_are_zero_when_off_and_grow_with_strength():
         places = [sum(coordinates_of(kind, stop)) for stop in kind.stops]
         assert all(place > 0 for place in places)
         assert places == sorted(places) or places == sorted(places, reverse=True)
-    assert sum(coordinates(wb.Recipe(wb.Quantize(weight_bits=2)))) > sum(coordinates(wb.Recipe(wb.Quantize(weight_bits=8))))
+    assert sum(coordinates(wb.Recipe(wb.Quantize(weight_bits=2)))) > sum(
+        coordinates(wb.Recipe(wb.Quantize(weight_bits=8)))
+    )
 
 
 def coordinates_of(kind, stop):
-    before = [wb.Prune(sparsity=0.0)] if kind.kind() in {"repair", "distill", "transfer"} else [wb.Quantize(weight_bits=8)] if kind.kind() == "qat" else []
+    before = (
+        [wb.Prune(sparsity=0.0)]
+        if kind.kind() in {"repair", "distill", "transfer"}
+        else [wb.Quantize(weight_bits=8)]
+        if kind.kind() == "qat"
+        else []
+    )
     return coordinates(wb.Recipe(*before, kind(**{kind.slider: stop})))
 
 
 def ledgers(count, seed, *, wrong=1.0, noise=0.15):
-    """Return spots and values as a link makes them, with noise in proportion to its doubt; contributions are off by a factor."""
+    """Return spots and values as a link makes them, with noise in proportion to its doubt.
+
+    Contributions are off by a factor.
+    """
     random = np.random.default_rng(seed)
     link = Link.usual(0.8, ratio=False)
     strengths = random.uniform(0, 1, (count, 2))
@@ -200,7 +223,10 @@ def ledgers(count, seed, *, wrong=1.0, noise=0.15):
     contributions[:, 0], contributions[:, 2] = 0.6 * strengths[:, 0] ** 4, 0.3 * strengths[:, 1] ** 4
     true = link.at(contributions)
     values = np.clip(true + noise * link.doubt(true) * random.standard_normal(count), 0, 0.8)
-    spots = [Spot((*place, 0.0), (int(place[0] > 0), int(place[1] > 0), 0), wrong * row) for place, row in zip(strengths, contributions, strict=True)]
+    spots = [
+        Spot((*place, 0.0), (int(place[0] > 0), int(place[1] > 0), 0), wrong * row)
+        for place, row in zip(strengths, contributions, strict=True)
+    ]
     return [Spot((0.0, 0.0, 0.0), (0, 0, 0), np.zeros(len(KINDS))), *spots], [0.0, *values], link
 
 
@@ -209,7 +235,9 @@ def replayed(spots, values, link, first=10):
     found = []
     for count in range(first + 1, len(spots)):
         guess = history(spots[:count], values[:count], link).guess(spots[count])
-        found.append((abs(guess.value - values[count]), abs(guess.value - values[count]) <= guess.half, guess.wide))
+        found.append(
+            (abs(guess.value - values[count]), abs(guess.value - values[count]) <= guess.half, guess.wide)
+        )
     return np.array(found, dtype=float)
 
 
@@ -221,7 +249,10 @@ def test_intervals_of_residuals_cover_on_simulated_ledgers(noise):
 
 def test_a_wrong_prior_is_corrected_by_the_ledger():
     spots, values, link = ledgers(90, 0, wrong=8.0)
-    before = [abs(float(link.at(spot.contributions[None])[0]) - value) for spot, value in zip(spots, values, strict=True)]
+    before = [
+        abs(float(link.at(spot.contributions[None])[0]) - value)
+        for spot, value in zip(spots, values, strict=True)
+    ]
     after = replayed(spots, values, link, first=40)
     assert np.mean(before) > 0.2
     assert np.mean(after[:, 0]) < 0.05
@@ -231,7 +262,9 @@ def test_a_wrong_prior_is_corrected_by_the_ledger():
 def test_a_prior_that_knows_nothing_does_not_spoil_what_neighbours_say():
     spots, values, link = ledgers(120, 1)
     order = np.random.default_rng(0).permutation(len(spots))
-    shuffled = [Spot(spot.place, spot.mark, spots[order[index]].contributions) for index, spot in enumerate(spots)]
+    shuffled = [
+        Spot(spot.place, spot.mark, spots[order[index]].contributions) for index, spot in enumerate(spots)
+    ]
     shuffled[0] = spots[0]
     found = replayed(shuffled, values, link, first=60)
     assert np.mean(found[:, 0]) < 0.7 * np.mean(np.abs(np.array(values[61:]) - np.median(values[:61])))
@@ -255,12 +288,22 @@ def test_few_points_are_said_to_be_few_and_have_an_interval_all_the_same():
 
 
 def test_residuals_are_fitted_as_a_gaussian_process():
-    known = Known(np.array([[0.0], [0.3], [0.5], [0.9]]), np.zeros((4, 1), int), np.array([0.5, -0.2, 0.4, 1.0]))
+    known = Known(
+        np.array([[0.0], [0.3], [0.5], [0.9]]), np.zeros((4, 1), int), np.array([0.5, -0.2, 0.4, 1.0])
+    )
     kernel = kernel_for(known)
     at = np.array([0.4])
-    gram = [[math.exp(-((a - b) ** 2) / (2 * kernel.width**2)) + (a == b) * kernel.noise for b in known.places[:, 0]] for a in known.places[:, 0]]
+    gram = [
+        [
+            math.exp(-((a - b) ** 2) / (2 * kernel.width**2)) + (a == b) * kernel.noise
+            for b in known.places[:, 0]
+        ]
+        for a in known.places[:, 0]
+    ]
     shared = [math.exp(-((a - 0.4) ** 2) / (2 * kernel.width**2)) for a in known.places[:, 0]]
-    assert residual_fit(known, kernel, at, np.zeros(1, int)).value == pytest.approx(float(np.dot(shared, np.linalg.solve(gram, known.values))))
+    assert residual_fit(known, kernel, at, np.zeros(1, int)).value == pytest.approx(
+        float(np.dot(shared, np.linalg.solve(gram, known.values)))
+    )
 
 
 def test_points_without_a_table_leave_the_prediction_to_the_sliders():
@@ -279,7 +322,9 @@ def test_preparing_gives_a_prior_and_changes_nothing_before(sort, ledger):
     assert any(note.startswith("quality is a guess") for note in before.notes)
     assert predictor.prepare(recipe)
     after = predictor.predict(recipe)
-    assert any(note.startswith("quality follows from the layers' sensitivities alone") for note in after.notes)
+    assert any(
+        note.startswith("quality follows from the layers' sensitivities alone") for note in after.notes
+    )
     assert after.quality.low <= after.quality.value <= after.quality.high
     assert after.wide
     worse = predictor.predict(wb.Recipe(wb.Prune(sparsity=0.9), wb.Quantize(weight_bits=3)))
@@ -288,7 +333,7 @@ def test_preparing_gives_a_prior_and_changes_nothing_before(sort, ledger):
 
 
 def test_a_model_that_is_too_large_is_predicted_as_before(bench, monkeypatch):
-    monkeypatch.setattr("workbench.predict_prior.MOST_WEIGHTS", {"cpu": 100})
+    monkeypatch.setattr("workbench.predict.prior.MOST_WEIGHTS", {"cpu": 100})
     predictor = Predictor(bench)
     assert not predictor.prepare(wb.Recipe(wb.Prune()))
     assert "too large" in predictor.no_prior
@@ -297,10 +342,14 @@ def test_a_model_that_is_too_large_is_predicted_as_before(bench, monkeypatch):
 
 @pytest.mark.slow
 def test_a_prediction_takes_less_than_50_ms_of_a_processor_with_5000_points(ledger):
-    bench = wb.Bench("fashion-vit", ledger=ledger, progress=False, device="cpu", evaluation_items=64, offline=True)
+    bench = wb.Bench(
+        "fashion-vit", ledger=ledger, progress=False, device="cpu", evaluation_items=64, offline=True
+    )
     point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
     for index in range(5000):
-        recipe = wb.Recipe(wb.Prune(sparsity=round(0.0001 * index, 5)), wb.Quantize(weight_bits=2 + index % 7))
+        recipe = wb.Recipe(
+            wb.Prune(sparsity=round(0.0001 * index, 5)), wb.Quantize(weight_bits=2 + index % 7)
+        )
         ledger.points[f"key {index}"] = dataclasses.replace(point, key=f"key {index}", recipe=recipe)
     predictor = Predictor(bench)
     predictor.predict(wb.Recipe())
@@ -314,14 +363,18 @@ def test_a_prediction_takes_less_than_50_ms_of_a_processor_with_5000_points(ledg
 
 @pytest.mark.slow
 def test_predictions_hold_on_a_real_model(fashion_cnn):
-    """A small version of `benchmarks/prediction.py`: recipes in random order, each predicted before it is added."""
+    """A small version of `benchmarks/prediction.py`: recipes in random order, each predicted before it is
+    added."""
     random = np.random.default_rng(0)
     statistics = Statistics(fashion_cnn)
     evaluator = Evaluator(fashion_cnn, fashion_cnn.evaluation[:500])
     dense = float(evaluator.scores(fashion_cnn.model, [], 500).correct.mean())
     prior, spots, drops = prior_of(statistics), [], []
     for _ in range(36):
-        steps = (wb.Prune(sparsity=round(random.uniform(0.2, 0.85), 2)), wb.Quantize(weight_bits=int(random.integers(3, 8))))
+        steps = (
+            wb.Prune(sparsity=round(random.uniform(0.2, 0.85), 2)),
+            wb.Quantize(weight_bits=int(random.integers(3, 8))),
+        )
         recipe = wb.Recipe(*(step for step in steps if random.random() < 0.75))
         prior.prepare(statistics, [recipe])
         made = wb.compress(fashion_cnn, recipe, statistics, shared=True)

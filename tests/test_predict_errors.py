@@ -1,4 +1,7 @@
-"""Tables of relative errors against what the methods really do, in float64; and what layers weigh in the loss against a loss that is quadratic."""
+"""Tables of relative errors against what the methods really do, in float64.
+
+And what layers weigh in the loss against a loss that is quadratic.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import torch
 from torch import nn
 
 import workbench as wb
-from workbench.compress.layers import Layer
+from workbench.calibration.statistics import Gradients, Statistics
 from workbench.errors import Cancelled
-from workbench.predict_errors import conditional, errors_of, key_of, knots_of, sample, weighed
-from workbench.predict_prior import KINDS, Prior, fits, prior_of, samples_of
-from workbench.statistics import Gradients, Statistics
+from workbench.modules.layer import Layer
+from workbench.predict.layer_errors import conditional, errors_of, key_of, knots_of, sample, weighed
+from workbench.predict.prior import KINDS, Prior, fits, prior_of, samples_of
 
 STEPS = {
     "magnitude": wb.Prune(sparsity=0.5),
@@ -40,7 +43,8 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def direct(task, statistics, step, name, *, alike):
-    """Return the relative error of a layer that the method has really changed, from its definition, row by row."""
+    """Return the relative error of a layer that the method has really changed, from its definition, row by
+    row."""
     compressed = wb.compress(task, wb.Recipe(step), statistics)
     before, after = weight_of(task.model.get_submodule(name)), weight_of(compressed.model.get_submodule(name))
     moment, square = statistics.second_moment(name).double(), statistics.gradients(name).square.double()
@@ -70,7 +74,11 @@ def test_a_table_says_what_the_method_does(model, name, device, kept):
     assert errors.shape == (len(samples), len(knots_of(step)))
     place = int(np.abs(knots_of(step) - getattr(step, step.slider)).argmin())
     compressed = wb.compress(task, wb.Recipe(step), statistics)
-    changed = {row.name.removesuffix(".0").removesuffix(".1") for row in compressed.report if "skipped" not in row.outcome and row.outcome != "left dense"}
+    changed = {
+        row.name.removesuffix(".0").removesuffix(".1")
+        for row in compressed.report
+        if "skipped" not in row.outcome and row.outcome != "left dense"
+    }
     seen = 0
     for index, about in enumerate(samples):
         layer = about.layer.name
@@ -79,7 +87,9 @@ def test_a_table_says_what_the_method_does(model, name, device, kept):
             continue
         seen += 1
         rounding = 0.12 if name == "wanda" and real.shape[1] % 2 else 2e-3  # half of a row of 49 is 24 or 25
-        assert errors[index, place] == pytest.approx(direct(task, statistics, step, layer, alike=step.kind() == "lowrank"), rel=rounding, abs=1e-6), layer
+        assert errors[index, place] == pytest.approx(
+            direct(task, statistics, step, layer, alike=step.kind() == "lowrank"), rel=rounding, abs=1e-6
+        ), layer
     assert seen >= 3
 
 
@@ -100,7 +110,9 @@ def test_what_is_left_of_an_input_once_later_ones_make_up_for_it():
     inputs = torch.randn(200, 12, generator=random) @ torch.randn(12, 12, generator=random)
     moment = inputs.t() @ inputs / 200
     damped = moment.double() + 0.01 * moment.double().diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).diagonal() ** -2  # the divisors of GPTQ and SparseGPT
+    expected = (
+        torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).diagonal() ** -2
+    )  # the divisors of GPTQ and SparseGPT
     torch.testing.assert_close(conditional(moment).double(), expected, rtol=1e-4, atol=0)
 
 
@@ -115,7 +127,8 @@ def test_gptq_is_predicted_to_lose_what_it_loses(fashion_cnn):
 
 
 def test_the_sum_over_layers_is_the_change_of_a_quadratic_loss():
-    """Two linear layers side by side, loss |residual|^2 / 2 with residuals of variance 1: the Fisher information of outputs is 1."""
+    """Two linear layers side by side, loss |residual|^2 / 2 with residuals of variance 1: the Fisher
+    information of outputs is 1."""
     random = torch.Generator().manual_seed(0)
     rows, change, predicted = 20000, torch.zeros(20000), 0.0
     for width, outputs in ((10, 6), (24, 3)):
@@ -123,7 +136,11 @@ def test_the_sum_over_layers_is_the_change_of_a_quadratic_loss():
         residual = torch.randn(rows, outputs, generator=random)
         square = (residual.square().t() @ inputs.square()) / rows  # of the gradient -r x^T of each item
         module = nn.Linear(width, outputs)
-        about = sample(Layer("layer", "layer", module), Gradients(torch.zeros_like(square), square), inputs.t() @ inputs / rows)
+        about = sample(
+            Layer("layer", "layer", module),
+            Gradients(torch.zeros_like(square), square),
+            inputs.t() @ inputs / rows,
+        )
         step = wb.Prune(sparsity=0.5)
         load, error = float(weighed(about.weight, about)) / 2, float(errors_of(step, [about])[0, 16])
         predicted += load * error
@@ -144,13 +161,22 @@ def test_contributions_follow_targets_heads_and_what_saves_nothing():
     everything, some = prior.contributions(whole), prior.contributions(one)
     assert 0 < some[0] < everything[0]
     assert (everything[1:] == 0).all()
-    assert prior.contributions(wb.Recipe(wb.LowRank(rank_ratio=0.9)))[KINDS.index("lowrank")] < prior.contributions(wb.Recipe(wb.LowRank(rank_ratio=0.2)))[KINDS.index("lowrank")]
+    assert (
+        prior.contributions(wb.Recipe(wb.LowRank(rank_ratio=0.9)))[KINDS.index("lowrank")]
+        < prior.contributions(wb.Recipe(wb.LowRank(rank_ratio=0.2)))[KINDS.index("lowrank")]
+    )
     head = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "classifier")))
     assert prior.contributions(head)[0] > everything[0]
-    assert prior.contributions(wb.Recipe(wb.Prune(sparsity=0.25, pattern="neurons"))).sum() == 0  # no rule for structure
+    assert (
+        prior.contributions(wb.Recipe(wb.Prune(sparsity=0.25, pattern="neurons"))).sum() == 0
+    )  # no rule for structure
     repaired = prior.contributions(wb.Recipe(wb.Prune(sparsity=0.5), wb.Repair(repair_ratio=0.1)))
     assert 0 < repaired[0] < everything[0]
-    assert prior.contributions(wb.Recipe(wb.Activations(activation_bits=4))).sum() > prior.contributions(wb.Recipe(wb.Activations())).sum() > 0
+    assert (
+        prior.contributions(wb.Recipe(wb.Activations(activation_bits=4))).sum()
+        > prior.contributions(wb.Recipe(wb.Activations())).sum()
+        > 0
+    )
 
 
 def test_one_table_serves_every_place_of_a_slider():
@@ -175,5 +201,5 @@ def test_preparing_stops_when_it_is_told_to(monkeypatch):
         prior.prepare(statistics, [wb.Recipe(wb.Prune())], stop)
     assert isinstance(prior, Prior)
     assert prior.curves == {}
-    monkeypatch.setattr("workbench.predict_prior.MOST_WEIGHTS", {"cpu": 100})
+    monkeypatch.setattr("workbench.predict.prior.MOST_WEIGHTS", {"cpu": 100})
     assert not fits(statistics)

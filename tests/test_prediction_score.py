@@ -12,13 +12,13 @@ import tiny_tasks
 from click.testing import CliRunner
 
 import workbench as wb
-from widgets.session import Session
-from workbench.cli_points import points
-from workbench.measure.estimate import Estimate
+from widgets.session.session import Session
+from workbench.cli.points import points
 from workbench.measure.measurement import Measurement
-from workbench.predict import Predictor
-from workbench.prediction_score import Predicted, score, told, words_of
-from workbench.summary import summary
+from workbench.measure.summary import summary
+from workbench.metrics.estimate import Estimate
+from workbench.predict.predictor import Predictor
+from workbench.predict.scoring import Predicted, score, told, words_of
 
 
 @pytest.fixture
@@ -33,7 +33,12 @@ def point(bench):
 
 def predicted(point, value, half, *, wide=False, speed=(1.0, 1.0, 1.0)):
     """Return the point as if this had been predicted of it."""
-    return dataclasses.replace(point, predicted=Predicted(point.primary.metric, Estimate(value, value - half, value + half), Estimate(*speed), 0.9, 12, wide))
+    return dataclasses.replace(
+        point,
+        predicted=Predicted(
+            point.primary.metric, Estimate(value, value - half, value + half), Estimate(*speed), 0.9, 12, wide
+        ),
+    )
 
 
 def test_a_point_keeps_what_was_predicted_before_it(bench):
@@ -43,7 +48,9 @@ def test_a_point_keeps_what_was_predicted_before_it(bench):
     first = wb.Recipe(wb.Prune(sparsity=0.4))
     before = predictor.predict(first)
     measured = bench.measure(first)
-    assert measured.predicted == Predicted(before.metric, before.quality, before.speedup, 0.9, before.points, before.wide)
+    assert measured.predicted == Predicted(
+        before.metric, before.quality, before.speedup, 0.9, before.points, before.wide
+    )
     assert Measurement.from_json(measured.to_json()) == measured
     assert wb.Bench(bench.task, ledger=bench.ledger, progress=False, device="cpu").measure(first) == measured
 
@@ -64,8 +71,12 @@ def test_the_score_counts_what_held(point):
     found = score(rows)
     assert (found.quality.count, found.quality.held, found.wide) == (5, 4, 1)
     assert found.quality.median_error == pytest.approx(0.02)
-    assert (found.quality.share.value, found.quality.share.low, found.quality.share.high) == pytest.approx((0.8, 0.3755, 0.9638), abs=1e-4)  # R: binom::binom.wilson(4, 5)
-    assert found.words().startswith("of the last 5 predictions 4 held (80%, meant: 90%), median error 2.0 points of accuracy; 1 were wide")
+    assert (found.quality.share.value, found.quality.share.low, found.quality.share.high) == pytest.approx(
+        (0.8, 0.3755, 0.9638), abs=1e-4
+    )  # R: binom::binom.wilson(4, 5)
+    assert found.words().startswith(
+        "of the last 5 predictions 4 held (80%, meant: 90%), median error 2.0 points of accuracy; 1 were wide"
+    )
     assert score(rows, last=1).quality.held == 0
 
 
@@ -90,14 +101,23 @@ def test_perplexities_are_compared_by_their_logarithm(ledger):
 def test_the_score_is_said_with_predictions_points_and_reports(bench, point):
     for index in range(6):
         recipe = wb.Recipe(wb.Prune(sparsity=round(0.3 + 0.05 * index, 2)))
-        made = predicted(dataclasses.replace(point, key=f"key {index}", recipe=recipe), point.primary.compressed.value, 0.01)
+        made = predicted(
+            dataclasses.replace(point, key=f"key {index}", recipe=recipe),
+            point.primary.compressed.value,
+            0.01,
+        )
         bench.ledger.add(made)
     said = "of the last 6 predictions 6 held"
-    assert any(note.startswith(said) for note in Predictor(bench).predict(wb.Recipe(wb.Prune(sparsity=0.33))).notes)
+    assert any(
+        note.startswith(said) for note in Predictor(bench).predict(wb.Recipe(wb.Prune(sparsity=0.33))).notes
+    )
     listed = CliRunner().invoke(points, [bench.task.model_name, "--ledger", bench.ledger.where])
     assert listed.exit_code == 0, listed.output
     assert said in listed.output
-    assert any(name == "accuracy as predicted before" and words.endswith(": held") for name, _, words in summary(made))
+    assert any(
+        name == "accuracy as predicted before" and words.endswith(": held")
+        for name, _, words in summary(made)
+    )
 
 
 def test_the_panel_prepares_predictions_while_nothing_is_measured(bench):
@@ -105,7 +125,13 @@ def test_the_panel_prepares_predictions_while_nothing_is_measured(bench):
         """Draw nothing."""
 
     failures: list[BaseException] = []
-    session = Session(on_live=ignore, on_history=ignore, on_loaded=ignore, on_error=failures.append, on_not_loaded=failures.append)
+    session = Session(
+        on_live=ignore,
+        on_history=ignore,
+        on_loaded=ignore,
+        on_error=failures.append,
+        on_not_loaded=failures.append,
+    )
     try:
         session.bench, session.predictor = bench, Predictor(bench)
         session.run(wb.Recipe(wb.Prune(sparsity=0.5)))

@@ -8,13 +8,13 @@ import pytest
 from tiny_tasks import tiny_task
 
 import workbench as wb
-from widgets.tables import left_out_list
-from workbench import progress as module
+from widgets.figures.tables import left_out_list
 from workbench.errors import RecipeError
-from workbench.progress import Bar
-from workbench.report import Above, Job, job_from
-from workbench.report_points import Moved, measured, moved
-from workbench.sweep import around
+from workbench.report.report import Above, Job, job_from
+from workbench.report.report_points import Moved, measured, moved
+from workbench.search.sweep import around
+from workbench.util import progress as module
+from workbench.util.progress import Bar
 
 RECIPE = wb.Recipe(wb.Quantize(weight_bits=4))
 
@@ -68,8 +68,13 @@ def test_a_report_says_which_point_and_what_was_found(bench, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     heads, results = (err.splitlines()[i::2] for i in (0, 1))
-    assert heads == [f"weight_bits, {i + 1} of {len(recipes)}: {recipe.label()}" for i, recipe in enumerate(recipes)]
-    assert all(re.fullmatch(r"  accuracy \d+\.\d% to \d+\.\d% \(.* points, .*\); \d+\.\d s", line) for line in results)
+    assert heads == [
+        f"weight_bits, {i + 1} of {len(recipes)}: {recipe.label()}" for i, recipe in enumerate(recipes)
+    ]
+    assert all(
+        re.fullmatch(r"  accuracy \d+\.\d% to \d+\.\d% \(.* points, .*\); \d+\.\d s", line)
+        for line in results
+    )
 
 
 def test_a_bench_that_shows_bars_or_nothing_writes_no_lines(tmp_path, capsys):
@@ -87,9 +92,13 @@ def test_a_slider_that_takes_too_long_ends_and_says_what_is_missing(bench, capsy
     assert found.left_out == tuple(recipe for recipe in around(RECIPE, "weight_bits") if recipe != RECIPE)
     assert found.words() == "weight_bits: no time for 4 of 5 points within 1e-09 minutes: W2, W3, W6, W8"
     assert found.words() in capsys.readouterr().err
-    assert left_out_list([found, Moved("sparsity", (), (), 5.0)]).startswith(f"<ul><li>{found.words()}</li></ul><p>")
+    assert left_out_list([found, Moved("sparsity", (), (), 5.0)]).startswith(
+        f"<ul><li>{found.words()}</li></ul><p>"
+    )
     assert left_out_list([Moved("sparsity", (), (), 5.0)]) == ""
-    assert moved(bench, RECIPE, "weight_bits", minutes=0).left_out == ()  # 0 waits for all, and nothing that was stopped is broken
+    assert (
+        moved(bench, RECIPE, "weight_bits", minutes=0).left_out == ()
+    )  # 0 waits for all, and nothing that was stopped is broken
 
 
 def test_lines_stand_whole(capsys):
@@ -109,5 +118,8 @@ def test_minutes_of_a_slider(given, minutes):
 
 @pytest.mark.parametrize("given", [-1, "long", float("nan")])
 def test_bad_minutes_of_a_slider(given):
-    with pytest.raises(RecipeError, match=r"slider_minutes=.* is refused: give a number of at least 0, such as 5, or 0 to wait"):
+    with pytest.raises(
+        RecipeError,
+        match=r"slider_minutes=.* is refused: give a number of at least 0, such as 5, or 0 to wait",
+    ):
         job_from({"model": "fashion-cnn", "weight_bits": 4, "slider_minutes": given})

@@ -43,12 +43,20 @@ def test_magnitude_removes_exactly_the_smallest_weights_of_each_layer(sort, devi
 def test_n_of_m_keeps_the_n_largest_of_every_m_neighbours(sort, device, kept, of, criterion):
     task = tiny_task(sort, device)
     inputs = recorded_inputs(task)
-    for name, (dense, pruned) in pruned_layers(task, wb.Prune(sparsity=1 - kept / of, pattern=f"{kept}:{of}", criterion=criterion)).items():
-        norms = inputs[name].double().square().sum(0).sqrt().cpu() if criterion == "wanda" else torch.ones(dense.shape[1])
+    for name, (dense, pruned) in pruned_layers(
+        task, wb.Prune(sparsity=1 - kept / of, pattern=f"{kept}:{of}", criterion=criterion)
+    ).items():
+        norms = (
+            inputs[name].double().square().sum(0).sqrt().cpu()
+            if criterion == "wanda"
+            else torch.ones(dense.shape[1])
+        )
         for row, now in zip(dense.tolist(), pruned.tolist(), strict=True):
             for start in range(0, len(row), of):
                 group = range(start, start + of)
-                best = sorted(group, key=lambda i, row=row, norms=norms: -abs(row[i]) * float(norms[i]))[:kept]
+                best = sorted(group, key=lambda i, row=row, norms=norms: -abs(row[i]) * float(norms[i]))[
+                    :kept
+                ]
                 assert [now[i] for i in group] == [row[i] if i in best else 0 for i in group], name
 
 
@@ -62,17 +70,29 @@ def test_wanda_removes_the_least_of_weight_times_input_norm_in_each_row(sort, de
         assert int((pruned == 0).sum()) == count, name
         for row, (weights, now) in enumerate(zip(importance, pruned, strict=True)):
             assert int((now == 0).sum()) == count // rows + (row < count % rows), name
-            assert not (now == 0).any() or weights[now == 0].max() <= weights[now != 0].min() * (1 + 1e-5), name
+            assert not (now == 0).any() or weights[now == 0].max() <= weights[now != 0].min() * (1 + 1e-5), (
+                name
+            )
         assert torch.equal(pruned[pruned != 0], dense[pruned != 0])
 
 
 def test_wanda_differs_from_magnitude_where_inputs_differ():
     task = tiny_task("gpt2")
-    wanda, magnitude = (pruned_layers(task, wb.Prune(sparsity=0.5, criterion=criterion)) for criterion in ("wanda", "magnitude"))
+    wanda, magnitude = (
+        pruned_layers(task, wb.Prune(sparsity=0.5, criterion=criterion))
+        for criterion in ("wanda", "magnitude")
+    )
     assert any(not torch.equal(wanda[name][1] == 0, magnitude[name][1] == 0) for name in wanda)
 
 
-@pytest.mark.parametrize(("step", "count"), [(wb.Prune(sparsity=0.5), 256), (wb.Prune(sparsity=0.3), 154), (wb.Prune(sparsity=0.5, pattern="2:4"), 256)])
+@pytest.mark.parametrize(
+    ("step", "count"),
+    [
+        (wb.Prune(sparsity=0.5), 256),
+        (wb.Prune(sparsity=0.3), 154),
+        (wb.Prune(sparsity=0.5, pattern="2:4"), 256),
+    ],
+)
 def test_ties_are_broken_by_place_so_that_the_count_is_exact(step, count, device):
     task = tiny_task("vit", device)
     name = "vit.layers.0.mlp.fc1"
@@ -99,7 +119,9 @@ def test_weights_that_were_zero_before_are_among_the_pruned():
 def test_sparsity_zero_changes_nothing_and_leaves_nothing_out():
     task = tiny_task("vit")
     made = compress(task, Recipe(wb.Prune(sparsity=0.0)))
-    assert all(torch.equal(now, task.model.state_dict()[name]) for name, now in made.model.state_dict().items())
+    assert all(
+        torch.equal(now, task.model.state_dict()[name]) for name, now in made.model.state_dict().items()
+    )
 
 
 def test_wanda_after_low_rank_uses_what_each_factor_really_reads(device):

@@ -1,4 +1,5 @@
-"""Criteria of pruning against references written plainly: SparseGPT column by column in float64, gradients by autograd."""
+"""Criteria of pruning against references written plainly: SparseGPT column by column in float64, gradients by
+autograd."""
 
 from __future__ import annotations
 
@@ -13,16 +14,17 @@ from recorded import recorded_inputs
 from tiny_tasks import CALIBRATION, same, tiny_task, weights
 
 import workbench as wb
+from workbench.calibration.statistics import GROUPS, Statistics
 from workbench.compress import compress
-from workbench.compress.selection import keep_fewer, spread
+from workbench.kernels.selection import keep_fewer, spread
 from workbench.recipe import Recipe
-from workbench.statistics import GROUPS, Statistics
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random")
 
 
 def matrix(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return a layer's weight as [outputs, inputs] in float64, written down here and not taken from the workbench."""
+    """Return a layer's weight as [outputs, inputs] in float64, written down here and not taken from the
+    workbench."""
     module = model.get_submodule(name)
     weight = module.weight.detach().double().cpu()
     return weight.t() if type(module).__name__ == "Conv1D" else weight.flatten(1)
@@ -40,12 +42,20 @@ def pruned_layers(task, step: wb.Prune) -> dict[str, tuple[torch.Tensor, torch.T
 
 
 def quota(total: int, columns: int, start: int, end: int) -> int:
-    """Return how many weights the columns from `start` to `end` give up: total // columns each, the first total % columns one more."""
+    """Return how many weights the columns from `start` to `end` give up: total // columns each, the first
+    total % columns one more."""
     return sum(total // columns + (column < total % columns) for column in range(start, end))
 
 
-def reference(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float = 0.5, group: tuple[int, int] | None = None, block: int = 128) -> torch.Tensor:
-    """Return SparseGPT's weights: one row at a time, one column at a time, every later weight updated at once, in float64.
+def reference(
+    weight: torch.Tensor,
+    inputs: torch.Tensor,
+    sparsity: float = 0.5,
+    group: tuple[int, int] | None = None,
+    block: int = 128,
+) -> torch.Tensor:
+    """Return SparseGPT's weights: one row at a time, one column at a time, every later weight updated at
+    once, in float64.
 
     The inverse of what is left is taken anew for each column instead of from a Cholesky factor.
     """
@@ -53,8 +63,12 @@ def reference(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float = 0.5,
     hessian = inputs.double().t() @ inputs.double() / len(inputs)
     alive = hessian.diagonal() > 0
     mean = hessian.diagonal()[alive].mean()
-    hessian = hessian + torch.diag((~alive).double() * mean) + 0.01 * mean * torch.eye(columns, dtype=torch.float64)
-    inverses = [torch.linalg.inv(hessian[column:, column:]) for column in range(columns)]  # of the columns not yet done
+    hessian = (
+        hessian + torch.diag((~alive).double() * mean) + 0.01 * mean * torch.eye(columns, dtype=torch.float64)
+    )
+    inverses = [
+        torch.linalg.inv(hessian[column:, column:]) for column in range(columns)
+    ]  # of the columns not yet done
     now, kept = weight.double().clone(), torch.ones(rows, columns, dtype=torch.bool)
     cost = torch.tensor([float(inverses[column][0, 0]) for column in range(columns)])
     for column in range(columns):
@@ -79,7 +93,17 @@ def reference(weight: torch.Tensor, inputs: torch.Tensor, sparsity: float = 0.5,
     return now * kept
 
 
-@pytest.mark.parametrize("setting", [{"sparsity": 0.5}, {"sparsity": 0.3}, {"sparsity": 0.81}, {"pattern": "2:4"}, {"sparsity": 0.75, "pattern": "1:4"}], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"sparsity": 0.5},
+        {"sparsity": 0.3},
+        {"sparsity": 0.81},
+        {"pattern": "2:4"},
+        {"sparsity": 0.75, "pattern": "1:4"},
+    ],
+    ids=str,
+)
 def test_sparsegpt_is_the_paper_column_by_column(sort, device, setting):
     task = tiny_task(sort, device)
     inputs = recorded_inputs(task)
@@ -93,15 +117,26 @@ def test_sparsegpt_is_the_paper_column_by_column(sort, device, setting):
 @pytest.mark.parametrize("group", [None, (3, 5)])
 def test_more_columns_than_a_block(group):
     """200 inputs: two blocks, and groups of five that do not divide 128."""
-    from workbench.compress.layers import Layer
-    from workbench.compress.sparsegpt import Factor as Built
-    from workbench.compress.sparsegpt import factorise, solve
+    from workbench.compress.pruning.sparsegpt import Factor as Built
+    from workbench.compress.pruning.sparsegpt import factorise, solve
+    from workbench.modules.layer import Layer
 
     generator = torch.Generator().manual_seed(1)
-    weight, inputs = torch.randn(12, 200, generator=generator), torch.randn(400, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
+    weight, inputs = (
+        torch.randn(12, 200, generator=generator),
+        torch.randn(400, 200, generator=generator) @ torch.randn(200, 200, generator=generator),
+    )
     weight, inputs = weight.float(), inputs.float()
-    upper, alive, _ = factorise((inputs.t() @ inputs / len(inputs)).unsqueeze(0), [Layer("a", "a", torch.nn.Linear(1, 1))])
-    found, kept = solve(weight.clone().unsqueeze(0), Built(upper, alive), [round(0.4 * 2400)], group, torch.ones(1, 12, 200, dtype=torch.bool))
+    upper, alive, _ = factorise(
+        (inputs.t() @ inputs / len(inputs)).unsqueeze(0), [Layer("a", "a", torch.nn.Linear(1, 1))]
+    )
+    found, kept = solve(
+        weight.clone().unsqueeze(0),
+        Built(upper, alive),
+        [round(0.4 * 2400)],
+        group,
+        torch.ones(1, 12, 200, dtype=torch.bool),
+    )
     expected = reference(weight, inputs, 0.4, group, block=128)
     assert int((~kept).sum()) == 960
     assert float(((found[0] == 0) == (expected == 0)).double().mean()) > 0.999
@@ -115,7 +150,13 @@ def test_sparsegpt_loses_less_of_the_outputs_than_removal_alone(sort):
     lost = {}
     for criterion in ("magnitude", "wanda", "sparsegpt"):
         pairs = pruned_layers(task, wb.Prune(criterion=criterion))
-        lost[criterion] = sum(float((inputs[name].double() @ (now - dense).t()).norm() ** 2 / (inputs[name].double() @ dense.t()).norm() ** 2) for name, (dense, now) in pairs.items())
+        lost[criterion] = sum(
+            float(
+                (inputs[name].double() @ (now - dense).t()).norm() ** 2
+                / (inputs[name].double() @ dense.t()).norm() ** 2
+            )
+            for name, (dense, now) in pairs.items()
+        )
     assert lost["sparsegpt"] < 0.9 * min(lost["wanda"], lost["magnitude"])
 
 
@@ -126,7 +167,9 @@ def test_inputs_that_are_never_read_go_first_and_disturb_nothing(device):
         block.mlp.fc1.bias[16:] = 0
     inputs = recorded_inputs(task)["vit.layers.0.mlp.fc2"]
     assert (inputs[:, 16:] == 0).all()
-    dense, pruned = pruned_layers(task, wb.Prune(sparsity=0.75, criterion="sparsegpt"))["vit.layers.0.mlp.fc2"]
+    dense, pruned = pruned_layers(task, wb.Prune(sparsity=0.75, criterion="sparsegpt"))[
+        "vit.layers.0.mlp.fc2"
+    ]
     assert (pruned[:, 16:] == 0).all()
     assert int((pruned == 0).sum()) == round(0.75 * dense.numel())
     torch.testing.assert_close(pruned, reference(dense, inputs.cpu(), 0.75), rtol=2e-3, atol=2e-4)
@@ -135,16 +178,25 @@ def test_inputs_that_are_never_read_go_first_and_disturb_nothing(device):
 def test_what_sparsegpt_keeps_for_the_next_move_does_not_depend_on_the_slider():
     task = tiny_task("llama")
     kept = Statistics(task)
-    for step in (wb.Prune(criterion="sparsegpt", sparsity=0.3), wb.Prune(criterion="sparsegpt", sparsity=0.7), wb.Prune(criterion="sparsegpt", pattern="2:4")):
-        assert same(weights(compress(task, Recipe(step), kept).model), weights(compress(task, Recipe(step)).model))
-    assert len([name for key in kept.kept if key[0] == "inverse factor" for name in key[1]]) == 8  # 14 layers; queries, keys and values read the same tensor, and so do gate and up
+    for step in (
+        wb.Prune(criterion="sparsegpt", sparsity=0.3),
+        wb.Prune(criterion="sparsegpt", sparsity=0.7),
+        wb.Prune(criterion="sparsegpt", pattern="2:4"),
+    ):
+        assert same(
+            weights(compress(task, Recipe(step), kept).model), weights(compress(task, Recipe(step)).model)
+        )
+    assert (
+        len([name for key in kept.kept if key[0] == "inverse factor" for name in key[1]]) == 8
+    )  # 14 layers; queries, keys and values read the same tensor, and so do gate and up
 
 
 # --- gradients
 
 
 def gradients_by_hand(task, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (mean gradient, mean over groups of size * squared gradient) of the mean loss of each group, in the model's own backward pass."""
+    """Return (mean gradient, mean over groups of size * squared gradient) of the mean loss of each group, in
+    the model's own backward pass."""
     module = task.model.get_submodule(name)
     module.weight.requires_grad_(requires_grad=True)
     size = math.ceil(CALIBRATION / GROUPS)
@@ -154,7 +206,9 @@ def gradients_by_hand(task, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         loss = -chances.gather(-1, items.labels.unsqueeze(-1)).mean()
         found.append(torch.autograd.grad(loss, module.weight)[0].double().cpu())
     module.weight.requires_grad_(requires_grad=False)
-    stack = torch.stack([gradient.t() if type(module).__name__ == "Conv1D" else gradient.flatten(1) for gradient in found])
+    stack = torch.stack(
+        [gradient.t() if type(module).__name__ == "Conv1D" else gradient.flatten(1) for gradient in found]
+    )
     return stack.mean(0), size * stack.square().mean(0)
 
 
@@ -168,7 +222,9 @@ def test_taylor_and_fisher_remove_what_the_loss_misses_least(sort, device, crite
         assert int((pruned == 0).sum()) == round(0.4 * dense.numel())
         assert importance[pruned == 0].max() <= importance[pruned != 0].min() * (1 + 1e-3) + 1e-9, name
         assert torch.equal(pruned[pruned != 0], dense[pruned != 0])
-    assert not any(parameter.requires_grad for parameter in task.model.parameters())  # the dense model is as it was
+    assert not any(
+        parameter.requires_grad for parameter in task.model.parameters()
+    )  # the dense model is as it was
     assert all(parameter.grad is None for parameter in task.model.parameters())
 
 
@@ -182,7 +238,7 @@ def test_the_mean_gradient_is_that_of_all_calibration_items_and_squares_are_of_s
 
 
 def test_more_items_than_groups_are_squared_group_by_group(monkeypatch):
-    monkeypatch.setattr("workbench.statistics.GROUPS", 5)  # 24 items: groups of 5, 5, 5, 5, 4
+    monkeypatch.setattr("workbench.calibration.statistics.GROUPS", 5)  # 24 items: groups of 5, 5, 5, 5, 4
     task = tiny_task("vit")
     found = Statistics(task).gradients("vit.layers.0.mlp.fc1")
     module = task.model.vit.layers[0].mlp.fc1
@@ -193,8 +249,18 @@ def test_more_items_than_groups_are_squared_group_by_group(monkeypatch):
         parts.append(torch.autograd.grad(loss, module.weight)[0].double())
         sizes.append(len(items))
     assert sizes == [5, 5, 5, 5, 4]
-    torch.testing.assert_close(found.mean.double(), sum(size * part for size, part in zip(sizes, parts, strict=True)) / 24, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(found.square.double(), sum(size * part.square() for size, part in zip(sizes, parts, strict=True)) / 5, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(
+        found.mean.double(),
+        sum(size * part for size, part in zip(sizes, parts, strict=True)) / 24,
+        rtol=1e-3,
+        atol=1e-7,
+    )
+    torch.testing.assert_close(
+        found.square.double(),
+        sum(size * part.square() for size, part in zip(sizes, parts, strict=True)) / 5,
+        rtol=1e-3,
+        atol=1e-9,
+    )
 
 
 def test_gradients_after_low_rank_are_those_of_the_factors():
@@ -235,7 +301,9 @@ def test_random_depends_on_the_seed_alone_and_takes_no_side(device):
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("sparsity", [0.013, 1 / 3, 0.5, 0.77])
 def test_every_criterion_removes_exactly_what_was_asked_of_each_layer(sort, device, criterion, sparsity):
-    for name, (dense, pruned) in pruned_layers(tiny_task(sort, device), wb.Prune(sparsity=sparsity, criterion=criterion)).items():
+    for name, (dense, pruned) in pruned_layers(
+        tiny_task(sort, device), wb.Prune(sparsity=sparsity, criterion=criterion)
+    ).items():
         assert int((pruned == 0).sum()) == round(sparsity * dense.numel()), name
 
 
@@ -249,7 +317,13 @@ def test_spreading_is_exact_even_and_never_takes_back(count, parts, more):
 
 @given(st.data(), st.integers(1, 5), st.integers(1, 20))
 def test_keep_fewer_removes_the_least_of_each_row_whatever_the_ties(data, rows, columns):
-    scores = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=columns, max_size=columns), min_size=rows, max_size=rows))).float()
+    scores = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, 3), min_size=columns, max_size=columns), min_size=rows, max_size=rows
+            )
+        )
+    ).float()
     removed = data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows))
     kept = keep_fewer(scores, removed)
     for row, mask, count in zip(scores.tolist(), kept.tolist(), removed, strict=True):

@@ -1,4 +1,5 @@
-"""Quantization-aware training: the gradients against autograd through LSQ as its authors write it, what moves, and what it recovers."""
+"""Quantization-aware training: the gradients against autograd through LSQ as its authors write it, what
+moves, and what it recovers."""
 
 from __future__ import annotations
 
@@ -12,19 +13,19 @@ from tiny_tasks import TRAINING, same, tiny_task, weights
 import workbench as wb
 from workbench.bench import Bench
 from workbench.compress import compress
-from workbench.compress.batch import Batch
-from workbench.compress.layers import find_layers
-from workbench.compress.learned_steps import gradients, steps_of, with_steps
-from workbench.compress.qat import start_of
+from workbench.compress.core.batch import Batch
+from workbench.compress.quantization.qat import start_of
+from workbench.compress.training.lsq import gradients, steps_of, with_steps
 from workbench.errors import CompressionError, RecipeError
 from workbench.export import load
-from workbench.measure.predicted_size import Outline
+from workbench.formats.affine import Grid
+from workbench.formats.stored_forms import FloatGrid, InputScaled, OffsetGrid
 from workbench.measure.size import sizes
-from workbench.progress import Training
+from workbench.modules.layer import find_layers
 from workbench.recipe import Recipe
-from workbench.runtime.forms import FloatGrid, InputScaled, OffsetGrid
-from workbench.runtime.grid import Grid
 from workbench.sensitivity import layers_of
+from workbench.shapes.outline import Outline
+from workbench.util.progress import Training
 
 FAST = {"qat_steps": 4, "qat_batch": 16}
 
@@ -49,7 +50,8 @@ class Round(torch.autograd.Function):
 
 
 def lsq(weight, step, least: float, most: float, gradient_scale: float):
-    """Return the rounded weights as the paper's pseudocode (appendix B) has it, in float64, for autograd to go through."""
+    """Return the rounded weights as the paper's pseudocode (appendix B) has it, in float64, for autograd to
+    go through."""
     scaled = step * gradient_scale
     step = (step - scaled).detach() + scaled
     return Round.apply((weight / step).clamp(least, most)) * step
@@ -65,7 +67,16 @@ def test_gradients_are_those_of_the_papers_pseudocode(bits, groups):
     count = 8 // groups
     weight = hidden.clone().requires_grad_()
     wanted = step.clone().requires_grad_()
-    parts = [lsq(weight[:, g * count : (g + 1) * count], wanted[:, g : g + 1], -most - 1, most, 1 / math.sqrt(count * most)) for g in range(groups)]
+    parts = [
+        lsq(
+            weight[:, g * count : (g + 1) * count],
+            wanted[:, g : g + 1],
+            -most - 1,
+            most,
+            1 / math.sqrt(count * most),
+        )
+        for g in range(groups)
+    ]
     (torch.cat(parts, 1) * incoming).sum().backward()
     form = Grid(torch.zeros(5, 8, dtype=torch.uint8), step.float(), None, bits).snap(hidden.float())
     assert bool(((hidden / step.repeat_interleave(count, 1)) > most).any())  # something is clamped
@@ -75,7 +86,8 @@ def test_gradients_are_those_of_the_papers_pseudocode(bits, groups):
 
 
 def finite_difference(form_at, value: float, incoming: torch.Tensor, hidden: torch.Tensor) -> float:
-    """Return d/ds of sum(incoming * (rounded + straight-through part)), with codes and clamping as they are at `value`."""
+    """Return d/ds of sum(incoming * (rounded + straight-through part)), with codes and clamping as they are
+    at `value`."""
     form = form_at(value)
     scale = steps_of(form).double()
     rounded = form.dequantize().double() / scale
@@ -109,11 +121,17 @@ def test_every_form_has_the_gradient_of_its_rounding(kind):
     form = form_at(value)
     _, by_step = gradients(form, hidden, incoming)
     most = 1.0 if kind == "nf4" else 7.0
-    assert float(by_step) * math.sqrt(32 * most) == pytest.approx(finite_difference(form_at, value, incoming, hidden), rel=1e-3)
+    assert float(by_step) * math.sqrt(32 * most) == pytest.approx(
+        finite_difference(form_at, value, incoming, hidden), rel=1e-3
+    )
 
 
 def test_inputs_that_are_scaled_first_pass_their_scale_on():
-    hidden, incoming, finer = noise(4, 8, seed=1).float(), noise(4, 8, seed=2).float(), 0.5 + noise(8, seed=4).abs().float()
+    hidden, incoming, finer = (
+        noise(4, 8, seed=1).float(),
+        noise(4, 8, seed=2).float(),
+        0.5 + noise(8, seed=4).abs().float(),
+    )
     base = Grid(torch.zeros(4, 8, dtype=torch.uint8), torch.full((4, 1), 0.2), None, 4)
     whole = InputScaled(base, finer).snap(hidden)
     by_weight, by_step = gradients(whole, hidden, incoming)
@@ -168,12 +186,17 @@ def test_it_starts_at_the_grid_and_ends_on_one(sort, device, dtype, steps):
             continue
         assert type(new.grid) is type(old.grid)
         assert new.grid.bits == old.grid.bits
-        scales = [form.base.scale if isinstance(form, InputScaled) else form.scale for form in (old.grid, new.grid)]
+        scales = [
+            form.base.scale if isinstance(form, InputScaled) else form.scale for form in (old.grid, new.grid)
+        ]
         assert scales[0].dtype == scales[1].dtype
         assert scales[0].shape == scales[1].shape
         assert (scales[1] > 0).all()
         stepped += not torch.equal(*scales)
-        moved += not torch.equal(old.grid.codes if hasattr(old.grid, "codes") else old.grid.base.codes, new.grid.codes if hasattr(new.grid, "codes") else new.grid.base.codes)
+        moved += not torch.equal(
+            old.grid.codes if hasattr(old.grid, "codes") else old.grid.base.codes,
+            new.grid.codes if hasattr(new.grid, "codes") else new.grid.base.codes,
+        )
     assert stepped > 0
     assert moved > 0
 
@@ -181,7 +204,12 @@ def test_it_starts_at_the_grid_and_ends_on_one(sort, device, dtype, steps):
 @pytest.mark.parametrize("loss", ["task", "distillation"])
 def test_the_curve_begins_at_the_loss_of_the_post_training_solution(loss):
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Quantize(weight_bits=2), wb.QAT(qat_steps=1, qat_loss=loss, qat_batch=2 * TRAINING, seed=3)))
+    made = compress(
+        task,
+        Recipe(
+            wb.Quantize(weight_bits=2), wb.QAT(qat_steps=1, qat_loss=loss, qat_batch=2 * TRAINING, seed=3)
+        ),
+    )
     items = task.training[torch.randint(TRAINING, (TRAINING,), generator=torch.Generator().manual_seed(3))]
     start = compress(task, Recipe(wb.Quantize(weight_bits=2))).model
     with torch.no_grad():
@@ -218,7 +246,13 @@ def test_learned_step_sizes_fit_the_training_items_better():
     """Of two runs that differ in nothing else, on items that both have seen."""
     task, losses = tiny_task("vit"), {}
     for rate in (0.0, 2e-2):
-        made = compress(task, Recipe(wb.Quantize(weight_bits=2, scale_search=False), wb.QAT(qat_steps=60, qat_rate=1e-4, qat_step_rate=rate, qat_batch=2 * TRAINING)))
+        made = compress(
+            task,
+            Recipe(
+                wb.Quantize(weight_bits=2, scale_search=False),
+                wb.QAT(qat_steps=60, qat_rate=1e-4, qat_step_rate=rate, qat_batch=2 * TRAINING),
+            ),
+        )
         losses[rate] = made.curve[-1][1]
     assert losses[2e-2] < 0.9 * losses[0.0]
 
@@ -230,13 +264,17 @@ def test_only_targeted_layers_move():
     made = compress(task, Recipe(quantize, wb.QAT(**FAST, qat_rate=2e-2, targets=("re:fc1$",))))
     changed = {name for name, tensor in weights(made.model).items() if not torch.equal(tensor, start[name])}
     assert changed == {f"vit.layers.{i}.mlp.fc1.{part}" for i in range(2) for part in ("weight", "bias")}
-    assert {row.name for row in made.report if "trained" in row.outcome} == {f"vit.layers.{i}.mlp.fc1" for i in range(2)}
+    assert {row.name for row in made.report if "trained" in row.outcome} == {
+        f"vit.layers.{i}.mlp.fc1" for i in range(2)
+    }
 
 
 def test_what_a_target_leaves_out_stays_and_the_report_says_so():
     task = tiny_task("vit")
     start = compress(task, Recipe(wb.Quantize(weight_bits=3)))
-    made = compress(task, Recipe(wb.Quantize(weight_bits=3), wb.QAT(**FAST, qat_rate=2e-2, targets=("!re:fc1$",))))
+    made = compress(
+        task, Recipe(wb.Quantize(weight_bits=3), wb.QAT(**FAST, qat_rate=2e-2, targets=("!re:fc1$",)))
+    )
     for index in range(2):
         name = f"vit.layers.{index}.mlp.fc1"
         assert torch.equal(start.model.get_submodule(name).weight, made.model.get_submodule(name).weight)
@@ -249,19 +287,30 @@ def test_training_that_is_ended_early_says_where_and_gives_the_same_bits_again()
     recipe = Recipe(wb.Quantize(weight_bits=3), wb.QAT(qat_steps=9, qat_batch=8))
     stopped = compress(task, recipe, training=training)
     assert seen == [(1, 9), (2, 9), (3, 9)]
-    assert stopped.recipe == Recipe(wb.Quantize(weight_bits=3), wb.QAT(qat_steps=9, qat_batch=8, qat_stop_at=3))
+    assert stopped.recipe == Recipe(
+        wb.Quantize(weight_bits=3), wb.QAT(qat_steps=9, qat_batch=8, qat_stop_at=3)
+    )
     assert same(weights(compress(task, stopped.recipe).model), weights(stopped.model))
 
 
 def test_distillation_may_follow_and_its_curve_goes_on():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Quantize(weight_bits=3), wb.QAT(**FAST), wb.Distill(temperature=2, steps=4, distill_batch=8)))
+    made = compress(
+        task,
+        Recipe(
+            wb.Quantize(weight_bits=3), wb.QAT(**FAST), wb.Distill(temperature=2, steps=4, distill_batch=8)
+        ),
+    )
     assert [step for step, _ in made.curve] == list(range(8))
     for layer in made.layers:
         layer.check()
 
 
-@pytest.mark.parametrize("steps", [GRIDS["W2"], GRIDS["2:4"], GRIDS["W4A8"], GRIDS["awq"], GRIDS["hqq"]], ids=["W2", "2:4", "W4A8", "awq", "hqq"])
+@pytest.mark.parametrize(
+    "steps",
+    [GRIDS["W2"], GRIDS["2:4"], GRIDS["W4A8"], GRIDS["awq"], GRIDS["hqq"]],
+    ids=["W2", "2:4", "W4A8", "awq", "hqq"],
+)
 def test_the_export_gives_the_same_bits_and_packing_is_real(steps, tmp_path):
     task = tiny_task("vit")
     recipe = Recipe(*steps, wb.QAT(**FAST))
@@ -282,22 +331,31 @@ def test_it_is_left_out_of_the_sensitivity_of_layers():
 # --- bad input
 
 
-@pytest.mark.parametrize(("steps", "message"), [
-    ((wb.QAT(qat_steps=5),), r"QAT needs weights on a grid to start from: put Quantize before it"),
-    ((wb.Prune(sparsity=0.5), wb.QAT(qat_steps=5)), r"put Quantize before it"),
-    ((wb.Quantize(weight_bits=16, number_format="bfloat16"), wb.QAT(qat_steps=5)), r"no step sizes to learn after Quantize\(number_format='bfloat16'\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((wb.QAT(qat_steps=5),), r"QAT needs weights on a grid to start from: put Quantize before it"),
+        ((wb.Prune(sparsity=0.5), wb.QAT(qat_steps=5)), r"put Quantize before it"),
+        (
+            (wb.Quantize(weight_bits=16, number_format="bfloat16"), wb.QAT(qat_steps=5)),
+            r"no step sizes to learn after Quantize\(number_format='bfloat16'\)",
+        ),
+    ],
+)
 def test_it_needs_a_grid(steps, message):
     with pytest.raises(RecipeError, match=message):
         Recipe(*steps)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"qat_steps": 0}, r"QAT\(qat_steps=0\) is refused"),
-    ({"qat_rate": 0}, r"QAT\(qat_rate=0\) is refused"),
-    ({"qat_loss": "mse"}, r"QAT\(qat_loss='mse'\) is refused"),
-    ({"qat_steps": 5, "qat_stop_at": 7}, r"qat_stop_at=7 lies beyond qat_steps=5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qat_steps": 0}, r"QAT\(qat_steps=0\) is refused"),
+        ({"qat_rate": 0}, r"QAT\(qat_rate=0\) is refused"),
+        ({"qat_loss": "mse"}, r"QAT\(qat_loss='mse'\) is refused"),
+        ({"qat_steps": 5, "qat_stop_at": 7}, r"qat_stop_at=7 lies beyond qat_steps=5"),
+    ],
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(RecipeError, match=message):
         wb.QAT(**options)
@@ -305,14 +363,22 @@ def test_bad_options_are_refused(options, message):
 
 def test_targets_without_a_grid_are_refused():
     recipe = Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=3, targets=("classifier",)))
-    with pytest.raises(CompressionError, match=r"QAT\(.*qat_steps=3\) finds no layer on a grid that it can train: classifier"):
+    with pytest.raises(
+        CompressionError, match=r"QAT\(.*qat_steps=3\) finds no layer on a grid that it can train: classifier"
+    ):
         compress(tiny_task("vit"), recipe)
 
 
 def test_training_that_diverges_is_refused_with_what_to_change():
     task = tiny_task("vit")
     task.training.inputs["pixel_values"][:] = torch.nan
-    with pytest.raises(CompressionError, match=r"quantization-aware training diverged at step 0 of 5: loss nan; lower qat_rate=0\.001 or qat_step_rate=0\.0003"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            r"quantization-aware training diverged at step 0 of 5: loss nan; lower qat_rate=0\.001 or"
+            r" qat_step_rate=0\.0003"
+        ),
+    ):
         compress(task, Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=5)))
 
 

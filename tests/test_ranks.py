@@ -14,12 +14,12 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.factors import Form, Shape, cost, most_rank
-from workbench.compress.ranks import Candidate, allocate, slopes
+from workbench.compress.low_rank.rank_allocation import Candidate, allocate, slopes
 from workbench.errors import RecipeError
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import sizes
+from workbench.modules.factored import Form, Shape, cost, most_rank
 from workbench.recipe import Recipe
+from workbench.shapes.outline import Outline
 
 
 def used(rows, dense) -> int:
@@ -32,7 +32,9 @@ def used(rows, dense) -> int:
 def test_the_budget_is_that_of_uniform_ranks_and_no_layer_falls_below_half(sort, factorization, share, ratio):
     task = tiny_task(sort)
     uniform = compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization=factorization)))
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization=factorization, rank_allocation=share)))
+    made = compress(
+        task, Recipe(wb.LowRank(rank_ratio=ratio, factorization=factorization, rank_allocation=share))
+    )
     taken = {row.name: row for row in uniform.report if "stays dense" not in row.outcome}
     step = max(sum(row.shape) for row in taken.values())
     assert used(uniform.report, taken) - step < used(made.report, taken) <= used(uniform.report, taken)
@@ -64,7 +66,10 @@ def test_by_energy_more_of_the_outputs_is_kept_than_with_uniform_ranks():
         made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, rank_allocation=share)))
         lost = 0.0
         for name in ("body.1", "body.2"):
-            dense, now = dense_matrix(task.model.get_submodule(name)), made.model.get_submodule(name).weight.detach().double()
+            dense, now = (
+                dense_matrix(task.model.get_submodule(name)),
+                made.model.get_submodule(name).weight.detach().double(),
+            )
             rows = inputs[name].double()
             lost += float((rows @ (now - dense).t()).square().sum() / (rows @ dense.t()).square().sum())
         return lost
@@ -77,7 +82,9 @@ def brute_force(candidates: list[Candidate], budget: int) -> float:
     best = {0: 0.0}
     for layer in candidates:
         step, most = layer.step, layer.most
-        choices = [(rank * step, float(GAINS[layer.name][:rank].sum())) for rank in range(layer.least, most + 1)] + [(layer.shape.count, float(GAINS[layer.name].sum()) + REST[layer.name])]
+        choices = [
+            (rank * step, float(GAINS[layer.name][:rank].sum())) for rank in range(layer.least, most + 1)
+        ] + [(layer.shape.count, float(GAINS[layer.name].sum()) + REST[layer.name])]
         fresh: dict[int, float] = {}
         for spent, gained in best.items():
             for price, gain in choices:
@@ -100,15 +107,42 @@ def test_greedy_comes_close_to_the_best_of_all_choices(seed, ratio):
         rows, columns = (int(torch.randint(3, 12, (1,), generator=generator)) for _ in range(2))
         shape = Shape(rows, columns)
         most = most_rank(shape, "channel")
-        gains = torch.rand(min(rows, columns), generator=generator, dtype=torch.float64).pow(3).sort(descending=True).values
+        gains = (
+            torch.rand(min(rows, columns), generator=generator, dtype=torch.float64)
+            .pow(3)
+            .sort(descending=True)
+            .values
+        )
         name = f"layer {index}"
         GAINS[name], REST[name] = gains[:most], float(gains[most:].sum())
-        candidates.append(Candidate(name, shape, "channel", max(1, round(ratio * min(rows, columns))), slopes(shape, "channel", gains[:most], float(gains.sum()))))
+        candidates.append(
+            Candidate(
+                name,
+                shape,
+                "channel",
+                max(1, round(ratio * min(rows, columns))),
+                slopes(shape, "channel", gains[:most], float(gains.sum())),
+            )
+        )
     ranks = allocate(candidates)
     budget = sum(min(layer.rank * layer.step, layer.shape.count) for layer in candidates)
-    spent = sum(layer.shape.count if ranks[layer.name] is None else cost(layer.shape, Form("channel", (ranks[layer.name],))) for layer in candidates)
+    spent = sum(
+        (
+            layer.shape.count
+            if ranks[layer.name] is None
+            else cost(layer.shape, Form("channel", (ranks[layer.name],)))
+        )
+        for layer in candidates
+    )
     assert spent <= budget
-    taken = sum(float(GAINS[layer.name].sum()) + REST[layer.name] if ranks[layer.name] is None else float(GAINS[layer.name][: ranks[layer.name]].sum()) for layer in candidates)
+    taken = sum(
+        (
+            float(GAINS[layer.name].sum()) + REST[layer.name]
+            if ranks[layer.name] is None
+            else float(GAINS[layer.name][: ranks[layer.name]].sum())
+        )
+        for layer in candidates
+    )
     for layer in candidates:
         assert ranks[layer.name] is None or layer.least <= ranks[layer.name] <= layer.most
     largest = max(float(GAINS[layer.name].max()) if len(GAINS[layer.name]) else 0.0 for layer in candidates)
@@ -122,7 +156,10 @@ def test_everything_whole_is_refused_as_ever():
 
 
 def test_two_ranks_cannot_be_shared_out():
-    with pytest.raises(RecipeError, match="conv='tucker2' has two ranks a layer, which rank_allocation='energy' cannot share out"):
+    with pytest.raises(
+        RecipeError,
+        match="conv='tucker2' has two ranks a layer, which rank_allocation='energy' cannot share out",
+    ):
         wb.LowRank(conv="tucker2", rank_allocation="energy")
 
 

@@ -1,4 +1,5 @@
-"""Repair: the low-rank term against a direct solve, what it may not touch, and that it counts in every size."""
+"""Repair: the low-rank term against a direct solve, what it may not touch, and that it counts in every
+size."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.factors import Repaired
-from workbench.compress.repair import best_term, same_budget
+from workbench.compress.low_rank.repair import best_term, same_budget
 from workbench.errors import CompressionError, RecipeError
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import counted_sizes, sizes
+from workbench.modules.factored import Repaired
 from workbench.recipe import METHODS, Recipe
+from workbench.shapes.outline import Outline
 
 PRUNE, QUANTIZE = wb.Prune(sparsity=0.5, pattern="2:4"), wb.Quantize(weight_bits=3, grid="symmetric")
 
@@ -32,7 +33,8 @@ def term(repaired: Repaired) -> torch.Tensor:
 
 
 def direct(lost: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return EoRA's own construction in float64: project the error into the inputs' eigenspace, truncate, project back."""
+    """Return EoRA's own construction in float64: project the error into the inputs' eigenspace, truncate,
+    project back."""
     values, vectors = torch.linalg.eigh(moment)
     scale = vectors * values.clamp_min(0).sqrt()
     left, kept, right = torch.linalg.svd(lost @ scale, full_matrices=False)
@@ -41,12 +43,18 @@ def direct(lost: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
 
 def repaired(task, made):
     """Yield (name, dense matrix, module) of every layer that was repaired."""
-    found = [(row.name, matrix(task.model.get_submodule(row.name)), made.model.get_submodule(row.name)) for row in made.report if "repaired" in row.outcome]
+    found = [
+        (row.name, matrix(task.model.get_submodule(row.name)), made.model.get_submodule(row.name))
+        for row in made.report
+        if "repaired" in row.outcome
+    ]
     assert len(found) >= 3
     return found
 
 
-@pytest.mark.parametrize("before", [(PRUNE,), (QUANTIZE,), (PRUNE, QUANTIZE)], ids=["pruned", "quantized", "both"])
+@pytest.mark.parametrize(
+    "before", [(PRUNE,), (QUANTIZE,), (PRUNE, QUANTIZE)], ids=["pruned", "quantized", "both"]
+)
 @pytest.mark.parametrize("ratio", [0.02, 0.2])
 def test_the_term_is_the_one_of_least_output_error(sort, device, before, ratio):
     task = tiny_task(sort, device)
@@ -62,8 +70,12 @@ def test_the_term_is_the_one_of_least_output_error(sort, device, before, ratio):
         moment = rows.t() @ rows / len(rows)
         error = {
             what: float((rows @ (dense - base - extra).t()).norm())
-            for what, extra in (("none", torch.zeros_like(base)), ("made", term(module)), ("direct", direct(dense - base, moment, rank)))
-        }  # fmt: skip
+            for what, extra in (
+                ("none", torch.zeros_like(base)),
+                ("made", term(module)),
+                ("direct", direct(dense - base, moment, rank)),
+            )
+        }
         assert error["made"] == pytest.approx(error["direct"], rel=1e-3, abs=1e-5), name
         assert error["made"] <= error["none"] * (1 + 1e-6)
         best = torch.linalg.svdvals(rows @ (dense - base).t())[rank:].norm()
@@ -71,7 +83,13 @@ def test_the_term_is_the_one_of_least_output_error(sort, device, before, ratio):
 
 
 @settings(deadline=None, max_examples=60)
-@given(outputs=st.integers(1, 9), inputs=st.integers(1, 9), seen=st.integers(1, 12), rank=st.integers(1, 9), seed=st.integers(0, 999))
+@given(
+    outputs=st.integers(1, 9),
+    inputs=st.integers(1, 9),
+    seen=st.integers(1, 12),
+    rank=st.integers(1, 9),
+    seed=st.integers(0, 999),
+)
 def test_a_term_never_makes_it_worse_and_full_rank_leaves_no_error(outputs, inputs, seen, rank, seed):
     generator = torch.Generator().manual_seed(seed)
     lost = torch.randn(1, outputs, inputs, generator=generator)
@@ -81,7 +99,9 @@ def test_a_term_never_makes_it_worse_and_full_rank_leaves_no_error(outputs, inpu
     assert (left.shape, right.shape) == ((1, outputs, rank), (1, rank, inputs))
     before, after = rows @ lost[0].t(), rows @ (lost[0] - left[0] @ right[0]).t()
     assert float(after.norm()) <= float(before.norm()) * (1 + 1e-5)
-    assert float(after.norm()) == pytest.approx(float(torch.linalg.svdvals(before.double())[rank:].norm()), rel=1e-3, abs=2e-4)
+    assert float(after.norm()) == pytest.approx(
+        float(torch.linalg.svdvals(before.double())[rank:].norm()), rel=1e-3, abs=2e-4
+    )
     if rank == min(outputs, inputs):
         assert torch.allclose(left[0] @ right[0], lost[0], atol=1e-3)
 
@@ -110,11 +130,17 @@ def test_masks_grids_and_bytes(sort, device):
         assert rows[name].bits == 3
         assert rows[name].rank is None
         assert rows[name].outcome.endswith(f"repaired by rank {rank}")
-        assert rows[name].relative_error == pytest.approx(float((matrix(module.base) + term(module) - dense).norm() / dense.norm()), rel=1e-4)
+        assert rows[name].relative_error == pytest.approx(
+            float((matrix(module.base) + term(module) - dense).norm() / dense.norm()), rel=1e-4
+        )
         more += 4 * rank * sum(dense.shape)
         assert module.weight.shape == task.model.get_submodule(name).weight.shape
         whole = matrix(module.base) + term(module)
-        seen = module.weight.double().cpu().t() if type(module.base).__name__ == "Conv1D" else module.weight.double().cpu().flatten(1)
+        seen = (
+            module.weight.double().cpu().t()
+            if type(module.base).__name__ == "Conv1D"
+            else module.weight.double().cpu().flatten(1)
+        )
         torch.testing.assert_close(seen, whole, rtol=1e-5, atol=1e-6)
     packed = sizes(made.model, made.layers)
     assert packed == counted_sizes(made.model, made.layers)
@@ -137,7 +163,12 @@ def test_the_module_adds_what_it_says(sort, device):
             continue
         rows = inputs[name][:7].to(device)
         bias = 0 if module.bias is None else module.bias.double().cpu()
-        torch.testing.assert_close(module(rows).double().cpu(), rows.double().cpu() @ (matrix(module.base) + term(module)).t() + bias, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            module(rows).double().cpu(),
+            rows.double().cpu() @ (matrix(module.base) + term(module)).t() + bias,
+            rtol=1e-4,
+            atol=1e-5,
+        )
     x = task.evaluation[:2].to(device)
     assert torch.isfinite(task.kind.logits(made.model, x)).all()
 
@@ -149,7 +180,9 @@ def test_bfloat16_still_gains(sort):
     for name, dense, module in repaired(task, made):
         assert module.first.weight.dtype == torch.bfloat16
         rows = inputs[name].double()
-        assert (rows @ (dense - matrix(module.base) - term(module)).t()).norm() < (rows @ (dense - matrix(module.base)).t()).norm()
+        assert (rows @ (dense - matrix(module.base) - term(module)).t()).norm() < (
+            rows @ (dense - matrix(module.base)).t()
+        ).norm()
 
 
 # --- sparse plus low rank
@@ -174,7 +207,10 @@ def test_rounds_keep_the_budget_and_lose_less(sort, criterion, pattern):
             elif criterion == "wanda":
                 assert torch.equal(now.sum(1), before.sum(1))
             rows = inputs[name].double()
-            total += float((rows @ (dense - matrix(module.base) - term(module)).t()).square().sum() / (rows @ dense.t()).square().sum())
+            total += float(
+                (rows @ (dense - matrix(module.base) - term(module)).t()).square().sum()
+                / (rows @ dense.t()).square().sum()
+            )
         error.append(total)
     assert error[1] < error[0]
 
@@ -204,9 +240,18 @@ WRONG = [
     ((PRUNE, wb.Repair(), QUANTIZE), "Quantize cannot follow Repair"),
     ((QUANTIZE, wb.Repair(), wb.LowRank(rank_ratio=0.3)), "LowRank cannot follow Quantize"),
     ((PRUNE, wb.Repair(), wb.Prune(targets=("classifier",))), "Prune cannot follow Repair"),
-    ((PRUNE, QUANTIZE, wb.Repair(repair_rounds=2)), "repair_rounds=2 prunes again after each fit, which would leave the grid of Quantize"),
-    ((wb.Prune(sparsity=0.5, criterion="sparsegpt"), wb.Repair(repair_rounds=2)), "chooses zeros again by magnitude or wanda, not by 'sparsegpt'"),
-    ((wb.Prune(sparsity=0.5, pattern="heads"), wb.Repair(repair_rounds=2)), "pattern='heads' takes parts out"),
+    (
+        (PRUNE, QUANTIZE, wb.Repair(repair_rounds=2)),
+        "repair_rounds=2 prunes again after each fit, which would leave the grid of Quantize",
+    ),
+    (
+        (wb.Prune(sparsity=0.5, criterion="sparsegpt"), wb.Repair(repair_rounds=2)),
+        "chooses zeros again by magnitude or wanda, not by 'sparsegpt'",
+    ),
+    (
+        (wb.Prune(sparsity=0.5, pattern="heads"), wb.Repair(repair_rounds=2)),
+        "pattern='heads' takes parts out",
+    ),
 ]
 
 
@@ -223,8 +268,13 @@ def test_what_was_not_touched_is_not_repaired_and_the_report_says_why():
     assert rows["vit.layers.0.mlp.fc1"] == "50% sparse by magnitude; repaired by rank 1"
     assert rows["vit.layers.0.mlp.fc2"] == "repair skipped: no earlier step pruned or quantized it"
     assert rows["classifier"] == "repair skipped: the output head stays dense unless targets name it"
-    low = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, targets=("*fc1",)), wb.Quantize(weight_bits=4), wb.Repair()))
-    assert "repair skipped: a factor of a low-rank layer" in {row.name: row.outcome for row in low.report}["vit.layers.0.mlp.fc1"]
+    low = compress(
+        task, Recipe(wb.LowRank(rank_ratio=0.3, targets=("*fc1",)), wb.Quantize(weight_bits=4), wb.Repair())
+    )
+    assert (
+        "repair skipped: a factor of a low-rank layer"
+        in {row.name: row.outcome for row in low.report}["vit.layers.0.mlp.fc1"]
+    )
     with pytest.raises(CompressionError, match="fits no layer"):
         compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",)), wb.Repair(targets=("*fc2",))))
 
@@ -232,7 +282,11 @@ def test_what_was_not_touched_is_not_repaired_and_the_report_says_why():
 def test_the_head_is_repaired_when_it_is_named_and_trains():
     task = tiny_task("untied")
     every = ("*", "lm_head")
-    recipe = Recipe(wb.Quantize(weight_bits=2, targets=every), wb.Repair(repair_ratio=0.1, targets=every), wb.Distill(steps=3, distill_batch=8))
+    recipe = Recipe(
+        wb.Quantize(weight_bits=2, targets=every),
+        wb.Repair(repair_ratio=0.1, targets=every),
+        wb.Distill(steps=3, distill_batch=8),
+    )
     made = compress(task, recipe)
     start = compress(task, Recipe(*list(recipe)[:2]))
     assert isinstance(made.model.lm_head, Repaired)
@@ -245,7 +299,10 @@ def test_the_head_is_repaired_when_it_is_named_and_trains():
 def test_infinite_weights_are_refused_by_name():
     task = tiny_task("vit")
     task.calibration.inputs["pixel_values"][5, 0, 2, 2] = torch.nan
-    with pytest.raises(CompressionError, match=r"layer 'vit\.embeddings\.patch_embeddings\.projection' receives infinite or NaN inputs"):
+    with pytest.raises(
+        CompressionError,
+        match=r"layer 'vit\.embeddings\.patch_embeddings\.projection' receives infinite or NaN inputs",
+    ):
         compress(task, Recipe(PRUNE, wb.Repair()))
 
 

@@ -1,4 +1,5 @@
-"""The report: a real notebook run, its numbers checked against the ledger, and its page looked at in a real browser."""
+"""The report: a real notebook run, its numbers checked against the ledger, and its page looked at in a real
+browser."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import pytest
 
 import workbench as wb
 from workbench.errors import GateFailed, RecipeError, WorkbenchError
-from workbench.report import empty_to_none, job_from, notebook_path, report
+from workbench.report.report import empty_to_none, job_from, notebook_path, report
 
 SMALL = {"model": "fashion-cnn", "weight_bits": 4, "evaluation_items": 200, "steps": None}
 
@@ -57,9 +58,14 @@ def test_numbers_on_the_page_are_those_of_the_ledger(made: tuple[Path, Path]) ->
 
 @pytest.mark.notebook
 def test_golden_numbers_within_tolerance(made: tuple[Path, Path]) -> None:
-    """The dense accuracy is the model card's, and sizes are exact; source: this project's own run, November 2026."""
+    """The dense accuracy is the model card's, and sizes are exact.
+
+    Source: this project's own run, November 2026.
+    """
     _, ledger = made
-    point = next(row for row in wb.Ledger(ledger).rows() if row.recipe == wb.Recipe(wb.Quantize(weight_bits=4)))
+    point = next(
+        row for row in wb.Ledger(ledger).rows() if row.recipe == wb.Recipe(wb.Quantize(weight_bits=4))
+    )
     assert point.primary.dense.value == pytest.approx(0.9285, abs=0.03)  # 200 of the 2,000 images
     assert point.dense_sizes.file_bytes == 2_809_936
     assert point.shrink == pytest.approx(7.4, abs=0.4)
@@ -93,9 +99,16 @@ def test_page_opens_with_no_network_and_shows_every_plot(made: tuple[Path, Path]
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(page_path.as_uri())
         page.wait_for_selector(".js-plotly-plot .main-svg")
-        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .scatterlayer .points path').length > 20")
-        plots = page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map(p => p.getBoundingClientRect().height)")
-        shapes = page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map(p => p.querySelectorAll('.points path, .bars path').length)")
+        page.wait_for_function(
+            "document.querySelectorAll('.js-plotly-plot .scatterlayer .points path').length > 20"
+        )
+        plots = page.evaluate(
+            "[...document.querySelectorAll('.js-plotly-plot')].map(p => p.getBoundingClientRect().height)"
+        )
+        shapes = page.evaluate(
+            "[...document.querySelectorAll('.js-plotly-plot')].map(p => p.querySelectorAll('.points path,"
+            " .bars path').length)"
+        )
         width = page.evaluate("document.documentElement.scrollWidth")
         verdict = page.inner_text(".verdict")
         chromium.close()
@@ -121,14 +134,41 @@ def test_gate_that_does_not_hold_fails_but_keeps_the_report(made: tuple[Path, Pa
 
 @pytest.mark.notebook
 def test_a_report_says_what_it_does_unless_told_not_to(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """From the command line, with no terminal: lines on stderr, two paths on stdout, nothing of either on the page, and no socket left behind."""
+    """From the command line, with no terminal: lines on stderr, two paths on stdout, nothing of either on the
+    page, and no socket left behind."""
     _, ledger = made
-    words = ["report", "fashion-cnn", "--weight-bits", "4", "--evaluation-items", "200", "--ledger", str(ledger), "--output", str(tmp_path / "out")]
-    run, quiet = (subprocess.run([sys.executable, "-m", "workbench", *words, *more], capture_output=True, text=True, check=True, cwd=tmp_path) for more in ((), ("--quiet",)))
+    words = [
+        "report",
+        "fashion-cnn",
+        "--weight-bits",
+        "4",
+        "--evaluation-items",
+        "200",
+        "--ledger",
+        str(ledger),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    run, quiet = (
+        subprocess.run(
+            [sys.executable, "-m", "workbench", *words, *more],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+        for more in ((), ("--quiet",))
+    )
     lines = run.stderr.splitlines()
     assert lines[:2] == ["loading fashion-cnn", "this recipe: W4"]
-    assert [line for line in lines if line.startswith("temperature, ")] == [f"temperature, {i} of 3: W4 + distilled T{t}" for i, t in ((1, 1), (2, 2), (3, 4))]
-    assert run.stdout.splitlines() == quiet.stdout.splitlines() == [str(tmp_path / "out" / f"fashion-cnn.{end}") for end in ("html", "ipynb")]
+    assert [line for line in lines if line.startswith("temperature, ")] == [
+        f"temperature, {i} of 3: W4 + distilled T{t}" for i, t in ((1, 1), (2, 2), (3, 4))
+    ]
+    assert (
+        run.stdout.splitlines()
+        == quiet.stdout.splitlines()
+        == [str(tmp_path / "out" / f"fashion-cnn.{end}") for end in ("html", "ipynb")]
+    )
     assert quiet.stderr == ""
     assert "temperature, 1 of 3" not in (tmp_path / "out" / "fashion-cnn.html").read_text()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
@@ -136,25 +176,47 @@ def test_a_report_says_what_it_does_unless_told_not_to(made: tuple[Path, Path], 
 
 @pytest.mark.notebook
 def test_papermill_command_refuses_bad_parameters_before_any_work(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "papermill", str(notebook_path()), str(tmp_path / "out.ipynb"), "-p", "model", "fashion-cnn", "-p", "weight_bits", "33"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook_path()),
+        str(tmp_path / "out.ipynb"),
+        "-p",
+        "model",
+        "fashion-cnn",
+        "-p",
+        "weight_bits",
+        "33",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert run.returncode == 1
     assert "Quantize(weight_bits=33) is refused: input should be less than or equal to 16" in run.stderr
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
-    assert not [cell for cell in cells if "job.bench()" in "".join(cell["source"]) and cell["execution_count"] is not None]
+    assert not [
+        cell
+        for cell in cells
+        if "job.bench()" in "".join(cell["source"]) and cell["execution_count"] is not None
+    ]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"model": "fashion-cnn", "sparsty": 0.5}, "unknown parameter 'sparsty'; nearest: .*sparsity"),
-        ({"model": "fashion-cnn", "sparsity": 1.0}, r"Prune\(sparsity=1.0\) is refused: input should be less than 1"),
+        (
+            {"model": "fashion-cnn", "sparsity": 1.0},
+            r"Prune\(sparsity=1.0\) is refused: input should be less than 1",
+        ),
         ({"model": "fashion-cnn", "sparsity": "true"}, r"Prune\(sparsity='true'\) is refused"),
         ({"model": "fashion-cnn", "pattern": "2:4"}, "pattern given without sparsity"),
         ({"model": "fashion-cnn", "seed": -1}, "seed=-1 is refused"),
         ({"model": "fashion-cnn", "max_quality_drop": -1}, r"Gates\(max_quality_drop=-1\) is refused"),
         ({"model": None}, "parameter 'model' is missing"),
-        ({"model": "fashion-cnn", "plugins": ["no_such_module"]}, "plugin 'no_such_module' cannot be imported"),
+        (
+            {"model": "fashion-cnn", "plugins": ["no_such_module"]},
+            "plugin 'no_such_module' cannot be imported",
+        ),
     ],
 )
 def test_bad_parameters(given: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -164,8 +226,19 @@ def test_bad_parameters(given: dict[str, object], message: str, tmp_path: Path) 
 
 
 def test_strings_from_the_command_line_mean_what_they_say() -> None:
-    job = job_from({"model": "fashion-cnn", "sparsity": "0.5", "weight_bits": "4", "scale_search": "false", "seed": "3", "data": "None"})
-    assert job.recipe == wb.Recipe(wb.Prune(sparsity=0.5, seed=3), wb.Quantize(weight_bits=4, scale_search=False, seed=3))
+    job = job_from(
+        {
+            "model": "fashion-cnn",
+            "sparsity": "0.5",
+            "weight_bits": "4",
+            "scale_search": "false",
+            "seed": "3",
+            "data": "None",
+        }
+    )
+    assert job.recipe == wb.Recipe(
+        wb.Prune(sparsity=0.5, seed=3), wb.Quantize(weight_bits=4, scale_search=False, seed=3)
+    )
     assert "data" not in job.settings
     assert empty_to_none(" null ") is None
 

@@ -1,4 +1,7 @@
-"""Which runtime runs what: reasons before, checks and fallbacks while, the same way for both models; the roofline; the command."""
+"""Which runtime runs what: reasons before, checks and fallbacks while, the same way for both models.
+
+The roofline; the command.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from torch import nn
 import workbench as wb
 from workbench.cli import workbench as command
 from workbench.compress import compress
-from workbench.compress.activations import Activations
-from workbench.compress.quantized_inputs import InputFormat
+from workbench.compress.quantization.activations import Activations
 from workbench.errors import RuntimeRefused
-from workbench.ledger import Ledger
+from workbench.ledger.ledger import Ledger
+from workbench.modules.input_quantizer import InputFormat
 from workbench.recipe import Recipe
 from workbench.runtime import engines, execution
-from workbench.runtime import realise as module
+from workbench.runtime import plan as module
 from workbench.runtime.engines import layer_engines, model_engines
 from workbench.runtime.execution import WORDS, Captured, Compiled, chosen, repeated, runner, why_not
 from workbench.runtime.int8 import wide_bytes
 from workbench.runtime.int8_torch import Int8Linear
 from workbench.runtime.onnx_engine import Session
+from workbench.runtime.plan import plan, realise, reasons_for
 from workbench.runtime.probes import probe, runtime_rows
-from workbench.runtime.realise import plan, realise, reasons_for
 from workbench.runtime.roofline import Limits, Product, Roof, limits_of, roof
 
 W8A8 = Recipe(Activations(), wb.Quantize(weight_bits=8))
@@ -83,7 +86,9 @@ def test_a_kernel_takes_the_layers_it_serves_and_the_plan_says_so_beforehand():
     assert not run.warnings
     assert not any(isinstance(part, Int8Linear) for part in compressed.model.modules())
     with torch.inference_mode():
-        apart = task.kind.logits(run.model, task.evaluation) - task.kind.logits(compressed.model, task.evaluation)
+        apart = task.kind.logits(run.model, task.evaluation) - task.kind.logits(
+            compressed.model, task.evaluation
+        )
     assert float(apart.abs().max()) < 1e-2  # the same numbers but for a rounding that falls the other way
 
 
@@ -94,10 +99,17 @@ def test_a_kernel_that_fails_costs_its_speed_and_never_the_point(way, monkeypatc
     assert point.latency is not None
     assert point.complete
     words = " ".join(point.warnings)
-    assert {"build": "no such instruction", "run": "illegal memory access", "nan": "nan apart", "wrong": "gives other products"}[way] in words
+    assert {
+        "build": "no such instruction",
+        "run": "illegal memory access",
+        "nan": "nan apart",
+        "wrong": "gives other products",
+    }[way] in words
     assert "floats" in words or "left out" in words
     assert point.kernels == ()  # what was planned is not said to have run
-    assert len([warning for warning in point.warnings if "floats" in warning]) <= 2  # one line for all layers of one reason
+    assert (
+        len([warning for warning in point.warnings if "floats" in warning]) <= 2
+    )  # one line for all layers of one reason
 
 
 def test_a_whole_runtime_that_fails_falls_back_for_both_models(monkeypatch, tmp_path):
@@ -107,7 +119,9 @@ def test_a_whole_runtime_that_fails_falls_back_for_both_models(monkeypatch, tmp_
     monkeypatch.setattr("workbench.runtime.onnx_engine.export", fail)
     bench = bench_of(tmp_path, runtime="onnx")
     compressed = compress(bench.task, Recipe(wb.Prune(sparsity=0.5)))
-    run = realise(compressed, "cpu", "onnx", dense=bench.task.model, kind=bench.task.kind, items=bench.latency_items)
+    run = realise(
+        compressed, "cpu", "onnx", dense=bench.task.model, kind=bench.task.kind, items=bench.latency_items
+    )
     assert run.model is compressed.model
     assert run.dense is bench.task.model
     point = bench.measure(Recipe(wb.Prune(sparsity=0.5)))
@@ -115,9 +129,16 @@ def test_a_whole_runtime_that_fails_falls_back_for_both_models(monkeypatch, tmp_
     assert point.latency is not None
 
 
-@pytest.mark.parametrize(("sort", "steps"), [
-    ("vit", (wb.Prune(sparsity=0.5, pattern="neurons"),)), ("llama", (wb.LowRank(rank_ratio=0.3),)), ("resnet", (Activations(), wb.Quantize(weight_bits=8))), ("gpt2", ()),
-], ids=["structured", "low rank", "W8A8 convolutions", "dense"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sort", "steps"),
+    [
+        ("vit", (wb.Prune(sparsity=0.5, pattern="neurons"),)),
+        ("llama", (wb.LowRank(rank_ratio=0.3),)),
+        ("resnet", (Activations(), wb.Quantize(weight_bits=8))),
+        ("gpt2", ()),
+    ],
+    ids=["structured", "low rank", "W8A8 convolutions", "dense"],
+)
 def test_onnx_runtime_answers_as_the_compressed_model(sort, steps):
     task = tiny_task(sort)
     compressed = compress(task, Recipe(*steps))
@@ -126,29 +147,53 @@ def test_onnx_runtime_answers_as_the_compressed_model(sort, steps):
     assert isinstance(run.model, Session)
     assert isinstance(run.dense, Session)
     with torch.inference_mode():
-        wanted, found = (task.kind.logits(model, task.evaluation[4:8]) for model in (compressed.model, run.model))
+        wanted, found = (
+            task.kind.logits(model, task.evaluation[4:8]) for model in (compressed.model, run.model)
+        )
         assert torch.allclose(wanted, found, atol=1e-4)
-        assert torch.allclose(task.kind.logits(task.model, task.evaluation[:4]), task.kind.logits(run.dense, task.evaluation[:4]), atol=1e-4)
+        assert torch.allclose(
+            task.kind.logits(task.model, task.evaluation[:4]),
+            task.kind.logits(run.dense, task.evaluation[:4]),
+            atol=1e-4,
+        )
 
 
 def test_a_missing_library_names_the_extra(monkeypatch, tmp_path):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnxruntime" else find(name, *more))
-    with pytest.raises(RuntimeRefused, match=r"onnxruntime is not installed: pip install 'compression-workbench\[onnx\]'"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "onnxruntime" else find(name, *more)
+    )
+    with pytest.raises(
+        RuntimeRefused, match=r"onnxruntime is not installed: pip install 'compression-workbench\[onnx\]'"
+    ):
         bench_of(tmp_path, runtime="onnx")
-    assert "compression-workbench[onnx]" in next(row.runs for row in runtime_rows("cpu", measure=False) if row.name == "runtime=onnx")
+    assert "compression-workbench[onnx]" in next(
+        row.runs for row in runtime_rows("cpu", measure=False) if row.name == "runtime=onnx"
+    )
 
 
 def test_a_runtime_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch):
-    with pytest.raises(RuntimeRefused, match="runtime='tensorrt' is unknown: choose one of auto, torch, onnx, graph, compiled"):
+    with pytest.raises(
+        RuntimeRefused,
+        match="runtime='tensorrt' is unknown: choose one of auto, torch, onnx, graph, compiled",
+    ):
         bench_of(tmp_path, runtime="tensorrt")
-    with pytest.raises(RuntimeRefused, match="runtime='graph' cannot be used on cpu: CUDA graphs need a CUDA GPU"):
+    with pytest.raises(
+        RuntimeRefused, match="runtime='graph' cannot be used on cpu: CUDA graphs need a CUDA GPU"
+    ):
         bench_of(tmp_path, runtime="graph")
     monkeypatch.setattr(execution.shutil, "which", lambda _name: None)
     assert "needs a C++ compiler" in why_not("compiled", "cpu")
     half = tiny_task("vit", dtype=torch.bfloat16)
     with pytest.raises(RuntimeRefused, match="the model is bfloat16; float32 is needed"):
-        runner(half.model, (), "onnx", kind=half.kind, items=half.evaluation[:2], once=lambda _key, compute: compute())
+        runner(
+            half.model,
+            (),
+            "onnx",
+            kind=half.kind,
+            items=half.evaluation[:2],
+            once=lambda _key, compute: compute(),
+        )
 
 
 def test_the_runtime_is_part_of_a_points_key_unless_it_is_the_usual_one(tmp_path):
@@ -156,10 +201,21 @@ def test_the_runtime_is_part_of_a_points_key_unless_it_is_the_usual_one(tmp_path
     assert usual.runtime == "auto"
     assert usual.key(W8A8) != other.key(W8A8)
     older = dataclasses.replace(usual)
-    parts = [W8A8.key, older.model_fingerprint, older.data_fingerprint, older.device, older.device_name, str(older.latency_batch), str(older.confidence), older.workbench_version]
+    parts = [
+        W8A8.key,
+        older.model_fingerprint,
+        older.data_fingerprint,
+        older.device,
+        older.device_name,
+        str(older.latency_batch),
+        str(older.confidence),
+        older.workbench_version,
+    ]
     import hashlib
 
-    assert usual.key(W8A8) == hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]  # as version 0.1.0 wrote it
+    assert (
+        usual.key(W8A8) == hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    )  # as version 0.1.0 wrote it
 
 
 def test_reasons_are_told_from_shapes_alone():
@@ -195,7 +251,9 @@ def test_the_command_lists_every_runtime_with_a_reason_where_it_cannot_run():
 
 def test_the_roofline_is_what_pencil_and_paper_say():
     limits = Limits(1e9, {32: 1e12, 8: 4e12})
-    one_token = Product(1, 1000, 1000, 4e6, 32)  # 4 MB of weights and 8 kB of activations: 4.008 ms; 1 microsecond of arithmetic
+    one_token = Product(
+        1, 1000, 1000, 4e6, 32
+    )  # 4 MB of weights and 8 kB of activations: 4.008 ms; 1 microsecond of arithmetic
     assert one_token.seconds(limits, 4) == pytest.approx((4.008e-3, 1e-6))
     packed = dataclasses.replace(one_token, weight_bytes=5e5)
     found = roof([one_token], [packed], limits, 4)
@@ -206,7 +264,9 @@ def test_the_roofline_is_what_pencil_and_paper_say():
     assert roof([Product(1000, 10**4, 10**4, 4e8, 32)], [], limits, 4).ratio == 1.0
     rounded = dataclasses.replace(many, bits=8, passes=5)
     extra = 5 * 2 * 4 * many.rows * many.inputs / limits.bytes_per_s  # each pass reads and writes float32
-    assert roof([many], [rounded], limits, 4).ratio == pytest.approx(1 / (5.004 / 8.004 + extra / max(many.seconds(limits, 4))))
+    assert roof([many], [rounded], limits, 4).ratio == pytest.approx(
+        1 / (5.004 / 8.004 + extra / max(many.seconds(limits, 4)))
+    )
 
 
 def test_limits_are_measured_once_and_plausible():
@@ -218,30 +278,47 @@ def test_limits_are_measured_once_and_plausible():
 
 
 def test_a_prediction_says_what_the_model_waits_for(tmp_path):
-    from workbench.predict import Predictor
+    from workbench.predict.predictor import Predictor
 
     predictor = Predictor(bench_of(tmp_path))
     dense = predictor.predict(Recipe())
     assert dense.roof.ratio == pytest.approx(1.0)
     low = predictor.predict(Recipe(wb.LowRank(rank_ratio=0.2)))
-    assert low.roof.bound == "memory"  # a model this small: what is written between two factors outweighs what they save
+    assert (
+        low.roof.bound == "memory"
+    )  # a model this small: what is written between two factors outweighs what they save
     if wide_bytes():
-        assert predictor.predict(W8A8).roof.ratio < 1  # so small that rounding the inputs takes longer than its products save
+        assert (
+            predictor.predict(W8A8).roof.ratio < 1
+        )  # so small that rounding the inputs takes longer than its products save
         assert predictor.predict(W8A8).speedup.value < 1
         assert "bandwidth and arithmetic" in " ".join(predictor.predict(W8A8).notes)
-    assert predictor.predict(Recipe(wb.Quantize(weight_bits=3))).roof.ratio == pytest.approx(1.0)  # no kernel here: nothing is promised
+    assert predictor.predict(Recipe(wb.Quantize(weight_bits=3))).roof.ratio == pytest.approx(
+        1.0
+    )  # no kernel here: nothing is promised
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sort", "blocks"), [("vit", 2), ("llama", 2), ("resnet", 2)])
 def test_a_compiled_model_answers_as_it_did_and_the_given_one_is_left_alone(sort, blocks):
     task = tiny_task(sort)
-    made = runner(task.model, (), "compiled", kind=task.kind, items=task.evaluation[:4], once=lambda _key, compute: compute())
+    made = runner(
+        task.model,
+        (),
+        "compiled",
+        kind=task.kind,
+        items=task.evaluation[:4],
+        once=lambda _key, compute: compute(),
+    )
     assert isinstance(made, Compiled)
     assert len(repeated(made.model)) == blocks
     assert all(module._compiled_call_impl is None for module in task.model.modules())
     with torch.inference_mode():
-        assert torch.allclose(task.kind.logits(made, task.evaluation[:4]), task.kind.logits(task.model, task.evaluation[:4]), atol=1e-5)
+        assert torch.allclose(
+            task.kind.logits(made, task.evaluation[:4]),
+            task.kind.logits(task.model, task.evaluation[:4]),
+            atol=1e-5,
+        )
 
 
 @pytest.mark.slow
@@ -249,7 +326,14 @@ def test_blocks_that_are_alike_are_compiled_once():
     task = tiny_task("llama")
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    runner(task.model, (), "compiled", kind=task.kind, items=task.evaluation[:4], once=lambda _key, compute: compute())
+    runner(
+        task.model,
+        (),
+        "compiled",
+        kind=task.kind,
+        items=task.evaluation[:4],
+        once=lambda _key, compute: compute(),
+    )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 
@@ -258,7 +342,9 @@ def test_blocks_that_are_alike_are_compiled_once():
 def test_a_captured_model_answers_as_it_did_on_other_inputs_too(sort):
     task = tiny_task(sort, "cuda")
     items = task.evaluation.to("cuda")
-    made = runner(task.model, (), "graph", kind=task.kind, items=items[:4], once=lambda _key, compute: compute())
+    made = runner(
+        task.model, (), "graph", kind=task.kind, items=items[:4], once=lambda _key, compute: compute()
+    )
     assert isinstance(made, Captured)
     with torch.inference_mode():
         for part in (items[:4], items[4:8], items[:2], items[8:12]):

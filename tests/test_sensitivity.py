@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import workbench as wb
 from workbench.compress import compress
 from workbench.errors import Cancelled, RecipeError
-from workbench.measure.quality import paired_proportions
-from workbench.measure.weights import weight_change, weight_changes
+from workbench.measure.weight_histograms import weight_change, weight_changes
+from workbench.metrics.quality import paired_proportions
 from workbench.sensitivity import alone, layers_of
 
 HARD = wb.Recipe(wb.Prune(sparsity=0.8), wb.Quantize(weight_bits=2))
@@ -23,7 +23,12 @@ HARD = wb.Recipe(wb.Prune(sparsity=0.8), wb.Quantize(weight_bits=2))
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path_factory.mktemp("points") / "points.journal", progress=False, device="cpu")
+    return wb.Bench(
+        tiny_tasks.tiny_task("vit"),
+        ledger=tmp_path_factory.mktemp("points") / "points.journal",
+        progress=False,
+        device="cpu",
+    )
 
 
 def by_hand(bench, layer, count):
@@ -33,7 +38,10 @@ def by_hand(bench, layer, count):
     made = compress(task, wb.Recipe(*steps))
     items = task.evaluation[:count]
     with torch.inference_mode():
-        return [(model(**items.inputs).logits.argmax(-1) == items.labels).double() for model in (task.model, made.model)]
+        return [
+            (model(**items.inputs).logits.argmax(-1) == items.labels).double()
+            for model in (task.model, made.model)
+        ]
 
 
 def test_each_layer_alone_is_what_a_loop_by_hand_finds(bench):
@@ -61,7 +69,9 @@ def test_what_is_known_for_a_layer_is_not_measured_again(bench):
 
 
 def test_language_models_read_windows_and_say_perplexity(tmp_path):
-    bench = wb.Bench(tiny_tasks.tiny_task("llama"), ledger=tmp_path / "points.journal", progress=False, device="cpu")
+    bench = wb.Bench(
+        tiny_tasks.tiny_task("llama"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
+    )
     found = list(bench.sensitivity(wb.Recipe(wb.Quantize(weight_bits=2))))
     assert {cost.metric for cost in found} == {"perplexity"}
     assert all(cost.items == min(16, len(bench.evaluation)) for cost in found)
@@ -70,7 +80,11 @@ def test_language_models_read_windows_and_say_perplexity(tmp_path):
 
 
 def test_distillation_is_left_out_and_each_layer_has_its_own_value():
-    recipe = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "!a")), wb.Prune(sparsity=0.8, targets=("a",)), wb.Distill(temperature=2))
+    recipe = wb.Recipe(
+        wb.Prune(sparsity=0.5, targets=("*", "!a")),
+        wb.Prune(sparsity=0.8, targets=("a",)),
+        wb.Distill(temperature=2),
+    )
     assert alone(recipe, "a") == wb.Recipe(wb.Prune(sparsity=0.8, targets=("a",)))
     assert alone(recipe, "b") == wb.Recipe(wb.Prune(sparsity=0.5, targets=("b",)))
     assert alone(recipe, "b", head="b") == wb.Recipe()
@@ -93,7 +107,9 @@ def test_what_cannot_be_measured_is_said(bench):
 def test_it_stops_when_told(bench):
     seen = []
     with pytest.raises(Cancelled):
-        seen.extend(bench.sensitivity(wb.Recipe(wb.Prune(sparsity=0.33)), items=8, cancelled=lambda: len(seen) >= 2))
+        seen.extend(
+            bench.sensitivity(wb.Recipe(wb.Prune(sparsity=0.33)), items=8, cancelled=lambda: len(seen) >= 2)
+        )
     assert len(seen) == 2
 
 
@@ -101,20 +117,34 @@ def test_it_stops_when_told(bench):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from([0.0, -1.5, 0.25, 3.0, 1e-3]), min_size=1, max_size=40), st.floats(0, 2, width=32), st.integers(1, 70))
+@given(
+    st.lists(st.sampled_from([0.0, -1.5, 0.25, 3.0, 1e-3]), min_size=1, max_size=40),
+    st.floats(0, 2, width=32),
+    st.integers(1, 70),
+)
 def test_counts_and_zeros_sum_to_the_number_of_weights(values, factor, bins):
     before = torch.tensor(values)
     after = before * factor
     found = weight_change("layer", before, after, bins)
-    for counts, zeros, tensor in ((found.before, found.zeros_before, before), (found.after, found.zeros_after, after)):
+    for counts, zeros, tensor in (
+        (found.before, found.zeros_before, before),
+        (found.after, found.zeros_after, after),
+    ):
         assert sum(counts) + zeros == len(values)
         assert zeros == sum(value == 0 for value in tensor.tolist())
         assert len(counts) == len(found.edges) - 1 == bins
-        assert list(counts) == np.histogram(tensor[tensor != 0].numpy(), np.array(found.edges, np.float32))[0].tolist()
+        assert (
+            list(counts)
+            == np.histogram(tensor[tensor != 0].numpy(), np.array(found.edges, np.float32))[0].tolist()
+        )
     assert found.weights == len(values)
 
 
-@pytest.mark.parametrize("recipe", [wb.Recipe(), HARD, wb.Recipe(wb.LowRank(rank_ratio=0.3), wb.Prune(sparsity=0.5))], ids=lambda recipe: recipe.label())
+@pytest.mark.parametrize(
+    "recipe",
+    [wb.Recipe(), HARD, wb.Recipe(wb.LowRank(rank_ratio=0.3), wb.Prune(sparsity=0.5))],
+    ids=lambda recipe: recipe.label(),
+)
 @pytest.mark.parametrize("sort", ["vit", "gpt2", "resnet"])
 def test_histograms_are_of_the_very_weights_of_the_recipe(recipe, sort):
     task = tiny_tasks.tiny_task(sort)
@@ -124,10 +154,15 @@ def test_histograms_are_of_the_very_weights_of_the_recipe(recipe, sort):
     assert found[0].name == names[2]
     assert {change.name for change in found} == set(names)
     for change in found:
-        dense, now = task.model.get_submodule(change.name).weight, made.model.get_submodule(change.name).weight
+        dense, now = (
+            task.model.get_submodule(change.name).weight,
+            made.model.get_submodule(change.name).weight,
+        )
         assert change.weights == dense.numel() == sum(change.after) + change.zeros_after
         assert change.zeros_after == int((now == 0).sum())
-        assert (change.edges[0], change.edges[-1]) == pytest.approx((min(float(dense.min()), float(now.min())), max(float(dense.max()), float(now.max()))))
+        assert (change.edges[0], change.edges[-1]) == pytest.approx(
+            (min(float(dense.min()), float(now.min())), max(float(dense.max()), float(now.max())))
+        )
         if not len(recipe):
             assert change.before == change.after
 

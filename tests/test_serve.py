@@ -8,19 +8,25 @@ from pathlib import Path
 import pytest
 
 from widgets.headless import without_browser
-from workbench.serve import lab_command
-from workbench.serve_app import TEMPLATES, app_address, app_command, app_environment
+from workbench.cli.serve import lab_command
+from workbench.cli.serve_app import TEMPLATES, app_address, app_command, app_environment
 
 NOTEBOOK = Path("/some where/my notebook.ipynb")
 
 
-@pytest.mark.parametrize("command", [lab_command(NOTEBOOK, Path("settings"), browser=False, port=4711), app_command(NOTEBOOK, browser=False, port=4711)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        lab_command(NOTEBOOK, Path("settings"), browser=False, port=4711),
+        app_command(NOTEBOOK, browser=False, port=4711),
+    ],
+)
 def test_servers_listen_on_loopback_with_a_token_on_the_given_port(command):
     assert "--ip=127.0.0.1" in command
     assert "--port=4711" in command
     assert "--ServerApp.port_retries=0" in command
     assert f"--ServerApp.root_dir={NOTEBOOK.parent}" in command
-    assert any("workbench.serve=True" in word for word in command)
+    assert any("workbench.cli.serve=True" in word for word in command)
     assert not any("token" in word.lower() or "password" in word.lower() for word in command)
 
 
@@ -41,7 +47,9 @@ def test_the_page_of_the_app_is_ours(monkeypatch):
     assert not any("http://" in page or "https://" in page for page in pages)
 
 
-@pytest.mark.parametrize(("sign", "watched"), [("JPY_SESSION_NAME", True), ("VOILA_BASE_URL", True), ("SOMETHING_ELSE", False)])
+@pytest.mark.parametrize(
+    ("sign", "watched"), [("JPY_SESSION_NAME", True), ("VOILA_BASE_URL", True), ("SOMETHING_ELSE", False)]
+)
 def test_a_browser_is_known_by_what_started_the_kernel(monkeypatch, sign, watched):
     for name in ("JPY_SESSION_NAME", "VOILA_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

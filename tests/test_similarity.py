@@ -1,4 +1,5 @@
-"""Sentence similarity: pairs and their scores, rank correlation with its interval, and every method on a tiny encoder."""
+"""Sentence similarity: pairs and their scores, rank correlation with its interval, and every method on a tiny
+encoder."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from scipy import stats
 
 import workbench as wb
 from workbench.errors import DataError, ModelError
-from workbench.measure.quality import flips, quality
-from workbench.measure.resampling import average_ranks, paired, spearman
-from workbench.predict import Predictor
+from workbench.metrics.bootstrap import average_ranks, paired, spearman
+from workbench.metrics.quality import flips, quality
+from workbench.predict.predictor import Predictor
 from workbench.tasks import score
 from workbench.tasks.base import Scores
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY, SentenceSimilarity, cosines, prepared
@@ -27,7 +28,14 @@ def encoder(folder):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=tiny_models.VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=40)
+    config = BertConfig(
+        vocab_size=tiny_models.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+    )
     model = BertModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,7 +48,11 @@ def encoder(folder):
 
 def pairs(path, count=60, top=5.0, header=("sentence1", "sentence2", "score")):
     generator = np.random.default_rng(0)
-    rows = [[" ".join(f"w{i}" for i in generator.integers(0, 40, generator.integers(1, 6))) for _ in range(2)] + [round(float(generator.uniform(0, top)), 2)] for _ in range(count)]
+    rows = [
+        [" ".join(f"w{i}" for i in generator.integers(0, 40, generator.integers(1, 6))) for _ in range(2)]
+        + [round(float(generator.uniform(0, top)), 2)]
+        for _ in range(count)
+    ]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
@@ -79,7 +91,11 @@ def test_vectors_are_means_of_real_tokens(alike):
     for i in range(6):
         for side in (0, 1):
             ids = items.inputs["input_ids"][i, side][items.inputs["attention_mask"][i, side].bool()]
-            mean = alike.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).last_hidden_state[0].mean(0)
+            mean = (
+                alike.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
+                .last_hidden_state[0]
+                .mean(0)
+            )
             assert torch.allclose(found[i, side], mean / mean.norm(), atol=1e-5)  # filling changes nothing
 
 
@@ -89,15 +105,23 @@ def test_score_is_the_cosine_of_both_texts(alike):
         vectors = alike.kind.logits(alike.model, alike.evaluation).double()
     assert torch.allclose(found.details["cosine"], (vectors[:, 0] * vectors[:, 1]).sum(1), atol=1e-6)
     assert torch.equal(found.details["score"], alike.evaluation.labels.double())
-    assert float(alike.kind.loss(vectors, alike.evaluation.labels)) == pytest.approx(float(found.loss.mean()), rel=1e-5)
+    assert float(alike.kind.loss(vectors, alike.evaluation.labels)) == pytest.approx(
+        float(found.loss.mean()), rel=1e-5
+    )
 
 
 def test_soft_loss_is_half_the_squared_distance():
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.nn.functional.normalize(torch.randn(7, 2, 5, generator=generator), dim=-1) for _ in range(2))
-    assert float(SENTENCE_SIMILARITY.soft_loss(one, other, torch.zeros(7), 3.0)) == pytest.approx(float((one - other).square().sum(-1).mean() / 2), rel=1e-5)
+    one, other = (
+        torch.nn.functional.normalize(torch.randn(7, 2, 5, generator=generator), dim=-1) for _ in range(2)
+    )
+    assert float(SENTENCE_SIMILARITY.soft_loss(one, other, torch.zeros(7), 3.0)) == pytest.approx(
+        float((one - other).square().sum(-1).mean() / 2), rel=1e-5
+    )
     assert float(SENTENCE_SIMILARITY.soft_loss(one, one, torch.zeros(7), 3.0)) == pytest.approx(0, abs=1e-6)
-    assert torch.allclose(cosines(one), torch.nn.functional.cosine_similarity(one[:, 0], one[:, 1]), atol=1e-6)
+    assert torch.allclose(
+        cosines(one), torch.nn.functional.cosine_similarity(one[:, 0], one[:, 1]), atol=1e-6
+    )
 
 
 def test_pooling_is_read_from_the_model(tmp_path):
@@ -108,18 +132,30 @@ def test_pooling_is_read_from_the_model(tmp_path):
     told.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
     assert prepared(SENTENCE_SIMILARITY, tmp_path, None) == (SentenceSimilarity(pooling="first"), ())
     told.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(ModelError, match="pools by pooling_mode_max_tokens; built are pooling_mode_mean_tokens"):
+    with pytest.raises(
+        ModelError, match="pools by pooling_mode_max_tokens; built are pooling_mode_mean_tokens"
+    ):
         prepared(SENTENCE_SIMILARITY, tmp_path, None)
-    (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Transformer"}, {"type": "sentence_transformers.models.Dense"}]))
+    (tmp_path / "modules.json").write_text(
+        json.dumps(
+            [
+                {"type": "sentence_transformers.models.Transformer"},
+                {"type": "sentence_transformers.models.Dense"},
+            ]
+        )
+    )
     with pytest.raises(ModelError, match="puts Dense after its encoder"):
         prepared(SENTENCE_SIMILARITY, tmp_path, None)
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ("w1,,2", "item 1 of data .* has None in column 'sentence2'; a text is needed"),
-    ("w1,w2,much", "item 1 of data .* has 'much' in column 'score'; a score of 0 or more is needed"),
-    ("w1,w2,-1", "item 1 of data .* has -1 in column 'score'; a score of 0 or more is needed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("w1,,2", "item 1 of data .* has None in column 'sentence2'; a text is needed"),
+        ("w1,w2,much", "item 1 of data .* has 'much' in column 'score'; a score of 0 or more is needed"),
+        ("w1,w2,-1", "item 1 of data .* has -1 in column 'score'; a score of 0 or more is needed"),
+    ],
+)
 def test_bad_pairs_are_refused(tmp_path, row, message):
     (tmp_path / "p.csv").write_text(f"sentence1,sentence2,score\nw1,w2,1\n{row}\n")
     with pytest.raises(DataError, match=message):
@@ -128,9 +164,18 @@ def test_bad_pairs_are_refused(tmp_path, row, message):
 
 def test_other_columns_are_refused(tmp_path):
     model = encoder(tmp_path / "m")
-    with pytest.raises(DataError, match="have columns a, b, score; sentence similarity expects two texts and a number"):
+    with pytest.raises(
+        DataError, match="have columns a, b, score; sentence similarity expects two texts and a number"
+    ):
         load_task(model, pairs(tmp_path / "p.csv", header=("a", "b", "score")), progress=False)
-    assert load_task(model, pairs(tmp_path / "q.csv", header=("Word 1", "Word 2", "Human (mean)"), top=10), progress=False).evaluation.labels.max() <= 1
+    assert (
+        load_task(
+            model,
+            pairs(tmp_path / "q.csv", header=("Word 1", "Word 2", "Human (mean)"), top=10),
+            progress=False,
+        ).evaluation.labels.max()
+        <= 1
+    )
 
 
 @pytest.mark.gpu
@@ -139,7 +184,9 @@ def test_a_gpu_finds_the_same_alike(alike):
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         there = score(alike.kind, copy.deepcopy(alike.model).cuda(), alike.evaluation)
-    assert torch.allclose(score(alike.kind, alike.model, alike.evaluation).details["cosine"], there.details["cosine"], atol=1e-4)
+    assert torch.allclose(
+        score(alike.kind, alike.model, alike.evaluation).details["cosine"], there.details["cosine"], atol=1e-4
+    )
 
 
 # --- rank correlation
@@ -152,17 +199,24 @@ def test_spearman_is_that_of_scipy():
         found = spearman(torch.tensor(values), torch.tensor(others))
         expected = [stats.spearmanr(one, other).statistic for one, other in zip(values, others, strict=True)]
         assert found.tolist() == pytest.approx(expected)
-        assert average_ranks(torch.tensor(values)).numpy() + 0.5 == pytest.approx(stats.rankdata(values, axis=1))
+        assert average_ranks(torch.tensor(values)).numpy() + 0.5 == pytest.approx(
+            stats.rankdata(values, axis=1)
+        )
     assert spearman(torch.ones(1, 9), torch.arange(9.0)[None]).item() == 0  # all alike: no order
 
 
 def test_interval_of_a_rank_correlation_covers_the_truth():
-    """Of 60 samples of 100 pairs with a known correlation, about 95% of the intervals hold it; so do those of the paired change."""
+    """Of 60 samples of 100 pairs with a known correlation, about 95% of the intervals hold it.
+
+    So do those of the paired change.
+    """
     generator, truth, held, held_change = np.random.default_rng(1), 6 / np.pi * np.arcsin(0.7 / 2), 0, 0
     for _ in range(60):
         human, noise, more = generator.normal(size=(3, 100))
         dense = 0.7 * human + np.sqrt(1 - 0.49) * noise
-        other = 0.7 * human + np.sqrt(1 - 0.49) * (0.9 * noise + np.sqrt(1 - 0.81) * more)  # as good, and not the same
+        other = 0.7 * human + np.sqrt(1 - 0.49) * (
+            0.9 * noise + np.sqrt(1 - 0.81) * more
+        )  # as good, and not the same
         found = quality("rank correlation", scores(dense, human), scores(other, human))[0]
         held += found.dense.low <= truth <= found.dense.high
         held_change += found.change.low <= 0 <= found.change.high
@@ -187,7 +241,9 @@ def test_flips_are_reversed_orders():
     generator = np.random.default_rng(0)
     before, after = generator.normal(size=(2, 30))
     found = flips(scores(before, before), scores(after, before))
-    reversed_pairs = np.mean([(before[i] - before[j]) * (after[i] - after[j]) < 0 for i in range(30) for j in range(30) if i != j])
+    reversed_pairs = np.mean(
+        [(before[i] - before[j]) * (after[i] - after[j]) < 0 for i in range(30) for j in range(30) if i != j]
+    )
     assert found.value == pytest.approx(reversed_pairs)
     assert found.value == pytest.approx((1 - stats.kendalltau(before, after).statistic) / 2)
     assert found.low < found.value < found.high
@@ -196,10 +252,19 @@ def test_flips_are_reversed_orders():
 
 def test_bootstrap_is_that_of_a_loop():
     values = torch.tensor(np.random.default_rng(0).normal(size=25))
-    found = paired(lambda index: values[index].mean(1), lambda index: (values[index] + 1).mean(1), 25, 0.9, (-np.inf, np.inf))
+    found = paired(
+        lambda index: values[index].mean(1),
+        lambda index: (values[index] + 1).mean(1),
+        25,
+        0.9,
+        (-np.inf, np.inf),
+    )
     generator = torch.Generator().manual_seed(0)
     drawn = [float(values[row].mean()) for row in torch.randint(25, (2000, 25), generator=generator)]
-    assert (found[0].low, found[0].high) == (pytest.approx(np.quantile(drawn, 0.05)), pytest.approx(np.quantile(drawn, 0.95)))
+    assert (found[0].low, found[0].high) == (
+        pytest.approx(np.quantile(drawn, 0.05)),
+        pytest.approx(np.quantile(drawn, 0.95)),
+    )
     assert found[2].value == pytest.approx(1)
     assert found[2].high - found[2].low < 1e-9
 
@@ -207,20 +272,46 @@ def test_bootstrap_is_that_of_a_loop():
 # --- methods
 
 
-@pytest.mark.parametrize("step", [wb.Prune(sparsity=0.5, criterion="wanda"), wb.Prune(sparsity=0.5, criterion="fisher"), wb.Quantize(weight_bits=4), wb.LowRank(rank_ratio=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "step",
+    [
+        wb.Prune(sparsity=0.5, criterion="wanda"),
+        wb.Prune(sparsity=0.5, criterion="fisher"),
+        wb.Quantize(weight_bits=4),
+        wb.LowRank(rank_ratio=0.3),
+    ],
+    ids=str,
+)
 def test_methods_work_on_an_encoder(alike, step):
     made = wb.compress(alike, wb.Recipe(step))
     assert sum(bool(row.relative_error) for row in made.report) >= 8
     assert "do not depend on it" in next(row.outcome for row in made.report if row.name == "pooler.dense")
-    assert not torch.allclose(alike.kind.logits(made.model, alike.evaluation), alike.kind.logits(alike.model, alike.evaluation), atol=1e-3)
+    assert not torch.allclose(
+        alike.kind.logits(made.model, alike.evaluation),
+        alike.kind.logits(alike.model, alike.evaluation),
+        atol=1e-3,
+    )
 
 
 def test_distillation_pulls_vectors_back(alike):
     prune = wb.Prune(sparsity=0.6)
     with torch.no_grad():
         teacher = alike.kind.logits(alike.model, alike.training)
-        models = [wb.compress(alike, wb.Recipe(prune, *more)).model for more in ((), (wb.Distill(temperature=2.0, steps=30, learning_rate=3e-3, alpha=1.0, look_every=0),))]
-        before, after = (float(alike.kind.soft_loss(alike.kind.logits(model, alike.training), teacher, alike.training.labels, 2.0)) for model in models)
+        models = [
+            wb.compress(alike, wb.Recipe(prune, *more)).model
+            for more in (
+                (),
+                (wb.Distill(temperature=2.0, steps=30, learning_rate=3e-3, alpha=1.0, look_every=0),),
+            )
+        ]
+        before, after = (
+            float(
+                alike.kind.soft_loss(
+                    alike.kind.logits(model, alike.training), teacher, alike.training.labels, 2.0
+                )
+            )
+            for model in models
+        )
     assert after < 0.5 * before
 
 
@@ -243,7 +334,10 @@ def test_a_point_of_an_encoder(alike, tmp_path):
     assert float(words[0].dense) != float(words[0].compressed)
     assert next(iter(bench.sensitivity(recipe, items=8))).loss is None
     loaded = wb.load(bench.export(recipe, tmp_path / "out"))
-    assert torch.equal(alike.kind.logits(loaded, alike.evaluation), alike.kind.logits(bench.compress(recipe).model, alike.evaluation))
+    assert torch.equal(
+        alike.kind.logits(loaded, alike.evaluation),
+        alike.kind.logits(bench.compress(recipe).model, alike.evaluation),
+    )
     assert bench.ledger.frame()["rank_correlation"].iloc[0] == point.primary.compressed.value
 
 
@@ -251,7 +345,10 @@ def test_a_point_of_an_encoder(alike, tmp_path):
 def test_minilm_for_real():
     """Spearman 0.729 on all 353 pairs of WordSim-353, as measured apart from this code."""
     task = load_task("all-MiniLM-L6-v2", "wordsim353", progress=False)
-    parts = [score(task.kind, task.model, some).details for some in (task.evaluation, task.calibration, task.training)]
+    parts = [
+        score(task.kind, task.model, some).details
+        for some in (task.evaluation, task.calibration, task.training)
+    ]
     cosine, human = (torch.cat([part[name] for part in parts]) for name in ("cosine", "score"))
     assert len(cosine) == 353
     assert stats.spearmanr(cosine, human).statistic == pytest.approx(0.729, abs=0.002)

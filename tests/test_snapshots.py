@@ -10,18 +10,27 @@ import torch
 from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
-from workbench.cache import Budget, Cache
+from workbench.calibration.memory_cache import Budget, Cache
+from workbench.calibration.statistics import Statistics
 from workbench.compress import Compressed, compress
-from workbench.compress.snapshots import MOST
+from workbench.compress.prefix_cache import MOST
 from workbench.errors import Cancelled, CompressionError, RecipeError
 from workbench.recipe import METHODS, Recipe, Step
-from workbench.statistics import Statistics
 
-QUICK = {"distill": {"steps": 2, "distill_batch": 8}, "qat": {"qat_steps": 2, "qat_batch": 8}, "transfer": {"transfer_steps": 2, "transfer_batch": 8}}
+QUICK = {
+    "distill": {"steps": 2, "distill_batch": 8},
+    "qat": {"qat_steps": 2, "qat_batch": 8},
+    "transfer": {"transfer_steps": 2, "transfer_batch": 8},
+}
 MORE = (
-    wb.Prune(sparsity=0.5, pattern="heads"), wb.Prune(sparsity=0.5, pattern="neurons"), wb.Prune(sparsity=0.5, pattern="layers"), wb.Prune(sparsity=0.5, pattern="channels"),
-    wb.Prune(sparsity=0.5, pattern="2:4", criterion="sparsegpt"), wb.Quantize(weight_bits=3, rounding="gptq"), wb.LowRank(rank_ratio=0.3, rank_allocation="energy"),
-)  # fmt: skip
+    wb.Prune(sparsity=0.5, pattern="heads"),
+    wb.Prune(sparsity=0.5, pattern="neurons"),
+    wb.Prune(sparsity=0.5, pattern="layers"),
+    wb.Prune(sparsity=0.5, pattern="channels"),
+    wb.Prune(sparsity=0.5, pattern="2:4", criterion="sparsegpt"),
+    wb.Quantize(weight_bits=3, rounding="gptq"),
+    wb.LowRank(rank_ratio=0.3, rank_allocation="energy"),
+)
 
 
 def steps_of(kind: type[Step]) -> list[Step]:
@@ -29,7 +38,18 @@ def steps_of(kind: type[Step]) -> list[Step]:
     return [kind(**{kind.slider: value, **QUICK.get(kind.kind(), {})}) for value in kind.stops[:1]]
 
 
-ALL = sorted([*(step for kind in METHODS.functions if kind.__module__.startswith("workbench.") for step in steps_of(kind)), *MORE], key=lambda step: step.order)
+ALL = sorted(
+    [
+        *(
+            step
+            for kind in METHODS.functions
+            if kind.__module__.startswith("workbench.")
+            for step in steps_of(kind)
+        ),
+        *MORE,
+    ],
+    key=lambda step: step.order,
+)
 
 
 def states(kept: Statistics) -> list[tuple[Step, ...]]:
@@ -46,7 +66,14 @@ def alike(mine: Compressed, fresh: Compressed) -> None:
     assert same(weights(mine.model), weights(fresh.model))
     assert len(mine.layers) == len(fresh.layers)
     for left, right in zip(mine.layers, fresh.layers, strict=True):
-        told = [{field.name: getattr(layer, field.name) for field in dataclasses.fields(layer) if field.name not in {"module", "others"}} for layer in (left, right)]
+        told = [
+            {
+                field.name: getattr(layer, field.name)
+                for field in dataclasses.fields(layer)
+                if field.name not in {"module", "others"}
+            }
+            for layer in (left, right)
+        ]
         assert str(told[0]) == str(told[1])  # masks and stored forms with their values
         assert left.module is mine.model.get_submodule(left.name)
         assert all(module is mine.model.get_submodule(name) for name, module in left.others.items())
@@ -85,7 +112,9 @@ def test_every_pair_of_steps_is_what_a_fresh_run_gives(sort):
             begun |= {type(step[0]).__name__ for step in states(kept)}
             mine = compress(task, recipe, kept)
             alike(mine, fresh)
-            for parameter in mine.model.parameters():  # the result is the caller's: what is kept does not change with it
+            for (
+                parameter
+            ) in mine.model.parameters():  # the result is the caller's: what is kept does not change with it
                 parameter.data.fill_(7)
             for layer in mine.layers:
                 layer.mask, layer.grid, layer.rank, layer.rows = None, None, 3, torch.zeros(1)
@@ -103,7 +132,10 @@ def test_three_steps_begin_after_the_second(sort, shared):
     for bits in (5, 4, 3, 2):
         asked.clear()
         recipe = Recipe(first, second, wb.Quantize(weight_bits=bits))
-        alike(compress(task, recipe, kept, lambda what, *_: asked.append(what), shared=shared), compress(task, recipe))
+        alike(
+            compress(task, recipe, kept, lambda what, *_: asked.append(what), shared=shared),
+            compress(task, recipe),
+        )
     assert set(asked) == {"quantize"}
     assert states(kept) == [(first,), (first, second)]
     other = Recipe(first, wb.Prune(sparsity=0.7), wb.Quantize(weight_bits=2))
@@ -176,5 +208,14 @@ def test_the_dense_model_is_left_alone():
     task = tiny_task("llama")
     before, kept = weights(task.model), Statistics(task)
     for bits in (5, 4, 3):
-        compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=bits), wb.Distill(temperature=2, **QUICK["distill"])), kept, shared=True)
+        compress(
+            task,
+            Recipe(
+                wb.Prune(sparsity=0.5),
+                wb.Quantize(weight_bits=bits),
+                wb.Distill(temperature=2, **QUICK["distill"]),
+            ),
+            kept,
+            shared=True,
+        )
     assert same(weights(task.model), before)

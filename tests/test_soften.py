@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_tasks import CLASSES, TRAINING, VOCABULARY, tiny_task
 
-from widgets.figures import softened_figure
+from widgets.figures.figures import softened_figure
 from workbench.errors import DataError
-from workbench.soften import softened
+from workbench.report.temperature_lesson import softened
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
 
 
@@ -20,7 +20,9 @@ def test_probabilities_are_those_of_softened_logits():
     with torch.no_grad():
         row = task.kind.logits(task.model, task.training[3:4])[0].tolist()
     order = sorted(range(CLASSES), key=lambda place: -row[place])
-    for temperature, line, rest, entropy in zip((1, 5), found.probabilities, found.rest, found.entropy, strict=True):
+    for temperature, line, rest, entropy in zip(
+        (1, 5), found.probabilities, found.rest, found.entropy, strict=True
+    ):
         powers = [math.exp(row[place] / temperature) for place in order]
         wanted = [power / sum(powers) for power in powers]
         assert line == pytest.approx(wanted, rel=1e-5)
@@ -43,7 +45,10 @@ def test_of_text_it_is_the_middle_token_and_what_is_not_shown_is_said():
     labels = task.training.labels[0]
     assert found.truth == str(int(labels[(len(labels) - 1) // 2]))
     assert len(found.answers) == 10 < VOCABULARY
-    assert all(sum(line) + rest == pytest.approx(1) for line, rest in zip(found.probabilities, found.rest, strict=True))
+    assert all(
+        sum(line) + rest == pytest.approx(1)
+        for line, rest in zip(found.probabilities, found.rest, strict=True)
+    )
     assert found.rest[-1] > found.rest[0] > 0
 
 
@@ -54,10 +59,15 @@ def test_the_figure_has_a_colour_for_each_temperature():
     assert figure.data[1].name.startswith("T = 2 (")
 
 
-@pytest.mark.parametrize(("item", "temperatures", "message"), [
-    (TRAINING, (1,), "there is no training item 40: 'noise' has 40, counted from 0"), (-1, (1,), "there is no training item -1"),
-    (0, (1, 0), r"temperatures=\(1, 0\) must all be above 0"), (0, (), "must all be above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("item", "temperatures", "message"),
+    [
+        (TRAINING, (1,), "there is no training item 40: 'noise' has 40, counted from 0"),
+        (-1, (1,), "there is no training item -1"),
+        (0, (1, 0), r"temperatures=\(1, 0\) must all be above 0"),
+        (0, (), "must all be above 0"),
+    ],
+)
 def test_what_cannot_be_softened_is_refused(item, temperatures, message):
     with pytest.raises(DataError, match=message):
         softened(tiny_task("vit"), item, temperatures)
@@ -65,7 +75,9 @@ def test_what_cannot_be_softened_is_refused(item, temperatures, message):
 
 def test_vectors_are_refused():
     task = tiny_task("bert")
-    task.training.inputs.update({name: torch.stack([values, values], 1) for name, values in task.training.inputs.items()})
+    task.training.inputs.update(
+        {name: torch.stack([values, values], 1) for name, values in task.training.inputs.items()}
+    )
     object.__setattr__(task, "kind", SENTENCE_SIMILARITY)
     object.__setattr__(task, "model", task.model.bert)
     object.__setattr__(task.training, "labels", torch.rand(TRAINING))

@@ -1,4 +1,5 @@
-"""Speech recognition: words and their errors, sound, data, greedy writing, and every method on tiny models."""
+"""Speech recognition: words and their errors, sound, data, greedy writing, and every method on tiny
+models."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ import torch
 
 import workbench as wb
 from workbench.errors import DataError, ModelError
-from workbench.measure.quality import quality
-from workbench.predict import Predictor
-from workbench.tasks import audio, score, spoken_words
+from workbench.hub.debian import unpacked
+from workbench.metrics.quality import quality
+from workbench.predict.predictor import Predictor
+from workbench.tasks import audio, score, transcripts
 from workbench.tasks.ctc import FRAME_RECOGNITION
-from workbench.tasks.debian import unpacked
 from workbench.tasks.speech_recognition import encode, greedy
-from workbench.tasks.spoken_words import Writing, word_errors
+from workbench.tasks.transcripts import Writing, word_errors
 from workbench.tasks.utterances import Utterance, Windows
 from workbench.zoo import load_task
 
@@ -30,15 +31,39 @@ from workbench.zoo import load_task
 def spoken(tmp_path_factory):
     """A tiny Whisper with 24 noises and their words."""
     folder = tmp_path_factory.mktemp("speech")
-    return load_task(speech_models.whisper(folder / "m"), speech_models.sounds(folder / "d", speech_models.words(24)), progress=False)
+    return load_task(
+        speech_models.whisper(folder / "m"),
+        speech_models.sounds(folder / "d", speech_models.words(24)),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
 def lettered(tmp_path_factory):
     """A tiny CTC model with 12 noises and words that it can spell."""
     folder = tmp_path_factory.mktemp("ctc")
-    texts = [f"A {word} letter {word}" for word in ("one", "too", "apple", "ball", "egg", "cat", "dog", "bee", "Anna's", "jazz", "kitten", "mill")]
-    return load_task(speech_models.wav2vec2(folder / "m"), speech_models.sounds(folder / "d", texts, seconds=1.0), progress=False)
+    texts = [
+        f"A {word} letter {word}"
+        for word in (
+            "one",
+            "too",
+            "apple",
+            "ball",
+            "egg",
+            "cat",
+            "dog",
+            "bee",
+            "Anna's",
+            "jazz",
+            "kitten",
+            "mill",
+        )
+    ]
+    return load_task(
+        speech_models.wav2vec2(folder / "m"),
+        speech_models.sounds(folder / "d", texts, seconds=1.0),
+        progress=False,
+    )
 
 
 # --- words
@@ -48,20 +73,28 @@ def levenshtein(wanted: list[str], heard: list[str]) -> int:
     table = [[i + j if not i * j else 0 for j in range(len(heard) + 1)] for i in range(len(wanted) + 1)]
     for i in range(1, len(wanted) + 1):
         for j in range(1, len(heard) + 1):
-            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (wanted[i - 1] != heard[j - 1]))
+            table[i][j] = min(
+                table[i - 1][j] + 1,
+                table[i][j - 1] + 1,
+                table[i - 1][j - 1] + (wanted[i - 1] != heard[j - 1]),
+            )
     return table[-1][-1]
 
 
 def test_word_errors_are_those_of_a_table_of_distances():
     generator = np.random.default_rng(0)
     for _ in range(50):
-        wanted, heard = (list(generator.choice(["a", "b", "c", "d"], generator.integers(low, 9))) for low in (1, 0))
+        wanted, heard = (
+            list(generator.choice(["a", "b", "c", "d"], generator.integers(low, 9))) for low in (1, 0)
+        )
         assert word_errors(" ".join(wanted), " ".join(heard)) == (levenshtein(wanted, heard), len(wanted))
 
 
 def test_normalising_makes_spellings_equal():
     writing = Writing(None, None)
-    assert writing.normalise("  Mr. Smith's twenty-one  DOGS, um, won't bark!") == writing.normalise("mister smith's 21 dogs will not bark")
+    assert writing.normalise("  Mr. Smith's twenty-one  DOGS, um, won't bark!") == writing.normalise(
+        "mister smith's 21 dogs will not bark"
+    )
     assert writing.normalise("um, ") == ""
 
 
@@ -74,9 +107,15 @@ def test_missing_jiwer_names_the_extra(monkeypatch):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"word error rate needs jiwer, which is not installed; .*compression-workbench\[speech\]"):
+    with pytest.raises(
+        DataError,
+        match=r"word error rate needs jiwer, which is not installed; .*compression-workbench\[speech\]",
+    ):
         word_errors("a", "b")
-    with pytest.raises(DataError, match=r"reading sound needs soundfile, which is not installed; .*compression-workbench\[speech\]"):
+    with pytest.raises(
+        DataError,
+        match=r"reading sound needs soundfile, which is not installed; .*compression-workbench\[speech\]",
+    ):
         audio.opened("x.wav", "item 0")
 
 
@@ -121,33 +160,43 @@ def test_utterances_are_split_and_never_shared(spoken):
 
 
 def test_words_become_tokens_as_whisper_is_trained(spoken):
-    row = Windows(spoken.kind.writes, 9).items([Utterance({"array": np.ones(1600), "sampling_rate": 16000}, "box dax", 0.1, "x")])
-    assert row.inputs["decoder_input_ids"].tolist() == [[1, 6, 10, 12, 0, 0, 0, 0, 0]]  # start, no timestamps, words, filling
+    row = Windows(spoken.kind.writes, 9).items(
+        [Utterance({"array": np.ones(1600), "sampling_rate": 16000}, "box dax", 0.1, "x")]
+    )
+    assert row.inputs["decoder_input_ids"].tolist() == [
+        [1, 6, 10, 12, 0, 0, 0, 0, 0]
+    ]  # start, no timestamps, words, filling
     assert row.labels.tolist() == [[-100, 10, 12, 0, -100, -100, -100, -100, -100]]
     assert spoken.kind.writes.texts(row.labels) == ["box dax"]
 
 
 def test_a_multilingual_model_writes_english(tmp_path):
-    folder = speech_models.whisper(tmp_path, is_multilingual=True, lang_to_id={"<|en|>": 2}, task_to_id={"transcribe": 3, "translate": 4})
-    assert spoken_words.whisper_writing(folder, None, None).prefix == (1, 2, 3, 6)
+    folder = speech_models.whisper(
+        tmp_path, is_multilingual=True, lang_to_id={"<|en|>": 2}, task_to_id={"transcribe": 3, "translate": 4}
+    )
+    assert transcripts.whisper_writing(folder, None, None).prefix == (1, 2, 3, 6)
     (folder / "generation_config.json").unlink()
     with pytest.raises(ModelError, match="does not say how the model begins to write"):
-        spoken_words.whisper_writing(folder, None, None)
+        transcripts.whisper_writing(folder, None, None)
 
 
 def test_what_cannot_be_used_is_left_out_and_said(spoken, tmp_path):
     import soundfile
 
-    folder = speech_models.sounds(tmp_path / "d", ["bax bex", "  ... ", "bix box", *speech_models.words(9)], rate=8000)
+    folder = speech_models.sounds(
+        tmp_path / "d", ["bax bex", "  ... ", "bix box", *speech_models.words(9)], rate=8000
+    )
     soundfile.write(folder / "2.wav", np.zeros(4000), 8000)
     soundfile.write(folder / "3.wav", np.random.default_rng(0).normal(0, 0.1, 8000 * 31), 8000)
     model = speech_models.whisper(tmp_path / "m")
     task = load_task(model, folder, progress=False)
     assert len(task.evaluation) + len(task.calibration) + len(task.training) == 9
     assert task.notes[:4] == (
-        "1 utterance left out: longer than 30 s (3.wav)", "1 utterance left out: no words (1.wav)", "1 utterance left out: silent (2.wav)",
+        "1 utterance left out: longer than 30 s (3.wav)",
+        "1 utterance left out: no words (1.wav)",
+        "1 utterance left out: silent (2.wav)",
         "sound of 8,000 Hz (11 files) is resampled to 16,000 Hz",
-    )  # fmt: skip
+    )
     (folder / "5.wav").write_bytes(b"no sound at all")
     with pytest.raises(DataError, match=r"item 5 of data .* \(5.wav\) cannot be read as sound"):
         load_task(model, folder, progress=False)
@@ -162,14 +211,25 @@ def test_what_cannot_be_used_is_left_out_and_said(spoken, tmp_path):
         load_task(model, folder, progress=False)
     soundfile.write(folder / "1.wav", np.zeros(4000), 16)
     (folder / "metadata.csv").write_text("file_name,text\n1.wav,bax\n")
-    with pytest.raises(DataError, match=r"item 0 of data .* \(1.wav\) has 16 samples a second, in which no speech can be heard"):
+    with pytest.raises(
+        DataError,
+        match=r"item 0 of data .* \(1.wav\) has 16 samples a second, in which no speech can be heard",
+    ):
         load_task(model, folder, progress=False)
     soundfile.write(folder / "1.wav", np.zeros(4000), 8000)
     (folder / "metadata.csv").write_text("file_name,text\n1.wav,bax\n2.wav,...\n")
-    with pytest.raises(DataError, match=r"no utterance that can be used: 1 silent \(1.wav\), 1 no words \(2.wav\); give files of at most 30 s .* words in column 'text'"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"no utterance that can be used: 1 silent \(1.wav\), 1 no words \(2.wav\); give files of at most"
+            r" 30 s .* words in column 'text'"
+        ),
+    ):
         load_task(model, folder, progress=False)
     (folder / "metadata.csv").write_text("name,words\n1.wav,bax\n")
-    with pytest.raises(DataError, match="has columns name, words; expected file_name and one of text, transcription"):
+    with pytest.raises(
+        DataError, match="has columns name, words; expected file_name and one of text, transcription"
+    ):
         load_task(model, folder, progress=False)
 
 
@@ -185,21 +245,36 @@ def test_a_data_set_with_sound_in_memory(tmp_path):
     from datasets import Audio, Dataset
 
     folder = speech_models.sounds(tmp_path / "d", speech_models.words(10))
-    rows = Dataset.from_dict({"audio": [{"bytes": (folder / f"{i}.wav").read_bytes(), "path": None} for i in range(10)], "sentence": speech_models.words(10)})
-    task = load_task(speech_models.whisper(tmp_path / "m"), rows.cast_column("audio", Audio()), progress=False)
+    rows = Dataset.from_dict(
+        {
+            "audio": [{"bytes": (folder / f"{i}.wav").read_bytes(), "path": None} for i in range(10)],
+            "sentence": speech_models.words(10),
+        }
+    )
+    task = load_task(
+        speech_models.whisper(tmp_path / "m"), rows.cast_column("audio", Audio()), progress=False
+    )
     assert len(task.evaluation) == 5
-    with pytest.raises(DataError, match="have columns sentence; speech recognition expects sound in a column 'audio'"):
+    with pytest.raises(
+        DataError, match="have columns sentence; speech recognition expects sound in a column 'audio'"
+    ):
         load_task(tmp_path / "m", rows.remove_columns("audio"), progress=False)
 
 
 def test_words_that_the_decoder_cannot_hold(spoken, tmp_path):
     with pytest.raises(DataError, match=r"has words of 102 tokens; the decoder holds 64"):
-        load_task(speech_models.whisper(tmp_path / "m"), speech_models.sounds(tmp_path / "d", [*speech_models.words(4), "bax " * 100]), progress=False)
+        load_task(
+            speech_models.whisper(tmp_path / "m"),
+            speech_models.sounds(tmp_path / "d", [*speech_models.words(4), "bax " * 100]),
+            progress=False,
+        )
 
 
 def test_a_package_that_cannot_be_had(monkeypatch, tmp_path):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
-    with pytest.raises(DataError, match="Debian's no-such-thing are not in the cache, and offline was asked for"):
+    with pytest.raises(
+        DataError, match="Debian's no-such-thing are not in the cache, and offline was asked for"
+    ):
         unpacked("no-such-thing", offline=True)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(DataError, match="need apt-get and dpkg-deb, which this system has not"):
@@ -209,7 +284,7 @@ def test_a_package_that_cannot_be_had(monkeypatch, tmp_path):
 def test_the_transcripts_are_shipped_with_their_licence():
     from pathlib import Path
 
-    folder = Path(spoken_words.__file__).parent / "prompts"
+    folder = Path(transcripts.__file__).parent / "prompts"
     rows = [line.split("\t") for line in (folder / "asterisk_transcripts.tsv").read_text().splitlines()]
     assert len(rows) == len({name for name, _ in rows}) == 106
     assert all(text.strip() for _, text in rows)
@@ -222,9 +297,17 @@ def test_the_transcripts_are_shipped_with_their_licence():
 def test_greedy_writes_what_transformers_generates(spoken):
     items = spoken.evaluation[:6]
     mine = greedy(spoken.model, encode(spoken.model, items), spoken.kind.writes, 12)
-    theirs = spoken.model.generate(input_features=items.inputs["input_features"], do_sample=False, num_beams=1, max_new_tokens=12, return_timestamps=False)
+    theirs = spoken.model.generate(
+        input_features=items.inputs["input_features"],
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=12,
+        return_timestamps=False,
+    )
     assert len({tuple(row) for row in mine.tolist()}) > 1
-    assert mine.shape[1] == 12 <= theirs.shape[1]  # theirs counts the prefix among the new ones, or not, by version
+    assert (
+        mine.shape[1] == 12 <= theirs.shape[1]
+    )  # theirs counts the prefix among the new ones, or not, by version
     assert torch.equal(mine, theirs[:, :12])
 
 
@@ -235,7 +318,11 @@ def test_what_is_timed_does_not_depend_on_what_is_heard(spoken):
         model = wb.compress(spoken, wb.Recipe(wb.Quantize(weight_bits=8))).model
         calls = []
         model.model.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        model.proj_out.register_forward_hook(lambda _m, _i, out, bias=bias: out.index_add(2, torch.tensor([0]), torch.full((*out.shape[:2], 1), bias)))
+        model.proj_out.register_forward_hook(
+            lambda _m, _i, out, bias=bias: out.index_add(
+                2, torch.tensor([0]), torch.full((*out.shape[:2], 1), bias)
+            )
+        )
         spoken.kind.run(model, items)
         steps.append(len(calls))
     assert steps == [5, 5]  # four words and the end
@@ -245,22 +332,44 @@ def test_score_of_whisper(spoken):
     items = spoken.evaluation[:5]
     found = score(spoken.kind, spoken.model, items)
     with torch.inference_mode():
-        chances = spoken.model(input_features=items.inputs["input_features"], decoder_input_ids=items.inputs["decoder_input_ids"]).logits.double().log_softmax(-1)
+        chances = (
+            spoken.model(
+                input_features=items.inputs["input_features"],
+                decoder_input_ids=items.inputs["decoder_input_ids"],
+            )
+            .logits.double()
+            .log_softmax(-1)
+        )
     for i in range(5):
         scored = [(j, int(label)) for j, label in enumerate(items.labels[i]) if label >= 0]
-        assert found.loss[i].item() == pytest.approx(-sum(float(chances[i, j, label]) for j, label in scored) / len(scored), rel=1e-4)
+        assert found.loss[i].item() == pytest.approx(
+            -sum(float(chances[i, j, label]) for j, label in scored) / len(scored), rel=1e-4
+        )
         assert found.weight[i] == len(scored) == 5  # four words and the end
     heard = [answer for _, answer in spoken.kind.examples(spoken.model, items)]
-    expected = [levenshtein(wanted.split(), answer.split()) for (wanted, _), answer in zip(spoken.kind.examples(spoken.model, items), heard, strict=True)]
+    expected = [
+        levenshtein(wanted.split(), answer.split())
+        for (wanted, _), answer in zip(spoken.kind.examples(spoken.model, items), heard, strict=True)
+    ]
     assert found.details["word errors"].tolist() == expected
     assert found.details["words"].tolist() == [4.0] * 5
-    one_by_one = torch.cat([score(spoken.kind, spoken.model, items[i : i + 1]).details["word errors"] for i in range(5)])
-    assert torch.equal(one_by_one, found.details["word errors"])  # what an utterance gets does not depend on its neighbours
+    one_by_one = torch.cat(
+        [score(spoken.kind, spoken.model, items[i : i + 1]).details["word errors"] for i in range(5)]
+    )
+    assert torch.equal(
+        one_by_one, found.details["word errors"]
+    )  # what an utterance gets does not depend on its neighbours
 
 
 def test_a_destroyed_model_gets_a_number(spoken, tmp_path):
-    broken = wb.Bench(spoken, device="cpu", ledger=tmp_path / "p.journal", progress=False).compress(wb.Recipe(wb.Quantize(weight_bits=8))).model
-    broken.model.decoder.layers[0].fc1.weight = torch.nn.Parameter(torch.full_like(broken.model.decoder.layers[0].fc1.weight, torch.nan))
+    broken = (
+        wb.Bench(spoken, device="cpu", ledger=tmp_path / "p.journal", progress=False)
+        .compress(wb.Recipe(wb.Quantize(weight_bits=8)))
+        .model
+    )
+    broken.model.decoder.layers[0].fc1.weight = torch.nn.Parameter(
+        torch.full_like(broken.model.decoder.layers[0].fc1.weight, torch.nan)
+    )
     found = score(spoken.kind, broken, spoken.evaluation[:3])
     assert torch.isposinf(found.loss).all()
     assert torch.isfinite(found.details["word errors"]).all()
@@ -285,7 +394,10 @@ def test_quality_is_the_rate_over_all_words(spoken):
 def test_a_gpu_hears_the_same(name, request):
     task = request.getfixturevalue(name)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        here, there = score(task.kind, task.model, task.evaluation), score(task.kind, copy.deepcopy(task.model).cuda(), task.evaluation)
+        here, there = (
+            score(task.kind, task.model, task.evaluation),
+            score(task.kind, copy.deepcopy(task.model).cuda(), task.evaluation),
+        )
     assert torch.allclose(here.loss, there.loss, rtol=1e-3)
     assert torch.equal(here.details["words"], there.details["words"])
 
@@ -298,7 +410,14 @@ def test_ctc_of_a_batch_is_that_of_each_utterance(lettered):
     with torch.inference_mode():
         logits = lettered.kind.logits(lettered.model, items).double().log_softmax(-1)
         counts = (items.labels != -100).sum(1)
-        expected = torch.nn.functional.ctc_loss(logits.transpose(0, 1), items.labels.clamp(min=0), torch.full((len(items),), logits.shape[1]), counts, blank=0, reduction="none")
+        expected = torch.nn.functional.ctc_loss(
+            logits.transpose(0, 1),
+            items.labels.clamp(min=0),
+            torch.full((len(items),), logits.shape[1]),
+            counts,
+            blank=0,
+            reduction="none",
+        )
     found = score(lettered.kind, lettered.model, items)
     assert torch.allclose(found.loss, expected / counts, rtol=1e-3)
     assert torch.equal(found.weight, counts.double())
@@ -308,7 +427,9 @@ def test_frames_after_the_end_are_blank(lettered):
     items = lettered.evaluation[:2]
     mask = items.inputs["attention_mask"].clone()
     mask[1, 8000:] = 0
-    logits = lettered.kind.logits(lettered.model, replace(items, inputs={**items.inputs, "attention_mask": mask}))
+    logits = lettered.kind.logits(
+        lettered.model, replace(items, inputs={**items.inputs, "attention_mask": mask})
+    )
     assert (logits[1, -20:].argmax(-1) == 0).all()
     assert (lettered.kind.merged(logits)[1, -20:] == -1).all()
     assert (logits[0] > -100).all()
@@ -316,14 +437,25 @@ def test_frames_after_the_end_are_blank(lettered):
 
 def test_repeats_are_merged_but_doubled_letters_stay(lettered):
     letters = torch.tensor([[10, 10, 0, 10, 4, 11, 11, 0]])
-    assert lettered.kind.merged(torch.nn.functional.one_hot(letters, 32).float()).tolist() == [[10, -1, -1, 10, 4, 11, -1, -1]]
+    assert lettered.kind.merged(torch.nn.functional.one_hot(letters, 32).float()).tolist() == [
+        [10, -1, -1, 10, 4, 11, -1, -1]
+    ]
     assert "letter" in lettered.kind.writes.texts(lettered.evaluation.labels)[0]  # and not "leter"
 
 
 # --- methods
 
 
-@pytest.mark.parametrize("step", [wb.Prune(sparsity=0.5), wb.Prune(sparsity=0.5, criterion="wanda"), wb.Quantize(weight_bits=4), wb.LowRank(rank_ratio=0.25)], ids=str)
+@pytest.mark.parametrize(
+    "step",
+    [
+        wb.Prune(sparsity=0.5),
+        wb.Prune(sparsity=0.5, criterion="wanda"),
+        wb.Quantize(weight_bits=4),
+        wb.LowRank(rank_ratio=0.25),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["spoken", "lettered"])
 def test_methods_work_on_speech(name, step, request):
     task = request.getfixturevalue(name)
@@ -344,7 +476,14 @@ def test_distillation_works_on_speech(name, request):
     with torch.no_grad():
         teacher = task.kind.logits(task.model, task.training)
         models = wb.compress(task, wb.Recipe(recipe.steps[0])).model, made.model
-        before, after = (float(task.kind.soft_loss(task.kind.logits(model, task.training), teacher, task.training.labels, 2.0)) for model in models)
+        before, after = (
+            float(
+                task.kind.soft_loss(
+                    task.kind.logits(model, task.training), teacher, task.training.labels, 2.0
+                )
+            )
+            for model in models
+        )
     assert after < 0.7 * before
 
 
@@ -355,10 +494,15 @@ def test_a_point_of_speech(spoken, tmp_path):
     assert not point.missing
     dense, mine = point.latency.real_time_factors
     assert dense > 0
-    assert mine == pytest.approx(point.latency.median_ms / 1000 / spoken.kind.audio_seconds(spoken.evaluation[:1]))
+    assert mine == pytest.approx(
+        point.latency.median_ms / 1000 / spoken.kind.audio_seconds(spoken.evaluation[:1])
+    )
     assert type(point).from_json(point.to_json()) == point
     guess = Predictor(bench).predict(point.recipe)
-    assert (guess.metric, guess.bytes_exact or guess.file_bytes >= point.sizes.file_bytes) == ("word error rate", True)
+    assert (guess.metric, guess.bytes_exact or guess.file_bytes >= point.sizes.file_bytes) == (
+        "word error rate",
+        True,
+    )
     assert guess.quality.value == pytest.approx(point.primary.compressed.value, abs=0.05)
     changed = bench.behaviour(wb.Recipe(wb.Prune(sparsity=0.5)))
     assert any(row.dense != row.compressed for row in changed)
@@ -371,9 +515,13 @@ def test_an_export_of_speech_loads_and_writes_the_same(spoken, tmp_path):
     recipe = wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4))
     loaded = wb.load(bench.export(recipe, tmp_path / "out"))
     items = spoken.evaluation[:3]
-    assert torch.equal(spoken.kind.transcribe(loaded, items), spoken.kind.transcribe(bench.compress(recipe).model, items))
+    assert torch.equal(
+        spoken.kind.transcribe(loaded, items), spoken.kind.transcribe(bench.compress(recipe).model, items)
+    )
     assert loaded.generation_config.no_timestamps_token_id == 6
-    assert {"generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
 def test_ctc_models_that_read_no_wave_are_refused(tmp_path):
@@ -390,9 +538,14 @@ def test_ctc_models_that_read_no_wave_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_whisper_for_real():
-    """28 word errors in 1,249 words of all prompts: 2.24%, as measured apart from this code with generate() and jiwer."""
+    """28 word errors in 1,249 words of all prompts: 2.24%, as measured apart from this code with generate()
+    and jiwer."""
     task = load_task("whisper-tiny.en", progress=False)
-    parts = [score(task.kind, task.model, items).details for some in (task.evaluation, task.calibration, task.training) for items in some.batches(4)]
+    parts = [
+        score(task.kind, task.model, items).details
+        for some in (task.evaluation, task.calibration, task.training)
+        for items in some.batches(4)
+    ]
     errors, words = (sum(float(part[name].sum()) for part in parts) for name in ("word errors", "words"))
     assert words == 1249
     assert errors / words == pytest.approx(0.0224, abs=0.002)

@@ -11,10 +11,10 @@ from tiny_tasks import items, tiny_task
 from torch import nn
 
 import workbench as wb
+from workbench.calibration.statistics import Statistics, alike
 from workbench.compress import compress
 from workbench.errors import CompressionError
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics, alike
 from workbench.tasks.base import Task
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 
@@ -36,14 +36,27 @@ def custom_task(body: nn.Module, features: int, device: str = "cpu") -> Task:
     for parameter in body.parameters():
         nn.init.normal_(parameter, std=0.4)
     model = Classifier(body, features).to(device).eval().requires_grad_(False)
-    return Task(IMAGE_CLASSIFICATION, model, "custom", "custom", "noise", items("vit", 8, 1), items("vit", 24, 2), items("vit", 24, 3), batch_size=16)
+    return Task(
+        IMAGE_CLASSIFICATION,
+        model,
+        "custom",
+        "custom",
+        "noise",
+        items("vit", 8, 1),
+        items("vit", 24, 2),
+        items("vit", 24, 3),
+        batch_size=16,
+    )
 
 
 def assert_moments(task: Task) -> None:
     statistics, inputs = Statistics(task), recorded_inputs(task)
     assert inputs
     for name, rows in inputs.items():
-        if isinstance(task.model.get_submodule(name), nn.Conv2d) and task.model.get_submodule(name).groups != 1:
+        if (
+            isinstance(task.model.get_submodule(name), nn.Conv2d)
+            and task.model.get_submodule(name).groups != 1
+        ):
             continue
         if name == "lm_head" and not isinstance(getattr(task.model, "config", None), SimpleNamespace):
             continue  # shares its weight, so that no method asks
@@ -59,15 +72,26 @@ def test_second_moments_of_a_bfloat16_model(sort):
     task = tiny_task(sort, dtype=torch.bfloat16)
     for name, rows in recorded_inputs(task).items():
         if name != "lm_head":
-            torch.testing.assert_close(Statistics(task).second_moment(name), rows.t() @ rows / len(rows), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                Statistics(task).second_moment(name), rows.t() @ rows / len(rows), rtol=1e-3, atol=1e-4
+            )
             break
 
 
-@pytest.mark.parametrize("options", [
-    {"kernel_size": 3}, {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1)},
-    {"kernel_size": 3, "dilation": 2, "padding": 2}, {"kernel_size": 1}, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
-    {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1)},
+        {"kernel_size": 3, "dilation": 2, "padding": 2},
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+        {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
 def test_second_moments_of_every_kind_of_convolution(options, device):
     body = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 5, **options))
     features = body(torch.zeros(1, 1, 8, 8)).numel()
@@ -186,7 +210,15 @@ def test_adding_in_place_keeps_what_is_shared_and_leaves_the_rest():
     sums = {"q": one, "k": one, "up": other, "gate": other, "left": alone, "late": alone}
     extra, up, gate, late = (torch.full((2, 2), value) for value in (10.0, 20.0, 30.0, 40.0))
     found = alike(sums, {"q": extra, "k": extra, "up": up, "gate": gate, "late": late, "new": extra})
-    assert {name: float(total[0, 0]) for name, total in found.items()} == {"q": 11, "k": 11, "up": 22, "gate": 32, "left": 5, "late": 45, "new": 10}
+    assert {name: float(total[0, 0]) for name, total in found.items()} == {
+        "q": 11,
+        "k": 11,
+        "up": 22,
+        "gate": 32,
+        "left": 5,
+        "late": 45,
+        "new": 10,
+    }
     assert found["q"] is found["k"] is one  # added to where it lay
     assert found["new"] is extra
     assert float(extra[0, 0]) == 10

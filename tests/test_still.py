@@ -11,16 +11,18 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
-from widgets.kept_figure import absent, kept_figure
-from widgets.live import Live
-from widgets.still import Still, still
-from widgets.still_svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, svg
+from widgets.plot.kept_figure import absent, kept_figure
+from widgets.plot.static_snapshot import Still, still
+from widgets.plot.static_svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, svg
+from widgets.session.state import Live
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
 
 def figure(trace, across=(0.0, 10.0), kind="linear"):
-    return go.Figure(trace).update_layout(xaxis={"range": across, "type": kind, "title": {"text": "<size>"}}, yaxis={"range": (0, 100)})
+    return go.Figure(trace).update_layout(
+        xaxis={"range": across, "type": kind, "title": {"text": "<size>"}}, yaxis={"range": (0, 100)}
+    )
 
 
 def picture(made):
@@ -28,9 +30,14 @@ def picture(made):
     return ET.fromstring(svg(found["data"], found["layout"]))  # noqa: S314  our own
 
 
-@pytest.mark.parametrize(("kind", "ends", "value", "fraction"), [("linear", (1.0, 11.0), 6.0, 0.5), ("log", (0.0, 2.0), 10.0, 0.5), ("log", (1.0, 0.0), 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "ends", "value", "fraction"),
+    [("linear", (1.0, 11.0), 6.0, 0.5), ("log", (0.0, 2.0), 10.0, 0.5), ("log", (1.0, 0.0), 1.0, 1.0)],
+)
 def test_a_point_lies_where_the_axes_say(kind, ends, value, fraction):
-    circle = picture(figure(go.Scatter(x=[value], y=[25.0], mode="markers", marker={"color": "#123456"}), ends, kind)).find(f"{SPACE}circle")
+    circle = picture(
+        figure(go.Scatter(x=[value], y=[25.0], mode="markers", marker={"color": "#123456"}), ends, kind)
+    ).find(f"{SPACE}circle")
     assert float(circle.get("cx")) == pytest.approx(LEFT + fraction * (WIDTH - RIGHT - LEFT), abs=0.1)
     assert float(circle.get("cy")) == pytest.approx(HEIGHT - BOTTOM - 0.25 * (HEIGHT - BOTTOM - TOP), abs=0.1)
     assert circle.get("fill") == "#123456"
@@ -38,7 +45,9 @@ def test_a_point_lies_where_the_axes_say(kind, ends, value, fraction):
 
 def test_points_outside_are_left_out_and_bars_are_cut():
     bars = {"array": [500.0, 1.0, 1.0], "arrayminus": [10.0, 1.0, 1.0], "color": "#abcdef"}
-    made = picture(figure(go.Scatter(x=[5.0, 50.0, None], y=[50.0, 50.0, 50.0], error_y=bars, mode="markers")))
+    made = picture(
+        figure(go.Scatter(x=[5.0, 50.0, None], y=[50.0, 50.0, 50.0], error_y=bars, mode="markers"))
+    )
     assert len(made.findall(f"{SPACE}circle")) == 1
     (line,) = [line for line in made.findall(f"{SPACE}line") if line.get("stroke") == "#abcdef"]
     assert float(line.get("y1")) == TOP
@@ -53,7 +62,9 @@ def test_words_are_escaped_and_a_figure_without_ranges_has_no_picture():
 
 
 def test_only_complete_points_become_a_picture_which_names_recipe_and_time(tmp_path):
-    complete = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu").measure(wb.Recipe(wb.Prune(sparsity=0.5)))
+    complete = wb.Bench(
+        tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
+    ).measure(wb.Recipe(wb.Prune(sparsity=0.5)))
     live = Live(complete.recipe, point=replace(complete, items=complete.items - 1), state="measuring")
     shown, empty = Still(), figure(go.Scatter())
     shown.show("m", live, empty)
@@ -80,7 +91,10 @@ def test_the_state_of_a_kept_figure_is_what_is_drawn():
 def test_what_the_page_reports_as_default_does_not_erase_what_was_written():
     kept = kept_figure(go.Figure(go.Scatter(x=[1.5], y=[2.5])))
     uid = kept.data[0].uid
-    kept._js2py_traceDeltas = {"trace_edit_id": kept._last_trace_edit_id, "trace_deltas": [{"uid": uid, "x": [1.5], "opacity": 1}]}
+    kept._js2py_traceDeltas = {
+        "trace_edit_id": kept._last_trace_edit_id,
+        "trace_deltas": [{"uid": uid, "x": [1.5], "opacity": 1}],
+    }
     assert kept.data[0].x == (1.5,)
 
 

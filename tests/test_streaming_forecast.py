@@ -1,4 +1,5 @@
-"""What a streamed model takes: time, told before and learned from, and the inputs that second moments hold."""
+"""What a streamed model takes: time, told before and learned from, and the inputs that second moments
+hold."""
 
 from __future__ import annotations
 
@@ -10,42 +11,67 @@ import tiny_tasks
 import torch
 
 import workbench as wb
-from workbench import statistics
+from workbench.calibration import statistics
 from workbench.compress import compress
-from workbench.compress.layers import find_layers, no_progress
-from workbench.placement import model_bytes, place
-from workbench.streaming_forecast import Forecast, Pace, forecast, speed_home
+from workbench.modules.layer import find_layers, no_progress
+from workbench.modules.placement import model_bytes, place
+from workbench.predict.offload_forecast import Forecast, Pace, forecast, speed_home
 
-RECIPES = {"magnitude": wb.Recipe(wb.Prune(sparsity=0.5)), "awq": wb.Recipe(wb.Quantize(weight_bits=4, rounding="awq"))}
+RECIPES = {
+    "magnitude": wb.Recipe(wb.Prune(sparsity=0.5)),
+    "awq": wb.Recipe(wb.Quantize(weight_bits=4, rounding="awq")),
+}
 
 
 def test_the_forecast_counts_passes(tmp_path, monkeypatch):
-    bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
+    bench = wb.Bench(
+        tiny_tasks.tiny_task("llama"),
+        placement="streamed",
+        ledger=tmp_path / "points.journal",
+        progress=False,
+    )
     size = model_bytes(bench.task.model)
-    monkeypatch.setattr("workbench.streaming_forecast.speed_to", lambda _: 1e3)  # so slow that arithmetic is nothing beside it
+    monkeypatch.setattr(
+        "workbench.predict.offload_forecast.speed_to", lambda _: 1e3
+    )  # so slow that arithmetic is nothing beside it
     one = size / 1e3
     plain = forecast(bench, RECIPES["magnitude"], 16)
     assert plain.pass_seconds == pytest.approx(one, rel=0.01)
     assert plain.once_seconds == 0
     assert plain.compress_seconds == pytest.approx(6 * one)
-    assert plain.first_seconds == pytest.approx(plain.compress_seconds + 2 * plain.pass_seconds)  # one batch of 16, dense and compressed
+    assert plain.first_seconds == pytest.approx(
+        plain.compress_seconds + 2 * plain.pass_seconds
+    )  # one batch of 16, dense and compressed
     assert plain.all_seconds == pytest.approx(plain.compress_seconds + 6 * plain.pass_seconds)
-    monkeypatch.setattr("workbench.streaming_forecast.speed_home", lambda _bench, _size: 1e2)
-    inputs = {(name.rpartition(".")[0], layer.parameter.shape[1]) for name, layer in find_layers(bench.task.model)[0].items() if not layer.table}
+    monkeypatch.setattr("workbench.predict.offload_forecast.speed_home", lambda _bench, _size: 1e2)
+    inputs = {
+        (name.rpartition(".")[0], layer.parameter.shape[1])
+        for name, layer in find_layers(bench.task.model)[0].items()
+        if not layer.table
+    }
     home = sum(4 * width**2 for _, width in inputs) / 1e2
-    assert forecast(bench, RECIPES["awq"], 16).once_seconds == pytest.approx(2 * (one + home), rel=0.01)  # 24 calibration items in batches of 16
+    assert forecast(bench, RECIPES["awq"], 16).once_seconds == pytest.approx(
+        2 * (one + home), rel=0.01
+    )  # 24 calibration items in batches of 16
     list(bench.looks(RECIPES["awq"], (16,), again=True, cancelled=None))
     after = forecast(bench, RECIPES["awq"], 16)
     assert after.once_seconds == 0  # second moments are there
-    assert after.all_seconds == pytest.approx(after.compress_seconds + 3 * after.pass_seconds)  # and so are the dense scores
+    assert after.all_seconds == pytest.approx(
+        after.compress_seconds + 3 * after.pass_seconds
+    )  # and so are the dense scores
     assert "0.02 MB a pass" in after.words()
     resident = wb.Bench(tiny_tasks.tiny_task("llama"), ledger=tmp_path / "resident.journal", progress=False)
     assert forecast(resident, RECIPES["awq"], 16) is None
 
 
 def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
-    bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
-    monkeypatch.setattr("workbench.streaming_forecast.speed_to", lambda _: 1e6)
+    bench = wb.Bench(
+        tiny_tasks.tiny_task("llama"),
+        placement="streamed",
+        ledger=tmp_path / "points.journal",
+        progress=False,
+    )
+    monkeypatch.setattr("workbench.predict.offload_forecast.speed_to", lambda _: 1e6)
     list(bench.stream(wb.Recipe()))
     assert not bench.pace.warm  # the dense model took no memory for compressed weights
     assert bench.pace.compress == 1.0
@@ -58,8 +84,12 @@ def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
     then = forecast(bench, RECIPES["magnitude"], 16)
     assert then.compress_seconds == pytest.approx(3 * first.compress_seconds)
     assert then.pass_seconds == pytest.approx(2 * first.pass_seconds)
-    assert then.first_seconds == pytest.approx(then.compress_seconds + 2 * (first.first_seconds - first.compress_seconds))
-    bench.pace.learn(then, then.compress_seconds, then.first_seconds - then.compress_seconds)  # as forecast: nothing changes
+    assert then.first_seconds == pytest.approx(
+        then.compress_seconds + 2 * (first.first_seconds - first.compress_seconds)
+    )
+    bench.pace.learn(
+        then, then.compress_seconds, then.first_seconds - then.compress_seconds
+    )  # as forecast: nothing changes
     assert forecast(bench, RECIPES["magnitude"], 16) == then
     pace = Pace(warm=True)
     pace.learn(Forecast(1, 1.0, 1.0, 5.0, 2.0, 9.0, 9.0), 40.0, 2.0)  # second moments were in it
@@ -67,7 +97,12 @@ def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
 
 
 def test_the_way_home_is_timed(tmp_path):
-    bench = wb.Bench(tiny_tasks.tiny_task("llama"), placement="streamed", ledger=tmp_path / "points.journal", progress=False)
+    bench = wb.Bench(
+        tiny_tasks.tiny_task("llama"),
+        placement="streamed",
+        ledger=tmp_path / "points.journal",
+        progress=False,
+    )
     assert 1e8 < speed_home(bench, 2**22) < 1e12  # bytes a second, not a millisecond
 
 
@@ -77,7 +112,9 @@ def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_read
     task = tiny_tasks.tiny_task("llama")
     task = dataclasses.replace(task, model=place(task.model, torch.device("cpu"), "streamed"))
     kept = statistics.Statistics(task)
-    monkeypatch.setattr(kept, "second_moment", lambda name: pytest.fail(f"the second moment of {name} is fetched"))
+    monkeypatch.setattr(
+        kept, "second_moment", lambda name: pytest.fail(f"the second moment of {name} is fetched")
+    )
     for index, (recipe, expected) in enumerate(zip(recipes, resident, strict=True)):
         made = compress(task, recipe, kept)
         for name, tensor in expected.model.state_dict().items():
@@ -101,10 +138,17 @@ def test_second_moments_of_a_streamed_model_hold_few_inputs(last, monkeypatch):
 
     monkeypatch.setattr(statistics, "patches", watched)
     task = tiny_tasks.tiny_task("llama")
-    streamed = statistics.second_moments(dataclasses.replace(task, model=place(tiny_tasks.tiny_task("llama").model, torch.device("cpu"), "streamed")), no_progress)
+    streamed = statistics.second_moments(
+        dataclasses.replace(
+            task, model=place(tiny_tasks.tiny_task("llama").model, torch.device("cpu"), "streamed")
+        ),
+        no_progress,
+    )
     assert max(most) <= last + 2  # what is held, and what the model itself is working with
     resident = statistics.second_moments(task, no_progress)
     assert list(streamed.matrices) == list(resident.matrices)
     for name, matrix in resident.matrices.items():
         assert torch.equal(streamed.matrices[name], matrix)
-    assert len({id(matrix) for matrix in streamed.matrices.values()}) == len({id(matrix) for matrix in resident.matrices.values()})
+    assert len({id(matrix) for matrix in streamed.matrices.values()}) == len(
+        {id(matrix) for matrix in resident.matrices.values()}
+    )

@@ -1,4 +1,5 @@
-"""On a machine without a GPU: nothing is computed from what lies at home, which on a GPU would be another device."""
+"""On a machine without a GPU: nothing is computed from what lies at home, which on a GPU would be another
+device."""
 
 from __future__ import annotations
 
@@ -12,13 +13,31 @@ from test_streaming import RECIPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from workbench import streaming
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.measure.evaluator import Evaluator
-from workbench.statistics import Statistics
+from workbench.modules import offload
 
 AWAY = torch.device("cpu", 0)  # another name of the CPU: to `streaming`, another device
-VIEWS = {"detach", "alias", "view", "t", "transpose", "permute", "select", "slice", "expand", "unsqueeze", "as_strided", "unbind", "split", "empty_like", "is_pinned", "clone", "_to_copy"}  # or copies
+VIEWS = {
+    "detach",
+    "alias",
+    "view",
+    "t",
+    "transpose",
+    "permute",
+    "select",
+    "slice",
+    "expand",
+    "unsqueeze",
+    "as_strided",
+    "unbind",
+    "split",
+    "empty_like",
+    "is_pinned",
+    "clone",
+    "_to_copy",
+}  # or copies
 
 
 class NothingAtHome(TorchDispatchMode):
@@ -33,7 +52,11 @@ class NothingAtHome(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
         for tensor in given[:1] if name == "copy_" else given:
             if name not in VIEWS and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() in self.home:
-                where = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in traceback.extract_stack() if "/workbench/" in frame.filename]
+                where = [
+                    f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+                    for frame in traceback.extract_stack()
+                    if "/workbench/" in frame.filename
+                ]
                 self.seen.append(f"{name} in {' < '.join(where[:-4:-1])}")
         return func(*args, **(kwargs or {}))
 
@@ -42,7 +65,7 @@ class NothingAtHome(TorchDispatchMode):
 def home(monkeypatch):
     """Make everything that goes home or away a copy, and remember what lies at home by its memory."""
     known: dict[int, torch.Tensor] = {}
-    at_host, taken_home = streaming.at_host, streaming.taken_home
+    at_host, taken_home = offload.at_host, offload.taken_home
 
     def remembered(tensor, *, pinned):
         made = at_host(tensor, pinned=pinned).clone()
@@ -54,16 +77,16 @@ def home(monkeypatch):
         made.streams_to = AWAY  # not what the CPU calls itself
         return made
 
-    monkeypatch.setattr(streaming, "at_host", remembered)
-    monkeypatch.setattr(streaming, "taken_home", belongs_away)
-    monkeypatch.setattr(streaming, "at_device", lambda tensor, _: tensor.clone())
+    monkeypatch.setattr(offload, "at_host", remembered)
+    monkeypatch.setattr(offload, "taken_home", belongs_away)
+    monkeypatch.setattr(offload, "at_device", lambda tensor, _: tensor.clone())
     return known
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_nothing_is_computed_from_what_lies_at_home(sort, name, home):
     task = tiny_tasks.tiny_task(sort)
-    task = dataclasses.replace(task, model=streaming.attach(task.model, AWAY))
+    task = dataclasses.replace(task, model=offload.attach(task.model, AWAY))
     kept = Statistics(task)
     for _ in range(2):  # the second time takes what was kept
         with NothingAtHome(home) as watch:
@@ -75,7 +98,7 @@ def test_nothing_is_computed_from_what_lies_at_home(sort, name, home):
 
 def test_the_watch_sees_what_it_looks_for(home):
     task = tiny_tasks.tiny_task("llama")
-    model = streaming.attach(task.model, AWAY)
+    model = offload.attach(task.model, AWAY)
     with NothingAtHome(home) as watch:
         model.lm_head.weight.sum()
     assert [words.split()[0] for words in watch.seen] == ["sum"]

@@ -1,4 +1,5 @@
-"""Models with structure removed, as files: the same bits back, ordinary configurations where they can say it, bytes known before."""
+"""Models with structure removed, as files: the same bits back, ordinary configurations where they can say it,
+bytes known before."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from tiny_tasks import spread, tiny_task
 
 import workbench as wb
 from workbench.bench import Bench
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.export import export
-from workbench.measure.predicted_size import Outline
-from workbench.measure.predicted_structure import Anatomy
 from workbench.measure.size import sizes
-from workbench.predict import Predictor
+from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
+from workbench.shapes.outline import Outline
+from workbench.shapes.structured import Anatomy
 
 CASES = [(name, pattern) for name, patterns in ALL.items() for pattern in (*patterns, "+".join(patterns))]
 REPAIRED = (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4), wb.Repair(repair_ratio=0.1))
@@ -30,18 +31,27 @@ LATER = (wb.LowRank(rank_ratio=0.3), wb.Prune(sparsity=0.5), wb.Quantize(weight_
 
 
 def steps(patterns: str, **options) -> list[wb.Prune]:
-    return [wb.Prune(**{"sparsity": 0.5, "pattern": pattern, **({} if pattern == "layers" else options)}) for pattern in patterns.split("+")]
+    return [
+        wb.Prune(**{"sparsity": 0.5, "pattern": pattern, **({} if pattern == "layers" else options)})
+        for pattern in patterns.split("+")
+    ]
 
 
 @functools.cache
 def dense_point():
     """Return one measurement, for exports that are only about tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        return Bench(tiny_task("vit"), device="cpu", ledger=Path(folder) / "x.journal", progress=False).measure(Recipe())
+        return Bench(
+            tiny_task("vit"), device="cpu", ledger=Path(folder) / "x.journal", progress=False
+        ).measure(Recipe())
 
 
 @pytest.mark.parametrize(("name", "patterns"), CASES)
-@pytest.mark.parametrize(("allocation", "later"), [("uniform", ()), ("global", ()), ("global", LATER), ("uniform", REPAIRED)], ids=["uniform", "global", "and low rank", "and repair"])
+@pytest.mark.parametrize(
+    ("allocation", "later"),
+    [("uniform", ()), ("global", ()), ("global", LATER), ("uniform", REPAIRED)],
+    ids=["uniform", "global", "and low rank", "and repair"],
+)
 def test_it_loads_back_bit_for_bit(name, patterns, allocation, later, tmp_path):
     task = task_of(name)
     recipe = Recipe(*steps(patterns, allocation=allocation), *later)
@@ -54,8 +64,20 @@ def test_it_loads_back_bit_for_bit(name, patterns, allocation, later, tmp_path):
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in made.model.parameters())
 
 
-PLAIN = [("grouped", "neurons"), ("grouped", "layers"), ("grouped", "heads"), ("vit", "heads"), ("vit", "heads+neurons+layers"), ("scaled", "neurons"), ("bert", "neurons"), ("distilbert", "layers"),
-         ("distilbert", "neurons"), ("resnet", "channels"), ("resnet", "layers+channels"), ("bottleneck", "channels")]  # fmt: skip
+PLAIN = [
+    ("grouped", "neurons"),
+    ("grouped", "layers"),
+    ("grouped", "heads"),
+    ("vit", "heads"),
+    ("vit", "heads+neurons+layers"),
+    ("scaled", "neurons"),
+    ("bert", "neurons"),
+    ("distilbert", "layers"),
+    ("distilbert", "neurons"),
+    ("resnet", "channels"),
+    ("resnet", "layers+channels"),
+    ("bottleneck", "channels"),
+]
 
 
 @pytest.mark.parametrize(("name", "patterns"), PLAIN)
@@ -87,14 +109,18 @@ def test_the_bytes_are_known_before_it_runs(name, patterns, later):
     assert outline is not None
     assert outline.exact()
     assert outline.file_bytes() == sizes(made.model, made.layers).file_bytes
-    assert sum(weight.count for weight in outline.weights) == sum(layer.parameter.numel() for layer in made.layers)
+    assert sum(weight.count for weight in outline.weights) == sum(
+        layer.parameter.numel() for layer in made.layers
+    )
 
 
 def test_what_shapes_do_not_say_is_unknown():
     task = task_of("vit")
     recipe = Recipe(wb.Prune(pattern="neurons", allocation="global"))
     assert Outline.of(task.model, None, Anatomy.of(task, Statistics(task))).after(recipe) is None
-    assert Outline.of(task.model).after(Recipe(wb.Prune(pattern="heads"))) is None  # nobody told it where the heads are
+    assert (
+        Outline.of(task.model).after(Recipe(wb.Prune(pattern="heads"))) is None
+    )  # nobody told it where the heads are
 
 
 def test_targets_count_in_the_prediction():
@@ -102,7 +128,10 @@ def test_targets_count_in_the_prediction():
     for targets in (("vit.layers.0.*",), ("!vit.layers.1.mlp.fc2",), ("re:fc1$",)):
         recipe = Recipe(wb.Prune(pattern="neurons", targets=targets))
         made = compress(task, recipe)
-        assert Outline.of(task.model, None, Anatomy.of(task, Statistics(task))).after(recipe).file_bytes() == sizes(made.model, made.layers).file_bytes
+        assert (
+            Outline.of(task.model, None, Anatomy.of(task, Statistics(task))).after(recipe).file_bytes()
+            == sizes(made.model, made.layers).file_bytes
+        )
 
 
 def test_the_prediction_of_speed_follows_the_multiply_adds(tmp_path):
@@ -111,7 +140,10 @@ def test_the_prediction_of_speed_follows_the_multiply_adds(tmp_path):
     prediction = predictor.predict(Recipe(wb.Prune(pattern="layers")))
     assert prediction.bytes_exact
     assert prediction.no_kernel == ()  # nothing is multiplied by zero
-    dense, less = predictor.outline.multiply_adds(), predictor.outline.after(Recipe(wb.Prune(pattern="layers"))).multiply_adds()
+    dense, less = (
+        predictor.outline.multiply_adds(),
+        predictor.outline.after(Recipe(wb.Prune(pattern="layers"))).multiply_adds(),
+    )
     assert prediction.speedup.value == pytest.approx(dense / less)
     point = bench.measure(Recipe(wb.Prune(pattern="layers"), wb.Prune(sparsity=0.5)))
     assert "unstructured" in point.no_kernel[0]
@@ -121,7 +153,12 @@ def test_a_number_of_heads_that_configurations_refuse_is_in_the_manifest(tmp_pat
     task = tiny_task("llama", model=spread(grouped_llama(heads=8, shared=2)))
     made = compress(task, Recipe(wb.Prune(sparsity=0.25, pattern="heads")))
     out = export(task, made, dense_point(), tmp_path / "out")
-    assert json.loads((out / "compression.json").read_text())["structure"]["model.layers.0.self_attn.q_proj"] == {"rows": 24}
+    assert json.loads((out / "compression.json").read_text())["structure"][
+        "model.layers.0.self_attn.q_proj"
+    ] == {"rows": 24}
     assert torch.equal(logits(task, wb.load(out)), logits(task, made.model))
     ids = task.evaluation.inputs["input_ids"][:2]
-    assert torch.equal(wb.load(out).generate(ids, max_new_tokens=4, do_sample=False), made.model.generate(ids, max_new_tokens=4, do_sample=False))
+    assert torch.equal(
+        wb.load(out).generate(ids, max_new_tokens=4, do_sample=False),
+        made.model.generate(ids, max_new_tokens=4, do_sample=False),
+    )

@@ -1,4 +1,7 @@
-"""Transfer while it trains: looks at held-out items, the best of which is kept, and going on exactly; what Distill has, through the same code."""
+"""Transfer while it trains: looks at held-out items, the best of which is kept, and going on exactly.
+
+What Distill has, through the same code.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from test_training import KILLED
 from tiny_tasks import TRAINING, same, tiny_task, weights
 
 import workbench as wb
-from workbench.compress import checkpoints, compress
-from workbench.compress.held_out import HeldOut
-from workbench.compress.training import Run
+from workbench.compress import compress
+from workbench.compress.training import checkpoints
+from workbench.compress.training.trainer import Run
+from workbench.compress.training.validation import HeldOut
 from workbench.errors import CompressionError
-from workbench.progress import Look, Training
 from workbench.recipe import Recipe
+from workbench.util.progress import Look, Training
 
 PRUNE = wb.Prune(sparsity=0.5)
 FAST = {"transfer_steps": 12, "transfer_batch": 8, "transfer_rate": 1e-2, "transfer_look_every": 3}
@@ -45,7 +49,11 @@ def cache(tmp_path, monkeypatch):
 def improving(monkeypatch):
     """Make each look better than the one before, so that the last step is what is kept."""
     plain = HeldOut.look
-    monkeypatch.setattr(HeldOut, "look", lambda held, model, step: dataclasses.replace(plain(held, model, step), loss=-float(step)))
+    monkeypatch.setattr(
+        HeldOut,
+        "look",
+        lambda held, model, step: dataclasses.replace(plain(held, model, step), loss=-float(step)),
+    )
 
 
 # --- looks
@@ -67,7 +75,11 @@ def test_looks_are_at_the_student_as_it_is_then(sort, device):
 def test_held_out_items_are_never_drawn(monkeypatch):
     seen = []
     plain = Run.added
-    monkeypatch.setattr(Run, "added", lambda run, drawn, objective: seen.extend(drawn.index.tolist()) or plain(run, drawn, objective))
+    monkeypatch.setattr(
+        Run,
+        "added",
+        lambda run, drawn, objective: seen.extend(drawn.index.tolist()) or plain(run, drawn, objective),
+    )
     taught(tiny_task("vit"))
     assert max(seen) < TRAINING - TRAINING // 10
 
@@ -87,7 +99,10 @@ def test_looks_do_not_change_what_is_learned(improving, align, count):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_what_is_kept_is_the_best_look(count):
-    """A rate that does harm after a while: the best look is not the last, and its weights are what is there; of several LoRAs, those of their mean."""
+    """A rate that does harm after a while: the best look is not the last, and its weights are what is there.
+
+    Of several LoRAs, those of their mean.
+    """
     task, seen = tiny_task("vit"), []
     options = {"transfer_steps": 30, "transfer_rate": 0.3, "lora_count": count}
     made = taught(task, training=watched(seen), **options)
@@ -96,7 +111,10 @@ def test_what_is_kept_is_the_best_look(count):
     held = task.training[TRAINING - TRAINING // 10 :]
     assert float(task.kind.score(made.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
     assert made.looks == tuple(seen)
-    assert any(f"kept as after step {best.step}: held-out accuracy {best.value:.4g}" in row.outcome for row in made.report)
+    assert any(
+        f"kept as after step {best.step}: held-out accuracy {best.value:.4g}" in row.outcome
+        for row in made.report
+    )
     assert same(weights(taught(task, **options).model), weights(made.model))
 
 
@@ -113,7 +131,8 @@ def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again(loras):
 
 
 def test_several_loras_learn_what_each_learns_alone_and_are_averaged():
-    """Side by side is only how they are run: the mean of three trained apart, with the seeds that each has, is the same."""
+    """Side by side is only how they are run: the mean of three trained apart, with the seeds that each has,
+    is the same."""
     task = tiny_task("vit")
     options = {"transfer_look_every": 0, "align_projection": "trained"}
     together = taught(task, lora_count=3, seed=5, **options)
@@ -121,7 +140,13 @@ def test_several_loras_learn_what_each_learns_alone_and_are_averaged():
     for name, tensor in weights(together.model).items():
         mean = torch.stack([weights(made.model)[name].double() for made in alone]).mean(0)
         assert torch.allclose(tensor.double(), mean, atol=1e-6), name
-    assert [loss for _, loss in together.curve] == pytest.approx([sum(losses) / 3 for losses in zip(*([loss for _, loss in made.curve] for made in alone), strict=True)], rel=1e-5)
+    assert [loss for _, loss in together.curve] == pytest.approx(
+        [
+            sum(losses) / 3
+            for losses in zip(*([loss for _, loss in made.curve] for made in alone), strict=True)
+        ],
+        rel=1e-5,
+    )
 
 
 def test_looks_are_at_the_mean_of_several(improving):
@@ -130,21 +155,37 @@ def test_looks_are_at_the_mean_of_several(improving):
     found = task.kind.score(made.model, task.training[TRAINING - TRAINING // 10 :])
     assert [look.step for look in seen] == [0, 4, 8, 12]
     assert seen[-1].value == pytest.approx(float(found.correct.mean()))
-    assert any("mean of 2, trained 12 steps" in row.outcome and "kept as after step 12: held-out accuracy" in row.outcome for row in made.report)
+    assert any(
+        "mean of 2, trained 12 steps" in row.outcome
+        and "kept as after step 12: held-out accuracy" in row.outcome
+        for row in made.report
+    )
 
 
 def test_too_few_items_to_hold_out_are_said_by_the_name_of_the_option():
     task = tiny_task("vit")
     object.__setattr__(task, "training", task.training[:19])
     made = taught(task)
-    assert made.warnings == ("transfer_look_every=3 is left out: it needs 20 training items, of which a tenth is held out, and 'noise' has 19; the last step is kept",)
+    assert made.warnings == (
+        (
+            "transfer_look_every=3 is left out: it needs 20 training items, of which a tenth is held out, and"
+            " 'noise' has 19; the last step is kept"
+        ),
+    )
     assert made.looks == ()
     assert same(weights(made.model), weights(taught(task, transfer_look_every=0).model))
 
 
 def test_without_looks_a_recipe_keeps_the_key_that_it_had():
     """Points of ledgers that were measured before there were looks are those without looks."""
-    plain, saved, looking = (Recipe(PRUNE, wb.Transfer(**options)).key for options in ({"transfer_look_every": 0}, {"transfer_look_every": 0, "transfer_checkpoint_every": 5}, {}))
+    plain, saved, looking = (
+        Recipe(PRUNE, wb.Transfer(**options)).key
+        for options in (
+            {"transfer_look_every": 0},
+            {"transfer_look_every": 0, "transfer_checkpoint_every": 5},
+            {},
+        )
+    )
     assert plain == "30a3b7781a92f70a"
     assert len({plain, saved, looking}) == 3
 
@@ -154,12 +195,24 @@ def test_without_looks_a_recipe_keeps_the_key_that_it_had():
 
 @pytest.mark.parametrize(("sort", "align", "count"), [("vit", "geodesic", 2), ("llama", "none", 1)])
 def test_a_killed_training_goes_on_to_the_same_bits(cache, sort, align, count):
-    options = {**FAST, "transfer_look_every": 5, "align": align, "align_projection": "trained", "lora_count": count}
+    options = {
+        **FAST,
+        "transfer_look_every": 5,
+        "align": align,
+        "align_projection": "trained",
+        "lora_count": count,
+    }
     recipe = Recipe(PRUNE, wb.Transfer(**options, transfer_checkpoint_every=3))
     task = tiny_task(sort)
     plain = compress(task, Recipe(PRUNE, wb.Transfer(**options)))
     script = KILLED.format(tests=str(Path(__file__).parent), sort=sort)
-    ended = subprocess.run([sys.executable, "-c", script, recipe.to_json()], env=os.environ, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, recipe.to_json()],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(list(checkpoints.folder().glob("*.pt"))) == 1
     made = compress(task, recipe)
@@ -183,7 +236,13 @@ def test_another_student_or_option_does_not_go_on_from_it(cache):
     task = tiny_task("vit")
     stopped = {"transfer_stop_at": 4, "transfer_checkpoint_every": 2}
     taught(task, **stopped)
-    for other in ({"kl_weight": 0.5}, {"lora_rank": 2}, {"seed": 1}, {"align": "mse"}, {"targets": ("*fc1*",)}):
+    for other in (
+        {"kl_weight": 0.5},
+        {"lora_rank": 2},
+        {"seed": 1},
+        {"align": "mse"},
+        {"targets": ("*fc1*",)},
+    ):
         assert taught(task, **stopped, **other).warnings == ()
     step = wb.Transfer(**FAST, **stopped)
     assert compress(task, Recipe(wb.Prune(sparsity=0.6), step)).warnings == ()
@@ -191,5 +250,8 @@ def test_another_student_or_option_does_not_go_on_from_it(cache):
 
 def test_a_folder_that_cannot_be_written_is_refused_by_the_name_of_the_option(cache):
     (cache / "compression-workbench").write_text("a file")
-    with pytest.raises(CompressionError, match="no checkpoint can be written to .*; free space there, or set transfer_checkpoint_every=0"):
+    with pytest.raises(
+        CompressionError,
+        match="no checkpoint can be written to .*; free space there, or set transfer_checkpoint_every=0",
+    ):
         taught(tiny_task("vit"), transfer_checkpoint_every=2)

@@ -1,4 +1,5 @@
-"""Transfer on real and on speaking models: which states count, what an encoder has to do with it, and that it helps."""
+"""Transfer on real and on speaking models: which states count, what an encoder has to do with it, and that it
+helps."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.student_states import points
+from workbench.compress.distillation.aligned_states import points
 from workbench.errors import CompressionError
 from workbench.recipe import Recipe
 from workbench.tasks import score
@@ -23,7 +24,11 @@ DEPTH = wb.Prune(sparsity=0.34, pattern="layers")
 def spoken(tmp_path_factory):
     """A tiny Whisper of one encoder and two decoder layers with 24 noises and their words."""
     folder = tmp_path_factory.mktemp("speech")
-    return load_task(speech_models.whisper(folder / "m"), speech_models.sounds(folder / "d", speech_models.words(24)), progress=False)
+    return load_task(
+        speech_models.whisper(folder / "m"),
+        speech_models.sounds(folder / "d", speech_models.words(24)),
+        progress=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,10 @@ def test_tokens_without_a_label_do_not_count():
 
 def test_frames_of_filling_do_not_count():
     states = torch.arange(12.0).view(2, 3, 2)  # one frame of two of the input's
-    items = Items({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])}, torch.zeros(2, 5, dtype=torch.long))
+    items = Items(
+        {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])},
+        torch.zeros(2, 5, dtype=torch.long),
+    )
     assert points(states, items).tolist() == [[0, 1], [2, 3], [6, 7]]
 
 
@@ -61,9 +69,17 @@ def test_a_decoder_that_is_taught_leaves_the_encoder_out_of_the_alignment(spoken
     prune = wb.Prune(sparsity=0.5)
     step = wb.Transfer(targets=("re:decoder.layers.*fc1$",), lora_rank=1, align_projection="trained", **FAST)
     start, made = compress(spoken, Recipe(prune)).model, compress(spoken, Recipe(prune, step))
-    moved = {name for name, tensor in made.model.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])}
+    moved = {
+        name
+        for name, tensor in made.model.state_dict().items()
+        if not torch.equal(tensor, start.state_dict()[name])
+    }
     assert moved == {f"model.decoder.layers.{i}.fc1.weight" for i in range(2)}
-    (said,) = {row.outcome.split("trainable in all: ")[1].split(" numbers")[0] for row in made.report if "LoRA" in row.outcome}
+    (said,) = {
+        row.outcome.split("trainable in all: ")[1].split(" numbers")[0]
+        for row in made.report
+        if "LoRA" in row.outcome
+    }
     assert int(said) == 2 * (16 + 32) + 2 * 16 * 16  # two projections, none for the encoder
 
 
@@ -71,10 +87,14 @@ def test_a_model_that_computes_gradients_as_loaded_gets_none(spoken):
     assert any(parameter.requires_grad for parameter in spoken.model.parameters())  # as transformers loads it
     asked = [parameter.requires_grad for parameter in spoken.model.parameters()]
     made = compress(spoken, Recipe(wb.Prune(sparsity=0.5), wb.Transfer(**FAST)), shared=True)
-    assert all(parameter.grad is None for model in (spoken.model, made.model) for parameter in model.parameters())
+    assert all(
+        parameter.grad is None for model in (spoken.model, made.model) for parameter in model.parameters()
+    )
     assert [parameter.requires_grad for parameter in spoken.model.parameters()] == asked
     assert made.model.proj_out.weight is made.model.model.decoder.embed_tokens.weight  # still tied
-    assert made.model.proj_out.weight.data_ptr() == spoken.model.proj_out.weight.data_ptr()  # and shared with the dense model
+    assert (
+        made.model.proj_out.weight.data_ptr() == spoken.model.proj_out.weight.data_ptr()
+    )  # and shared with the dense model
 
 
 def test_a_decoder_cut_in_depth_is_taught_and_heard_again(spoken):
@@ -93,7 +113,10 @@ def test_a_vision_transformer_cut_in_depth_recovers(fashion_vit, align):
     half = wb.Prune(sparsity=0.5, pattern="layers")
     start = compress(fashion_vit, Recipe(half))
     made = compress(fashion_vit, Recipe(half, wb.Transfer(transfer_steps=40, align=align)))
-    before, after = (float(score(fashion_vit.kind, model, fashion_vit.evaluation).correct.mean()) for model in (start.model, made.model))
+    before, after = (
+        float(score(fashion_vit.kind, model, fashion_vit.evaluation).correct.mean())
+        for model in (start.model, made.model)
+    )
     dense = float(score(fashion_vit.kind, fashion_vit.model, fashion_vit.evaluation).correct.mean())
     assert after - before > 0.5 * (dense - before)  # half of what was lost comes back
 

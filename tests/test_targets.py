@@ -1,4 +1,5 @@
-"""Targets that leave layers out: what they pick, what they refuse, and that compression and prediction agree with them."""
+"""Targets that leave layers out: what they pick, what they refuse, and that compression and prediction agree
+with them."""
 
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from widgets.code_view import command
+from widgets.panes.code_view import command
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import CompressionError, RecipeError
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import sizes
 from workbench.recipe import METHODS
-from workbench.statistics import Statistics
+from workbench.shapes.outline import Outline
 
 NAMES = ("a", "a.0", "a.1", "b", "b.fc1", "head")
 PATTERNS = ("*", "a", "a.*", "b*", "re:fc", "head", "zzz")
@@ -31,6 +32,7 @@ def statistics():
 
 def reference(targets: tuple[str, ...], name: str) -> bool:
     """Decide by the sentence in the documentation, written down another way."""
+
     def hits(pattern: str) -> bool:
         return bool(re.search(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
 
@@ -38,12 +40,20 @@ def reference(targets: tuple[str, ...], name: str) -> bool:
     return (not inside or any(map(hits, inside))) and not any(hits(t[1:]) for t in targets if t[0] == "!")
 
 
-@given(st.lists(st.builds(str.__add__, st.sampled_from(["", "!"]), st.sampled_from(PATTERNS)), min_size=1, max_size=4), st.sampled_from(NAMES))
+@given(
+    st.lists(
+        st.builds(str.__add__, st.sampled_from(["", "!"]), st.sampled_from(PATTERNS)), min_size=1, max_size=4
+    ),
+    st.sampled_from(NAMES),
+)
 def test_a_layer_is_taken_if_a_target_picks_it_and_none_leaves_it_out(targets, name):
     step = wb.Prune(targets=tuple(targets))
     assert step.takes(name) is reference(step.targets, name)
     assert wb.Recipe.from_json(wb.Recipe(step).to_json()).steps == (step,)
-    assert step.takes(name, head=True) is (step.takes(name) and any(t != "*" and t[0] != "!" and wb.Prune(targets=(t,)).takes(name) for t in targets))
+    assert step.takes(name, head=True) is (
+        step.takes(name)
+        and any(t != "*" and t[0] != "!" and wb.Prune(targets=(t,)).takes(name) for t in targets)
+    )
 
 
 def test_a_factor_is_left_out_with_its_layer_and_a_layer_not_with_its_factor(statistics):
@@ -60,7 +70,12 @@ def test_a_factor_is_left_out_with_its_layer_and_a_layer_not_with_its_factor(sta
 def test_a_layer_that_is_left_out_stays_bitwise_and_the_head_stays_dense(step):
     task = tiny_tasks.tiny_task("vit")
     layer = next(row.name for row in compress(task, wb.Recipe()).report if row.name.endswith("fc2"))
-    plain, made = (compress(task, wb.Recipe(step(targets=targets, **({"rank_ratio": 0.3} if step is wb.LowRank else {})))) for targets in (("*",), ("*", f"!{layer}")))
+    plain, made = (
+        compress(
+            task, wb.Recipe(step(targets=targets, **({"rank_ratio": 0.3} if step is wb.LowRank else {})))
+        )
+        for targets in (("*",), ("*", f"!{layer}"))
+    )
     dense = task.model.state_dict()
     assert torch.equal(made.model.get_submodule(layer).weight, dense[f"{layer}.weight"])
     assert torch.equal(made.model.classifier.weight, dense["classifier.weight"])
@@ -69,8 +84,13 @@ def test_a_layer_that_is_left_out_stays_bitwise_and_the_head_stays_dense(step):
 
 
 def test_exclusions_alone_mean_everything_else(statistics):
-    layer = next(row.name for row in compress(statistics.task, wb.Recipe()).report if row.name.endswith("fc1"))
-    first, second = (compress(statistics.task, wb.Recipe(wb.Prune(targets=targets)), statistics) for targets in ((f"!{layer}",), ("*", f"!{layer}")))
+    layer = next(
+        row.name for row in compress(statistics.task, wb.Recipe()).report if row.name.endswith("fc1")
+    )
+    first, second = (
+        compress(statistics.task, wb.Recipe(wb.Prune(targets=targets)), statistics)
+        for targets in ((f"!{layer}",), ("*", f"!{layer}"))
+    )
     assert first.report == second.report
 
 
@@ -78,7 +98,13 @@ def test_distillation_trains_everything_but_what_is_left_out():
     task = tiny_tasks.tiny_task("vit")
     layer = next(row.name for row in compress(task, wb.Recipe()).report if row.name.endswith("fc1"))
     pruned = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)))
-    made = compress(task, wb.Recipe(wb.Prune(sparsity=0.5), wb.Distill(temperature=2, steps=3, learning_rate=1e-2, targets=("*", f"!{layer}"))))
+    made = compress(
+        task,
+        wb.Recipe(
+            wb.Prune(sparsity=0.5),
+            wb.Distill(temperature=2, steps=3, learning_rate=1e-2, targets=("*", f"!{layer}")),
+        ),
+    )
     before, after = pruned.model.state_dict(), made.model.state_dict()
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert {f"{layer}.weight", f"{layer}.bias"} <= still
@@ -88,10 +114,13 @@ def test_distillation_trains_everything_but_what_is_left_out():
     assert rows["classifier"].endswith("distilled 3 steps at T=2")
 
 
-@pytest.mark.parametrize(("targets", "message"), [
-    (("*", "!clasifier"), r"target '!clasifier' of prune names no layer; nearest: classifier"),
-    (("*", "!re:nothing$"), r"target '!re:nothing\$' of prune names no layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("*", "!clasifier"), r"target '!clasifier' of prune names no layer; nearest: classifier"),
+        (("*", "!re:nothing$"), r"target '!re:nothing\$' of prune names no layer"),
+    ],
+)
 def test_an_exclusion_that_names_no_layer_is_refused(targets, message, statistics):
     with pytest.raises(RecipeError, match=message):
         compress(statistics.task, wb.Recipe(wb.Prune(targets=targets)), statistics)
@@ -107,13 +136,22 @@ def test_bad_exclusions_are_refused_at_once():
 
 
 def test_a_step_for_the_head_does_not_collide_with_one_for_all(statistics):
-    rows = {row.name: row for row in compress(statistics.task, wb.Recipe(wb.Prune(sparsity=0.8, targets=("classifier",)), wb.Prune(sparsity=0.5)), statistics).report}
+    rows = {
+        row.name: row
+        for row in compress(
+            statistics.task,
+            wb.Recipe(wb.Prune(sparsity=0.8, targets=("classifier",)), wb.Prune(sparsity=0.5)),
+            statistics,
+        ).report
+    }
     assert rows["classifier"].sparsity == pytest.approx(0.8, abs=0.01)
     assert rows["classifier"].outcome == "80% sparse by magnitude"
 
 
 def test_an_overridden_layer_is_told_once(statistics):
-    layer = next(row.name for row in compress(statistics.task, wb.Recipe()).report if row.name.endswith("fc1"))
+    layer = next(
+        row.name for row in compress(statistics.task, wb.Recipe()).report if row.name.endswith("fc1")
+    )
     steps = wb.Prune(sparsity=0.5, targets=("*", f"!{layer}")), wb.Prune(sparsity=0.75, targets=(layer,))
     for order in (steps, steps[::-1]):
         rows = {row.name: row for row in compress(statistics.task, wb.Recipe(*order), statistics).report}
@@ -124,10 +162,17 @@ def test_predicted_bytes_follow_exclusions_and_own_values(statistics):
     task = statistics.task
     layer, other = [row.name for row in compress(task, wb.Recipe()).report if "fc" in row.name][:2]
     recipes = [
-        wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", f"!{layer}"))), wb.Recipe(wb.Prune(sparsity=0.5, targets=(f"!{layer}", "*", "classifier"))),
-        wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", f"!{layer}")), wb.Prune(sparsity=0.9, targets=(layer,))),
-        wb.Recipe(wb.LowRank(rank_ratio=0.3, targets=("*", f"!{layer}")), wb.LowRank(rank_ratio=0.2, targets=(layer,)), wb.Prune(sparsity=0.5, targets=("*", f"!{other}"))),
-    ]  # fmt: skip
+        wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", f"!{layer}"))),
+        wb.Recipe(wb.Prune(sparsity=0.5, targets=(f"!{layer}", "*", "classifier"))),
+        wb.Recipe(
+            wb.Prune(sparsity=0.5, targets=("*", f"!{layer}")), wb.Prune(sparsity=0.9, targets=(layer,))
+        ),
+        wb.Recipe(
+            wb.LowRank(rank_ratio=0.3, targets=("*", f"!{layer}")),
+            wb.LowRank(rank_ratio=0.2, targets=(layer,)),
+            wb.Prune(sparsity=0.5, targets=("*", f"!{other}")),
+        ),
+    ]
     for recipe in recipes:
         made, outline = compress(task, recipe, statistics), Outline.of(task.model).after(recipe)
         assert outline.exact()
@@ -135,22 +180,43 @@ def test_predicted_bytes_follow_exclusions_and_own_values(statistics):
 
 
 def test_flat_options_say_exclusions_and_own_values():
-    made = METHODS.recipe({"sparsity": "0.5", "prune_targets": "*,!head,fc1=0.8", "weight_bits": 4, "quantize_targets": ["fc1=8"]})
+    made = METHODS.recipe(
+        {
+            "sparsity": "0.5",
+            "prune_targets": "*,!head,fc1=0.8",
+            "weight_bits": 4,
+            "quantize_targets": ["fc1=8"],
+        }
+    )
     assert made == wb.Recipe(
-        wb.Prune(sparsity=0.5, targets=("*", "!head", "!fc1")), wb.Prune(sparsity=0.8, targets=("fc1",)),
-        wb.Quantize(weight_bits=4, targets=("!fc1",)), wb.Quantize(weight_bits=8, targets=("fc1",)),
-    )  # fmt: skip
+        wb.Prune(sparsity=0.5, targets=("*", "!head", "!fc1")),
+        wb.Prune(sparsity=0.8, targets=("fc1",)),
+        wb.Quantize(weight_bits=4, targets=("!fc1",)),
+        wb.Quantize(weight_bits=8, targets=("fc1",)),
+    )
     assert METHODS.recipe({"sparsity": 0.5, "prune_targets": "re:(?=fc)"}).steps[0].targets == ("re:(?=fc)",)
 
 
 def test_the_command_says_what_the_recipe_says():
     made = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "!fc1")), wb.Prune(sparsity=0.8, targets=("fc1",)))
     assert command("m", made) == "workbench measure m --sparsity 0.5 --prune-targets '*,fc1=0.8'"
-    other = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "!fc1")), wb.Prune(sparsity=0.8, targets=("fc1",), criterion="wanda"))
-    assert command("m", other) == "# no command says this recipe: a layer differs in more than its slider; use Python"
+    other = wb.Recipe(
+        wb.Prune(sparsity=0.5, targets=("*", "!fc1")),
+        wb.Prune(sparsity=0.8, targets=("fc1",), criterion="wanda"),
+    )
+    assert (
+        command("m", other)
+        == "# no command says this recipe: a layer differs in more than its slider; use Python"
+    )
 
 
 def test_labels_name_the_layers_that_stand_apart():
     layer = "vit.layers.0.mlp.fc1"
-    assert wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", f"!{layer}")), wb.Prune(sparsity=0.8, targets=(layer,))).label() == "50% sparse not \N{HORIZONTAL ELLIPSIS}layers.0.mlp.fc1 + 80% sparse on \N{HORIZONTAL ELLIPSIS}layers.0.mlp.fc1"
+    assert (
+        wb.Recipe(
+            wb.Prune(sparsity=0.5, targets=("*", f"!{layer}")), wb.Prune(sparsity=0.8, targets=(layer,))
+        ).label()
+        == "50% sparse not \N{HORIZONTAL ELLIPSIS}layers.0.mlp.fc1 + 80% sparse on"
+        " \N{HORIZONTAL ELLIPSIS}layers.0.mlp.fc1"
+    )
     assert wb.Recipe(wb.Quantize(weight_bits=4, targets=("a", "b", "!c"))).label() == "W4 on 2 targets not c"

@@ -1,4 +1,5 @@
-"""Tasks: which kind a config names, how answers are scored, how data become disjoint items, and what is refused."""
+"""Tasks: which kind a config names, how answers are scored, how data become disjoint items, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
 from workbench.tasks.speech_recognition import SPEECH_RECOGNITION
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
 
-VIT = {"architectures": ["ViTForImageClassification"], "image_size": 8, "num_channels": 3, "id2label": {"0": "cat", "1": "dog"}}
+VIT = {
+    "architectures": ["ViTForImageClassification"],
+    "image_size": 8,
+    "num_channels": 3,
+    "id2label": {"0": "cat", "1": "dog"},
+}
 BERT = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "NEGATIVE", "1": "POSITIVE"}}
 
 
@@ -79,17 +85,33 @@ def _own_cache(tmp_path, monkeypatch):
 # --- kinds
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [
-    ("ViTForImageClassification", IMAGE_CLASSIFICATION), ("DeiTForImageClassificationWithTeacher", IMAGE_CLASSIFICATION),
-    ("DistilBertForSequenceClassification", TEXT_CLASSIFICATION), ("Wav2Vec2ForCTC", FRAME_RECOGNITION), ("LlamaForCausalLM", LANGUAGE_MODELLING), ("GPT2LMHeadModel", LANGUAGE_MODELLING),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("ViTForImageClassification", IMAGE_CLASSIFICATION),
+        ("DeiTForImageClassificationWithTeacher", IMAGE_CLASSIFICATION),
+        ("DistilBertForSequenceClassification", TEXT_CLASSIFICATION),
+        ("Wav2Vec2ForCTC", FRAME_RECOGNITION),
+        ("LlamaForCausalLM", LANGUAGE_MODELLING),
+        ("GPT2LMHeadModel", LANGUAGE_MODELLING),
+    ],
+)
 def test_kind_of_architecture(architecture, kind):
     assert kind_of({"architectures": [architecture]}) is kind
 
 
 def test_kinds_that_the_class_name_alone_does_not_say():
     assert kind_of({"architectures": ["BertModel"], "model_type": "bert"}) is SENTENCE_SIMILARITY
-    assert kind_of({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "is_encoder_decoder": True}) is SPEECH_RECOGNITION
+    assert (
+        kind_of(
+            {
+                "architectures": ["WhisperForConditionalGeneration"],
+                "model_type": "whisper",
+                "is_encoder_decoder": True,
+            }
+        )
+        is SPEECH_RECOGNITION
+    )
 
 
 def test_kind_of_a_transformers_config():
@@ -100,17 +122,35 @@ def test_kind_of_a_transformers_config():
 
 def test_kind_of_model_type_alone_when_only_one_fits():
     assert kind_of({"model_type": "resnet"}) is IMAGE_CLASSIFICATION
-    with pytest.raises(ModelError, match="names no architecture, and model type 'gpt2' can do text classification, language modelling"):
+    with pytest.raises(
+        ModelError,
+        match="names no architecture, and model type 'gpt2' can do text classification, language modelling",
+    ):
         kind_of({"model_type": "gpt2"})
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration is for a task that the workbench does not run; it runs image"),
-    ({"architectures": ["LlamaModel"], "model_type": "llama"}, "LlamaModel is for a task that the workbench does not run"),
-    ({"architectures": ["ViTModel"], "model_type": "vit"}, "ViTModel is for a task that the workbench does not run"),
-    ({"architectures": ["BertLMHeadModel"], "is_encoder_decoder": True}, "does not run"),
-    ({**BERT, "problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"architectures": ["T5ForConditionalGeneration"]},
+            "T5ForConditionalGeneration is for a task that the workbench does not run; it runs image",
+        ),
+        (
+            {"architectures": ["LlamaModel"], "model_type": "llama"},
+            "LlamaModel is for a task that the workbench does not run",
+        ),
+        (
+            {"architectures": ["ViTModel"], "model_type": "vit"},
+            "ViTModel is for a task that the workbench does not run",
+        ),
+        ({"architectures": ["BertLMHeadModel"], "is_encoder_decoder": True}, "does not run"),
+        (
+            {**BERT, "problem_type": "multi_label_classification"},
+            "problem_type is 'multi_label_classification'",
+        ),
+    ],
+)
 def test_other_tasks_are_refused(config, message):
     with pytest.raises(ModelError, match=message):
         kind_of(config)
@@ -125,14 +165,21 @@ def test_kinds_have_distinct_names():
 
 
 def test_score_of_classes_agrees_with_a_loop():
-    logits, labels = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    logits, labels = (
+        torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 2, 3, 4, 0, 1]),
+    )
     scores = score(IMAGE_CLASSIFICATION, Answers(logits), Items({"pixel_values": torch.zeros(7, 1)}, labels))
     for i in range(7):
         odds = np.exp(logits[i].double().numpy())
         assert scores.loss[i].item() == pytest.approx(-np.log(odds[labels[i]] / odds.sum()), rel=1e-5)
     assert scores.correct.tolist() == (logits.argmax(-1) == labels).double().tolist()
     assert scores.weight.tolist() == [1.0] * 7
-    assert (scores.loss.dtype, scores.correct.dtype, scores.answers.dtype) == (torch.float64, torch.float64, torch.int64)
+    assert (scores.loss.dtype, scores.correct.dtype, scores.answers.dtype) == (
+        torch.float64,
+        torch.float64,
+        torch.int64,
+    )
     assert scores.answers.shape == (7,)
 
 
@@ -142,7 +189,8 @@ def test_score_of_windows_shifts_once_and_ignores_padding():
     assert items.labels.tolist() == [[1, 4, 1], [0, 2, 0]]
     items.labels[1, 2] = -100
     logits = torch.full((2, 4, 5), 0.0)
-    logits[0, 0, 1] = logits[0, 1, 4] = logits[0, 2, 2] = logits[1, 0, 0] = logits[1, 1, 1] = 20.0  # right, right, wrong; right, wrong
+    # Right, right, wrong; right, wrong
+    logits[0, 0, 1] = logits[0, 1, 4] = logits[0, 2, 2] = logits[1, 0, 0] = logits[1, 1, 1] = 20.0
     scores = score(LANGUAGE_MODELLING, Answers(logits), items)
     assert scores.weight.tolist() == [3.0, 2.0]
     assert scores.correct.tolist() == pytest.approx([2 / 3, 1 / 2])
@@ -153,7 +201,9 @@ def test_score_of_windows_shifts_once_and_ignores_padding():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_destroyed_model_still_gets_a_number(bad):
     logits = torch.tensor([[bad, 0.0], [5.0, 0.0]])
-    scores = score(TEXT_CLASSIFICATION, Answers(logits), Items({"input_ids": torch.zeros(2, 1)}, torch.tensor([0, 0])))
+    scores = score(
+        TEXT_CLASSIFICATION, Answers(logits), Items({"input_ids": torch.zeros(2, 1)}, torch.tensor([0, 0]))
+    )
     assert scores.loss[0] == torch.inf
     assert scores.correct.tolist() == [0.0, 1.0]
     assert scores.loss[1] < 0.01
@@ -166,7 +216,7 @@ def test_reduction_by_chunks_changes_nothing(monkeypatch, chunks):
     logits, items = torch.randn(4, 9, 11), window_items(torch.randint(11, (4, 9)))
     whole = score(LANGUAGE_MODELLING, Answers(logits), items)
     for name, size in chunks.items():
-        monkeypatch.setattr(workbench.tasks.choosing, name, size)
+        monkeypatch.setattr(workbench.tasks.likelihood, name, size)
     parts = score(LANGUAGE_MODELLING, Answers(logits), items)
     assert torch.equal(whole.loss, parts.loss)
     assert torch.equal(whole.answers, parts.answers)
@@ -204,7 +254,9 @@ def test_plain_processor_resizes_and_scales():
 
 def disjoint(loaded):
     held_out = set(loaded.evaluation.fingerprints)
-    return not held_out & set(loaded.calibration.fingerprints) and not held_out & set(loaded.training.fingerprints)
+    return not held_out & set(loaded.calibration.fingerprints) and not held_out & set(
+        loaded.training.fingerprints
+    )
 
 
 def test_one_split_is_cut_in_three(tmp_path):
@@ -232,7 +284,9 @@ def test_copies_of_evaluation_items_are_dropped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
-    rows = [{"sentence": text, "label": "positive" if i % 3 else "Negative"} for i, text in enumerate(texts(40))]
+    rows = [
+        {"sentence": text, "label": "positive" if i % 3 else "Negative"} for i, text in enumerate(texts(40))
+    ]
     path = tmp_path / f"data{suffix}"
     if suffix == ".parquet":
         import pandas as pd
@@ -240,11 +294,16 @@ def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
         pd.DataFrame(rows).to_parquet(path)
     elif suffix in {".csv", ".tsv"}:
         with path.open("w", newline="") as file:
-            csv.writer(file, delimiter="," if suffix == ".csv" else "\t").writerows([("sentence", "label"), *((row["sentence"], row["label"]) for row in rows)])
+            csv.writer(file, delimiter="," if suffix == ".csv" else "\t").writerows(
+                [("sentence", "label"), *((row["sentence"], row["label"]) for row in rows)]
+            )
     else:
         path.write_text("\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps(rows))
     loaded = load(TEXT_CLASSIFICATION, BERT, path)
-    assert int(loaded.evaluation.labels.sum() + loaded.calibration.labels.sum() + loaded.training.labels.sum()) == 26  # 40 less every third
+    assert (
+        int(loaded.evaluation.labels.sum() + loaded.calibration.labels.sum() + loaded.training.labels.sum())
+        == 26
+    )  # 40 less every third
 
 
 def test_plain_text_becomes_windows(tmp_path):
@@ -255,7 +314,9 @@ def test_plain_text_becomes_windows(tmp_path):
     assert loaded.evaluation.labels.shape == (8, 15)
     assert disjoint(loaded)
     assert "windows of 16 tokens" in loaded.notes
-    with pytest.raises(DataError, match="context=100: a window needs at least 2 tokens and at most the model's 64"):
+    with pytest.raises(
+        DataError, match="context=100: a window needs at least 2 tokens and at most the model's 64"
+    ):
         load(LANGUAGE_MODELLING, {"max_position_embeddings": 64}, path, context=100)
     with pytest.raises(DataError, match="less text than one window of 5000 tokens"):
         load(LANGUAGE_MODELLING, {}, path, context=5000)
@@ -270,7 +331,10 @@ def test_python_docs_are_always_here():
 def test_default_text_falls_back_and_says_why():
     loaded = load(LANGUAGE_MODELLING, {}, None, sizes=(4, 2, 2), context=32, offline=True)
     assert loaded.name == "python-docs"
-    assert any("python-docs was used, since wikitext-2 cannot be fetched: offline was asked for" in note for note in loaded.notes)
+    assert any(
+        "python-docs was used, since wikitext-2 cannot be fetched: offline was asked for" in note
+        for note in loaded.notes
+    )
 
 
 def pictures(folder, names, count=8):
@@ -282,15 +346,26 @@ def pictures(folder, names, count=8):
 
 
 def test_a_folder_of_images(tmp_path):
-    loaded = load(IMAGE_CLASSIFICATION, VIT, pictures(tmp_path / "pets", ["Cat", "dog"]), processor=PlainProcessor(8, 8))
+    loaded = load(
+        IMAGE_CLASSIFICATION, VIT, pictures(tmp_path / "pets", ["Cat", "dog"]), processor=PlainProcessor(8, 8)
+    )
     assert loaded.evaluation.inputs["pixel_values"].shape == (8, 3, 8, 8)
-    for items in (loaded.evaluation, loaded.calibration, loaded.training):  # red is 0 for cats, 100 / 255 for dogs
+    for items in (
+        loaded.evaluation,
+        loaded.calibration,
+        loaded.training,
+    ):  # red is 0 for cats, 100 / 255 for dogs
         assert (items.inputs["pixel_values"][:, 0, 0, 0] > 0).long().tolist() == items.labels.tolist()
     assert any("only 8 evaluation items" in note for note in loaded.notes)
 
 
 def test_grey_models_get_grey_pictures(tmp_path):
-    loaded = load(IMAGE_CLASSIFICATION, {**VIT, "num_channels": 1}, pictures(tmp_path / "pets", ["cat", "dog"]), processor=PlainProcessor(8, 8))
+    loaded = load(
+        IMAGE_CLASSIFICATION,
+        {**VIT, "num_channels": 1},
+        pictures(tmp_path / "pets", ["cat", "dog"]),
+        processor=PlainProcessor(8, 8),
+    )
     assert loaded.evaluation.inputs["pixel_values"].shape == (8, 1, 8, 8)
 
 
@@ -306,30 +381,53 @@ def test_a_given_dataset_with_class_names():
     plain = load(TEXT_CLASSIFICATION, BERT, made(["neg", "pos"]))
     assert any("by number, not by name" in note for note in plain.notes)
     assert torch.equal(swapped.evaluation.labels, 1 - plain.evaluation.labels)
-    with pytest.raises(DataError, match=r"the classes of data 'given dataset' \(a, b, c\) are none of the model's classes \(NEGATIVE, POSITIVE\)"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"the classes of data 'given dataset' \(a, b, c\) are none of the model's classes \(NEGATIVE,"
+            r" POSITIVE\)"
+        ),
+    ):
         load(TEXT_CLASSIFICATION, BERT, made(["a", "b", "c"]))
-    hidden = DatasetDict({"train": made(["neg", "pos"]), "validation": made(["neg", "pos"]), "test": made(["neg", "pos"]).map(lambda _: {"label": -1})})
+    hidden = DatasetDict(
+        {
+            "train": made(["neg", "pos"]),
+            "validation": made(["neg", "pos"]),
+            "test": made(["neg", "pos"]).map(lambda _: {"label": -1}),
+        }
+    )
     assert columns.held_out(sources.Raw("x", dict(hidden))) == "validation"
 
 
 # --- bad data
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ([("x", 0), ("y", 7), ("z", 1)], "label 7 of item 1 in data .* is none of the model's 2 classes: NEGATIVE, POSITIVE"),
-    ([("x", "positive"), ("y", "neutral"), ("z", "negative")], "label 'neutral' of item 1 .* classes: NEGATIVE, POSITIVE"),
-    ([("x", 0), ("y", -1), ("z", 1)], "label -1 of item 1"),
-    ([("x", 0.5), ("y", 1), ("z", 1)], "label 0.5 of item 0"),
-    ([("x", 0), ("y", 1)], "hold 2 items; at least 3 are needed"),
-    ([], "cannot be read|at least 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [("x", 0), ("y", 7), ("z", 1)],
+            "label 7 of item 1 in data .* is none of the model's 2 classes: NEGATIVE, POSITIVE",
+        ),
+        (
+            [("x", "positive"), ("y", "neutral"), ("z", "negative")],
+            "label 'neutral' of item 1 .* classes: NEGATIVE, POSITIVE",
+        ),
+        ([("x", 0), ("y", -1), ("z", 1)], "label -1 of item 1"),
+        ([("x", 0.5), ("y", 1), ("z", 1)], "label 0.5 of item 0"),
+        ([("x", 0), ("y", 1)], "hold 2 items; at least 3 are needed"),
+        ([], "cannot be read|at least 3"),
+    ],
+)
 def test_bad_labels_and_too_few(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         load(TEXT_CLASSIFICATION, BERT, write_csv(tmp_path / "d.csv", rows))
 
 
 def test_tiny_evaluation_sets_are_noted(tmp_path):
-    loaded = load(TEXT_CLASSIFICATION, BERT, write_csv(tmp_path / "d.csv", [("x", 0), ("y", 1), ("z", 1), ("w", 0)]))
+    loaded = load(
+        TEXT_CLASSIFICATION, BERT, write_csv(tmp_path / "d.csv", [("x", 0), ("y", 1), ("z", 1), ("w", 0)])
+    )
     assert any("only 2 evaluation items" in note for note in loaded.notes)
 
 
@@ -340,16 +438,36 @@ def test_all_items_equal(tmp_path):
 
 def test_data_that_do_not_fit_the_task(tmp_path):
     path = write_csv(tmp_path / "d.csv", [(text, 0) for text in texts(9)])
-    with pytest.raises(DataError, match="columns text, label, none of them images; image classification expects a column 'image'"):
+    with pytest.raises(
+        DataError,
+        match="columns text, label, none of them images; image classification expects a column 'image'",
+    ):
         load(IMAGE_CLASSIFICATION, VIT, path)
     with pytest.raises(DataError, match="columns image, label; expected texts in a column 'text'"):
         load(TEXT_CLASSIFICATION, BERT, pictures(tmp_path / "pets", ["cat", "dog"]))
-    with pytest.raises(DataError, match=r"'fashion-mnist-slice' are grey images of 28x28 in 10 classes .* this model does text classification"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"'fashion-mnist-slice' are grey images of 28x28 in 10 classes .* this model does text"
+            r" classification"
+        ),
+    ):
         load(TEXT_CLASSIFICATION, BERT, sources.SLICE)
-    with pytest.raises(DataError, match=r"columns words, label; expected texts|columns words, points; expected texts"):
-        load(TEXT_CLASSIFICATION, BERT, write_csv(tmp_path / "e.csv", [(text, 0) for text in texts(9)], header=("words", "points")))
+    with pytest.raises(
+        DataError, match=r"columns words, label; expected texts|columns words, points; expected texts"
+    ):
+        load(
+            TEXT_CLASSIFICATION,
+            BERT,
+            write_csv(tmp_path / "e.csv", [(text, 0) for text in texts(9)], header=("words", "points")),
+        )
     with pytest.raises(DataError, match="none of the model's classes"):
-        load(IMAGE_CLASSIFICATION, VIT, pictures(tmp_path / "birds", ["hawk", "owl"]), processor=PlainProcessor(8, 8))
+        load(
+            IMAGE_CLASSIFICATION,
+            VIT,
+            pictures(tmp_path / "birds", ["hawk", "owl"]),
+            processor=PlainProcessor(8, 8),
+        )
 
 
 def test_a_broken_picture_is_named(tmp_path):
@@ -360,11 +478,14 @@ def test_a_broken_picture_is_named(tmp_path):
         load(IMAGE_CLASSIFICATION, VIT, folder, processor=PlainProcessor(8, 8))
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("python-dcos", "unknown data 'python-dcos'; nearest: python-docs"),
-    ("./nothing.csv", "data './nothing.csv': there is no such file or folder"),
-    (42, "data must be a name, a path"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("python-dcos", "unknown data 'python-dcos'; nearest: python-docs"),
+        ("./nothing.csv", "data './nothing.csv': there is no such file or folder"),
+        (42, "data must be a name, a path"),
+    ],
+)
 def test_unknown_data(name, message):
     with pytest.raises(DataError, match=message):
         load(TEXT_CLASSIFICATION, BERT, name)
@@ -375,8 +496,12 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.json").write_text('{"text": ')
     (tmp_path / "nothing").mkdir()
-    for name, message in (("x.docx", "unknown kind of file '.docx'; known: .jsonl"), ("empty.jsonl", "the file is empty"),
-                          ("broken.json", "cannot be read"), ("nothing", "holds neither images, nor files")):  # fmt: skip
+    for name, message in (
+        ("x.docx", "unknown kind of file '.docx'; known: .jsonl"),
+        ("empty.jsonl", "the file is empty"),
+        ("broken.json", "cannot be read"),
+        ("nothing", "holds neither images, nor files"),
+    ):
         with pytest.raises(DataError, match=message) as caught:
             load(TEXT_CLASSIFICATION, BERT, tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
-"""The teacher's answers, computed once: the same lessons, within the budget, and nothing kept that does not pay."""
+"""The teacher's answers, computed once: the same lessons, within the budget, and nothing kept that does not
+pay."""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ from tiny_tasks import TRAINING, same, tiny_task, vit, weights
 from tiny_tasks import items as tiny_items
 
 import workbench as wb
-from workbench.compress import compress, teacher_answers
-from workbench.compress.inner import Seen, see
-from workbench.compress.teacher_cache import teacher_cache
-from workbench.compress.teacher_tables import DiskTable, disk_folder, free_bytes
+from workbench.calibration.statistics import Statistics
+from workbench.compress import compress
+from workbench.compress.distillation import teacher_outputs
+from workbench.compress.distillation.hidden_states import Seen, see
+from workbench.compress.distillation.teacher_cache import teacher_cache
+from workbench.compress.distillation.teacher_tables import DiskTable, disk_folder, free_bytes
 from workbench.errors import CompressionError
 from workbench.recipe import Recipe
-from workbench.statistics import Statistics
 
 
 @pytest.mark.parametrize("more", [{}, {"hidden_weight": 1.0}], ids=["answers", "hidden states"])
@@ -43,10 +45,14 @@ def test_each_item_is_computed_once_for_all_recipes(monkeypatch):
 
     monkeypatch.setattr(type(task.kind), "logits", counted)
     first = distilled(task, steps=20, teacher_cache_mb=16, statistics=statistics)
-    assert sum(read) == TRAINING + 2  # and one item each to see that it answers with numbers, and to measure their size
+    assert (
+        sum(read) == TRAINING + 2
+    )  # and one item each to see that it answers with numbers, and to measure their size
     distilled(task, wb.Prune(sparsity=0.7), steps=20, teacher_cache_mb=16, statistics=statistics)
     assert sum(read) == TRAINING + 3
-    assert same(weights(distilled(task, steps=20, teacher_cache_mb=16).model), weights(first.model))  # what was read before does not matter
+    assert same(
+        weights(distilled(task, steps=20, teacher_cache_mb=16).model), weights(first.model)
+    )  # what was read before does not matter
 
 
 def test_a_language_models_last_hidden_states_are_kept_instead_of_its_logits():
@@ -58,12 +64,15 @@ def test_a_language_models_last_hidden_states_are_kept_instead_of_its_logits():
     cache, size = teacher_cache(answers, task.model, task.training, 16)
     assert size == TRAINING * 8 * 16 * 4
     index = torch.tensor([5, 39, 0, 5])
-    assert torch.allclose(cache.look_up(index).logits, task.kind.logits(task.model, task.training[index]), atol=1e-5)
+    assert torch.allclose(
+        cache.look_up(index).logits, task.kind.logits(task.model, task.training[index]), atol=1e-5
+    )
     assert cache.nbytes == size
 
 
 def test_a_head_that_something_follows_is_not_replayed():
-    """Scaled logits (as Cohere's and Granite's) are not what the head alone makes: they are kept as they are."""
+    """Scaled logits (as Cohere's and Granite's) are not what the head alone makes: they are kept as they
+    are."""
     task = tiny_task("llama")
 
     def answers(items):
@@ -77,15 +86,22 @@ def test_a_head_that_something_follows_is_not_replayed():
 def test_answers_beyond_the_budget_are_computed_anew_and_that_is_said(monkeypatch):
     task = tiny_task("vit")
     plain = distilled(task, hidden_weight=1)
-    monkeypatch.setattr(teacher_answers, "MB", 1000)
+    monkeypatch.setattr(teacher_outputs, "MB", 1000)
     made = distilled(task, hidden_weight=1, teacher_cache_mb=5)
-    assert made.warnings == ("teacher_cache_mb=5 is too little for the teacher's answers to 40 training items, 40 MB: they are computed at each step",)
+    assert made.warnings == (
+        (
+            "teacher_cache_mb=5 is too little for the teacher's answers to 40 training items, 40 MB: they are"
+            " computed at each step"
+        ),
+    )
     assert same(weights(made.model), weights(plain.model))
 
 
 def test_a_cache_that_would_read_more_than_the_training_is_not_used():
     made = distilled(tiny_task("vit"), steps=2, teacher_cache_mb=5)
-    assert made.warnings == ("teacher_cache_mb=5 is not used: 2 steps of 8 items read fewer than the 40 training items",)
+    assert made.warnings == (
+        "teacher_cache_mb=5 is not used: 2 steps of 8 items read fewer than the 40 training items",
+    )
 
 
 # --- on disk
@@ -100,14 +116,23 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Let a "megabyte" be 1,000 bytes, so that tiny answers exceed budgets."""
-    monkeypatch.setattr(teacher_answers, "MB", 1000)
+    monkeypatch.setattr(teacher_outputs, "MB", 1000)
 
 
-@pytest.mark.parametrize("more", [{}, {"hidden_weight": 1.0}, {"train_precision": "mixed"}], ids=["answers", "hidden states", "mixed"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"hidden_weight": 1.0}, {"train_precision": "mixed"}],
+    ids=["answers", "hidden states", "mixed"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_answers_on_disk_give_the_bits_of_those_in_memory_and_leave_no_file(sort, device, dtype, more, folder):
+def test_answers_on_disk_give_the_bits_of_those_in_memory_and_leave_no_file(
+    sort, device, dtype, more, folder
+):
     task = tiny_task(sort, device, dtype)
-    kept, read = distilled(task, teacher_cache_mb=16, **more), distilled(task, teacher_cache_disk_mb=16, **more)
+    kept, read = (
+        distilled(task, teacher_cache_mb=16, **more),
+        distilled(task, teacher_cache_disk_mb=16, **more),
+    )
     assert [one for one in read.warnings if "cache" in one] == []
     assert read.curve == kept.curve
     assert same(weights(read.model), weights(kept.model))
@@ -117,7 +142,9 @@ def test_answers_on_disk_give_the_bits_of_those_in_memory_and_leave_no_file(sort
 def test_disk_is_used_where_memory_is_too_little(few, folder, monkeypatch):
     made = []
     plain = DiskTable.put
-    monkeypatch.setattr(DiskTable, "put", lambda table, start, values: made.append(start) or plain(table, start, values))
+    monkeypatch.setattr(
+        DiskTable, "put", lambda table, start, values: made.append(start) or plain(table, start, values)
+    )
     task = tiny_task("vit")
     assert distilled(task, hidden_weight=1, teacher_cache_mb=39, teacher_cache_disk_mb=41).warnings == ()
     assert made
@@ -128,17 +155,30 @@ def test_disk_is_used_where_memory_is_too_little(few, folder, monkeypatch):
 
 def test_answers_beyond_both_budgets_are_computed_anew_and_that_is_said(few, folder):
     task = tiny_task("vit")
-    plain, made = distilled(task, hidden_weight=1), distilled(task, hidden_weight=1, teacher_cache_mb=5, teacher_cache_disk_mb=6)
-    assert made.warnings == ("teacher_cache_mb=5 and teacher_cache_disk_mb=6 are too little for the teacher's answers to 40 training items, 40 MB: they are computed at each step",)
+    plain, made = (
+        distilled(task, hidden_weight=1),
+        distilled(task, hidden_weight=1, teacher_cache_mb=5, teacher_cache_disk_mb=6),
+    )
+    assert made.warnings == (
+        (
+            "teacher_cache_mb=5 and teacher_cache_disk_mb=6 are too little for the teacher's answers to 40"
+            " training items, 40 MB: they are computed at each step"
+        ),
+    )
     assert same(weights(made.model), weights(plain.model))
     assert not folder.exists()
 
 
 def test_a_disk_without_room_is_not_filled(folder, monkeypatch):
-    monkeypatch.setattr(teacher_answers, "free_bytes", lambda _: 10)
+    monkeypatch.setattr(teacher_outputs, "free_bytes", lambda _: 10)
     task = tiny_task("vit")
     plain, made = distilled(task), distilled(task, teacher_cache_disk_mb=5)
-    assert made.warnings == (f"teacher_cache_disk_mb=5 is not used: the teacher's answers take 1 MB, and {folder} has 0 MB free; they are computed at each step",)
+    assert made.warnings == (
+        (
+            f"teacher_cache_disk_mb=5 is not used: the teacher's answers take 1 MB, and {folder} has 0 MB"
+            " free; they are computed at each step"
+        ),
+    )
     assert same(weights(made.model), weights(plain.model))
 
 
@@ -155,9 +195,18 @@ def test_a_disk_that_fills_up_on_the_way_costs_a_warning_not_the_training(folder
         patch.setattr(DiskTable, "put", full)
         statistics = Statistics(task)
         made = distilled(task, teacher_cache_disk_mb=5, statistics=statistics)
-    assert made.warnings == (f"the teacher's answers can no longer be kept in {folder}: No space left on device; from here on they are computed at each step",)
-    assert [loss for _, loss in made.curve] == pytest.approx([loss for _, loss in distilled(task).curve], rel=1e-3)
-    assert distilled(task, teacher_cache_disk_mb=5, statistics=statistics).warnings == ()  # there is room again
+    assert made.warnings == (
+        (
+            f"the teacher's answers can no longer be kept in {folder}: No space left on device; from here on"
+            " they are computed at each step"
+        ),
+    )
+    assert [loss for _, loss in made.curve] == pytest.approx(
+        [loss for _, loss in distilled(task).curve], rel=1e-3
+    )
+    assert (
+        distilled(task, teacher_cache_disk_mb=5, statistics=statistics).warnings == ()
+    )  # there is room again
 
 
 def test_a_table_on_disk_gives_back_every_bit_in_any_order(tmp_path):
@@ -194,7 +243,9 @@ def other_teacher(folder, seed: int = 7, sort=vit):
     """Save a model whose weights depend on the seed; return its folder."""
     model, generator = sort(), torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+        )
     model.save_pretrained(folder)
     return str(folder)
 
@@ -214,7 +265,17 @@ def asked(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("more", [{}, {"kl_weight": 0}, {"align": "none"}, {"lora_count": 2}, {"align": "mse", "align_projection": "trained"}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"kl_weight": 0},
+        {"align": "none"},
+        {"lora_count": 2},
+        {"align": "mse", "align_projection": "trained"},
+    ],
+    ids=str,
+)
 def test_kept_answers_and_states_transfer_what_computed_ones_do(sort, device, more):
     task = tiny_task(sort, device)
     plain, kept = taught(task, **more), taught(task, transfer_cache_mb=16, **more)
@@ -228,12 +289,17 @@ def test_each_teacher_reads_each_item_once_whatever_the_temperature(tmp_path, fo
     task = tiny_task("vit")
     statistics, options = Statistics(task), {"teachers": f"dense,{other_teacher(tmp_path / 'a')}", where: 16}
     taught(task, statistics, **options)
-    other = next(teacher for key in statistics.kept if key[0] == "teacher" for teacher in statistics.kept.get(key))
+    other = next(
+        teacher for key in statistics.kept if key[0] == "teacher" for teacher in statistics.kept.get(key)
+    )
     before = asked[id(task.model)], asked[id(other)]
     hot = taught(task, statistics, transfer_temperature=5.0, **options)
     after = asked[id(task.model)], asked[id(other)]
     fitted = len(task.calibration)  # projections, with the first
-    assert [late - early for late, early in zip(after, before, strict=True)] == [1 + fitted, 1]  # and one item to see that it answers
+    assert [late - early for late, early in zip(after, before, strict=True)] == [
+        1 + fitted,
+        1,
+    ]  # and one item to see that it answers
     assert before[1] == 2 + TRAINING  # that, one to measure its size, and all
     plain = taught(task, transfer_temperature=5.0, teachers=options["teachers"])
     assert [loss for _, loss in hot.curve] == pytest.approx([loss for _, loss in plain.curve], rel=1e-3)
@@ -273,10 +339,17 @@ def test_all_teachers_share_the_budget_and_what_was_used_longest_ago_goes(few, f
     assert distilled(task, statistics=statistics, teacher_cache_mb=1).warnings == ()
     assert answers() == {(False, "tiny-vit", (False, False, False))}  # both would be 1.28 "MB"
     made = taught(task, statistics, transfer_cache_mb=1, transfer_cache_disk_mb=1, align="geodesic")
-    assert made.warnings == ("transfer_cache_mb=1 and transfer_cache_disk_mb=1 are too little for the teacher's answers to 40 training items, 27 MB: they are computed at each step",)
+    assert made.warnings == (
+        (
+            "transfer_cache_mb=1 and transfer_cache_disk_mb=1 are too little for the teacher's answers to 40"
+            " training items, 27 MB: they are computed at each step"
+        ),
+    )
     assert same(weights(made.model), weights(taught(task, align="geodesic").model))
     made = taught(task, statistics, transfer_cache_mb=1, transfer_steps=2)
-    assert made.warnings == ("transfer_cache_mb=1 is not used: 2 steps of 8 items read fewer than the 40 training items",)
+    assert made.warnings == (
+        "transfer_cache_mb=1 is not used: 2 steps of 8 items read fewer than the 40 training items",
+    )
 
 
 def test_states_that_have_no_row_for_each_item_are_not_kept(monkeypatch):
@@ -291,7 +364,12 @@ def test_states_that_have_no_row_for_each_item_are_not_kept(monkeypatch):
         """A block that passes on all tokens of all items in one list."""
 
     monkeypatch.setattr(torch.nn.Module, "__call__", flat)
-    cache, _ = teacher_cache(lambda items: Seen(torch.zeros(len(items), 4), {"aims": (Rows()(torch.zeros(len(items), 5, 3)),)}), task.model, task.training, 16)
+    cache, _ = teacher_cache(
+        lambda items: Seen(torch.zeros(len(items), 4), {"aims": (Rows()(torch.zeros(len(items), 5, 3)),)}),
+        task.model,
+        task.training,
+        16,
+    )
     assert not cache.by_item
 
 
@@ -305,7 +383,9 @@ def test_a_teacher_that_runs_out_of_memory_is_asked_about_fewer_items_at_a_time(
 
     cache, _ = teacher_cache(answers, task.model, task.training, 16)
     index = torch.tensor([5, 39, 0, 5])
-    assert torch.allclose(cache.look_up(index).logits, task.kind.logits(task.model, task.training[index]), atol=1e-5)
+    assert torch.allclose(
+        cache.look_up(index).logits, task.kind.logits(task.model, task.training[index]), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("bad", ["dense", "other"])
@@ -318,7 +398,13 @@ def test_a_teacher_that_answers_nan_is_refused_by_its_name(tmp_path, bad):
         model = vit()
         model.classifier.weight.data[1] = 3e38  # finite, as a checkpoint must be; its answer overflows
         model.save_pretrained(name)
-    with pytest.raises(CompressionError, match=rf"teacher '{'dense' if bad == 'dense' else re.escape(name)}' answers with numbers that are not finite \(1 of 4\): nothing can be learned from them; check its weights"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            rf"teacher '{'dense' if bad == 'dense' else re.escape(name)}' answers with numbers that are not"
+            r" finite \(1 of 4\): nothing can be learned from them; check its weights"
+        ),
+    ):
         taught(task, teachers=f"dense,{name}")
 
 
@@ -326,5 +412,11 @@ def test_a_teacher_that_answers_nan_is_refused_by_its_name(tmp_path, bad):
 def test_a_teacher_that_answers_nan_to_some_items_is_refused_when_it_does(where):
     task = tiny_task("vit")
     task.training.inputs["pixel_values"][1:] *= 1e38  # overflows
-    with pytest.raises(CompressionError, match=r"teacher 'tiny-vit' answers with numbers that are not finite \(\d+ of 32\): .* check its weights and the training items, or load it in float32"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            r"teacher 'tiny-vit' answers with numbers that are not finite \(\d+ of 32\): .* check its weights"
+            r" and the training items, or load it in float32"
+        ),
+    ):
         distilled(task, **where)

@@ -1,4 +1,5 @@
-"""Embeddings, output heads, and weights that several modules share: one layer, stored once, tied to the end."""
+"""Embeddings, output heads, and weights that several modules share: one layer, stored once, tied to the
+end."""
 
 from __future__ import annotations
 
@@ -8,16 +9,21 @@ from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.compress.factors import Factors
-from workbench.compress.layers import find_layers
 from workbench.errors import CompressionError
-from workbench.measure.predicted_size import Outline
 from workbench.measure.size import counted_sizes, sizes
+from workbench.modules.factored import Factors
+from workbench.modules.layer import find_layers
+from workbench.modules.packing import pack_model, unpack_state
 from workbench.recipe import Recipe
-from workbench.runtime.packed import pack_model, unpack_state
+from workbench.shapes.outline import Outline
 
 TIED = [("llama", "model.embed_tokens"), ("gpt2", "transformer.wte")]
-STEPS = [wb.Prune(sparsity=0.5), wb.Prune(sparsity=0.5, criterion="wanda"), wb.Prune(sparsity=0.5, pattern="2:4"), wb.Quantize(weight_bits=4)]
+STEPS = [
+    wb.Prune(sparsity=0.5),
+    wb.Prune(sparsity=0.5, criterion="wanda"),
+    wb.Prune(sparsity=0.5, pattern="2:4"),
+    wb.Quantize(weight_bits=4),
+]
 
 
 def named(step, *targets: str):
@@ -44,7 +50,10 @@ def test_it_stays_dense_unless_it_is_named_and_then_stays_tied(sort, embedding, 
     all_others = compress(task, Recipe(step))
     assert torch.equal(all_others.model.lm_head.weight, task.model.lm_head.weight)
     words = {row.name: row.outcome for row in all_others.report}
-    assert f"the output head, whose weight is shared with {embedding}, stays dense unless targets name it" in words["lm_head"]
+    assert (
+        f"the output head, whose weight is shared with {embedding}, stays dense unless targets name it"
+        in words["lm_head"]
+    )
     recipe = Recipe(named(step, target))
     made = compress(task, recipe)
     head, table = made.model.lm_head, made.model.get_submodule(embedding)
@@ -64,7 +73,9 @@ def test_it_stays_dense_unless_it_is_named_and_then_stays_tied(sort, embedding, 
         assert outline.file_bytes() == measured.file_bytes
     packed = pack_model(made.model, made.layers)
     assert sum(name.startswith((f"{embedding}.weight", "lm_head.weight")) for name in packed.encodings) == 2
-    assert [encoding.kind for name, encoding in packed.encodings.items() if name == "lm_head.weight"] == ["shared"]
+    assert [encoding.kind for name, encoding in packed.encodings.items() if name == "lm_head.weight"] == [
+        "shared"
+    ]
     state = unpack_state(packed.tensors, packed.manifest())
     assert torch.equal(state["lm_head.weight"], head.weight)
     assert torch.equal(state[f"{embedding}.weight"], head.weight)
@@ -75,14 +86,25 @@ def test_an_exclusion_by_either_name_holds():
     for name in ("lm_head", "model.embed_tokens"):
         made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*", "re:lm_head|embed", f"!{name}"))))
         assert torch.equal(made.model.lm_head.weight, task.model.lm_head.weight)
-        assert f"prune left out by target '!{name}'" in {row.name: row.outcome for row in made.report}["lm_head"]
-        trained = compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Distill(steps=2, distill_batch=8, targets=("*", f"!{name}"))))
+        assert (
+            f"prune left out by target '!{name}'" in {row.name: row.outcome for row in made.report}["lm_head"]
+        )
+        trained = compress(
+            task,
+            Recipe(wb.Prune(sparsity=0.5), wb.Distill(steps=2, distill_batch=8, targets=("*", f"!{name}"))),
+        )
         assert torch.equal(trained.model.lm_head.weight, task.model.lm_head.weight)
 
 
 def test_training_moves_both_ends_of_a_tie_and_keeps_its_grid():
     task = tiny_task("llama")
-    made = compress(task, Recipe(wb.Quantize(weight_bits=4, targets=("*", "lm_head")), wb.Distill(steps=3, distill_batch=8, learning_rate=1e-2)))
+    made = compress(
+        task,
+        Recipe(
+            wb.Quantize(weight_bits=4, targets=("*", "lm_head")),
+            wb.Distill(steps=3, distill_batch=8, learning_rate=1e-2),
+        ),
+    )
     start = compress(task, Recipe(wb.Quantize(weight_bits=4, targets=("*", "lm_head"))))
     assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
     assert not torch.equal(made.model.lm_head.weight, start.model.lm_head.weight)
@@ -90,16 +112,32 @@ def test_training_moves_both_ends_of_a_tie_and_keeps_its_grid():
         layer.check()
 
 
-@pytest.mark.parametrize("step", [wb.LowRank(rank_ratio=0.3, targets=("lm_head",)), wb.LowRank(rank_ratio=0.3, targets=("lm_head",), rank_allocation="energy")], ids=repr)
+@pytest.mark.parametrize(
+    "step",
+    [
+        wb.LowRank(rank_ratio=0.3, targets=("lm_head",)),
+        wb.LowRank(rank_ratio=0.3, targets=("lm_head",), rank_allocation="energy"),
+    ],
+    ids=repr,
+)
 def test_low_rank_of_a_tied_weight_is_refused_with_the_reason(step):
-    with pytest.raises(CompressionError, match=r"lm_head, model\.embed_tokens share one weight, and no ordinary layers could share its factors"):
+    with pytest.raises(
+        CompressionError,
+        match=(
+            r"lm_head, model\.embed_tokens share one weight, and no ordinary layers could share its factors"
+        ),
+    ):
         compress(tiny_task("llama"), Recipe(step))
 
 
 def test_a_tied_weight_is_not_repaired():
     every = ("*", "lm_head")
-    made = compress(tiny_task("llama"), Recipe(wb.Prune(sparsity=0.5, targets=every), wb.Repair(targets=every)))
-    assert {row.name: row.outcome for row in made.report}["lm_head"].endswith("repair skipped: lm_head, model.embed_tokens share one weight")
+    made = compress(
+        tiny_task("llama"), Recipe(wb.Prune(sparsity=0.5, targets=every), wb.Repair(targets=every))
+    )
+    assert {row.name: row.outcome for row in made.report}["lm_head"].endswith(
+        "repair skipped: lm_head, model.embed_tokens share one weight"
+    )
 
 
 # --- embeddings of their own
@@ -109,7 +147,10 @@ def test_a_tied_weight_is_not_repaired():
 def test_an_embedding_is_taken_when_it_is_named(step):
     task = tiny_task("untied")
     rows = {row.name: row for row in compress(task, Recipe(step)).report}
-    assert rows["model.embed_tokens"].outcome == f"{step.kind()} skipped: an embedding stays dense unless targets name it"
+    assert (
+        rows["model.embed_tokens"].outcome
+        == f"{step.kind()} skipped: an embedding stays dense unless targets name it"
+    )
     made = compress(task, Recipe(named(step, "model.embed_tokens")))
     assert torch.equal(made.model.lm_head.weight, task.model.lm_head.weight)
     row = next(row for row in made.report if row.name == "model.embed_tokens")
@@ -119,8 +160,14 @@ def test_an_embedding_is_taken_when_it_is_named(step):
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
 def test_an_embedding_has_no_inputs_to_weigh_by(criterion):
-    with pytest.raises(CompressionError, match=r"layer 'model\.embed_tokens' is an embedding: its rows are looked up, .*such as magnitude"):
-        compress(tiny_task("untied"), Recipe(wb.Prune(sparsity=0.5, criterion=criterion, targets=("model.embed_tokens",))))
+    with pytest.raises(
+        CompressionError,
+        match=r"layer 'model\.embed_tokens' is an embedding: its rows are looked up, .*such as magnitude",
+    ):
+        compress(
+            tiny_task("untied"),
+            Recipe(wb.Prune(sparsity=0.5, criterion=criterion, targets=("model.embed_tokens",))),
+        )
 
 
 def test_an_embedding_of_low_rank_is_a_narrower_one_and_a_product(device):
@@ -132,7 +179,9 @@ def test_an_embedding_of_low_rank_is_a_narrower_one_and_a_product(device):
     assert [tuple(part.weight.shape) for part in factors] == [(64, 5), (16, 5)]
     dense = task.model.model.embed_tokens.weight.double().cpu()
     now = factors[0].weight.double().cpu() @ factors[1].weight.double().cpu().t()
-    assert float((now - dense).norm()) == pytest.approx(float(torch.linalg.svdvals(dense)[5:].norm()), rel=1e-4)
+    assert float((now - dense).norm()) == pytest.approx(
+        float(torch.linalg.svdvals(dense)[5:].norm()), rel=1e-4
+    )
     ids = torch.arange(64, device=device)
     torch.testing.assert_close(factors(ids).double().cpu(), now, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(factors.weight.double().cpu(), now, rtol=1e-4, atol=1e-5)
@@ -152,9 +201,10 @@ def test_looking_up_costs_no_multiply_adds():
 
 
 STORED = [
-    ("llama", wb.Quantize(weight_bits=4, targets=("*", "lm_head"))), ("gpt2", wb.Prune(sparsity=0.6, targets=("*", "lm_head"))),
+    ("llama", wb.Quantize(weight_bits=4, targets=("*", "lm_head"))),
+    ("gpt2", wb.Prune(sparsity=0.6, targets=("*", "lm_head"))),
     ("untied", wb.LowRank(rank_ratio=0.3, targets=("model.embed_tokens", "lm_head"))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("sort", "step"), STORED, ids=[sort for sort, _ in STORED])

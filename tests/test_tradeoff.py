@@ -12,20 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from widgets.live import thin
-from workbench.card import verdict
+from widgets.session.state import thin
 from workbench.errors import RecipeError
+from workbench.ledger.pareto import cost_of, ends, standings
+from workbench.measure.card import verdict
 from workbench.measure.measurement import Measurement
-from workbench.measure.quality import Estimate
-from workbench.sweep import around
-from workbench.tradeoff import cost_of, ends, standings
+from workbench.metrics.quality import Estimate
+from workbench.search.sweep import around
 
 
 def standing(mine, others) -> str:
     """Return a point's standing among others, looking at each; (drop, cost), both better when smaller."""
     result = "front"
     for drop, cost in others:
-        if drop.value <= mine[0].value and cost.value <= mine[1].value and (drop.value, cost.value) != (mine[0].value, mine[1].value):
+        if (
+            drop.value <= mine[0].value
+            and cost.value <= mine[1].value
+            and (drop.value, cost.value) != (mine[0].value, mine[1].value)
+        ):
             if drop.high < mine[0].low and cost.high <= mine[1].low:
                 return "dominated"
             result = "within noise"
@@ -41,29 +45,65 @@ def near(value: float, half: float = 0.0) -> Estimate:
     [
         ((near(0.02, 0.01), near(100)), [], "front"),
         ((near(0.02, 0.01), near(100)), [(near(0.05, 0.01), near(50))], "front"),  # cheaper but worse
-        ((near(0.02, 0.01), near(100)), [(near(0.01, 0.01), near(50))], "within noise"),  # cheaper and better, intervals overlap
-        ((near(0.05, 0.01), near(100)), [(near(0.01, 0.01), near(50))], "dominated"),  # cheaper and better beyond both intervals
-        ((near(0.05, 0.01), near(1.0, 0.1)), [(near(0.01, 0.01), near(0.95, 0.1))], "within noise"),  # times overlap
-        ((near(0.02, 0.01), near(100)), [(near(0.02, 0.01), near(100))], "front"),  # the same point twice does not beat itself
+        (
+            (near(0.02, 0.01), near(100)),
+            [(near(0.01, 0.01), near(50))],
+            "within noise",
+        ),  # cheaper and better, intervals overlap
+        (
+            (near(0.05, 0.01), near(100)),
+            [(near(0.01, 0.01), near(50))],
+            "dominated",
+        ),  # cheaper and better beyond both intervals
+        (
+            (near(0.05, 0.01), near(1.0, 0.1)),
+            [(near(0.01, 0.01), near(0.95, 0.1))],
+            "within noise",
+        ),  # times overlap
+        (
+            (near(0.02, 0.01), near(100)),
+            [(near(0.02, 0.01), near(100))],
+            "front",
+        ),  # the same point twice does not beat itself
     ],
 )
 def test_a_point_is_dominated_only_beyond_the_noise(mine, others, expected) -> None:
     pairs = [mine, *others]
-    assert standings(ends(dataclasses.astuple(drop) for drop, _ in pairs), ends(dataclasses.astuple(cost) for _, cost in pairs))[0] == standing(mine, others) == expected
+    assert (
+        standings(
+            ends(dataclasses.astuple(drop) for drop, _ in pairs),
+            ends(dataclasses.astuple(cost) for _, cost in pairs),
+        )[0]
+        == standing(mine, others)
+        == expected
+    )
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> wb.Bench:
-    return wb.Bench(tiny_tasks.tiny_task("vit", "cpu"), ledger=tmp_path_factory.mktemp("sweep") / "points.journal", progress=False)
+    return wb.Bench(
+        tiny_tasks.tiny_task("vit", "cpu"),
+        ledger=tmp_path_factory.mktemp("sweep") / "points.journal",
+        progress=False,
+    )
 
 
 def test_records_hold_every_complete_point_sorted_by_cost(bench: wb.Bench) -> None:
-    rows = [bench.measure(recipe) for recipe in (wb.Recipe(), wb.Recipe(wb.Quantize(weight_bits=8)), wb.Recipe(wb.Quantize(weight_bits=3)))]
+    rows = [
+        bench.measure(recipe)
+        for recipe in (
+            wb.Recipe(),
+            wb.Recipe(wb.Quantize(weight_bits=8)),
+            wb.Recipe(wb.Quantize(weight_bits=3)),
+        )
+    ]
     record = wb.tradeoff(rows)
     assert [point.cost.value for point in record.points] == sorted(row.sizes.file_bytes for row in rows)
     assert record.dense_cost == rows[0].dense_sizes.file_bytes
     assert {point.key for point in record.points} == {row.key for row in rows}
-    assert {point.key for point in wb.pareto(rows)} == {point.key for point in record.points if point.standing == "front"}
+    assert {point.key for point in wb.pareto(rows)} == {
+        point.key for point in record.points if point.standing == "front"
+    }
     assert bench.ledger.pareto()
     time = cost_of(rows[1], "latency")
     assert time.low <= time.value <= time.high
@@ -86,30 +126,61 @@ def estimates(draw, numbers=NUMBERS) -> Estimate:
 def test_standings_are_the_plain_definition_with_ties_and_unknown_ends(pairs, repeated):
     pairs += [pairs[i % len(pairs)] for i in repeated if pairs]
     known = [not any(math.isnan(x) for one in pair for x in (one.value, one.low, one.high)) for pair in pairs]
-    plain = [standing(pair, [other for j, other in enumerate(pairs) if known[j] and j != i]) if known[i] else "front" for i, pair in enumerate(pairs)]
-    assert standings(ends(dataclasses.astuple(drop) for drop, _ in pairs), ends(dataclasses.astuple(cost) for _, cost in pairs)) == plain
+    plain = [
+        (
+            standing(pair, [other for j, other in enumerate(pairs) if known[j] and j != i])
+            if known[i]
+            else "front"
+        )
+        for i, pair in enumerate(pairs)
+    ]
+    assert (
+        standings(
+            ends(dataclasses.astuple(drop) for drop, _ in pairs),
+            ends(dataclasses.astuple(cost) for _, cost in pairs),
+        )
+        == plain
+    )
 
 
 @st.composite
 def ledgers(draw, row) -> list:
-    """Rows with few different values, so that many tie; some without latency, some incomplete, of either kind of metric."""
+    """Rows with few different values, so that many tie.
+
+    Some without latency, some incomplete, of either kind of metric.
+    """
     metric = draw(st.sampled_from(["accuracy", "loss", "perplexity"]))
     rows = []
     for index in range(draw(st.integers(1, 15))):
-        middle, half, size = draw(st.integers(-4, 4)) / 8, draw(st.integers(0, 2)) / 8, draw(st.integers(1, 6))
-        quality = dataclasses.replace(row.primary, metric=metric, change=Estimate(middle, middle - half, middle + 2 * half))
+        middle, half, size = (
+            draw(st.integers(-4, 4)) / 8,
+            draw(st.integers(0, 2)) / 8,
+            draw(st.integers(1, 6)),
+        )
+        quality = dataclasses.replace(
+            row.primary, metric=metric, change=Estimate(middle, middle - half, middle + 2 * half)
+        )
         speed = draw(st.sampled_from([0.5, 1.0, 1.5, 2.0]))
         latency = dataclasses.replace(row.latency, speedup=Estimate(speed, 0.9 * speed, 1.2 * speed))
         measured = draw(st.sampled_from(["all", "all", "no latency", "incomplete"]))
-        rows.append(dataclasses.replace(
-            row, key=f"{index:016x}", quality=(quality, *row.quality), sizes=dataclasses.replace(row.sizes, file_bytes=1000 * size), latency=latency if measured == "all" else None,
-            missing={} if measured == "all" else {"latency": "no clock"}, items=1 if measured == "incomplete" else row.items,
-        ))  # fmt: skip
+        rows.append(
+            dataclasses.replace(
+                row,
+                key=f"{index:016x}",
+                quality=(quality, *row.quality),
+                sizes=dataclasses.replace(row.sizes, file_bytes=1000 * size),
+                latency=latency if measured == "all" else None,
+                missing={} if measured == "all" else {"latency": "no clock"},
+                items=1 if measured == "incomplete" else row.items,
+            )
+        )
     return rows
 
 
 @given(data=st.data(), cost=st.sampled_from(["file_bytes", "latency"]), late=st.booleans())
-def test_the_front_and_the_record_are_those_of_comparing_every_pair(bench: wb.Bench, data, cost, late) -> None:
+def test_the_front_and_the_record_are_those_of_comparing_every_pair(
+    bench: wb.Bench, data, cost, late
+) -> None:
     rows = data.draw(ledgers(bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))))
     rows = [Measurement.from_json(row.to_json()) for row in rows] if late else rows
     shown = [row for row in rows if row.complete and cost_of(row, cost) is not None]
@@ -118,7 +189,10 @@ def test_the_front_and_the_record_are_those_of_comparing_every_pair(bench: wb.Be
             wb.pareto(rows, cost)
         return
     pairs = {row.key: (row.primary.drop, cost_of(row, cost)) for row in shown}
-    plain = {key: standing(pair, [other for name, other in pairs.items() if name != key]) for key, pair in pairs.items()}
+    plain = {
+        key: standing(pair, [other for name, other in pairs.items() if name != key])
+        for key, pair in pairs.items()
+    }
     record = wb.tradeoff(rows, cost)
     assert {point.key: point.standing for point in record.points} == plain
     front = wb.pareto(rows, cost)
@@ -127,7 +201,11 @@ def test_the_front_and_the_record_are_those_of_comparing_every_pair(bench: wb.Be
     by_key = {row.key: row for row in rows}
     for point in record.points:
         row = by_key[point.key]
-        assert (point.label, point.recipe, point.verdict) == (row.recipe.label(), repr(row.recipe), verdict(row))
+        assert (point.label, point.recipe, point.verdict) == (
+            row.recipe.label(),
+            repr(row.recipe),
+            verdict(row),
+        )
         assert (point.quality, point.cost) == (row.primary.compressed, cost_of(row, cost))
 
 
@@ -142,26 +220,41 @@ def test_thinning_keeps_the_front_and_the_newest(bench: wb.Bench, data, cost, mo
             best = row.primary.drop.value
             front.add(row.key)
     newest = known[-max(1, most - len(front)) :]
-    assert thin(rows, cost, most, keep=keep) == (known if len(known) <= most else [row for row in known if row.key in front or row in newest])
+    assert thin(rows, cost, most, keep=keep) == (
+        known if len(known) <= most else [row for row in known if row.key in front or row in newest]
+    )
 
 
 def test_around_moves_one_slider_and_nothing_else() -> None:
     recipe = wb.Recipe(wb.Prune(sparsity=0.3, criterion="wanda"), wb.Quantize(weight_bits=4, group_size=8))
     bits = around(recipe, "weight_bits")
     assert [made.get("quantize").weight_bits for made in bits] == [2, 3, 4, 6, 8]
-    assert all(made.get("prune") == recipe.get("prune") and made.get("quantize").group_size == 8 for made in bits)
+    assert all(
+        made.get("prune") == recipe.get("prune") and made.get("quantize").group_size == 8 for made in bits
+    )
     added = around(recipe, "rank_ratio")
     assert [[step.kind() for step in made] for made in added] == [["lowrank", "prune", "quantize"]] * 3
 
 
 def test_around_a_fixed_pattern_leaves_the_pattern_where_it_cannot_be() -> None:
     made = around(wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4", criterion="wanda")), "sparsity")
-    assert {(one.get("prune").sparsity, one.get("prune").pattern) for one in made} == {(0.25, "unstructured"), (0.5, "2:4"), (0.7, "unstructured"), (0.85, "unstructured")}
+    assert {(one.get("prune").sparsity, one.get("prune").pattern) for one in made} == {
+        (0.25, "unstructured"),
+        (0.5, "2:4"),
+        (0.7, "unstructured"),
+        (0.85, "unstructured"),
+    }
 
 
 def test_around_nothing_has_no_distillation_and_unknown_sliders_are_refused() -> None:
     assert around(wb.Recipe(), "temperature") == ()
-    with pytest.raises(RecipeError, match="no slider 'bits'; known: rank_ratio, sparsity, transfer_steps, activation_bits, weight_bits, kv_bits, repair_ratio, qat_steps, temperature"):
+    with pytest.raises(
+        RecipeError,
+        match=(
+            "no slider 'bits'; known: rank_ratio, sparsity, transfer_steps, activation_bits, weight_bits,"
+            " kv_bits, repair_ratio, qat_steps, temperature"
+        ),
+    ):
         around(wb.Recipe(), "bits")
 
 

@@ -1,4 +1,5 @@
-"""Training that is robust: parts of a batch, memory that runs out, looks at held-out items, and going on exactly."""
+"""Training that is robust: parts of a batch, memory that runs out, looks at held-out items, and going on
+exactly."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ import torch
 from tiny_tasks import SORTS, TRAINING, same, tiny_task, weights
 
 import workbench as wb
-from workbench.compress import checkpoints, compress
-from workbench.compress.held_out import HeldOut
-from workbench.compress.training import Run
+from workbench.compress import compress
+from workbench.compress.training import checkpoints
+from workbench.compress.training.trainer import Run
+from workbench.compress.training.validation import HeldOut
 from workbench.errors import CompressionError, RecipeError
-from workbench.progress import Look, Training
 from workbench.recipe import Recipe
+from workbench.util.progress import Look, Training
 
 PRUNE = wb.Prune(sparsity=0.5)
 BOTH = (PRUNE, wb.Quantize(weight_bits=4))
@@ -31,7 +33,8 @@ def distilled(task, *before, training=None, statistics=None, **options):
 
 
 def close(task, left, right, atol):
-    """Compare answers: weights that these do not depend on (biases of keys) follow the noise of their gradients."""
+    """Compare answers: weights that these do not depend on (biases of keys) follow the noise of their
+    gradients."""
     some = task.training.to(next(left.model.parameters()).device)
     with torch.no_grad():
         one, other = (task.kind.logits(made.model, some) for made in (left, right))
@@ -92,15 +95,23 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_parts_and_says_so(cramped
     assert [loss for _, loss in made.curve] == pytest.approx([loss for _, loss in whole.curve], rel=1e-4)
     assert close(task, whole, made, 1e-3)
     assert made.warnings == (
-        "distillation ran out of memory at step 0 with 8 items at a time: it went on with 4, their gradients added up, so that a step still is made of 8",
-        "distillation ran out of memory at step 0 with 4 items at a time: it went on with 2, their gradients added up, so that a step still is made of 8",
+        (
+            "distillation ran out of memory at step 0 with 8 items at a time: it went on with 4, their"
+            " gradients added up, so that a step still is made of 8"
+        ),
+        (
+            "distillation ran out of memory at step 0 with 4 items at a time: it went on with 2, their"
+            " gradients added up, so that a step still is made of 8"
+        ),
     )
     assert same(weights(distilled(task, accumulate=4).model), weights(made.model))
 
 
 def test_a_single_item_that_does_not_fit_is_refused(cramped):
     cramped(0)
-    with pytest.raises(CompressionError, match="distillation ran out of memory at step 0 with one item at a time"):
+    with pytest.raises(
+        CompressionError, match="distillation ran out of memory at step 0 with one item at a time"
+    ):
         distilled(tiny_task("vit"))
 
 
@@ -110,7 +121,9 @@ def test_a_single_item_that_does_not_fit_is_refused(cramped):
 def test_looks_are_at_items_that_are_not_trained_on():
     task = tiny_task("vit")
     seen: list[Look] = []
-    made = distilled(task, steps=9, look_every=3, training=Training(looked=lambda looks: seen.append(looks[-1])))
+    made = distilled(
+        task, steps=9, look_every=3, training=Training(looked=lambda looks: seen.append(looks[-1]))
+    )
     assert [look.step for look in seen] == [0, 3, 6, 9]
     assert {look.items for look in seen} == {TRAINING // 10}
     assert all(look.low <= look.value <= look.high and look.metric == "accuracy" for look in seen)
@@ -123,13 +136,18 @@ def test_held_out_items_are_never_drawn(monkeypatch):
     task = tiny_task("vit")
     seen = []
     plain = Run.added
-    monkeypatch.setattr(Run, "added", lambda run, drawn, objective: seen.extend(drawn.index.tolist()) or plain(run, drawn, objective))
+    monkeypatch.setattr(
+        Run,
+        "added",
+        lambda run, drawn, objective: seen.extend(drawn.index.tolist()) or plain(run, drawn, objective),
+    )
     distilled(task, steps=20, look_every=10)
     assert max(seen) < TRAINING - TRAINING // 10
 
 
 def test_what_is_kept_is_the_best_look():
-    """A rate that does harm after a while: the best look is not the last, and its weights are what is there."""
+    """A rate that does harm after a while: the best look is not the last, and its weights are what is
+    there."""
     task = tiny_task("vit")
     seen: list[Look] = []
     options = {"steps": 30, "look_every": 3, "learning_rate": 0.1}
@@ -157,7 +175,12 @@ def test_too_few_items_to_hold_out_are_said_and_the_last_step_is_kept():
     task = tiny_task("vit")
     object.__setattr__(task, "training", task.training[:19])
     made = distilled(task, look_every=2)
-    assert made.warnings == ("look_every=2 is left out: it needs 20 training items, of which a tenth is held out, and 'noise' has 19; the last step is kept",)
+    assert made.warnings == (
+        (
+            "look_every=2 is left out: it needs 20 training items, of which a tenth is held out, and 'noise'"
+            " has 19; the last step is kept"
+        ),
+    )
     assert made.looks == ()
     assert same(weights(made.model), weights(distilled(task).model))
 
@@ -166,7 +189,15 @@ def test_looks_of_two_trainings_stand_one_after_the_other_on_the_curve():
     task = tiny_task("vit")
     found: list[int] = []
     training = Training(looked=lambda looks: found.append(len(looks)))
-    made = compress(task, Recipe(*BOTH, wb.QAT(qat_steps=5, qat_batch=8), wb.Distill(temperature=2, steps=6, distill_batch=8, look_every=3)), training=training)
+    made = compress(
+        task,
+        Recipe(
+            *BOTH,
+            wb.QAT(qat_steps=5, qat_batch=8),
+            wb.Distill(temperature=2, steps=6, distill_batch=8, look_every=3),
+        ),
+        training=training,
+    )
     assert [look.step for look in made.looks] == [5, 8, 11]
     assert found == [1, 2, 3]
     assert len(made.curve) == 11
@@ -187,7 +218,7 @@ sys.path.insert(0, {tests!r})
 from tiny_tasks import tiny_task
 import workbench as wb
 from workbench.compress import compress
-from workbench.progress import Training
+from workbench.util.progress import Training
 from workbench.recipe import Recipe
 
 def watch(curve, steps):
@@ -200,11 +231,19 @@ compress(tiny_task({sort!r}), Recipe.from_json(sys.argv[1]), training=Training(w
 
 @pytest.mark.parametrize("sort", ["vit", "llama"])
 def test_a_killed_training_goes_on_to_the_same_bits(cache, sort):
-    recipe = Recipe(*BOTH, wb.Distill(temperature=2, steps=12, distill_batch=8, look_every=5, checkpoint_every=3))
+    recipe = Recipe(
+        *BOTH, wb.Distill(temperature=2, steps=12, distill_batch=8, look_every=5, checkpoint_every=3)
+    )
     task = tiny_task(sort)
     plain = compress(task, Recipe(*BOTH, wb.Distill(temperature=2, steps=12, distill_batch=8, look_every=5)))
     script = KILLED.format(tests=str(Path(__file__).parent), sort=sort)
-    ended = subprocess.run([sys.executable, "-c", script, recipe.to_json()], env=os.environ, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, recipe.to_json()],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(list(checkpoints.folder().glob("*.pt"))) == 1
     made = compress(task, recipe)
@@ -246,7 +285,10 @@ def test_a_damaged_checkpoint_starts_anew(cache):
 
 def test_a_folder_that_cannot_be_written_is_refused(cache):
     (cache / "compression-workbench").write_text("a file")
-    with pytest.raises(CompressionError, match="no checkpoint can be written to .*; free space there, or set checkpoint_every=0"):
+    with pytest.raises(
+        CompressionError,
+        match="no checkpoint can be written to .*; free space there, or set checkpoint_every=0",
+    ):
         distilled(tiny_task("vit"), checkpoint_every=2)
 
 
@@ -255,24 +297,47 @@ def test_a_folder_that_cannot_be_written_is_refused(cache):
 
 @pytest.fixture
 def improving(monkeypatch):
-    """Make each look better than the one before: on noise the first one may be the best, and nothing would have moved."""
+    """Make each look better than the one before: on noise the first one may be the best, and nothing would
+    have moved."""
     plain = HeldOut.look
-    monkeypatch.setattr(HeldOut, "look", lambda held, model, step: dataclasses.replace(plain(held, model, step), loss=-float(step)))
+    monkeypatch.setattr(
+        HeldOut,
+        "look",
+        lambda held, model, step: dataclasses.replace(plain(held, model, step), loss=-float(step)),
+    )
 
 
-EVERYTHING = {"steps": 12, "learning_rate": 1e-2, "hidden_weight": 0.5, "teacher_cache_mb": 16, "accumulate": 2, "train_precision": "mixed", "look_every": 5, "checkpoint_every": 4, "divergence": "skewed"}
+EVERYTHING = {
+    "steps": 12,
+    "learning_rate": 1e-2,
+    "hidden_weight": 0.5,
+    "teacher_cache_mb": 16,
+    "accumulate": 2,
+    "train_precision": "mixed",
+    "look_every": 5,
+    "checkpoint_every": 4,
+    "divergence": "skewed",
+}
 
 
-@pytest.mark.parametrize("before", [
-    (wb.Prune(pattern="2:4"), wb.Quantize(weight_bits=4)), (wb.LowRank(rank_ratio=0.4), wb.Prune(sparsity=0.5)), (wb.Prune(sparsity=0.5, pattern="neurons"), wb.Quantize(weight_bits=3)),
-], ids=lambda steps: "+".join(step.label() for step in steps))  # fmt: skip
+@pytest.mark.parametrize(
+    "before",
+    [
+        (wb.Prune(pattern="2:4"), wb.Quantize(weight_bits=4)),
+        (wb.LowRank(rank_ratio=0.4), wb.Prune(sparsity=0.5)),
+        (wb.Prune(sparsity=0.5, pattern="neurons"), wb.Quantize(weight_bits=3)),
+    ],
+    ids=lambda steps: "+".join(step.label() for step in steps),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_masks_ranks_grids_and_removed_structure_hold(cache, improving, device, dtype, before):
     task = tiny_task("llama", device, dtype)
     dense = weights(task.model)
     start, made = compress(task, Recipe(*before)), distilled(task, *before, **EVERYTHING)
     assert same(weights(task.model), dense)
-    assert {name: tensor.shape for name, tensor in weights(made.model).items()} == {name: tensor.shape for name, tensor in weights(start.model).items()}
+    assert {name: tensor.shape for name, tensor in weights(made.model).items()} == {
+        name: tensor.shape for name, tensor in weights(start.model).items()
+    }
     moved = 0
     for first, last in zip(start.layers, made.layers, strict=True):
         last.check()
@@ -301,7 +366,10 @@ def test_what_a_target_leaves_out_keeps_its_bits(cache, improving, device, dtype
 
 @pytest.mark.parametrize("sort", SORTS)
 def test_small_steps_are_not_rounded_away(sort, device):
-    """At a rate of 5e-4 a bfloat16 weight of 1, next to which stands 0.996, stays; held in float32 meanwhile, it gets there in a few steps."""
+    """At a rate of 5e-4 a bfloat16 weight of 1, next to which stands 0.996, stays.
+
+    Held in float32 meanwhile, it gets there in a few steps.
+    """
     task = tiny_task(sort, device, torch.bfloat16)
     start = weights(compress(task, Recipe(*BOTH)).model)
     moved = []
@@ -309,7 +377,18 @@ def test_small_steps_are_not_rounded_away(sort, device):
         made = distilled(task, *BOTH, steps=60, learning_rate=5e-4, train_precision=precision)
         after = weights(made.model)
         assert {tensor.dtype for tensor in made.model.parameters()} == {torch.bfloat16}
-        moved.append(sum(int(((tensor == 1) & (after[name] != 1)).sum()) for name, tensor in start.items() if tensor.ndim == 1))
+        moved.append(
+            sum(
+                int(((tensor == 1) & (after[name] != 1)).sum())
+                for name, tensor in start.items()
+                if tensor.ndim == 1
+            )
+        )
         if device == "cpu" and precision == "mixed":
-            assert made.warnings == ("train_precision='mixed' saves nothing on cpu: weights are held, and the arithmetic is done, in float32",)
+            assert made.warnings == (
+                (
+                    "train_precision='mixed' saves nothing on cpu: weights are held, and the arithmetic is"
+                    " done, in float32"
+                ),
+            )
     assert moved[0] == 0 < moved[1]

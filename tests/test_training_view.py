@@ -9,15 +9,15 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
-from widgets.figures import curve_figure
-from widgets.honesty import badge
-from widgets.live import Live
-from widgets.session import Session
-from widgets.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
+from widgets.figures.figures import curve_figure
+from widgets.panes.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
+from widgets.panes.verdict_strip import badge
+from widgets.session.session import Session
+from widgets.session.state import Live
 from workbench.errors import RecipeError
-from workbench.predict import Predictor
-from workbench.progress import Look
-from workbench.soften import softened
+from workbench.predict.predictor import Predictor
+from workbench.report.temperature_lesson import softened
+from workbench.util.progress import Look
 
 LONG = wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=100_000, distill_batch=8))
 
@@ -46,15 +46,25 @@ def test_a_single_step_and_a_loss_of_zero_have_a_curve():
 
 
 def test_the_words_say_whether_it_runs_ended_or_was_stopped():
-    assert "training, step 2 of 4: loss 2 \N{RIGHTWARDS ARROW} 1" in curve_html([(0, 2.0), (1, 1.0)], 4, running=True)
+    assert "training, step 2 of 4: loss 2 \N{RIGHTWARDS ARROW} 1" in curve_html(
+        [(0, 2.0), (1, 1.0)], 4, running=True
+    )
     assert "training stopped, step 2 of 4" in curve_html([(0, 2.0), (1, 1.0)], 4, running=False)
     assert ">trained, step 2 of 2" in curve_html([(0, 2.0), (1, 1.0)], 2, running=False)
 
 
 def test_the_newest_look_stands_in_the_words_and_the_best_one():
-    looks = [Look(step, loss, "accuracy", 0.9, value, value - 0.1, value + 0.1, 64, 0.95) for step, loss, value in ((0, 2.0, 0.5), (5, 0.5, 0.8), (10, 0.7, 0.75))]
-    assert "held-out accuracy 80.0% [70.0%, 90.0%] after step 5 on 64 items, dense 90.0%<" in curve_html([(0, 1.0)], 9, running=True, looks=looks[:2])
-    assert "held-out accuracy 75.0% [65.0%, 85.0%] after step 10 on 64 items, dense 90.0%; best after step 5: 80.0%" in curve_html([(0, 1.0)], 9, running=True, looks=looks)
+    looks = [
+        Look(step, loss, "accuracy", 0.9, value, value - 0.1, value + 0.1, 64, 0.95)
+        for step, loss, value in ((0, 2.0, 0.5), (5, 0.5, 0.8), (10, 0.7, 0.75))
+    ]
+    assert "held-out accuracy 80.0% [70.0%, 90.0%] after step 5 on 64 items, dense 90.0%<" in curve_html(
+        [(0, 1.0)], 9, running=True, looks=looks[:2]
+    )
+    assert (
+        "held-out accuracy 75.0% [65.0%, 85.0%] after step 10 on 64 items, dense 90.0%; best after step 5:"
+        " 80.0%" in curve_html([(0, 1.0)], 9, running=True, looks=looks)
+    )
 
 
 def look(step, value, low, high, dense=0.9):
@@ -63,10 +73,21 @@ def look(step, value, low, high, dense=0.9):
 
 def test_looks_stand_on_the_curve_with_their_intervals():
     svg = curve_svg([(i, 1.0) for i in range(11)], 11, [look(0, 0.5, 0.4, 0.6), look(10, 0.8, 0.7, 0.9)])
-    bars = [tuple(map(float, found)) for found in re.findall(r"<line class='wb-look' x1='([\d.]+)' x2='[\d.]+' y1='([\d.]+)' y2='([\d.]+)'/>", svg)]
+    bars = [
+        tuple(map(float, found))
+        for found in re.findall(
+            r"<line class='wb-look' x1='([\d.]+)' x2='[\d.]+' y1='([\d.]+)' y2='([\d.]+)'/>", svg
+        )
+    ]
     span = HEIGHT - 6  # 0.4 lies at the bottom and 0.9, the dense model, at the top
-    assert bars == [(0, HEIGHT - 3, pytest.approx(3 + span * 0.6, abs=0.1)), (WIDTH, pytest.approx(3 + span * 0.4, abs=0.1), 3)]
-    assert re.search(r"class='wb-look' points='0.0,([\d.]+) 360.0,([\d.]+)'", svg).groups() == (f"{3 + span * 0.8:.1f}", f"{3 + span * 0.2:.1f}")
+    assert bars == [
+        (0, HEIGHT - 3, pytest.approx(3 + span * 0.6, abs=0.1)),
+        (WIDTH, pytest.approx(3 + span * 0.4, abs=0.1), 3),
+    ]
+    assert re.search(r"class='wb-look' points='0.0,([\d.]+) 360.0,([\d.]+)'", svg).groups() == (
+        f"{3 + span * 0.8:.1f}",
+        f"{3 + span * 0.2:.1f}",
+    )
     assert "class='wb-dense' x1='0' x2='360' y1='3.0' y2='3.0'" in svg
 
 
@@ -75,7 +96,9 @@ def test_a_look_that_is_not_finite_is_left_out_of_the_picture():
 
 
 def test_looks_reach_the_panel_and_stay_with_the_point(session):
-    recipe = wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8))
+    recipe = wb.Recipe(
+        wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)
+    )
     point = session.run(recipe)
     assert [found.step for found in session.live.looks] == [0, 2, 4]
     assert point.held_out == session.live.looks
@@ -108,13 +131,19 @@ def test_answers_that_are_vectors_have_no_lesson():
 
 
 def test_the_figure_of_a_point_shows_quality_at_each_look(session):
-    point = session.run(wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)))
+    point = session.run(
+        wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8))
+    )
     loss, quality, dense = curve_figure(point).data
     assert list(loss.y) == [value for _, value in point.curve]
     assert list(quality.x) == [0, 2, 4]
     assert list(quality.y) == [100 * found.value for found in point.held_out]  # in percent, as everywhere
-    assert [y + up for y, up in zip(quality.y, quality.error_y.array, strict=True)] == pytest.approx([100 * found.high for found in point.held_out])
-    assert [y - down for y, down in zip(quality.y, quality.error_y.arrayminus, strict=True)] == pytest.approx([100 * found.low for found in point.held_out])
+    assert [y + up for y, up in zip(quality.y, quality.error_y.array, strict=True)] == pytest.approx(
+        [100 * found.high for found in point.held_out]
+    )
+    assert [y - down for y, down in zip(quality.y, quality.error_y.arrayminus, strict=True)] == pytest.approx(
+        [100 * found.low for found in point.held_out]
+    )
     assert set(dense.y) == {100 * point.held_out[0].dense}
 
 
@@ -130,9 +159,17 @@ def test_it_is_hidden_without_training_and_its_button_while_nothing_runs():
 
 @pytest.fixture
 def session(tmp_path):
-    bench = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu")
+    bench = wb.Bench(
+        tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
+    )
     errors = []
-    made = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=errors.append, on_not_loaded=errors.append)
+    made = Session(
+        on_live=lambda: None,
+        on_history=lambda: None,
+        on_loaded=lambda: None,
+        on_error=errors.append,
+        on_not_loaded=errors.append,
+    )
     made.bench, made.predictor = bench, Predictor(bench)
     yield made
     made.close()
@@ -160,9 +197,21 @@ def test_stopping_keeps_and_measures_what_has_been_reached(session):
     assert [row.recipe for row in session.rows()] == [point.recipe]
 
 
-@pytest.mark.parametrize("step", [wb.Transfer(transfer_steps=3, transfer_batch=8), wb.QAT(qat_steps=3, qat_batch=8), wb.Distill(steps=3, distill_batch=8)], ids=lambda step: step.kind())
+@pytest.mark.parametrize(
+    "step",
+    [
+        wb.Transfer(transfer_steps=3, transfer_batch=8),
+        wb.QAT(qat_steps=3, qat_batch=8),
+        wb.Distill(steps=3, distill_batch=8),
+    ],
+    ids=lambda step: step.kind(),
+)
 def test_steps_of_every_training_are_counted_also_of_a_point_from_the_ledger(session, step):
-    recipe = wb.Recipe(*([] if step.kind() == "qat" else [wb.Prune(sparsity=0.3)]), *([wb.Quantize(weight_bits=4)] if step.kind() == "qat" else []), step)
+    recipe = wb.Recipe(
+        *([] if step.kind() == "qat" else [wb.Prune(sparsity=0.3)]),
+        *([wb.Quantize(weight_bits=4)] if step.kind() == "qat" else []),
+        step,
+    )
     for _ in range(2):  # trained, then found
         assert session.run(recipe).complete
         assert session.live.curve_steps == len(session.live.curve) == 3
@@ -170,8 +219,10 @@ def test_steps_of_every_training_are_counted_also_of_a_point_from_the_ledger(ses
 
 def test_what_is_being_computed_is_said_until_there_is_a_look(session, monkeypatch):
     said = []
-    monkeypatch.setattr("widgets.session.DOING_SECONDS", 0.0)
-    session.on_live = lambda: said.append((session.live.doing, badge(session.live))) if session.live.point is None else None
+    monkeypatch.setattr("widgets.session.session.DOING_SECONDS", 0.0)
+    session.on_live = lambda: (
+        said.append((session.live.doing, badge(session.live))) if session.live.point is None else None
+    )
     session.run(wb.Recipe(wb.Prune(sparsity=0.4, criterion="wanda")))
     words = [doing for doing, _ in said if doing]
     assert any(word.startswith("calibration, ") for word in words)

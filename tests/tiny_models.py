@@ -17,7 +17,12 @@ def tokenizer_files(folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(VOCABULARY - 3))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]").save_pretrained(folder)  # noqa: S106
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",  # noqa: S106
+        pad_token="[PAD]",  # noqa: S106
+        eos_token="[EOS]",  # noqa: S106
+    ).save_pretrained(folder)
 
 
 def llama(folder: Path, **options) -> Path:
@@ -25,8 +30,18 @@ def llama(folder: Path, **options) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder, **options)
     tokenizer_files(folder)
     return folder
@@ -37,8 +52,16 @@ def bert(folder: Path) -> Path:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        max_position_embeddings=40, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})  # fmt: skip
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        id2label={0: "bad", 1: "good"},
+        label2id={"bad": 0, "good": 1},
+    )
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer_files(folder)
     return folder
@@ -49,7 +72,9 @@ def distilbert(folder: Path) -> Path:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     torch.manual_seed(0)
-    config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=40)
+    config = DistilBertConfig(
+        vocab_size=VOCABULARY, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=40
+    )
     DistilBertForSequenceClassification(config).save_pretrained(folder)
     tokenizer_files(folder)
     return folder
@@ -60,8 +85,17 @@ def vit(folder: Path, size: int = 8) -> Path:
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
-    config = ViTConfig(image_size=size, patch_size=4, num_channels=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                       intermediate_size=32, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})  # fmt: skip
+    config = ViTConfig(
+        image_size=size,
+        patch_size=4,
+        num_channels=3,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        id2label={0: "cat", 1: "dog"},
+        label2id={"cat": 0, "dog": 1},
+    )
     ViTForImageClassification(config).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,5 @@
-"""Tasks of a few kilobytes, made in memory: one model of each sort of layer, random data, nothing read from disk."""
+"""Tasks of a few kilobytes, made in memory: one model of each sort of layer, random data, nothing read from
+disk."""
 
 from __future__ import annotations
 
@@ -10,44 +11,89 @@ from workbench.tasks.language_modelling import LANGUAGE_MODELLING, window_items
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
 
 VOCABULARY, CLASSES = 64, 4
-SORTS = ("vit", "resnet", "llama", "gpt2")  # Linear; Conv2d; Linear with tied embeddings; Conv1D with tied embeddings
+SORTS = (
+    "vit",
+    "resnet",
+    "llama",
+    "gpt2",
+)  # Linear; Conv2d; Linear with tied embeddings; Conv1D with tied embeddings
 EVALUATION, CALIBRATION, TRAINING = 48, 24, 40
 
 
 def vit() -> torch.nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                       intermediate_size=32, num_labels=CLASSES)  # fmt: skip
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=CLASSES,
+    )
     return ViTForImageClassification(config)
 
 
 def resnet() -> torch.nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=CLASSES)
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 2],
+        layer_type="basic",
+        num_labels=CLASSES,
+    )
     return ResNetForImageClassification(config)
 
 
 def llama(*, tied: bool = True) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tied)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
     return LlamaForCausalLM(config)
 
 
 def gpt2() -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=1,
+        )
+    )
 
 
 def bert() -> torch.nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        max_position_embeddings=16, num_labels=CLASSES)  # fmt: skip
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+    )
     return BertForSequenceClassification(config)
 
 
@@ -56,16 +102,23 @@ def untied() -> torch.nn.Module:
 
 
 MODELS = {"vit": vit, "resnet": resnet, "llama": llama, "gpt2": gpt2, "bert": bert, "untied": untied}
-KINDS: dict[str, Kind] = {"vit": IMAGE_CLASSIFICATION, "resnet": IMAGE_CLASSIFICATION, "bert": TEXT_CLASSIFICATION}
+KINDS: dict[str, Kind] = {
+    "vit": IMAGE_CLASSIFICATION,
+    "resnet": IMAGE_CLASSIFICATION,
+    "bert": TEXT_CLASSIFICATION,
+}
 
 
 def spread(model: torch.nn.Module) -> torch.nn.Module:
-    """Make random weights large enough to matter: transformers starts from 0.02, which makes every answer the same."""
+    """Make random weights large enough to matter: transformers starts from 0.02, which makes every answer the
+    same."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+                )
     return model
 
 
@@ -77,16 +130,27 @@ def items(sort: str, count: int, seed: int) -> Items:
         return Items({"pixel_values": pixels}, torch.randint(CLASSES, (count,), generator=generator))
     ids = torch.randint(VOCABULARY, (count, 8), generator=generator)
     if sort == "bert":
-        return Items({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.randint(CLASSES, (count,), generator=generator))
+        return Items(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            torch.randint(CLASSES, (count,), generator=generator),
+        )
     return window_items(ids)
 
 
-def tiny_task(sort: str = "vit", device: str = "cpu", dtype: torch.dtype = torch.float32, evaluation: int = EVALUATION, model: torch.nn.Module | None = None) -> Task:
+def tiny_task(
+    sort: str = "vit",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    evaluation: int = EVALUATION,
+    model: torch.nn.Module | None = None,
+) -> Task:
     """Return a task as `load_task` would: the model on its device, the data on the CPU."""
     torch.manual_seed(0)
     made = spread(MODELS[sort]()) if model is None else model
     made = made.to(device).eval().requires_grad_(False)
-    for tensor in made.state_dict(keep_vars=True).values():  # as from_pretrained does: rotary frequencies, which no file holds, stay float32
+    for tensor in made.state_dict(
+        keep_vars=True
+    ).values():  # as from_pretrained does: rotary frequencies, which no file holds, stay float32
         tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype)
     return Task(
         kind=KINDS.get(sort, LANGUAGE_MODELLING),
@@ -108,4 +172,6 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Return whether two state dicts hold the same names and the same bits."""
-    return list(left) == list(right) and all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
+    return list(left) == list(right) and all(
+        torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left
+    )

@@ -1,4 +1,7 @@
-"""The whole panel: sliders on the left, the trade-off on the right, what it means below. Composes; decides nothing."""
+"""The whole panel: sliders on the left, the trade-off on the right, what it means below.
+
+Composes; decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,29 @@ from typing import Any
 
 import ipywidgets as ipw
 
-from widgets.behaviour_view import BehaviourView
-from widgets.choice import Choice
-from widgets.code_view import CodeView, line
-from widgets.error_pane import ErrorPane, explain
-from widgets.honesty import HonestyStrip
-from widgets.keeping import Keeping
+from widgets.form.model_picker import ModelPicker
+from widgets.form.preset_bar import PresetBar
+from widgets.form.recipe_form import RecipeForm
 from widgets.labels import Labels
-from widgets.layer_view import LayerView
-from widgets.model_picker import ModelPicker
-from widgets.pacer import Pacer
-from widgets.preset_bar import PresetBar
-from widgets.recipe_form import RecipeForm
-from widgets.session import Session
-from widgets.still import Still
-from widgets.tradeoff_view import TradeoffView
-from widgets.training_view import TrainingView
-from widgets.waiting import Waiting
+from widgets.panes.behaviour_view import BehaviourView
+from widgets.panes.code_view import CodeView, line
+from widgets.panes.error_pane import ErrorPane, explain
+from widgets.panes.layer_view import LayerView
+from widgets.panes.points_controller import Keeping
+from widgets.panes.training_view import TrainingView
+from widgets.panes.verdict_strip import HonestyStrip
+from widgets.plot.static_snapshot import Still
+from widgets.plot.tradeoff_view import TradeoffView
+from widgets.session.load_progress import Waiting
+from widgets.session.model_choice import Choice
+from widgets.session.pacer import Pacer
+from widgets.session.session import Session
 from workbench.errors import WorkbenchError
 from workbench.measure.behaviour import Behaviour, Continuation
 from workbench.measure.measurement import Measurement
-from workbench.measure.metrics import metric_named
+from workbench.metrics.metrics import metric_named
 from workbench.recipe import Recipe
-from workbench.words import size
+from workbench.util.text import size
 
 BROWSER_SECONDS = 0.02  # what a browser takes to draw one point
 
@@ -45,8 +48,9 @@ class Explorer(ipw.VBox):
         panel = Explorer("fashion-vit")   # shows itself as the last line of a cell
         point = panel.run(recipe)         # without a browser: measures, waits, returns the point
 
-    Every slider has the name of its recipe option. What is predicted is hollow on the plot and marked as predicted in the
-    strip; what is measured is filled, with its interval. Every finished point is in the ledger.
+    Every slider has the name of its recipe option. What is predicted is hollow on the plot and marked as
+    predicted in the strip; what is measured is filled, with its interval. Every finished point is in the
+    ledger.
     """
 
     def __init__(
@@ -88,19 +92,47 @@ class Explorer(ipw.VBox):
         self.waiting = Waiting(self.picker.busy)
         self.pacer = Pacer(self.failed)
         self.session = Session(
-            on_live=lambda: self.pacer.post("live", self.draw_live), on_history=lambda: self.pacer.post("history", self.draw_history),
-            on_loaded=self.loaded, on_error=self.failed, on_not_loaded=self.not_loaded, breathe=self.breathe, ledger=ledger, runtime=runtime, placement=placement, offline=offline, progress=False,
-        )  # fmt: skip
-        self.keeping = Keeping(
-            self.session, go_to=self.go_to, guarded=self.guarded, post=self.pacer.post, changed=lambda: self.pacer.post("history", self.draw_history)
+            on_live=lambda: self.pacer.post("live", self.draw_live),
+            on_history=lambda: self.pacer.post("history", self.draw_history),
+            on_loaded=self.loaded,
+            on_error=self.failed,
+            on_not_loaded=self.not_loaded,
+            breathe=self.breathe,
+            ledger=ledger,
+            runtime=runtime,
+            placement=placement,
+            offline=offline,
+            progress=False,
         )
-        self.history, self.compare, self.plot.on_select = self.keeping.history, self.keeping.compare, self.brushed
+        self.keeping = Keeping(
+            self.session,
+            go_to=self.go_to,
+            guarded=self.guarded,
+            post=self.pacer.post,
+            changed=lambda: self.pacer.post("history", self.draw_history),
+        )
+        self.history, self.compare, self.plot.on_select = (
+            self.keeping.history,
+            self.keeping.compare,
+            self.brushed,
+        )
         self.training = TrainingView(lambda: self.guarded(self.session.stop_training))
         self.session.on_recipe = self.follow
         self.layers = LayerView(self.session, self.form, guarded=self.guarded, post=self.pacer.post)
-        self.presets = PresetBar(self.form, self.session, self.guarded, lambda words: self.errors.say("search", words, "note"), self.pacer.post)
+        self.presets = PresetBar(
+            self.form,
+            self.session,
+            self.guarded,
+            lambda words: self.errors.say("search", words, "note"),
+            self.pacer.post,
+        )
         super().__init__(self.arrange())
-        self.tabs.observe(lambda change: self.layers.set_visible(visible=change["new"] == self.tabs.children.index(self.layers)), "selected_index")
+        self.tabs.observe(
+            lambda change: self.layers.set_visible(
+                visible=change["new"] == self.tabs.children.index(self.layers)
+            ),
+            "selected_index",
+        )
         self.add_class("wb-panel")
         self.picker.observe(lambda _: self.load(), "choice")
         self.picker.stop.on_click(lambda _: self.guarded(self.give_up))
@@ -117,16 +149,41 @@ class Explorer(ipw.VBox):
 
     def arrange(self) -> list[ipw.Widget]:
         """Return the parts of the panel, top to bottom."""
-        style = ipw.HTML(f"<style>{(Path(__file__).parent / 'style.css').read_text(encoding='utf-8')}</style>", layout=ipw.Layout(display="none"))
+        style = ipw.HTML(
+            f"<style>{(Path(__file__).parent / 'style.css').read_text(encoding='utf-8')}</style>",
+            layout=ipw.Layout(display="none"),
+        )
         head = ipw.HBox([self.picker, self.picker.loading, self.dense])
         left = ipw.VBox([self.form, self.presets, self.line])
         right = ipw.VBox([self.plot])
         main = ipw.HBox([left, right])
-        tabs = self.tabs = ipw.Tab([self.layers, self.behaviour, self.compare, self.history, self.code], titles=["layers", "behaviour", "compare", "history", "code"])
-        named = {"wb-head": head, "wb-left": left, "wb-right": right, "wb-main": main, "wb-tabs": tabs, "wb-dense": self.dense, "wb-line": self.line}
+        tabs = self.tabs = ipw.Tab(
+            [self.layers, self.behaviour, self.compare, self.history, self.code],
+            titles=["layers", "behaviour", "compare", "history", "code"],
+        )
+        named = {
+            "wb-head": head,
+            "wb-left": left,
+            "wb-right": right,
+            "wb-main": main,
+            "wb-tabs": tabs,
+            "wb-dense": self.dense,
+            "wb-line": self.line,
+        }
         for name, widget in named.items():
             widget.add_class(name)
-        return [style, Labels(), head, main, self.errors, self.training, self.strip, self.keeping.line, self.keeping.bar, tabs]
+        return [
+            style,
+            Labels(),
+            head,
+            main,
+            self.errors,
+            self.training,
+            self.strip,
+            self.keeping.line,
+            self.keeping.bar,
+            tabs,
+        ]
 
     def _ipython_display_(self) -> None:
         """Show the panel, and under it the picture that stays where no kernel runs."""
@@ -191,11 +248,16 @@ class Explorer(ipw.VBox):
         self.waiting.stop()
         self.errors.say("work", "")
         self.pacer.post("forget", self.layers.forget)
-        self.pacer.post("kernels", lambda: self.form.show_kernels(self.session.bench.device.type if self.session.bench else ""))
+        self.pacer.post(
+            "kernels",
+            lambda: self.form.show_kernels(self.session.bench.device.type if self.session.bench else ""),
+        )
         self.pacer.post("history", self.draw_history)
 
     def breathe(self) -> None:
-        """Let the prediction be drawn, here and in the browser, before the processor is busy with the measurement."""
+        """Let the prediction be drawn, here and in the browser, before the processor is busy with the
+        measurement.
+        """
         if self.pacer.flush(0.05):
             time.sleep(BROWSER_SECONDS)
 
@@ -216,7 +278,9 @@ class Explorer(ipw.VBox):
 
     def ask_behaviour(self) -> None:
         """Compare the answers of both models, item by item, behind the panel."""
-        self.session.compare(lambda recipe, found: self.pacer.post("behaviour", lambda: self.draw_behaviour(recipe, found)))
+        self.session.compare(
+            lambda recipe, found: self.pacer.post("behaviour", lambda: self.draw_behaviour(recipe, found))
+        )
         self.behaviour.wait()
 
     def draw_behaviour(self, recipe: Recipe, found: Behaviour | Sequence[Continuation]) -> None:
@@ -252,11 +316,11 @@ class Explorer(ipw.VBox):
         self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(rows):,})")
 
     def run(self, recipe: Recipe) -> Measurement:
-        """Put the sliders on a recipe, measure it, wait, and return the complete point: for notebooks without a browser.
+        """Put the sliders on a recipe, measure it, wait, and return the complete point: for notebooks without
+        a browser.
 
         Raises:
             WorkbenchError: what loading, compression or measurement raised.
-
         """
         if self.session.bench is None:
             self.session.load_now(self.picker.choice)
@@ -266,8 +330,16 @@ class Explorer(ipw.VBox):
         return point
 
     def close(self) -> None:
-        """Stop the threads and close the widgets; ipywidgets calls this also for a panel that could not be made."""
-        for part in (vars(self).get("waiting"), vars(self).get("keeping"), vars(self).get("session"), vars(self).get("pacer")):
+        """Stop the threads and close the widgets.
+
+        Ipywidgets calls this also for a panel that could not be made.
+        """
+        for part in (
+            vars(self).get("waiting"),
+            vars(self).get("keeping"),
+            vars(self).get("session"),
+            vars(self).get("pacer"),
+        ):
             if part is not None:
                 part.close()
         super().close()
@@ -286,5 +358,10 @@ def dense_words(point: Measurement) -> str:
     time = f" &middot; {point.latency.dense_median_ms:.1f} ms" if point.latency else ""
     if point.latency and point.latency.real_time_factors:
         time += f" &middot; real-time factor {point.latency.real_time_factors[0]:.3f}"
-    about = escape(f"{quality.metric} on {point.items:,} items of {point.context.data_name}; {point.context.device_name}")
-    return f"<span title='{about}'><b>\N{BLACK STAR}</b> dense: <b>{value}</b> {escape(quality.metric)} &middot; {size(point.dense_sizes.file_bytes)}{time}</span>"
+    about = escape(
+        f"{quality.metric} on {point.items:,} items of {point.context.data_name}; {point.context.device_name}"
+    )
+    return (
+        f"<span title='{about}'><b>\N{BLACK STAR}</b> dense: <b>{value}</b> {escape(quality.metric)} &middot;"
+        f" {size(point.dense_sizes.file_bytes)}{time}</span>"
+    )

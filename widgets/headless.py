@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-SIGNS = ("JPY_SESSION_NAME", "VOILA_BASE_URL")  # jupyter_server gives the kernels of its sessions their name; Voila gives its kernels its address
+SIGNS = (
+    "JPY_SESSION_NAME",
+    "VOILA_BASE_URL",
+)  # jupyter_server gives the kernels of its sessions their name; Voila gives its kernels its address
 
 
 def without_browser() -> bool:

@@ -17,7 +17,11 @@ GROUPS = {
 
 
 class Labels(anywidget.AnyWidget):
-    """Shows nothing; stands inside a `wb-panel` names its groups and slider handles, keeps what the handles say exact, and keeps keys pressed here from JupyterLab."""
+    """Shows nothing.
+
+    Stands inside a `wb-panel` names its groups and slider handles, keeps what the handles say exact, and
+    keeps keys pressed here from JupyterLab.
+    """
 
     _esm: ClassVar[Path] = Path(__file__).parent / "labels.js"
     groups = traitlets.Dict(GROUPS).tag(sync=True)

@@ -17,15 +17,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench import errors
     from workbench.bench import Bench
-    from workbench.card import verdict
-    from workbench.compress import QAT, Activations, Distill, KVCache, LowRank, Prune, Quantize, Repair, Transfer, compress
+    from workbench.compress import (
+        QAT,
+        Activations,
+        Distill,
+        KVCache,
+        LowRank,
+        Prune,
+        Quantize,
+        Repair,
+        Transfer,
+        compress,
+    )
     from workbench.export import load
-    from workbench.ledger import Ledger
+    from workbench.ledger.ledger import Ledger
+    from workbench.ledger.pareto import pareto, tradeoff
+    from workbench.measure.card import verdict
     from workbench.measure.measurement import Measurement
     from workbench.recipe import METHODS, Recipe, Step, configuration
-    from workbench.report import report
-    from workbench.sweep import sweep
-    from workbench.tradeoff import pareto, tradeoff
+    from workbench.report.report import report
+    from workbench.search.sweep import sweep
     from workbench.zoo import models
 
 PLACES = {
@@ -34,7 +45,7 @@ PLACES = {
     "Bench": "workbench.bench",
     "Distill": "workbench.compress",
     "KVCache": "workbench.compress",
-    "Ledger": "workbench.ledger",
+    "Ledger": "workbench.ledger.ledger",
     "LowRank": "workbench.compress",
     "Measurement": "workbench.measure.measurement",
     "Prune": "workbench.compress",
@@ -49,24 +60,26 @@ PLACES = {
     "errors": "workbench.errors",
     "load": "workbench.export",
     "models": "workbench.zoo",
-    "pareto": "workbench.tradeoff",
-    "report": "workbench.report",
-    "sweep": "workbench.sweep",
-    "tradeoff": "workbench.tradeoff",
-    "verdict": "workbench.card",
+    "pareto": "workbench.ledger.pareto",
+    "report": "workbench.report.report",
+    "sweep": "workbench.search.sweep",
+    "tradeoff": "workbench.ledger.pareto",
+    "verdict": "workbench.measure.card",
 }
 
 __all__ = list(PLACES)
 
 
 class Package(ModuleType):
-    """The package itself. Importing the submodule `workbench.sweep` must not hide the public function `workbench.sweep`."""
+    """The package itself.
+
+    Importing the subpackage `workbench.report` must not hide the public function `workbench.report`.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Put the public object of a submodule in the place of the submodule of the same name."""
-        if isinstance(value, ModuleType) and name != "errors" and PLACES.get(name) == f"workbench.{name}":
-            value = getattr(value, name)
-        super().__setattr__(name, value)
+        """Leave a subpackage that has the name of a public object out of the package's attributes."""
+        if not isinstance(value, ModuleType) or name == "errors" or name not in PLACES:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Fetch a public name on first use."""

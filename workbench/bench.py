@@ -9,44 +9,44 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from workbench.cache import cache_of
+from workbench.calibration.disk_cache import disk_cache
+from workbench.calibration.memory_cache import cache_of
+from workbench.calibration.statistics import Statistics
 from workbench.compress import Compressed, compress
-from workbench.compress.layers import Progress, no_progress
-from workbench.device import describe, pick
-from workbench.disk_cache import disk_cache
 from workbench.errors import Cancelled, DataError, LedgerError, RuntimeRefused
-from workbench.ledger import Ledger, default_path
-from workbench.looks import Partial, early_looks
+from workbench.ledger.ledger import Ledger, default_path
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
-from workbench.measure.divergence import Reference
 from workbench.measure.evaluator import Evaluator
+from workbench.measure.kl import Reference
 from workbench.measure.measurement import Context, Measurement
+from workbench.measure.recent_scores import Neighbours
 from workbench.measure.size import Sizes, sizes
-from workbench.measure.weights import WeightChange, weight_changes
-from workbench.neighbours import Neighbours
-from workbench.placement import place_task, placement_named
-from workbench.placement import words as placed
-from workbench.prediction_score import Predicted
-from workbench.progress import Bar, Shown, Training
+from workbench.measure.weight_histograms import WeightChange, weight_changes
+from workbench.measuring import Partial, early_looks
+from workbench.modules.layer import Progress, no_progress
+from workbench.modules.offload import device_of
+from workbench.modules.placement import place_task, placement_named
+from workbench.modules.placement import words as placed
+from workbench.predict.offload_forecast import Pace, forecast
+from workbench.predict.scoring import Predicted
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
-from workbench.statistics import Statistics
-from workbench.streaming import device_of
-from workbench.streaming_forecast import Pace, forecast
 from workbench.tasks.base import Scores, Task
 from workbench.tasks.language_modelling import LanguageModelling
+from workbench.util.device import describe, pick
+from workbench.util.progress import Bar, Shown, Training
 
 if TYPE_CHECKING:
-
     from workbench.sensitivity import LayerSensitivity
 
 T = TypeVar("T")
 
+
 class Bench:
     """A model on its data, ready to be compressed and measured.
 
-    `measure` blocks and returns one point; `stream` yields it as it grows. What does not depend on the recipe (the dense
-    model's scores and sizes, calibration statistics, factorisations) is computed once and kept.
+    `measure` blocks and returns one point; `stream` yields it as it grows. What does not depend on the recipe
+    (the dense model's scores and sizes, calibration statistics, factorisations) is computed once and kept.
     """
 
     def __init__(
@@ -75,24 +75,28 @@ class Bench:
             model: a catalogue name, a local directory, a hub id, or a ready `Task`.
             data: a data set name, hub id or local file; None takes the catalogue's.
             device: "cpu", "cuda", or None for the GPU where there is one.
-            ledger: where points are kept (a path, an Optuna URL); None takes the user's own file for this model.
+            ledger: where points are kept (a path, an Optuna URL); None takes the user's own file for this
+                model.
             evaluation_items: at most so many; None takes the task's default.
             calibration_items: at most so many; None takes the task's default.
             training_items: at most so many; None takes the task's default.
             context_length: tokens in a window of a language model; None takes the task's default.
-            latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model or 1 utterance.
-            runtime: how both models are run when they are timed: "auto" (None), "torch", "onnx", "graph" or "compiled"; see `workbench runtimes`.
-            placement: where the weights lie: "device", "streamed" from the host block by block, "spread" over all GPUs, or "auto" (None): streamed where model, compressed copy and room exceed the device's free memory.
+            latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model or
+                1 utterance.
+            runtime: how both models are run when they are timed: "auto" (None), "torch", "onnx", "graph" or
+                "compiled"; see `workbench runtimes`.
+            placement: where the weights lie: "device", "streamed" from the host block by block, "spread" over
+                all GPUs, or "auto" (None): streamed where model, compressed copy and room exceed the device's
+                free memory.
             confidence: of every quality interval.
-            margin: stop reading once the main metric's change is known to plus or minus this: 0.01 is 1 point of accuracy or of word error rate,
-                or 1% of perplexity; None reads all items.
+            margin: stop reading once the main metric's change is known to plus or minus this: 0.01 is 1 point
+                of accuracy or of word error rate, or 1% of perplexity; None reads all items.
             offline: never reach for the network.
             seed: of the order of data.
             progress: True shows a progress bar, "lines" a line on stderr every ten seconds.
 
         Raises:
             ModelError, DataError, DeviceError, LedgerError, RuntimeRefused: see `workbench.errors`.
-
         """
         from workbench.zoo import load_task
 
@@ -106,61 +110,113 @@ class Bench:
             place_task(model, self.device, placement_named(placement))
             if isinstance(model, Task)
             else load_task(
-                model, data, device=str(self.device), offline=offline, evaluation_items=evaluation_items, calibration_items=calibration_items,
-                training_items=training_items, context=context_length, seed=seed, progress=progress is True, placement=placement_named(placement),
+                model,
+                data,
+                device=str(self.device),
+                offline=offline,
+                evaluation_items=evaluation_items,
+                calibration_items=calibration_items,
+                training_items=training_items,
+                context=context_length,
+                seed=seed,
+                progress=progress is True,
+                placement=placement_named(placement),
             )
-        )  # fmt: skip
+        )
         self.evaluation = self.task.evaluation.to(self.device)
         self.evaluator = Evaluator(self.task, self.evaluation)
         self.confidence, self.margin = confidence, checked_margin(margin)
         self.latency_items = self.evaluation[: latency_batch or self.task.kind.latency_items]
         self.context = Context(
-            self.task.model_name, self.task.model_fingerprint, self.task.data_name, self.task.data_fingerprint, self.device.type,
-            ", ".join(filter(None, (describe(self.device), placed(self.task.model)))), len(self.latency_items), confidence, importlib.metadata.version("compression-workbench"), self.runtime,
-        )  # fmt: skip
-        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
+            self.task.model_name,
+            self.task.model_fingerprint,
+            self.task.data_name,
+            self.task.data_fingerprint,
+            self.device.type,
+            ", ".join(filter(None, (describe(self.device), placed(self.task.model)))),
+            len(self.latency_items),
+            confidence,
+            importlib.metadata.version("compression-workbench"),
+            self.runtime,
+        )
+        self.ledger = (
+            ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
+        )
         self.neighbours, self.pace = Neighbours(), Pace()
         self.statistics = Statistics(self.task, cache=cache_of(self.task, disk_cache(self.task)))
         self.reference = Reference(self.evaluator, self.statistics)
-        self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: None  # a Predictor's `record`, kept with what is then measured
+        self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: (
+            None
+        )  # a Predictor's `record`, kept with what is then measured
 
-    def measure(self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, margin: float | None = None) -> Measurement:
+    def measure(
+        self,
+        recipe: Recipe,
+        *,
+        again: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+        margin: float | None = None,
+    ) -> Measurement:
         """Return the complete measurement of a recipe; one that the ledger has already is returned at once.
 
-        With a margin, reading stops at a look (see `early`) if the main change is known well enough; such a point says so
-        (`margin`, `items` of `items_total`), is kept, and goes on where it stopped when more is asked for.
+        With a margin, reading stops at a look (see `early`) if the main change is known well enough; such a
+        point says so (`margin`, `items` of `items_total`), is kept, and goes on where it stopped when more is
+        asked for.
 
         Args:
             recipe: what to do; `Recipe()` is the dense model itself.
             again: measure even if the ledger has this point.
             cancelled: asked between layers, batches and training steps; True stops with `Cancelled`.
-            margin: half the width of the interval of the main metric's change that is enough; None takes the bench's, 0 reads all items.
+            margin: half the width of the interval of the main metric's change that is enough; None takes the
+                bench's, 0 reads all items.
 
         Raises:
             RecipeError, CompressionError: the recipe does not fit the model.
             DataError: a margin that is no number of at least 0.
             Cancelled: `cancelled` returned True.
-
         """
         enough = self.margin if margin is None else checked_margin(margin)
-        *_, last = self.looks(recipe, self.early() if enough else (), again=again, cancelled=cancelled, margin=enough)
+        *_, last = self.looks(
+            recipe, self.early() if enough else (), again=again, cancelled=cancelled, margin=enough
+        )
         return last
 
     def stream(
-        self, recipe: Recipe, *, again: bool = False, cancelled: Callable[[], bool] | None = None, on_compressed: Callable[[Compressed], None] | None = None,
-        training: Training | None = None, margin: float | None = None, working: Progress = no_progress,
+        self,
+        recipe: Recipe,
+        *,
+        again: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+        on_compressed: Callable[[Compressed], None] | None = None,
+        training: Training | None = None,
+        margin: float | None = None,
+        working: Progress = no_progress,
     ) -> Iterator[Measurement]:
-        """Yield the measurement after 16, 64, 256 and all evaluation items (a language model's on a CPU also after 4), then the complete one, with latency and memory, that is in the ledger.
+        """Yield the measurement after 16, 64, 256 and all evaluation items (a language model's on a CPU also
+        after 4), then the complete one, with latency and memory, that is in the ledger.
 
-        Intervals are joint over the looks (`workbench.measure.joint`): they hold however early one stops. Arguments as `measure`;
-        `on_compressed` gets the compressed model before the first look, unless the ledger has the point already. `training`
-        watches training steps; where it ends one early, the points' recipe says where. `working(what, done, total)` is told what is done between.
+        Intervals are joint over the looks (`workbench.metrics.sequential_looks`): they hold however early one
+        stops. Arguments as `measure`; `on_compressed` gets the compressed model before the first look, unless
+        the ledger has the point already. `training` watches training steps; where it ends one early, the
+        points' recipe says where. `working(what, done, total)` is told what is done between.
         """
         enough = self.margin if margin is None else checked_margin(margin)
-        return self.looks(recipe, self.early(), again=again, cancelled=cancelled, on_compressed=on_compressed, training=training, margin=enough, working=working)
+        return self.looks(
+            recipe,
+            self.early(),
+            again=again,
+            cancelled=cancelled,
+            on_compressed=on_compressed,
+            training=training,
+            margin=enough,
+            working=working,
+        )
 
     def early(self) -> tuple[int, ...]:
-        """Return the numbers of items that are looked at before all are read; see `workbench.looks.early_looks`."""
+        """Return the numbers of items that are looked at before all are read.
+
+        See `workbench.measuring.early_looks`.
+        """
         return early_looks(self.task.kind, self.evaluation)
 
     @property
@@ -169,10 +225,20 @@ class Bench:
         return (*self.early(), len(self.evaluation))[0]
 
     def looks(
-        self, recipe: Recipe, early: tuple[int, ...], *, again: bool, cancelled: Callable[[], bool] | None, on_compressed: Callable[[Compressed], None] | None = None,
-        training: Training | None = None, margin: float | None = None, working: Progress = no_progress,
+        self,
+        recipe: Recipe,
+        early: tuple[int, ...],
+        *,
+        again: bool,
+        cancelled: Callable[[], bool] | None,
+        on_compressed: Callable[[Compressed], None] | None = None,
+        training: Training | None = None,
+        margin: float | None = None,
+        working: Progress = no_progress,
     ) -> Iterator[Measurement]:
-        """Yield a measurement after each of the `early` numbers of items and after all, until one is known to `margin`, then the complete one."""
+        """Yield a measurement after each of the `early` numbers of items and after all, until one is known to
+        `margin`, then the complete one.
+        """
         known = None if again else self.ledger.find(self.context.key(recipe))
         if known is not None and known.known_to(margin):
             yield known
@@ -180,15 +246,29 @@ class Bench:
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(both(bar, working), cancelled)
             predicted = self.predicts(recipe)
-            ahead = () if (told := forecast(self, recipe, early[0] if early else len(self.evaluation))) is None else (told.words(),)
+            ahead = (
+                ()
+                if (told := forecast(self, recipe, early[0] if early else len(self.evaluation))) is None
+                else (told.words(),)
+            )
             for words in ahead:
                 progress(words, 0, 1)
             start = time.perf_counter()
-            compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True, training=training)
+            compressed = compress(
+                self.task, recipe, self.statistics_with(progress), progress, shared=True, training=training
+            )
             compressed = dataclasses.replace(compressed, warnings=(*compressed.warnings, *ahead))
             if on_compressed is not None:
                 on_compressed(compressed)
-            partial = Partial(self, compressed, (*early, len(self.evaluation)), progress, time.perf_counter() - start, margin=margin, resume=not again)
+            partial = Partial(
+                self,
+                compressed,
+                (*early, len(self.evaluation)),
+                progress,
+                time.perf_counter() - start,
+                margin=margin,
+                resume=not again,
+            )
             for number, look in enumerate(partial.looks()):
                 if told is not None and not number:
                     self.pace.learn(told, look.provenance.compress_seconds, look.provenance.evaluate_seconds)
@@ -219,34 +299,44 @@ class Bench:
             return compress(self.task, recipe, self.statistics_with(bar), bar)
 
     def behaviour(
-        self, recipe: Recipe, *, compressed: Compressed | None = None, cancelled: Callable[[], bool] | None = None
+        self,
+        recipe: Recipe,
+        *,
+        compressed: Compressed | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Behaviour | tuple[Continuation, ...]:
-        """Return what a recipe changes: a classifier's answers, item by item, or what another model writes, hears or finds alike.
+        """Return what a recipe changes: a classifier's answers, item by item, or what another model writes,
+        hears or finds alike.
 
-        A model `compressed` by this recipe before need not be given; it saves compressing (and training) again.
+        A model `compressed` by this recipe before need not be given; it saves compressing (and training)
+        again.
 
         Raises:
             DataError: a language model without its tokenizer.
             Cancelled: `cancelled` returned True.
-
         """
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(bar, cancelled)
             if compressed is None or compressed.recipe != recipe:
-                compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True)
+                compressed = compress(
+                    self.task, recipe, self.statistics_with(progress), progress, shared=True
+                )
             if self.task.labels:
                 return behaviour(self.task, compressed.model, self.confidence, progress)
             if isinstance(self.task.kind, LanguageModelling):
                 return continuations(self.task, compressed.model)
             return told_apart(self.task, compressed.model, progress=progress)
 
-    def weights(self, recipe: Recipe, first: str = "", *, cancelled: Callable[[], bool] | None = None) -> Iterator[WeightChange]:
-        """Yield how the weights of each layer change under a recipe, as histograms; the layer named `first` comes first.
+    def weights(
+        self, recipe: Recipe, first: str = "", *, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[WeightChange]:
+        """Yield how the weights of each layer change under a recipe, as histograms.
+
+        The layer named `first` comes first.
 
         Raises:
             RecipeError, CompressionError: the recipe does not fit the model.
             Cancelled: `cancelled` returned True.
-
         """
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(bar, cancelled)
@@ -255,8 +345,11 @@ class Bench:
                 progress("weights", done, len(compressed.report))
                 yield change
 
-    def sensitivity(self, recipe: Recipe, items: int | None = None, *, cancelled: Callable[[], bool] | None = None) -> Iterator[LayerSensitivity]:
-        """Yield what the recipe on each layer alone costs, all other layers dense (see `workbench.sensitivity`).
+    def sensitivity(
+        self, recipe: Recipe, items: int | None = None, *, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[LayerSensitivity]:
+        """Yield what the recipe on each layer alone costs, all other layers dense (see
+        `workbench.sensitivity`).
 
         Args:
             recipe: what to do; distillation is left out.
@@ -266,7 +359,6 @@ class Bench:
         Raises:
             RecipeError: the recipe compresses no layer, or `items` is below 2.
             Cancelled: `cancelled` returned True.
-
         """
         from workbench.sensitivity import sensitivities
 
@@ -288,10 +380,19 @@ class Bench:
 
     def dense_scores(self, count: int, progress: Progress = no_progress) -> Scores:
         """Return the dense model's scores on the first `count` evaluation items, computed once."""
-        return self.evaluator.scores(self.task.model, self.statistics.once("dense scores", list), count, progress, self.reference.reading())
+        return self.evaluator.scores(
+            self.task.model,
+            self.statistics.once("dense scores", list),
+            count,
+            progress,
+            self.reference.reading(),
+        )
 
     def all_dense_scores(self) -> Scores | None:
-        """Return the dense model's scores on all evaluation items, if they have been read; nothing is computed."""
+        """Return the dense model's scores on all evaluation items, if they have been read.
+
+        Nothing is computed.
+        """
         parts: list[Scores] = self.statistics.once("dense scores", list)
         return parts[0] if parts and len(parts[0]) == len(self.evaluation) else None
 
@@ -303,7 +404,10 @@ class Bench:
 def checked_margin(margin: float | None) -> float | None:
     """Return a margin, or refuse it with `DataError`."""
     if margin is not None and not 0 <= margin < float("inf"):
-        raise DataError(f"margin={margin!r} is refused: give half the width that an interval may have, such as 0.01, or 0 to read all items")
+        raise DataError(
+            f"margin={margin!r} is refused: give half the width that an interval may have, such as 0.01, or 0"
+            " to read all items"
+        )
     return margin
 
 

@@ -22,7 +22,9 @@ class CompressionError(WorkbenchError):
 
 
 class BrokenPromiseError(WorkbenchError):
-    """A tensor no longer has the property that a step promised (mask, rank, grid): a defect of the workbench."""
+    """A tensor no longer has the property that a step promised (mask, rank, grid): a defect of the
+    workbench.
+    """
 
 
 class LedgerError(WorkbenchError):

@@ -1,8 +1,8 @@
 """Write a compressed model to files, and load it back with the same outputs, bit for bit.
 
-A directory holds `model.safetensors` (packed), `config.json` (transformers), `compression.json` (how to unpack it, the
-recipe, the measurement, versions), a card, and the tokenizer or preprocessor files. It is written to one side, read back,
-compared, and only then renamed into place.
+A directory holds `model.safetensors` (packed), `config.json` (transformers), `compression.json` (how to
+unpack it, the recipe, the measurement, versions), a card, and the tokenizer or preprocessor files. It is
+written to one side, read back, compared, and only then renamed into place.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from workbench.card import card
-from workbench.compress.factors import Factors, Form, Repaired, factors_like, form_of, repaired_like
-from workbench.compress.kv_cache import cache_format_of, use_cache_of
-from workbench.compress.layers import replace_module
-from workbench.compress.quantized_inputs import QuantizesInputs, described, from_description
-from workbench.compress.structure_cut import apply_differences, differences
+from workbench.compress.pruning.surgery import apply_differences, differences
+from workbench.compress.quantization.kv_cache import cache_format_of, use_cache_of
 from workbench.errors import ExportError
+from workbench.formats.kv_cache import CacheFormat
+from workbench.measure.card import card
 from workbench.measure.size import file_content
-from workbench.runtime.cache_format import CacheFormat
-from workbench.runtime.packed import pack_model, unpack_state
+from workbench.modules.factored import Factors, Form, Repaired, factors_like, form_of, repaired_like
+from workbench.modules.input_quantizer import QuantizesInputs, described, from_description
+from workbench.modules.layer import replace_module
+from workbench.modules.packing import pack_model, unpack_state
 from workbench.tasks import KINDS
 from workbench.zoo.local import quiet
 
@@ -46,16 +46,21 @@ def check_target(directory: Path, *, overwrite: bool) -> None:
     """Refuse a directory that an export must not replace, before any work is done.
 
     Raises:
-        ExportError: it exists and is no export, or is one and `overwrite` is False, or its parent cannot be written.
-
+        ExportError: it exists and is no export, or is one and `overwrite` is False, or its parent cannot be
+            written.
     """
     if directory.exists() and not directory.is_dir():
         raise ExportError(f"{str(directory)!r} is a file: give a directory that does not exist yet")
     if directory.is_dir() and any(directory.iterdir()):
         if not (directory / MANIFEST).is_file():
-            raise ExportError(f"{str(directory)!r} holds files that are no export of the workbench: give a directory that does not exist yet")
+            raise ExportError(
+                f"{str(directory)!r} holds files that are no export of the workbench: give a directory that"
+                " does not exist yet"
+            )
         if not overwrite:
-            raise ExportError(f"{str(directory)!r} holds an earlier export: pass overwrite=True (--overwrite) to replace it")
+            raise ExportError(
+                f"{str(directory)!r} holds an earlier export: pass overwrite=True (--overwrite) to replace it"
+            )
     parent = directory.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -63,7 +68,9 @@ def check_target(directory: Path, *, overwrite: bool) -> None:
         raise ExportError(f"cannot write to {str(parent)!r}: choose a directory that you may write to")
 
 
-def export(task: Task, compressed: Compressed, point: Measurement, directory: Path, *, overwrite: bool = False) -> Path:
+def export(
+    task: Task, compressed: Compressed, point: Measurement, directory: Path, *, overwrite: bool = False
+) -> Path:
     """Write the compressed model to `directory` and return it.
 
     Raises:
@@ -83,7 +90,9 @@ def export(task: Task, compressed: Compressed, point: Measurement, directory: Pa
         side.chmod(0o755)
         put_in_place(side, directory)
     except OSError as error:
-        raise ExportError(f"cannot write the export {str(directory)!r}: {error.strerror}; nothing was left behind") from None
+        raise ExportError(
+            f"cannot write the export {str(directory)!r}: {error.strerror}; nothing was left behind"
+        ) from None
     finally:
         shutil.rmtree(side, ignore_errors=True)
     return directory
@@ -99,16 +108,33 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
         "auto_class": task.kind.auto_class,
         "weights_sha256": hashlib.sha256(content).hexdigest(),
         "structure": structure(task, compressed),
-        "low_rank": {name: form_of(module).to_json() for name, module in compressed.model.named_modules() if isinstance(module, Factors)},
-        "repair": {name: len(module.first.weight) for name, module in compressed.model.named_modules() if isinstance(module, Repaired)},  # type: ignore[arg-type]
-        "activations": {name: described(module) for name, module in compressed.model.named_modules() if isinstance(module, QuantizesInputs)},
+        "low_rank": {
+            name: form_of(module).to_json()
+            for name, module in compressed.model.named_modules()
+            if isinstance(module, Factors)
+        },
+        "repair": {
+            name: len(module.first.weight)  # type: ignore[arg-type]
+            for name, module in compressed.model.named_modules()
+            if isinstance(module, Repaired)
+        },
+        "activations": {
+            name: described(module)
+            for name, module in compressed.model.named_modules()
+            if isinstance(module, QuantizesInputs)
+        },
         "kv_cache": None if (kept := cache_format_of(compressed.model)) is None else asdict(kept),
         "encodings": packed.manifest(),
         "recipe": json.loads(compressed.recipe.to_json()),
         "measurement": json.loads(point.to_json()),
     }
     config: Any = compressed.model.config
-    files = {WEIGHTS: content, MANIFEST: json.dumps(manifest, indent=1).encode(), "config.json": config.to_json_string().encode(), "README.md": card(point).encode()}
+    files = {
+        WEIGHTS: content,
+        MANIFEST: json.dumps(manifest, indent=1).encode(),
+        "config.json": config.to_json_string().encode(),
+        "README.md": card(point).encode(),
+    }
     for name, data in {**task.files, **files}.items():
         (side / name).parent.mkdir(exist_ok=True)
         with (side / name).open("wb") as file:
@@ -124,7 +150,9 @@ def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
     import transformers
 
     with quiet(), torch.device("meta"):
-        plain = getattr(transformers, task.kind.auto_class).from_config(compressed.model.config, trust_remote_code=False)
+        plain = getattr(transformers, task.kind.auto_class).from_config(
+            compressed.model.config, trust_remote_code=False
+        )
     return differences(compressed.model, plain)
 
 
@@ -152,9 +180,14 @@ def verify(directory: Path, model: nn.Module) -> None:
 
     """
     expected, loaded = model.state_dict(), load(directory).state_dict()
-    different = [name for name in expected if name not in loaded or not torch.equal(expected[name].cpu(), loaded[name])]
+    different = [
+        name for name in expected if name not in loaded or not torch.equal(expected[name].cpu(), loaded[name])
+    ]
     if different or len(loaded) != len(expected):
-        raise ExportError(f"the export does not load back as the same model: {', '.join(different[:3]) or 'extra tensors'}; nothing was written")
+        raise ExportError(
+            f"the export does not load back as the same model: {', '.join(different[:3]) or 'extra tensors'};"
+            " nothing was written"
+        )
 
 
 def load(directory: str | Path, device: str = "cpu") -> nn.Module:
@@ -169,13 +202,17 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
         manifest = json.loads((directory / MANIFEST).read_text())
         content = (directory / WEIGHTS).read_bytes()
     except FileNotFoundError as error:
-        raise ExportError(f"{str(directory)!r} is no export of the workbench: {Path(error.filename).name} is missing") from None
+        raise ExportError(
+            f"{str(directory)!r} is no export of the workbench: {Path(error.filename).name} is missing"
+        ) from None
     except (OSError, ValueError) as error:
         raise ExportError(f"{str(directory)!r} cannot be read: {error}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise ExportError(f"{str(directory)!r} has format {found!r}; this version reads format {FORMAT}")
-    missing = [key for key in ("weights_sha256", "auto_class", "low_rank", "encodings") if key not in manifest]
+    missing = [
+        key for key in ("weights_sha256", "auto_class", "low_rank", "encodings") if key not in manifest
+    ]
     if missing:
         raise ExportError(f"{str(directory)!r} is damaged: {MANIFEST} lacks {', '.join(missing)}")
     if hashlib.sha256(content).hexdigest() != manifest["weights_sha256"]:
@@ -185,14 +222,19 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
         model = skeleton(directory, manifest)
         model.load_state_dict(state, strict=True, assign=True)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ExportError(f"{str(directory)!r} is damaged: {MANIFEST}, config.json and {WEIGHTS} do not fit together: {' '.join(str(error).split())}") from None
+        raise ExportError(
+            f"{str(directory)!r} is damaged: {MANIFEST}, config.json and {WEIGHTS} do not fit together:"
+            f" {' '.join(str(error).split())}"
+        ) from None
     model.tie_weights()  # type: ignore[operator]
     generates(model, directory)
     return model.requires_grad_(False).eval().to(device)
 
 
 def generates(model: nn.Module, directory: Path) -> None:
-    """Give a model that generates the settings that came with it (which tokens begin and end, which are never written)."""
+    """Give a model that generates the settings that came with it (which tokens begin and end, which are never
+    written).
+    """
     if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
@@ -205,10 +247,17 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
 
     classes = {kind.auto_class for kind in KINDS}
     if manifest["auto_class"] not in classes:
-        raise ExportError(f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known: {', '.join(sorted(classes))}")
+        raise ExportError(
+            f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known:"
+            f" {', '.join(sorted(classes))}"
+        )
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(config, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(
+            config, trust_remote_code=False
+        )
     apply_differences(model, manifest.get("structure", {}))
     for name, form in manifest["low_rank"].items():
         replace_module(model, name, factors_like(model.get_submodule(name), Form.from_json(form)))

@@ -1,8 +1,8 @@
 """What to do to a model: frozen steps in an order, to and from JSON, and from flat options.
 
-A method is one frozen dataclass (a `Step`) and one function registered for it in `workbench.compress`. Ranges, choices
-and help texts stand on the dataclass fields as pydantic annotations: the command line, the notebook parameters and the
-documentation read them from there, so none of them can drift.
+A method is one frozen dataclass (a `Step`) and one function registered for it in `workbench.compress`.
+Ranges, choices and help texts stand on the dataclass fields as pydantic annotations: the command line, the
+notebook parameters and the documentation read them from there, so none of them can drift.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from workbench.errors import RecipeError
-from workbench.words import nearest
+from workbench.util.text import nearest
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -28,9 +28,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Targets = tuple[str, ...]
 
-PLAIN = ("model", "data", "device", "seed", "ledger", "offline", "evaluation_items", "margin", "runtime", "placement", "progress", "slider_minutes", "plugins", "recipe")  # parameters of a job besides recipe and gates
+PLAIN = (
+    "model",
+    "data",
+    "device",
+    "seed",
+    "ledger",
+    "offline",
+    "evaluation_items",
+    "margin",
+    "runtime",
+    "placement",
+    "progress",
+    "slider_minutes",
+    "plugins",
+    "recipe",
+)  # parameters of a job besides recipe and gates
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
-RESERVED = {*PLAIN, "targets", "again", "export", "overwrite", "output", "name", "plugin", "quiet", "help"}  # and every name that begins as a gate's
+RESERVED = {
+    *PLAIN,
+    "targets",
+    "again",
+    "export",
+    "overwrite",
+    "output",
+    "name",
+    "plugin",
+    "quiet",
+    "help",
+}  # and every name that begins as a gate's
 
 
 def explain(owner: str, error: ValidationError) -> str:
@@ -56,13 +82,20 @@ def picks(target: str, name: str) -> bool:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configuration(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass whose fields are validated; bad values raise `RecipeError`."""
-    made: Any = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(cls)
+    """Make `cls` a frozen, keyword-only dataclass whose fields are validated.
+
+    Bad values raise `RecipeError`.
+    """
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(
+        cls
+    )
     construct = made.__init__
 
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
         if args:
-            raise RecipeError(f"{cls.__name__} takes its options by name, such as {cls.__name__}(seed=0); got {args!r}")
+            raise RecipeError(
+                f"{cls.__name__} takes its options by name, such as {cls.__name__}(seed=0); got {args!r}"
+            )
         try:
             construct(self, **fields)
         except ValidationError as error:
@@ -87,22 +120,39 @@ class About:
 class Step:
     """Base of every method's configuration. Running a step adds no state to it.
 
-    `slider` names the field that a user drags; giving it a value is what turns the step on. `position` orders steps that
-    are built from flat options (small first). `stops` are the values of the slider that a report sweeps.
+    `slider` names the field that a user drags; giving it a value is what turns the step on. `position` orders
+    steps that are built from flat options (small first). `stops` are the values of the slider that a report
+    sweeps.
 
-    `targets` say which layers: a layer is taken if a target picks it and no target that begins with `!` does. With nothing but
-    `!` targets, `*` is meant as well. The output head is taken only if a target other than `*` picks it.
+    `targets` say which layers: a layer is taken if a target picks it and no target that begins with `!` does.
+    With nothing but `!` targets, `*` is meant as well. The output head is taken only if a target other than
+    `*` picks it.
     """
 
     slider: ClassVar[str] = ""
     position: ClassVar[int] = 100
     stops: ClassVar[tuple[float, ...]] = ()
-    ends: ClassVar[tuple[float, float] | None] = None  # of the slider, where it is shorter than the range of its field
+    # Of the slider, where it is shorter than the range of its field
+    ends: ClassVar[tuple[float, float] | None] = None
     about: ClassVar[tuple[About, ...]] = ()  # lines of the table of methods
-    aside: ClassVar[bool] = False  # panels keep it folded away until it is used: a complement of the methods that a user starts with
-    added: ClassVar[tuple[str, ...]] = ()  # options of later versions: at their defaults they do not change a recipe's key, so ledgers stay known
+    # Panels keep it folded away until it is used: a complement of the methods that a user starts with
+    aside: ClassVar[bool] = False
+    added: ClassVar[
+        tuple[str, ...]
+        # Options of later versions: at their defaults they do not change a recipe's key, so ledgers stay
+        # known
+    ] = ()
 
-    targets: Annotated[Targets, Field(description="layer names to work on: globs, or regular expressions after 're:'; '!' before one leaves out what it picks", min_length=1)] = ("*",)
+    targets: Annotated[
+        Targets,
+        Field(
+            description=(
+                "layer names to work on: globs, or regular expressions after 're:'; '!' before one leaves out"
+                " what it picks"
+            ),
+            min_length=1,
+        ),
+    ] = ("*",)
     seed: Annotated[int, Field(description="seed of every random choice", ge=0)] = 0
 
     @field_validator("targets")
@@ -127,25 +177,35 @@ class Step:
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
-        """Return the method's own fields with their annotations: what sliders, command line and notebooks offer."""
+        """Return the method's own fields with their annotations: what sliders, command line and notebooks
+        offer.
+        """
         fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
         return {name: info for name, info in fields.items() if name not in {"targets", "seed"}}
 
     def unchanged(self) -> set[str]:
         """Return the options of later versions that are at their defaults."""
-        return {field.name for field in dataclasses.fields(self) if field.name in self.added and getattr(self, field.name) == field.default}
+        return {
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name in self.added and getattr(self, field.name) == field.default
+        }
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Raise `RecipeError`, with the reason, if this step cannot follow the `earlier` ones."""
 
     @property
     def order(self) -> int:
-        """Return the place among steps that are built from flat options: `position`, unless the step's choices say otherwise."""
+        """Return the place among steps that are built from flat options: `position`, unless the step's
+        choices say otherwise.
+        """
         return self.position
 
     @property
     def claim(self) -> str:
-        """Return what a layer can be taken for only once: two steps with the same claim may not share a layer."""
+        """Return what a layer can be taken for only once: two steps with the same claim may not share a
+        layer.
+        """
         return self.kind()
 
     @property
@@ -154,13 +214,26 @@ class Step:
         return "*" in self.targets or all(target.startswith("!") for target in self.targets)
 
     def takes(self, *names: str, head: bool = False) -> bool:
-        """Return whether the targets pick a layer that is known by one or more `names`; `*` alone does not pick the output head."""
+        """Return whether the targets pick a layer that is known by one or more `names`.
+
+        `*` alone does not pick the output head.
+        """
         wanted = [target for target in self.targets if not target.startswith("!")] + ["*"] * self.everything
-        return any(picks(target, name) for target in wanted for name in names if not (head and target == "*")) and self.excluded(*names) is None
+        return (
+            any(picks(target, name) for target in wanted for name in names if not (head and target == "*"))
+            and self.excluded(*names) is None
+        )
 
     def excluded(self, *names: str) -> str | None:
         """Return the target that leaves out a layer known by `names`, or None."""
-        return next((target for target in self.targets if target.startswith("!") and any(picks(target[1:], name) for name in names)), None)
+        return next(
+            (
+                target
+                for target in self.targets
+                if target.startswith("!") and any(picks(target[1:], name) for name in names)
+            ),
+            None,
+        )
 
     def matches(self, name: str) -> bool:
         """Return whether a layer's dotted name is among the targets, the output head like any other."""
@@ -168,7 +241,11 @@ class Step:
 
     def __repr__(self) -> str:
         """Show only what differs from the defaults, and always the slider: a line that can be pasted."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name == self.slider or getattr(self, f.name) != f.default}
+        given = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name == self.slider or getattr(self, f.name) != f.default
+        }
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def label(self) -> str:
@@ -191,14 +268,25 @@ class Methods:
 
         """
         if step.slider not in step.options():
-            raise RecipeError(f"{step.__name__}.slider is {step.slider!r}, which is none of its options: {', '.join(step.options())}")
-        taken = sorted(name for name in step.options() if name in RESERVED or name.startswith(("max_", "min_")))
+            raise RecipeError(
+                f"{step.__name__}.slider is {step.slider!r}, which is none of its options:"
+                f" {', '.join(step.options())}"
+            )
+        taken = sorted(
+            name for name in step.options() if name in RESERVED or name.startswith(("max_", "min_"))
+        )
         if taken:
-            raise RecipeError(f"{step.__name__} cannot be registered: the workbench itself uses {', '.join(taken)} (and max_, min_ for gates); rename it")
+            raise RecipeError(
+                f"{step.__name__} cannot be registered: the workbench itself uses {', '.join(taken)} (and"
+                " max_, min_ for gates); rename it"
+            )
         for other in self.functions:
             shared = set(step.options()) & set(other.options())
             if other.kind() == step.kind() or shared:
-                raise RecipeError(f"{step.__name__} cannot be registered: {other.__name__} already has {', '.join(sorted(shared)) or 'this name'}")
+                raise RecipeError(
+                    f"{step.__name__} cannot be registered: {other.__name__} already has"
+                    f" {', '.join(sorted(shared)) or 'this name'}"
+                )
 
         def keep(function: T) -> T:
             self.functions[step] = function  # type: ignore[assignment]
@@ -222,18 +310,25 @@ class Methods:
 
         found = next((step for step in self.functions if step.kind() == kind), None)
         if found is None:
-            raise RecipeError(f"unknown step {kind!r}; {nearest(kind, [step.kind() for step in self.steps()])}")
+            raise RecipeError(
+                f"unknown step {kind!r}; {nearest(kind, [step.kind() for step in self.steps()])}"
+            )
         return found
 
     def options(self) -> dict[str, type[Step]]:
-        """Return every flat option name, such as `sparsity` or `prune_targets`, with the step that it belongs to."""
+        """Return every flat option name, such as `sparsity` or `prune_targets`, with the step that it belongs
+        to.
+        """
         found: dict[str, type[Step]] = {}
         for step in self.steps():
             found.update(dict.fromkeys([*step.options(), f"{step.kind()}_targets"], step))
         return found
 
     def recipe(self, options: Mapping[str, Any], seed: int = 0) -> Recipe:
-        """Return the recipe of flat options, as `steps_from` reads them; raises `RecipeError` also for steps that do not combine."""
+        """Return the recipe of flat options, as `steps_from` reads them.
+
+        Raises `RecipeError` also for steps that do not combine.
+        """
         return Recipe(*self.steps_from(options, seed))
 
     def steps_from(self, options: Mapping[str, Any], seed: int = 0) -> list[Step]:
@@ -255,12 +350,20 @@ class Methods:
             targets = options.get(f"{step.kind()}_targets")
             own: dict[str, str] = {}
             if targets:
-                given["targets"], own = own_values(targets.split(",") if isinstance(targets, str) else targets)
+                given["targets"], own = own_values(
+                    targets.split(",") if isinstance(targets, str) else targets
+                )
             if step.slider in given:
                 steps.append(step(seed=seed, **given))
-                steps += [step(seed=seed, **{**given, step.slider: value, "targets": (target,)}) for target, value in own.items()]
+                steps += [
+                    step(seed=seed, **{**given, step.slider: value, "targets": (target,)})
+                    for target, value in own.items()
+                ]
             elif given:
-                raise RecipeError(f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave them out")
+                raise RecipeError(
+                    f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave"
+                    " them out"
+                )
         return sorted(steps, key=lambda step: step.order)
 
 
@@ -276,12 +379,18 @@ def scope(targets: Targets) -> str:
     """Return which layers, in a few words: nothing for all, ` not fc1`, ` on 3 targets`."""
     out = [target[1:] for target in targets if target.startswith("!")]
     on = [target for target in targets if not target.startswith("!") and target != "*"]
-    words = [f" {word} {ending(listed[0]) if len(listed) == 1 else f'{len(listed)} targets'}" for word, listed in (("on", on), ("not", out)) if listed]
+    words = [
+        f" {word} {ending(listed[0]) if len(listed) == 1 else f'{len(listed)} targets'}"
+        for word, listed in (("on", on), ("not", out))
+        if listed
+    ]
     return "".join(words)
 
 
 def own_values(targets: Iterable[str]) -> tuple[Targets, dict[str, str]]:
-    """Return the targets of the main step, and the slider's own value of each target written as `name=value`."""
+    """Return the targets of the main step, and the slider's own value of each target written as
+    `name=value`.
+    """
     main: list[str] = []
     own: dict[str, str] = {}
     for given in targets:
@@ -297,7 +406,9 @@ METHODS = Methods()
 
 
 class Recipe:
-    """An immutable sequence of steps, checked when it is built: each step's values, and that the order can work."""
+    """An immutable sequence of steps, checked when it is built: each step's values, and that the order can
+    work.
+    """
 
     __slots__ = ("steps",)
     steps: tuple[Step, ...]
@@ -357,7 +468,9 @@ class Recipe:
 
     def to_json(self) -> str:
         """Return the recipe as JSON with sorted keys, every field written out."""
-        return json.dumps([{"step": step.kind(), **dataclasses.asdict(step)} for step in self.steps], sort_keys=True)
+        return json.dumps(
+            [{"step": step.kind(), **dataclasses.asdict(step)} for step in self.steps], sort_keys=True
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -371,14 +484,28 @@ class Recipe:
             items = json.loads(text)
             kinds = [str(item.pop("step")) for item in items]
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise RecipeError(f"not a recipe in JSON: {text[:80]!r}; expected a list such as {cls().to_json()!r} or [{{'step': 'prune', 'sparsity': 0.5}}]") from None
+            raise RecipeError(
+                f"not a recipe in JSON: {text[:80]!r}; expected a list such as {cls().to_json()!r} or"
+                " [{'step': 'prune', 'sparsity': 0.5}]"
+            ) from None
         return cls(*(METHODS.step(kind)(**item) for kind, item in zip(kinds, items, strict=True)))
 
     @property
     def key(self) -> str:
         """Return a hash that is the same in every process and version of Python: 16 hexadecimal digits.
 
-        It is of the JSON, without the options that later versions added (`Step.added`) where they are at their defaults.
+        It is of the JSON, without the options that later versions added (`Step.added`) where they are at
+        their defaults.
         """
-        told = [{"step": step.kind(), **{name: value for name, value in dataclasses.asdict(step).items() if name not in step.unchanged()}} for step in self.steps]
+        told = [
+            {
+                "step": step.kind(),
+                **{
+                    name: value
+                    for name, value in dataclasses.asdict(step).items()
+                    if name not in step.unchanged()
+                },
+            }
+            for step in self.steps
+        ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

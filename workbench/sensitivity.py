@@ -1,8 +1,9 @@
 """What each layer alone costs: the recipe on one layer at a time, everything else dense.
 
-What it does not say: what layers cost together. Errors of one layer pass through the next ones and can add up, cancel or
-grow, so the costs of single layers do not sum to that of the whole recipe. Training is left out: it would train a model
-of which only one layer is compressed; so is the KV cache, which is no layer. Each interval holds by itself: of twenty layers, about one may lie outside its own.
+What it does not say: what layers cost together. Errors of one layer pass through the next ones and can add
+up, cancel or grow, so the costs of single layers do not sum to that of the whole recipe. Training is left
+out: it would train a model of which only one layer is compressed; so is the KV cache, which is no layer. Each
+interval holds by itself: of twenty layers, about one may lie outside its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from workbench.compress import compress
-from workbench.compress.layers import Progress, find_layers, output_head
 from workbench.errors import CompressionError, RecipeError
-from workbench.measure.quality import Estimate, quality
 from workbench.measure.size import sizes
+from workbench.metrics.quality import Estimate, quality
+from workbench.modules.layer import Progress, find_layers, output_head
 from workbench.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ COUNTS = {"perplexity": 16, "word error rate": 32}  # where items are whole wind
 class LayerSensitivity:
     """What a recipe on one layer alone costs and saves.
 
-    `drop` is how much worse the task's metric gets (as `Quality.drop`), `loss` how much the loss grows in nats (None where a
-    task has none), both paired with the dense model on the same `items`; `saved_bytes` is how much smaller the file gets. A layer that no step fits has
-    a `reason` and nothing else.
+    `drop` is how much worse the task's metric gets (as `Quality.drop`), `loss` how much the loss grows in
+    nats (None where a task has none), both paired with the dense model on the same `items`; `saved_bytes` is
+    how much smaller the file gets. A layer that no step fits has a `reason` and nothing else.
     """
 
     name: str
@@ -51,11 +52,12 @@ class LayerSensitivity:
 
 
 def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
-    """Return the part of a recipe that works on one layer, without training or KV cache; `head` names the output head.
+    """Return the part of a recipe that works on one layer, without training or KV cache.
+
+    `head` names the output head.
 
     Raises:
         RecipeError: a step works on one factor of this layer only.
-
     """
     steps = []
     for step in recipe:
@@ -75,22 +77,30 @@ def layers_of(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     return {name: part for name, part in parts.items() if len(part)}
 
 
-def sensitivities(bench: Bench, recipe: Recipe, items: int | None, progress: Progress) -> Iterator[LayerSensitivity]:
-    """Yield the sensitivity of each layer that `recipe` works on; what was found before for the same part is not done again.
+def sensitivities(
+    bench: Bench, recipe: Recipe, items: int | None, progress: Progress
+) -> Iterator[LayerSensitivity]:
+    """Yield the sensitivity of each layer that `recipe` works on.
+
+    What was found before for the same part is not done again.
 
     Raises:
         RecipeError: the recipe works on no layer, or see `alone`; `items` below 2.
-
     """
     count = min(len(bench.evaluation), items or COUNTS.get(bench.task.kind.primary, ITEMS))
     if count < 2:
-        raise RecipeError(f"items={items!r} is refused: an interval needs at least 2 of the {len(bench.evaluation)} evaluation items")
+        raise RecipeError(
+            f"items={items!r} is refused: an interval needs at least 2 of the {len(bench.evaluation)}"
+            " evaluation items"
+        )
     parts = layers_of(bench.task.model, recipe)
     if not parts:
         raise RecipeError(f"{recipe!r} compresses no layer: turn a slider on first")
     for index, (name, part) in enumerate(parts.items()):
         progress("sensitivity", index, len(parts))
-        yield bench.statistics.once(("sensitivity", part, count), partial(measured, bench, name, part, count, progress))
+        yield bench.statistics.once(
+            ("sensitivity", part, count), partial(measured, bench, name, part, count, progress)
+        )
     progress("sensitivity", len(parts), len(parts))
 
 
@@ -105,7 +115,13 @@ def measured(bench: Bench, name: str, part: Recipe, count: int, progress: Progre
     mine = bench.evaluator.scores(compressed.model, [], count, progress)
     found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, bench.confidence)}
     main = found[task.kind.primary]
-    loss = found["loss"].change if "loss" in found else logarithm(main.change) if main.metric == "perplexity" else None
+    loss = (
+        found["loss"].change
+        if "loss" in found
+        else logarithm(main.change)
+        if main.metric == "perplexity"
+        else None
+    )
     saved = bench.dense_sizes().file_bytes - sizes(compressed.model, compressed.layers).file_bytes
     return LayerSensitivity(name, part, main.metric, count, main.drop, loss, saved)
 

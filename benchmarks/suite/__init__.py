@@ -1,1 +1,4 @@
-"""What `python -m benchmarks` measures, one part a file; every part writes JSON, and `page` makes one page of them."""
+"""What `python -m benchmarks` measures, one part a file.
+
+Every part writes JSON, and `page` makes one page of them.
+"""

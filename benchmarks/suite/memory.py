@@ -1,4 +1,5 @@
-"""The most memory that a slider's move takes, against the dense model, one compressed copy and what the caches may hold."""
+"""The most memory that a slider's move takes, against the dense model, one compressed copy and what the
+caches may hold."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 import workbench as wb
 from benchmarks.suite.record import Options, Record
 from workbench.compress import compress
-from workbench.measure import graphed
+from workbench.measure import cuda_graphs
 from workbench.measure.memory import quiet_stderr, unique_bytes
 
-WHAT = ("bytes held at the peak of a slider's move (compression, then the whole evaluation set), against the dense model, one compressed copy and what is cached; "
-        "on a GPU by its allocator's counter, on a CPU by the allocations that torch's profiler records")  # fmt: skip
+WHAT = (
+    "bytes held at the peak of a slider's move (compression, then the whole evaluation set), against the"
+    " dense model, one compressed copy and what is cached; on a GPU by its allocator's counter, on a CPU by"
+    " the allocations that torch's profiler records"
+)
 
 
 def recipes() -> dict[str, list[wb.Recipe]]:
@@ -27,7 +31,9 @@ def recipes() -> dict[str, list[wb.Recipe]]:
         "sparsity": [wb.Recipe(wb.Prune(sparsity=s)) for s in (0.4, 0.5)],
         "bits": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64)) for bits in (3, 4)],
         "sparsity, wanda": [wb.Recipe(wb.Prune(sparsity=s, criterion="wanda")) for s in (0.4, 0.5)],
-        "bits, gptq": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, rounding="gptq")) for bits in (3, 4)],
+        "bits, gptq": [
+            wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, rounding="gptq")) for bits in (3, 4)
+        ],
         "rank": [wb.Recipe(wb.LowRank(rank_ratio=ratio)) for ratio in (0.3, 0.4)],
     }
 
@@ -75,7 +81,11 @@ def peak_bytes(bench: wb.Bench, work: Callable[[], object]) -> int:
 
 
 def look(bench: wb.Bench, recipe: wb.Recipe) -> tuple[int, int]:
-    """Compress by a recipe, evaluate everything; return the bytes of the compressed copy that are its own, and of the masks and codes that were checked against it."""
+    """Compress by a recipe, evaluate everything.
+
+    Return the bytes of the compressed copy that are its own, and of the masks and codes that were checked
+    against it.
+    """
     made = compress(bench.task, recipe, bench.statistics, shared=True)
     promised = unique_bytes(tensors([(layer.mask, layer.grid) for layer in made.layers]))
     model = made.model
@@ -88,14 +98,22 @@ def look(bench: wb.Bench, recipe: wb.Recipe) -> tuple[int, int]:
 def budget_of(bench: wb.Bench) -> int:
     """Return what the caches may hold on the device: what is computed once, hidden states, a graph's copy."""
     budget, prefix = bench.statistics.kept.limits, bench.evaluator.prefix
-    graphs = graphed.SHARE * torch.cuda.get_device_properties(bench.device).total_memory if bench.device.type == "cuda" else 0
+    graphs = (
+        cuda_graphs.SHARE * torch.cuda.get_device_properties(bench.device).total_memory
+        if bench.device.type == "cuda"
+        else 0
+    )
     return int(budget.device + (0 if prefix is None else prefix.kept.budget) + graphs)
 
 
 def cached_bytes(bench: wb.Bench) -> int:
     """Return what is kept beside the model and its data, on the model's device."""
     known = {tensor.data_ptr() for tensor in tensors([bench.task, bench.evaluation, bench.latency_items])}
-    return unique_bytes(tensor for tensor in tensors([bench.statistics.kept, bench.evaluator]) if tensor.device == bench.device and tensor.data_ptr() not in known)
+    return unique_bytes(
+        tensor
+        for tensor in tensors([bench.statistics.kept, bench.evaluator])
+        if tensor.device == bench.device and tensor.data_ptr() not in known
+    )
 
 
 def run(target: str, options: Options, record: Record) -> None:
@@ -103,7 +121,11 @@ def run(target: str, options: Options, record: Record) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = wb.Bench(options.task(target), ledger=f"{folder}/points.journal", progress=False)
         dense = unique_bytes([*bench.task.model.parameters(), *bench.task.model.buffers()])
-        record.settings |= {"items": len(bench.evaluation), "dense_bytes": dense, "dtype": str(next(bench.task.model.parameters()).dtype)}
+        record.settings |= {
+            "items": len(bench.evaluation),
+            "dense_bytes": dense,
+            "dtype": str(next(bench.task.model.parameters()).dtype),
+        }
         for name, (first, second) in recipes().items():
             if (options.sliders and name not in options.sliders) or record.late(options, name):
                 continue
@@ -117,4 +139,12 @@ def run(target: str, options: Options, record: Record) -> None:
                 record.add(name=name, failed=" ".join(f"{type(error).__name__}: {error}".split())[:300])
                 continue
             (copy, promised), whole = copies[0], dense + kept + peak
-            record.add(name=name, peak_bytes=whole, compressed_bytes=copy, cached_bytes=kept, beyond_bytes=peak - copy, promised_bytes=promised, times_dense=round(whole / dense, 3))
+            record.add(
+                name=name,
+                peak_bytes=whole,
+                compressed_bytes=copy,
+                cached_bytes=kept,
+                beyond_bytes=peak - copy,
+                promised_bytes=promised,
+                times_dense=round(whole / dense, 3),
+            )

@@ -1,4 +1,6 @@
-"""One page of tables and figures from the results that the parts have written; the same files give the same page.
+"""One page of tables and figures from the results that the parts have written.
+
+The same files give the same page.
 
 `benchmarks/results/README.md` is the page; the lines between two markers in the project's README quote it.
 """
@@ -18,21 +20,31 @@ AIM = 100  # times as soon as others to the first measured look
 BEGIN, END = "<!-- measured by `python -m benchmarks` -->", "<!-- end of what is measured -->"
 Result = dict[str, Any]
 TITLES = {
-    "slider": "Slider to point", "limits": "Against the machine's limits", "memory": "Peak memory", "against": "Against the naive way and today's tools", "growth": "How cost grows",
+    "slider": "Slider to point",
+    "limits": "Against the machine's limits",
+    "memory": "Peak memory",
+    "against": "Against the naive way and today's tools",
+    "growth": "How cost grows",
     "streaming": "Models larger than one GPU",
-    "coverage": "Do the intervals hold?", "prediction": "Do the predictions hold?",
-}  # fmt: skip
+    "coverage": "Do the intervals hold?",
+    "prediction": "Do the predictions hold?",
+}
 
 
 def results(folder: Path) -> list[Result]:
     """Return the suite's results in a folder, in the order of their file names."""
-    found = [{"part": path.stem} | json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+    found = [
+        {"part": path.stem} | json.loads(path.read_text()) | {"file": path.name}
+        for path in sorted(folder.glob("*.json"))
+    ]
     return [one for one in found if one["part"] in TITLES]
 
 
 def of(found: Sequence[Result], part: str) -> list[Result]:
     """Return one part's results, GPUs first."""
-    return sorted((one for one in found if one["part"] == part), key=lambda one: (not on_gpu(one), one["file"]))
+    return sorted(
+        (one for one in found if one["part"] == part), key=lambda one: (not on_gpu(one), one["file"])
+    )
 
 
 def on_gpu(result: Result) -> bool:
@@ -47,7 +59,12 @@ def where(result: Result) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """Return a table in Markdown; None is an empty cell."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows), ""]
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in rows),
+        "",
+    ]
 
 
 def aimed(value: float | None, aim: float | None, *, least: bool = False) -> str | None:
@@ -61,11 +78,33 @@ def aimed(value: float | None, aim: float | None, *, least: bool = False) -> str
 def slider(found: list[Result]) -> list[str]:
     """Return the table of slider moves."""
     rows = [
-        (one["target"], where(one), row["name"], row["moves"], *(number(row.get(f"{name}_ms")) for name in ("predicted",)), aimed(row.get("first_ms"), one.get("aim_first_ms")),
-         *(number(row.get(f"{name}_ms")) for name in ("first_worst", "all", "complete", "cold_first")))
-        for one in found for row in one["rows"]
-    ]  # fmt: skip
-    return table(("model", "device", "slider", "moves", "predicted, ms", "first look, ms", "slowest first look, ms", "whole set, ms", "with latency and memory, ms", "first move: first look, ms"), rows)
+        (
+            one["target"],
+            where(one),
+            row["name"],
+            row["moves"],
+            *(number(row.get(f"{name}_ms")) for name in ("predicted",)),
+            aimed(row.get("first_ms"), one.get("aim_first_ms")),
+            *(number(row.get(f"{name}_ms")) for name in ("first_worst", "all", "complete", "cold_first")),
+        )
+        for one in found
+        for row in one["rows"]
+    ]
+    return table(
+        (
+            "model",
+            "device",
+            "slider",
+            "moves",
+            "predicted, ms",
+            "first look, ms",
+            "slowest first look, ms",
+            "whole set, ms",
+            "with latency and memory, ms",
+            "first move: first look, ms",
+        ),
+        rows,
+    )
 
 
 def limits(found: list[Result]) -> list[str]:
@@ -74,13 +113,65 @@ def limits(found: list[Result]) -> list[str]:
     for one in found:
         for row in one["rows"]:
             if row["name"] == "evaluation":
-                rows.append((one["target"], where(one), f"{row['labels']:,}", number(row["ms"]), number(row["floor_ms"]), aimed(row["times_floor"], row.get("aim_times_floor")), number(row["tflop_per_s"])))
+                rows.append(
+                    (
+                        one["target"],
+                        where(one),
+                        f"{row['labels']:,}",
+                        number(row["ms"]),
+                        number(row["floor_ms"]),
+                        aimed(row["times_floor"], row.get("aim_times_floor")),
+                        number(row["tflop_per_s"]),
+                    )
+                )
             else:
                 moved, busy = row.get("moved_of_bandwidth"), row.get("busy_of_bandwidth")
                 last = None if busy is None else aimed(busy, row["aim_of_bandwidth"], least=True)
-                moves.append((one["target"], where(one), row["name"].removeprefix("apply "), number(row["ms"]), number(row["first_ms"]), number(row.get("busy_ms")), number(row["least_bytes"] / 1e6), number(row["of_bandwidth"]), number(row["moved_bytes"] / 1e6) if moved else None, number(moved), last))
-    return [*table(("model", "device", "tokens or labels", "evaluation, ms", "arithmetic floor, ms", "times the floor", "matrix product here, TFLOP/s"), rows),
-            *table(("model", "device", "step", "a move, ms", "first, ms", "device busy, ms", "least MB", "of a copy's bandwidth", "MB read and written by passes", "of a copy's bandwidth", "the same while the device is busy"), moves)]  # fmt: skip
+                moves.append(
+                    (
+                        one["target"],
+                        where(one),
+                        row["name"].removeprefix("apply "),
+                        number(row["ms"]),
+                        number(row["first_ms"]),
+                        number(row.get("busy_ms")),
+                        number(row["least_bytes"] / 1e6),
+                        number(row["of_bandwidth"]),
+                        number(row["moved_bytes"] / 1e6) if moved else None,
+                        number(moved),
+                        last,
+                    )
+                )
+    return [
+        *table(
+            (
+                "model",
+                "device",
+                "tokens or labels",
+                "evaluation, ms",
+                "arithmetic floor, ms",
+                "times the floor",
+                "matrix product here, TFLOP/s",
+            ),
+            rows,
+        ),
+        *table(
+            (
+                "model",
+                "device",
+                "step",
+                "a move, ms",
+                "first, ms",
+                "device busy, ms",
+                "least MB",
+                "of a copy's bandwidth",
+                "MB read and written by passes",
+                "of a copy's bandwidth",
+                "the same while the device is busy",
+            ),
+            moves,
+        ),
+    ]
 
 
 def memory(found: list[Result]) -> list[str]:
@@ -93,9 +184,41 @@ def memory(found: list[Result]) -> list[str]:
                 rows.append((one["target"], where(one), row["name"], *[None] * 6, row["failed"]))
                 continue
             promised = number(row["promised_bytes"] / 1e6) if "promised_bytes" in row else None
-            mega = [number(value / 1e6) for value in (row["peak_bytes"], one["dense_bytes"], row["compressed_bytes"], row["cached_bytes"])]
-            rows.append((one["target"], where(one), row["name"], *mega, "none stated" if budget is None else number(budget / 1e6), number(row["beyond_bytes"] / 1e6), promised))
-    return table(("model", "device", "slider", "peak, MB", "dense model, MB", "compressed copy, MB", "cached, MB", "cache budget, MB", "beyond the model, its copy and the cached, MB", "masks and codes, MB"), rows)
+            mega = [
+                number(value / 1e6)
+                for value in (
+                    row["peak_bytes"],
+                    one["dense_bytes"],
+                    row["compressed_bytes"],
+                    row["cached_bytes"],
+                )
+            ]
+            rows.append(
+                (
+                    one["target"],
+                    where(one),
+                    row["name"],
+                    *mega,
+                    "none stated" if budget is None else number(budget / 1e6),
+                    number(row["beyond_bytes"] / 1e6),
+                    promised,
+                )
+            )
+    return table(
+        (
+            "model",
+            "device",
+            "slider",
+            "peak, MB",
+            "dense model, MB",
+            "compressed copy, MB",
+            "cached, MB",
+            "cache budget, MB",
+            "beyond the model, its copy and the cached, MB",
+            "masks and codes, MB",
+        ),
+        rows,
+    )
 
 
 def against(found: list[Result]) -> list[str]:
@@ -103,33 +226,113 @@ def against(found: list[Result]) -> list[str]:
     lines = []
     for one in found:
         peers = ", ".join(f"{name} {version}" for name, version in one["peers"].items())
-        lines += [f"**{one['target']}**, {where(one)}, {one['items']} items of {one['tokens_an_item']} labels{f'; {peers}' if peers else ''}. Ratios are theirs over ours, for a later setting (and the first of a session).", ""]
+        lines += [
+            (
+                f"**{one['target']}**, {where(one)}, {one['items']} items of {one['tokens_an_item']}"
+                f" labels{f'; {peers}' if peers else ''}. Ratios are theirs over ours, for a later setting"
+                " (and the first of a session)."
+            ),
+            "",
+        ]
         rows = []
         for row in one["rows"]:
             if "failed" in row:
                 rows.append((row["name"], row["setting"], f"does not run here: {row['failed']}", *[None] * 8))
                 continue
             other, mine = row["theirs"], row["ours"]
-            times = [f"{aimed(row[f'warm_full_over_{what}'], AIM if what == 'first_look' else None, least=True)} ({number(row[f'cold_full_over_{what}'])})" for what in ("predicted", "first_look", "full")]
-            rows.append((row["name"], row["setting"], f"{number(other['warm_full_s'])} ({number(other['cold_full_s'])})", *(f"{number(mine[f'warm_{what}_s'])} ({number(mine[f'cold_{what}_s'])})" for what in ("predicted", "first_look", "full")), *times, None if "processor_over_full" not in row else number(row["processor_over_full"]), f"{other['value']:g} / {mine['warm_value']:g}"))
-        lines += table(("way", "setting", "theirs, s", "our prediction, s", "our first look, s", "our full interval, s", "over prediction", "over first look", "over full", "over full, processor time", f"{one['metric']}: theirs / ours"), rows)
+            times = [
+                f"{aimed(row[f'warm_full_over_{what}'], AIM if what == 'first_look' else None, least=True)}"
+                f" ({number(row[f'cold_full_over_{what}'])})"
+                for what in ("predicted", "first_look", "full")
+            ]
+            rows.append(
+                (
+                    row["name"],
+                    row["setting"],
+                    f"{number(other['warm_full_s'])} ({number(other['cold_full_s'])})",
+                    *(
+                        f"{number(mine[f'warm_{what}_s'])} ({number(mine[f'cold_{what}_s'])})"
+                        for what in ("predicted", "first_look", "full")
+                    ),
+                    *times,
+                    None if "processor_over_full" not in row else number(row["processor_over_full"]),
+                    f"{other['value']:g} / {mine['warm_value']:g}",
+                )
+            )
+        lines += table(
+            (
+                "way",
+                "setting",
+                "theirs, s",
+                "our prediction, s",
+                "our first look, s",
+                "our full interval, s",
+                "over prediction",
+                "over first look",
+                "over full",
+                "over full, processor time",
+                f"{one['metric']}: theirs / ours",
+            ),
+            rows,
+        )
     return lines
 
 
 def streaming(found: list[Result]) -> list[str]:
-    """Return moves of models that are streamed from the host or spread over GPUs, resident ones beside them."""
-    lines = ["`resident` is the same bench with all of one GPU's memory. Fused kernels are off, as models that are moved about run without.", ""]
+    """Return moves of models that are streamed from the host or spread over GPUs, resident ones beside
+    them."""
+    lines = [
+        (
+            "`resident` is the same bench with all of one GPU's memory. Fused kernels are off, as models that"
+            " are moved about run without."
+        ),
+        "",
+    ]
     for one in found:
-        bits = {True: "the same bits come out", False: "**other bits come out**", None: "qualities were not compared"}[one["same_bits"]]
+        bits = {
+            True: "the same bits come out",
+            False: "**other bits come out**",
+            None: "qualities were not compared",
+        }[one["same_bits"]]
         limit = f", {number(one['memory_gb'])} GB of memory allowed" if one.get("memory_gb") else ""
         note = f"; {one['note']}" if one.get("note") else ""
-        lines += [f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']} tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}{note}.", ""]
+        lines += [
+            (
+                f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']}"
+                f" tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}{note}."
+            ),
+            "",
+        ]
         rows = [
-            (f"{row['move']}: {row['recipe']}", {"device": "resident"}.get(row["placement"], row["placement"]), "first" if row["time"] == 0 else "later", number(row.get("compress_s")), number(row["first_s"]), number(row.get("forecast_first_s")), number(row.get("all_s")), number(row.get("forecast_all_s")),
-             number(row["complete_s"]), number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None)
+            (
+                f"{row['move']}: {row['recipe']}",
+                {"device": "resident"}.get(row["placement"], row["placement"]),
+                "first" if row["time"] == 0 else "later",
+                number(row.get("compress_s")),
+                number(row["first_s"]),
+                number(row.get("forecast_first_s")),
+                number(row.get("all_s")),
+                number(row.get("forecast_all_s")),
+                number(row["complete_s"]),
+                number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None,
+            )
             for row in one["rows"]
-        ]  # fmt: skip
-        lines += table(("slider", "placement", "of its kind", "compressed, s", "first look, s", "forecast, s", "all items, s", "forecast, s", "with packed sizes and what follows, s", "peak on the first GPU, MB"), rows)
+        ]
+        lines += table(
+            (
+                "slider",
+                "placement",
+                "of its kind",
+                "compressed, s",
+                "first look, s",
+                "forecast, s",
+                "all items, s",
+                "forecast, s",
+                "with packed sizes and what follows, s",
+                "peak on the first GPU, MB",
+            ),
+            rows,
+        )
     return lines
 
 
@@ -141,7 +344,10 @@ def growth(found: list[Result]) -> list[str]:
             mine = [row for row in one["rows"] if row["grows"] == kind]
             columns = [name for name in mine[0] if name.endswith("_ms")]
             lines += [f"**{kind}**, {where(one)}", ""]
-            lines += table(("of", kind, *(f"{name.removesuffix('_ms').replace('_', ' ')}, ms" for name in columns)), [(row["name"], f"{row['size']:,}", *(number(row[name]) for name in columns)) for row in mine])
+            lines += table(
+                ("of", kind, *(f"{name.removesuffix('_ms').replace('_', ' ')}, ms" for name in columns)),
+                [(row["name"], f"{row['size']:,}", *(number(row[name]) for name in columns)) for row in mine],
+            )
     return lines
 
 
@@ -149,41 +355,116 @@ def plain(found: list[Result]) -> list[str]:
     """Return whatever rows a result has, as they are named."""
     lines = []
     for one in found:
-        rows = one.get("rows") or [{"model": each["model"], "way": way} | figures for each in one.get("models", []) for way, figures in each.get("ways", {}).items()]
+        rows = one.get("rows") or [
+            {"model": each["model"], "way": way} | figures
+            for each in one.get("models", [])
+            for way, figures in each.get("ways", {}).items()
+        ]
         columns = [name for name in (rows[0] if rows else {}) if not isinstance(rows[0][name], list | dict)]
-        lines += [one.get("what", ""), "", *table(columns, [[number(value) if isinstance(value := row.get(name), float) else value for name in columns] for row in rows])] if columns else [one.get("what", ""), ""]
+        lines += (
+            [
+                one.get("what", ""),
+                "",
+                *table(
+                    columns,
+                    [
+                        [
+                            number(value) if isinstance(value := row.get(name), float) else value
+                            for name in columns
+                        ]
+                        for row in rows
+                    ],
+                ),
+            ]
+            if columns
+            else [one.get("what", ""), ""]
+        )
     return lines
 
 
-TABLES: dict[str, Callable[[list[Result]], list[str]]] = {"slider": slider, "limits": limits, "memory": memory, "against": against, "growth": growth, "streaming": streaming, "coverage": plain, "prediction": plain}
+TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
+    "slider": slider,
+    "limits": limits,
+    "memory": memory,
+    "against": against,
+    "growth": growth,
+    "streaming": streaming,
+    "coverage": plain,
+    "prediction": plain,
+}
 
 
 def figures(found: list[Result]) -> dict[str, str]:
     """Return the drawings by file name."""
     made = {}
-    moves = [(f"{one['target']}: {row['name']}", f"{one['target']}", row["first_ms"], one.get("aim_first_ms"), on_gpu(one)) for one in of(found, "slider") for row in one["rows"] if "first_ms" in row]
+    moves = [
+        (
+            f"{one['target']}: {row['name']}",
+            f"{one['target']}",
+            row["first_ms"],
+            one.get("aim_first_ms"),
+            on_gpu(one),
+        )
+        for one in of(found, "slider")
+        for row in one["rows"]
+        if "first_ms" in row
+    ]
     for gpu, name in ((True, "suite-slider-cuda.svg"), (False, "suite-slider-cpu.svg")):
         rows = [row[:4] for row in moves if row[4] == gpu]
         if rows:
-            made[name] = drawing.bars("From a slider's move to the first measured look (stroke: the aim)", "milliseconds, median", rows)
+            made[name] = drawing.bars(
+                "From a slider's move to the first measured look (stroke: the aim)",
+                "milliseconds, median",
+                rows,
+            )
     rows = []
     for one in of(found, "against"):
         good = [row for row in one["rows"] if "failed" not in row]
         for row in good:
-            rows.append((f"{one['target']}, {one['items']} items: {row['name']}", "theirs", row["theirs"]["warm_full_s"], None))
+            rows.append(
+                (
+                    f"{one['target']}, {one['items']} items: {row['name']}",
+                    "theirs",
+                    row["theirs"]["warm_full_s"],
+                    None,
+                )
+            )
         for setting in dict.fromkeys(row["setting"] for row in good):
             mine = next(row["ours"] for row in good if row["setting"] == setting)
-            rows += [(f"this, {setting}: {words}", words, max(mine[f"warm_{name}_s"], 1e-4), None) for name, words in (("full", "full interval"), ("first_look", "first look"), ("predicted", "predicted"))]
+            rows += [
+                (f"this, {setting}: {words}", words, max(mine[f"warm_{name}_s"], 1e-4), None)
+                for name, words in (
+                    ("full", "full interval"),
+                    ("first_look", "first look"),
+                    ("predicted", "predicted"),
+                )
+            ]
     if rows:
-        made["suite-against.svg"] = drawing.bars("From a setting to its quality, a later setting of a session", "seconds", rows)
+        made["suite-against.svg"] = drawing.bars(
+            "From a setting to its quality, a later setting of a session", "seconds", rows
+        )
     points = [row for one in of(found, "growth") for row in one["rows"] if row["grows"] == "ledger"]
     if points:
         names = [name for name in points[0] if name.endswith("_ms") and not name.endswith("_processor_ms")]
-        made["suite-ledger.svg"] = drawing.lines("A ledger that grows", "points", "milliseconds", {name.removesuffix("_ms").replace("_", " "): [(row["size"], max(row[name], 0.01)) for row in points] for name in names})
+        made["suite-ledger.svg"] = drawing.lines(
+            "A ledger that grows",
+            "points",
+            "milliseconds",
+            {
+                name.removesuffix("_ms").replace("_", " "): [
+                    (row["size"], max(row[name], 0.01)) for row in points
+                ]
+                for name in names
+            },
+        )
     return made
 
 
-FIGURES = {"slider": ("suite-slider-cuda.svg", "suite-slider-cpu.svg"), "against": ("suite-against.svg",), "growth": ("suite-ledger.svg",)}
+FIGURES = {
+    "slider": ("suite-slider-cuda.svg", "suite-slider-cpu.svg"),
+    "against": ("suite-against.svg",),
+    "growth": ("suite-ledger.svg",),
+}
 
 
 def sources(found: list[Result]) -> list[str]:
@@ -191,19 +472,53 @@ def sources(found: list[Result]) -> list[str]:
     rows = []
     for one in found:
         load, versions = one.get("load", {}), one.get("versions", {})
-        loaded = f"{load.get('average_at_start', '')} to {load.get('average_at_end', '')}{', ' + load['note'] if load.get('note') else ''}" if load else None
-        rows.append((f"[{one['file']}]({one['file']})", f"`{one.get('command', '')}`", str(one.get("date", ""))[:16], one.get("device"), ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions), loaded, one.get("stopped")))
+        loaded = (
+            f"{load.get('average_at_start', '')} to"
+            f" {load.get('average_at_end', '')}{', ' + load['note'] if load.get('note') else ''}"
+            if load
+            else None
+        )
+        rows.append(
+            (
+                f"[{one['file']}]({one['file']})",
+                f"`{one.get('command', '')}`",
+                str(one.get("date", ""))[:16],
+                one.get("device"),
+                ", ".join(
+                    f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions
+                ),
+                loaded,
+                one.get("stopped"),
+            )
+        )
     return table(("result", "command", "date", "device", "versions", "load average", "stopped"), rows)
 
 
 def page(found: list[Result]) -> str:
     """Return the page."""
     drawn = figures(found)
-    lines = ["# What the suite measures", "", "`python -m benchmarks` writes this page from the JSON files beside it. Times are of one run each; how busy the machine was stands at the end.", ""]
+    lines = [
+        "# What the suite measures",
+        "",
+        (
+            "`python -m benchmarks` writes this page from the JSON files beside it. Times are of one run"
+            " each; how busy the machine was stands at the end."
+        ),
+        "",
+    ]
     for part, title in TITLES.items():
         mine = of(found, part)
         if mine:
-            lines += [f"## {title}", "", *([f"{mine[0]['what'][0].upper()}{mine[0]['what'][1:]}.", ""] if TABLES[part] is not plain and mine[0].get("what") else []), *TABLES[part](mine)]
+            lines += [
+                f"## {title}",
+                "",
+                *(
+                    [f"{mine[0]['what'][0].upper()}{mine[0]['what'][1:]}.", ""]
+                    if TABLES[part] is not plain and mine[0].get("what")
+                    else []
+                ),
+                *TABLES[part](mine),
+            ]
             lines += [f"![{title}]({name})\n" for name in FIGURES.get(part, ()) if name in drawn]
     return "\n".join([*lines, "## How each came about", "", *sources(found)]).rstrip() + "\n"
 
@@ -211,15 +526,25 @@ def page(found: list[Result]) -> str:
 def quoted(found: list[Result]) -> str:
     """Return what the project's README quotes: one slider of each model that was moved more than once."""
     rows = [
-        (one["target"], where(one), f"{one['items']} x {one['tokens_an_item']}", number(row.get("predicted_ms")), number(row.get("first_ms")), number(row.get("all_ms")))
-        for one in of(found, "slider") for row in one["rows"] if row["name"] == "sparsity" and "first_ms" in row
-    ]  # fmt: skip
+        (
+            one["target"],
+            where(one),
+            f"{one['items']} x {one['tokens_an_item']}",
+            number(row.get("predicted_ms")),
+            number(row.get("first_ms")),
+            number(row.get("all_ms")),
+        )
+        for one in of(found, "slider")
+        for row in one["rows"]
+        if row["name"] == "sparsity" and "first_ms" in row
+    ]
     head = ("model", "device", "items x labels", "predicted, ms", "first measured look, ms", "whole set, ms")
     return "\n".join([BEGIN, *table(head, rows), END])
 
 
 def write(folder: Path, readme: Path | None = None) -> None:
-    """Write the page and its figures into the folder of the results, and the quoted lines into the project's README."""
+    """Write the page and its figures into the folder of the results, and the quoted lines into the project's
+    README."""
     found = results(folder)
     (folder / PAGE).write_text(page(found))
     for name, text in figures(found).items():

@@ -1,4 +1,5 @@
-"""A result in the making: a JSON file that is whole after every row, so that an interrupted run keeps what it has measured."""
+"""A result in the making: a JSON file that is whole after every row, so that an interrupted run keeps what it
+has measured."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
-from workbench.device import describe, pick
 from workbench.tasks.base import Task
-from workbench.versions import git_revision, versions
+from workbench.util.device import describe, pick
+from workbench.util.environment import git_revision, versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -25,8 +26,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 class Options:
     """How a part is run. `seconds` bounds a part: it ends with the rows that it has, and says so.
 
-    `windows` of `context` tokens are evaluated on a shape; `items` bounds the evaluation items of a named model, `dtype` is what it is
-    loaded in (None: the product's choice). `quality_only` ends a slider's move when all items are read.
+    `windows` of `context` tokens are evaluated on a shape; `items` bounds the evaluation items of a named
+    model, `dtype` is what it is loaded in (None: the product's choice). `quality_only` ends a slider's move
+    when all items are read.
     """
 
     device: str | None = None
@@ -44,14 +46,17 @@ class Options:
     quality_only: bool = False
 
     def task(self, target: str) -> Task:
-        """Return a shape of `benchmarks.shapes` with random weights, or a model by name as the product loads it."""
+        """Return a shape of `benchmarks.shapes` with random weights, or a model by name as the product loads
+        it."""
         from benchmarks.shapes import SHAPES, random_task
         from workbench.zoo import load_task
 
         place = pick(self.device)
         if target in SHAPES:
             return random_task(target, place, self.context, self.windows)
-        return load_task(target, device=place, offline=True, evaluation_items=self.items, dtype=self.dtype, progress=False)
+        return load_task(
+            target, device=place, offline=True, evaluation_items=self.items, dtype=self.dtype, progress=False
+        )
 
 
 @dataclass
@@ -73,7 +78,11 @@ class Record:
     @property
     def path(self) -> Path | None:
         """Return where it is written."""
-        return None if self.folder is None else self.folder / f"{self.part}-{self.target}-{pick(self.device).type}.json"
+        return (
+            None
+            if self.folder is None
+            else self.folder / f"{self.part}-{self.target}-{pick(self.device).type}.json"
+        )
 
     @property
     def spent(self) -> float:
@@ -102,12 +111,27 @@ class Record:
     def as_dict(self) -> dict[str, Any]:
         """Return what the file holds."""
         place = pick(self.device)
-        load = {"average_at_start": round(self.load_at_start, 2), "average_at_end": round(os.getloadavg()[0], 2), "note": self.note}
+        load = {
+            "average_at_start": round(self.load_at_start, 2),
+            "average_at_end": round(os.getloadavg()[0], 2),
+            "note": self.note,
+        }
         return {
-            "part": self.part, "target": self.target, "what": self.what, "command": command(), "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "device": describe(place), "threads": torch.get_num_threads(), "versions": versions(), "revision": git_revision(), "load": load, "seconds": round(self.spent, 1),
-            **self.settings, "stopped": self.stopped, "rows": self.rows,
-        }  # fmt: skip
+            "part": self.part,
+            "target": self.target,
+            "what": self.what,
+            "command": command(),
+            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "device": describe(place),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "revision": git_revision(),
+            "load": load,
+            "seconds": round(self.spent, 1),
+            **self.settings,
+            "stopped": self.stopped,
+            "rows": self.rows,
+        }
 
     def write(self) -> None:
         """Write the file, if there is one to be written."""
@@ -119,7 +143,9 @@ class Record:
 def command() -> str:
     """Return the command line as a user would type it."""
     name = Path(sys.argv[0]).name
-    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]] if name == "__main__.py" else [name, *sys.argv[1:]])
+    return shlex.join(
+        ["python", "-m", "benchmarks", *sys.argv[1:]] if name == "__main__.py" else [name, *sys.argv[1:]]
+    )
 
 
 def synchronise(device: torch.device) -> None:

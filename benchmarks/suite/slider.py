@@ -1,7 +1,9 @@
-"""From a slider's move to what a user sees: the prediction, the first measured look, the whole evaluation set.
+"""From a slider's move to what a user sees: the prediction, the first measured look, the whole evaluation
+set.
 
-A move goes through `widgets.session.Session`, as in the panel, without a browser. The bench is warm: the dense model has been
-measured. `cold` is the first move of each slider, with everything that is computed once for it.
+A move goes through `widgets.session.session.Session`, as in the panel, without a browser. The bench is warm:
+the dense model has been measured. `cold` is the first move of each slider, with everything that is computed
+once for it.
 """
 
 from __future__ import annotations
@@ -12,40 +14,71 @@ import time
 
 import workbench as wb
 from benchmarks.suite.record import Options, Record
-from widgets.choice import Choice
-from widgets.session import Session
-from workbench.device import pick
+from widgets.session.model_choice import Choice
+from widgets.session.session import Session
+from workbench.util.device import pick
 
-WHAT = "milliseconds in the kernel from a slider's move; medians over new positions on a warm bench; `cold` is the first move of a slider"
+WHAT = (
+    "milliseconds in the kernel from a slider's move; medians over new positions on a warm bench; `cold` is"
+    " the first move of a slider"
+)
 AIMS = {"135m": 120, "smollm2-135m": 120, "1.1b": 400, "6.7b": 1500}  # ms to the first look on an H100
 CLASSIFIERS = ("fashion-vit", "fashion-cnn")
 
 
 def recipes(target: str, count: int) -> dict[str, list[wb.Recipe]]:
-    """Return recipes by slider, each a new position; `bits` and `rank` as round to nearest and plain SVD, and as their defaults are."""
+    """Return recipes by slider, each a new position.
+
+    `bits` and `rank` as round to nearest and plain SVD, and as their defaults are.
+    """
     group = 0 if target in CLASSIFIERS else 64
     widths = (3, 5, 4, 6, 8, 2, 7)[: count + 1]
     found = {
         "sparsity": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i)) for i in range(count + 1)],
-        "sparsity, wanda": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i, criterion="wanda")) for i in range(count + 1)],
-        "bits": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group, scale_search=False)) for bits in widths],
+        "sparsity, wanda": [
+            wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i, criterion="wanda")) for i in range(count + 1)
+        ],
+        "bits": [
+            wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group, scale_search=False)) for bits in widths
+        ],
         "bits, scale search": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group)) for bits in widths],
-        "bits, gptq": [wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group, rounding="gptq")) for bits in widths],
-        "sparsity + bits": [wb.Recipe(wb.Prune(sparsity=0.31 + 0.01 * i), wb.Quantize(weight_bits=4, group_size=group, scale_search=False)) for i in range(count + 1)],
-        "rank, svd": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.02 * i, factorization="svd")) for i in range(count + 1)],
+        "bits, gptq": [
+            wb.Recipe(wb.Quantize(weight_bits=bits, group_size=group, rounding="gptq")) for bits in widths
+        ],
+        "sparsity + bits": [
+            wb.Recipe(
+                wb.Prune(sparsity=0.31 + 0.01 * i),
+                wb.Quantize(weight_bits=4, group_size=group, scale_search=False),
+            )
+            for i in range(count + 1)
+        ],
+        "rank, svd": [
+            wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.02 * i, factorization="svd")) for i in range(count + 1)
+        ],
         "rank": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.02 * i)) for i in range(count + 1)],
     }
     if target in CLASSIFIERS:  # 20 steps of 64 images; a language model's training is no gesture
-        found["temperature, 20 steps"] = [wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=1 + i, steps=20)) for i in range(count + 1)]
+        found["temperature, 20 steps"] = [
+            wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=1 + i, steps=20))
+            for i in range(count + 1)
+        ]
     return found
 
 
 class Watch:
-    """Writes down when what arrives after a move, in milliseconds; with `quality_only` a move ends when all items are read."""
+    """Writes down when what arrives after a move, in milliseconds.
+
+    With `quality_only` a move ends when all items are read.
+    """
 
     def __init__(self, session: Session, *, quality_only: bool = False) -> None:
         """Watch nothing yet."""
-        self.session, self.seen, self.start, self.quality_only = session, dict[str, float](), 0.0, quality_only
+        self.session, self.seen, self.start, self.quality_only = (
+            session,
+            dict[str, float](),
+            0.0,
+            quality_only,
+        )
         session.on_live = self.note
 
     def note(self) -> None:
@@ -69,10 +102,16 @@ class Watch:
         self.start = time.perf_counter()
         self.session.start(recipe)
         while self.session.measurer.busy:
-            time.sleep(0.02)  # what is seen is timed where it arrives; a thread that asks all the time takes turns from the one that computes
+            time.sleep(
+                0.02
+                # What is seen is timed where it arrives; a thread that asks all the time takes turns from the
+                # one that computes
+            )
             if time.perf_counter() - self.start > longest:
                 self.session.cancel()
-        while self.session.measurer.running is not None:  # what was cancelled comes to its next checkpoint, which the next move must not wait for
+        while (
+            self.session.measurer.running is not None
+        ):  # what was cancelled comes to its next checkpoint, which the next move must not wait for
             time.sleep(0.02)
         return self.seen
 
@@ -95,12 +134,23 @@ def summary(moves: list[dict[str, float]]) -> dict[str, float]:
 def run(target: str, options: Options, record: Record) -> None:
     """Move every slider of one model."""
     task, errors = options.task(target), list[BaseException]()
-    record.settings |= {"items": len(task.evaluation), "tokens_an_item": task.evaluation.labels[0].numel(), "dtype": str(next(task.model.parameters()).dtype)}
+    record.settings |= {
+        "items": len(task.evaluation),
+        "tokens_an_item": task.evaluation.labels[0].numel(),
+        "dtype": str(next(task.model.parameters()).dtype),
+    }
     if target in AIMS and pick(options.device).type == "cuda":
         record.settings["aim_first_ms"] = AIMS[target]
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=errors.append, on_not_loaded=errors.append,
-                          ledger=f"{folder}/points.journal", progress=False)  # fmt: skip
+        session = Session(
+            on_live=lambda: None,
+            on_history=lambda: None,
+            on_loaded=lambda: None,
+            on_error=errors.append,
+            on_not_loaded=errors.append,
+            ledger=f"{folder}/points.journal",
+            progress=False,
+        )
         session.load_now(Choice(task))
         while session.measurer.busy:
             time.sleep(0.01)

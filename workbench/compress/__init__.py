@@ -10,35 +10,51 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from workbench.compress import snapshots
-from workbench.compress.activations import Activations
-from workbench.compress.batch import know_finite
-from workbench.compress.checks import check_all
-from workbench.compress.copies import can_share, own_parameters, sharing_copy, twin
-from workbench.compress.distill import Distill
-from workbench.compress.kv_cache import KVCache
-from workbench.compress.layers import Layer, Progress, no_progress
-from workbench.compress.lowrank import LowRank
-from workbench.compress.prune import Prune
-from workbench.compress.qat import QAT
-from workbench.compress.quantize import Quantize
-from workbench.compress.repair import Repair
-from workbench.compress.report import LayerReport, effective_bits_of, layer_reports
-from workbench.compress.student import Transfer
-from workbench.compress.work import Work
+from workbench.calibration.statistics import Statistics
+from workbench.compress import prefix_cache
+from workbench.compress.core.batch import know_finite
+from workbench.compress.core.context import Work
+from workbench.compress.core.invariants import check_all
+from workbench.compress.core.layer_report import LayerReport, effective_bits_of, layer_reports
+from workbench.compress.distillation.distill import Distill
+from workbench.compress.distillation.transfer import Transfer
+from workbench.compress.low_rank.lowrank import LowRank
+from workbench.compress.low_rank.repair import Repair
+from workbench.compress.pruning.prune import Prune
+from workbench.compress.quantization.activations import Activations
+from workbench.compress.quantization.kv_cache import KVCache
+from workbench.compress.quantization.qat import QAT
+from workbench.compress.quantization.quantize import Quantize
 from workbench.errors import CompressionError
-from workbench.placement import refuse
-from workbench.progress import Look, Training
+from workbench.modules.layer import Layer, Progress, no_progress
+from workbench.modules.placement import refuse
+from workbench.modules.sharing import can_share, own_parameters, sharing_copy, twin
 from workbench.recipe import METHODS, Recipe, Step
-from workbench.statistics import Statistics
 from workbench.tasks.base import Task
+from workbench.util.progress import Look, Training
 
-__all__ = ["QAT", "Activations", "Compressed", "Distill", "KVCache", "LayerReport", "LowRank", "Prune", "Quantize", "Repair", "Transfer", "Work", "compress"]
+__all__ = [
+    "QAT",
+    "Activations",
+    "Compressed",
+    "Distill",
+    "KVCache",
+    "LayerReport",
+    "LowRank",
+    "Prune",
+    "Quantize",
+    "Repair",
+    "Transfer",
+    "Work",
+    "compress",
+]
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model: an ordinary module that runs anywhere, and what is known about each of its weights."""
+    """A compressed model: an ordinary module that runs anywhere, and what is known about each of its
+    weights.
+    """
 
     model: nn.Module
     recipe: Recipe
@@ -50,30 +66,38 @@ class Compressed:
 
     @property
     def effective_bits(self) -> float | None:
-        """Return the bits a weight that the quantized layers take on average, scales and zero points included; None without any."""
+        """Return the bits a weight that the quantized layers take on average, scales and zero points
+        included; None without any.
+        """
         return effective_bits_of([layer for layer in self.layers if layer.grid is not None])
 
 
 def compress(
-    task: Task, recipe: Recipe, statistics: Statistics | None = None, progress: Progress = no_progress, *, shared: bool = False, training: Training | None = None
+    task: Task,
+    recipe: Recipe,
+    statistics: Statistics | None = None,
+    progress: Progress = no_progress,
+    *,
+    shared: bool = False,
+    training: Training | None = None,
 ) -> Compressed:
     """Apply every step of `recipe` to a copy of the task's model; the task's model is not changed.
 
-    The same recipe, seed and device give the same bits. `progress(what, done, total)` is called between layers and training
-    steps; an exception from it (`Cancelled`) stops the work. With `shared`, parameters that no step changed are those of the
-    dense model themselves: quick, and to be left alone; without, everything is the result's own. `training` watches training
-    steps and may end them early: the result's recipe then says where, and gives the same bits again.
+    The same recipe, seed and device give the same bits. `progress(what, done, total)` is called between
+    layers and training steps; an exception from it (`Cancelled`) stops the work. With `shared`, parameters
+    that no step changed are those of the dense model themselves: quick, and to be left alone; without,
+    everything is the result's own. `training` watches training steps and may end them early: the result's
+    recipe then says where, and gives the same bits again.
 
     Raises:
         RecipeError: a target names no layer, or two steps of one kind take the same layer.
         CompressionError: a step finds no layer that it can take, or numbers stop being finite.
         BrokenPromiseError: a later step broke what an earlier one promised (a defect).
-
     """
     refuse(recipe, task)
     known = statistics or Statistics(task, progress)
     known.kept.begin()
-    begun = snapshots.begun(recipe.steps, known) if known.task is task else None
+    begun = prefix_cache.begun(recipe.steps, known) if known.task is task else None
     if begun is None:
         work = Work(dense_copy(task, known), task, known, progress, training or Training())
         if known.task is task:
@@ -85,19 +109,35 @@ def compress(
         changes = work.changes
         done.append(METHODS.functions[type(step)](step, work) or step)
         if work.changes == changes:
-            said = Counter(words[-1] for words in work.outcomes.values() if words)  # what holds back most layers first
+            said = Counter(
+                words[-1] for words in work.outcomes.values() if words
+            )  # what holds back most layers first
             first = {words[-1]: name for name, words in reversed(work.outcomes.items()) if words}
             reasons = [f"{first[words]}: {words}" for words, _ in said.most_common()]
-            raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}")
+            raise CompressionError(
+                f"{step!r} fits no layer of {task.model_name}:"
+                f" {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}"
+            )
         check_all(list(work.layers.values()), work.dense)
         if place < len(recipe) and known.task is task:
-            snapshots.keep(recipe.steps[:place], done, work)
+            prefix_cache.keep(recipe.steps[:place], done, work)
     if not shared:
         own_parameters(work.model)
-    return Compressed(work.model, Recipe(*done), tuple(work.layers.values()), layer_reports(work), tuple(work.curve), tuple(work.warnings), tuple(work.looks))
+    return Compressed(
+        work.model,
+        Recipe(*done),
+        tuple(work.layers.values()),
+        layer_reports(work),
+        tuple(work.curve),
+        tuple(work.warnings),
+        tuple(work.looks),
+    )
 
 
 def dense_copy(task: Task, statistics: Statistics) -> nn.Module:
-    """Return a copy of the dense model in eval mode, which shares its tensors where it can; whether it can is looked up once."""
+    """Return a copy of the dense model in eval mode, which shares its tensors where it can.
+
+    Whether it can is looked up once.
+    """
     known = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
     return twin(task.model, evaluating=True) if known else sharing_copy(task.model).eval()

@@ -1,6 +1,8 @@
-"""What a compressed model does differently: answers that changed, classes that suffered, how far its probabilities moved.
+"""What a compressed model does differently: answers that changed, classes that suffered, how far its
+probabilities moved.
 
-Equal accuracy can hide many changed answers ("Accuracy is not all you need", Dutta et al. 2024): these records show them.
+Equal accuracy can hide many changed answers ("Accuracy is not all you need", Dutta et al. 2024): these
+records show them.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.layers import Progress, no_progress
 from workbench.errors import DataError
-from workbench.measure.quality import Estimate, mean, paired_proportions
-from workbench.streaming import device_of
+from workbench.metrics.quality import Estimate, mean, paired_proportions
+from workbench.modules.layer import Progress, no_progress
+from workbench.modules.offload import device_of
 from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
 
 
 @dataclass(frozen=True)
 class Flip:
-    """One item that the two models answer differently. `item` counts from 0 in the evaluation data; `kl` is in nats."""
+    """One item that the two models answer differently.
+
+    `item` counts from 0 in the evaluation data; `kl` is in nats.
+    """
 
     item: int
     label: str
@@ -55,14 +60,18 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What both models say to the same `prompt`: how a language model goes on, what a recogniser hears, how alike texts are."""
+    """What both models say to the same `prompt`: how a language model goes on, what a recogniser hears, how
+    alike texts are.
+    """
 
     prompt: str
     dense: str
     compressed: str
 
 
-def behaviour(task: Task, compressed: nn.Module, confidence: float = 0.95, progress: Progress = no_progress) -> Behaviour:
+def behaviour(
+    task: Task, compressed: nn.Module, confidence: float = 0.95, progress: Progress = no_progress
+) -> Behaviour:
     """Return how a compressed classifier behaves on all evaluation items, next to the task's dense model.
 
     Raises:
@@ -70,17 +79,33 @@ def behaviour(task: Task, compressed: nn.Module, confidence: float = 0.95, progr
 
     """
     if not task.labels:
-        raise DataError(f"{task.model_name} does {task.kind.name}, which has no classes to compare: ask for continuations instead")
+        raise DataError(
+            f"{task.model_name} does {task.kind.name}, which has no classes to compare: ask for continuations"
+            " instead"
+        )
     before, after = answers(task, task.model, progress), answers(task, compressed, progress)
     labels = task.evaluation.labels.cpu()
     kl = (before.exp() * (before - after)).sum(1).clamp_min(0)  # [N]
     old, new = before.argmax(1), after.argmax(1)
     changed = torch.nonzero(old != new).flatten()
     order = changed[torch.argsort(kl[changed], descending=True, stable=True)]
-    flips = tuple(Flip(int(i), task.labels[labels[i]], task.labels[old[i]], task.labels[new[i]], float(kl[i])) for i in order)
-    classes = tuple(class_change(task.labels[c], (old == labels)[labels == c], (new == labels)[labels == c], confidence) for c in range(len(task.labels)))
+    flips = tuple(
+        Flip(int(i), task.labels[labels[i]], task.labels[old[i]], task.labels[new[i]], float(kl[i]))
+        for i in order
+    )
+    classes = tuple(
+        class_change(task.labels[c], (old == labels)[labels == c], (new == labels)[labels == c], confidence)
+        for c in range(len(task.labels))
+    )
     weight = torch.ones(len(labels), dtype=torch.float64)
-    return Behaviour(len(labels), mean(kl, weight, confidence).within(0.0), flips, classes, confusion(labels, old, len(task.labels)), confusion(labels, new, len(task.labels)))
+    return Behaviour(
+        len(labels),
+        mean(kl, weight, confidence).within(0.0),
+        flips,
+        classes,
+        confusion(labels, old, len(task.labels)),
+        confusion(labels, new, len(task.labels)),
+    )
 
 
 def answers(task: Task, model: nn.Module, progress: Progress) -> Tensor:
@@ -100,7 +125,13 @@ def class_change(name: str, before: Tensor, after: Tensor, confidence: float) ->
     if not len(before):
         nothing = Estimate(0.0, -1.0, 1.0)
         return ClassChange(name, 0, 0.0, 0.0, nothing)
-    return ClassChange(name, len(before), float(before.double().mean()), float(after.double().mean()), paired_proportions(before.double(), after.double(), confidence))
+    return ClassChange(
+        name,
+        len(before),
+        float(before.double().mean()),
+        float(after.double().mean()),
+        paired_proportions(before.double(), after.double(), confidence),
+    )
 
 
 def confusion(labels: Tensor, given: Tensor, count: int) -> tuple[tuple[int, ...], ...]:
@@ -109,7 +140,9 @@ def confusion(labels: Tensor, given: Tensor, count: int) -> tuple[tuple[int, ...
     return tuple(tuple(int(value) for value in row) for row in table)
 
 
-def continuations(task: Task, compressed: nn.Module, *, prompts: int = 3, prompt_tokens: int = 32, new_tokens: int = 32) -> tuple[Continuation, ...]:
+def continuations(
+    task: Task, compressed: nn.Module, *, prompts: int = 3, prompt_tokens: int = 32, new_tokens: int = 32
+) -> tuple[Continuation, ...]:
     """Return what a dense and a compressed language model write after the beginnings of evaluation windows.
 
     Raises:
@@ -117,17 +150,26 @@ def continuations(task: Task, compressed: nn.Module, *, prompts: int = 3, prompt
 
     """
     if not isinstance(task.kind, LanguageModelling) or task.processor is None:
-        raise DataError(f"{task.model_name} does {task.kind.name}: continuations need a language model with its tokenizer")
+        raise DataError(
+            f"{task.model_name} does {task.kind.name}: continuations need a language model with its tokenizer"
+        )
     found = []
     for item in range(min(prompts, len(task.evaluation))):
         prompt = task.evaluation.inputs["input_ids"][item : item + 1, :prompt_tokens]
         texts = [write(model, prompt, new_tokens, task.processor) for model in (task.model, compressed)]
-        found.append(Continuation(str(task.processor.decode(prompt[0].tolist(), skip_special_tokens=True)), *texts))
+        found.append(
+            Continuation(str(task.processor.decode(prompt[0].tolist(), skip_special_tokens=True)), *texts)
+        )
     return tuple(found)
 
 
-def told_apart(task: Task, compressed: nn.Module, *, items: int = 64, most: int = 12, progress: Progress = no_progress) -> tuple[Continuation, ...]:
-    """Return the items, of the first so many, to which both models give other answers in words; the first ones if all are alike."""
+def told_apart(
+    task: Task, compressed: nn.Module, *, items: int = 64, most: int = 12, progress: Progress = no_progress
+) -> tuple[Continuation, ...]:
+    """Return the items, of the first so many, to which both models give other answers in words.
+
+    The first ones if all are alike.
+    """
     device = device_of(compressed)
     rows: list[Continuation] = []
     count = min(items, len(task.evaluation))
@@ -146,5 +188,11 @@ def write(model: nn.Module, prompt: Tensor, count: int, tokenizer: Any) -> str:
     ids = prompt.to(device)
     generate: Any = model.generate
     with torch.inference_mode():
-        made = generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        made = generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     return str(tokenizer.decode(made[0, ids.shape[1] :].tolist(), skip_special_tokens=True))

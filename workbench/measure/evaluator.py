@@ -1,4 +1,6 @@
-"""Scores of evaluation items, as many as are asked for: what was read before is not read again, and what is known is not computed."""
+"""Scores of evaluation items, as many as are asked for: what was read before is not read again, and what is
+known is not computed.
+"""
 
 from __future__ import annotations
 
@@ -10,47 +12,56 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.layers import Progress, no_progress
-from workbench.device import free_fraction
-from workbench.measure.divergence import Outputs, Sampler, has_distribution, scored
-from workbench.measure.fused import Head, find_head
+from workbench.measure.chunked_head import Head, find_head
+from workbench.measure.cuda_graphs import Graphs, Read
 from workbench.measure.fused_blocks import FusedBlocks, fused_blocks
-from workbench.measure.graphed import Graphs, Read
-from workbench.measure.lengths import in_place, ordered, text_spans, trimmed, trims
-from workbench.measure.prefix import Kept, Prefix
-from workbench.streaming import streaming, streams_to
+from workbench.measure.kl import Outputs, Sampler, has_distribution, scored
+from workbench.measure.length_sorting import in_place, ordered, text_spans, trimmed, trims
+from workbench.measure.prefix_reuse import Kept, Prefix
+from workbench.modules.layer import Progress, no_progress
+from workbench.modules.offload import streaming, streams_to
 from workbench.tasks import score
 from workbench.tasks.base import Items, Scores, Task
-from workbench.tasks.choosing import tally
 from workbench.tasks.language_modelling import LanguageModelling
+from workbench.tasks.likelihood import tally
+from workbench.util.device import free_fraction
 
 HOST_BYTES = 256 * 2**20  # of hidden states kept in a CPU's memory
 GPU_SHARE = 0.05  # of a GPU's memory, and of what is free of it, for the same
-PREFERRED = 0.6  # of the blocks known: from there on starting in the middle is quicker than a graph of the whole model
+# Of the blocks known: from there on starting in the middle is quicker than a graph of the whole model
+PREFERRED = 0.6
 SORTED = 16  # batches sorted by length together
 
 
 @dataclass
 class Evaluator:
-    """Scores models on a task's evaluation items, which lie on the model's device; holds what does not depend on the model that is scored.
+    """Scores models on a task's evaluation items, which lie on the model's device.
 
-    Dense and compressed models take the same way: logits of a large vocabulary are reduced piece by piece, padded texts are
-    read in batches of like length, and blocks that are the dense model's own start from its hidden states, of which at most
-    `budget` bytes are kept (None: 256 MB on a CPU, a twentieth of a GPU's memory). On a GPU, models whose weights alone changed
-    are replayed as one graph, unless `graphs` is False (see `workbench.measure.graphed`). Where a model does not allow one of
-    these, which is tried once, it is run as it is. There too, norms, gated products and rotary embeddings are one kernel each, unless
+    Holds what does not depend on the model that is scored.
+
+    Dense and compressed models take the same way: logits of a large vocabulary are reduced piece by piece,
+    padded texts are read in batches of like length, and blocks that are the dense model's own start from its
+    hidden states, of which at most `budget` bytes are kept (None: 256 MB on a CPU, a twentieth of a GPU's
+    memory). On a GPU, models whose weights alone changed are replayed as one graph, unless `graphs` is False
+    (see `workbench.measure.cuda_graphs`). Where a model does not allow one of these, which is tried once, it
+    is run as it is. There too, norms, gated products and rotary embeddings are one kernel each, unless
     `fused` is False (see `workbench.measure.fused_blocks`).
     """
 
     task: Task
     items: Items
     budget: int | None = None
-    heads: dict[type[nn.Module], Head | None] = field(default_factory=dict)  # by class of model, None where it cannot be taken off
-    spans: list[Tensor | None] = field(default_factory=list)  # one entry, when known: where texts begin and end, None to read them padded
+    heads: dict[type[nn.Module], Head | None] = field(
+        default_factory=dict
+    )  # by class of model, None where it cannot be taken off
+    spans: list[Tensor | None] = field(
+        default_factory=list
+    )  # one entry, when known: where texts begin and end, None to read them padded
     prefix: Prefix | None = None
     graphs: Graphs | bool = True
     fused: FusedBlocks | bool = True
-    last: tuple[weakref.ref[nn.Module], int] | None = None  # the model that was read last, and its unchanged blocks
+    # The model that was read last, and its unchanged blocks
+    last: tuple[weakref.ref[nn.Module], int] | None = None
     kept: Sampler | None = None  # which answers are compared as distributions
 
     @property
@@ -65,12 +76,22 @@ class Evaluator:
         return Outputs(self.sampler) if has_distribution(self.task.kind) else None
 
     def scores(
-        self, model: nn.Module, parts: list[Scores], count: int, progress: Progress = no_progress, outputs: Outputs | None = None, *, meanwhile: Callable[[], object] = lambda: None
+        self,
+        model: nn.Module,
+        parts: list[Scores],
+        count: int,
+        progress: Progress = no_progress,
+        outputs: Outputs | None = None,
+        *,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> Scores:
-        """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items; return the first `count`.
+        """Extend `parts` (scores of consecutive items, changed in place) to at least `count` items.
 
-        What the model says of the items that are read now is kept in `outputs`; see `workbench.measure.divergence`. `meanwhile` is
-        called where a GPU has been given all batches and would only be waited for; elsewhere it is not.
+        Return the first `count`.
+
+        What the model says of the items that are read now is kept in `outputs`; see `workbench.measure.kl`.
+        `meanwhile` is called where a GPU has been given all batches and would only be waited for; elsewhere
+        it is not.
         """
         done = sum(map(len, parts))
         with streaming(self.task.model), streaming(model):
@@ -80,52 +101,106 @@ class Evaluator:
                 while done < count:
                     together = SORTED if self.text_spans() is not None or replay is not None else 1
                     upto = min(count, done + self.task.batch_size * together)
-                    parts.append(self.read(run, done, upto, blocks or 0, progress, outputs=outputs) if replay is None else self.replay(replay, done, upto, progress, outputs, meanwhile=meanwhile))
+                    parts.append(
+                        self.read(run, done, upto, blocks or 0, progress, outputs=outputs)
+                        if replay is None
+                        else self.replay(replay, done, upto, progress, outputs, meanwhile=meanwhile)
+                    )
                     done = upto
         joined = Scores.join(parts)
         parts[:] = [joined]
         return joined.first(count)
 
-    def read(self, model: nn.Module, start: int, stop: int, blocks: int, progress: Progress, *, outputs: Outputs | None = None) -> Scores:
-        """Return the scores of the items from `start` to `stop`; the first `blocks` blocks are known to be the dense model's."""
+    def read(
+        self,
+        model: nn.Module,
+        start: int,
+        stop: int,
+        blocks: int,
+        progress: Progress,
+        *,
+        outputs: Outputs | None = None,
+    ) -> Scores:
+        """Return the scores of the items from `start` to `stop`.
+
+        The first `blocks` blocks are known to be the dense model's.
+        """
         spans, found = self.text_spans(), list[Scores]()
         order = None if spans is None else ordered(spans, start, stop)
         for batch, items in self.batches(start, stop, spans, order):
             done = sum(map(len, found))
             progress("evaluate", start + done, len(self.items))
-            found.append(self.score(model, items, blocks, batch, outputs=outputs, index=places(start, order, done, len(items))))
+            found.append(
+                self.score(
+                    model, items, blocks, batch, outputs=outputs, index=places(start, order, done, len(items))
+                )
+            )
         joined = Scores.join(found)
         return joined if order is None else in_place(joined, order - start)
 
     @contextmanager
     def replayed(self, model: nn.Module, blocks: int | None, *, again: bool) -> Iterator[Read | None]:
-        """Give what replays batches of a model as a graph, None where it is run as it is; `blocks` are known, None if nothing is read."""
+        """Give what replays batches of a model as a graph, None where it is run as it is.
+
+        `blocks` are known, None if nothing is read.
+        """
         known = 0 if self.prefix is None or self.prefix.chain is None else len(self.prefix.chain.blocks)
-        if blocks is None or self.graphs is False or self.items.labels.device.type != "cuda" or (blocks and blocks >= PREFERRED * known):
+        if (
+            blocks is None
+            or self.graphs is False
+            or self.items.labels.device.type != "cuda"
+            or (blocks and blocks >= PREFERRED * known)
+        ):
             yield None
             return
         if self.graphs is True:
-            self.graphs = Graphs(self.task.kind, self.task.model, self.task.batch_size, self.prepared, sampler=self.sampler if has_distribution(self.task.kind) else None)
+            self.graphs = Graphs(
+                self.task.kind,
+                self.task.model,
+                self.task.batch_size,
+                self.prepared,
+                sampler=self.sampler if has_distribution(self.task.kind) else None,
+            )
         with self.graphs.loaded(model, again=again) as replay:
             yield replay
 
     @torch.inference_mode()
-    def replay(self, replay: Read, start: int, stop: int, progress: Progress, outputs: Outputs | None = None, *, meanwhile: Callable[[], object] = lambda: None) -> Scores:
-        """Return the scores of the items from `start` to `stop`; waits for the device once, at the end, after `meanwhile`."""
+    def replay(
+        self,
+        replay: Read,
+        start: int,
+        stop: int,
+        progress: Progress,
+        outputs: Outputs | None = None,
+        *,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Scores:
+        """Return the scores of the items from `start` to `stop`.
+
+        Waits for the device once, at the end, after `meanwhile`.
+        """
         spans, found = self.text_spans(), list[tuple[Tensor, Tensor]]()
         order = None if spans is None else ordered(spans, start, stop)
         for done, (_, items) in enumerate(self.batches(start, stop, spans, order)):
             progress("evaluate", start + done * self.task.batch_size, len(self.items))
             found.append(replay(items))
             if outputs is not None and isinstance(self.graphs, Graphs) and self.graphs.sampled is not None:
-                outputs.keep(places(start, order, done * self.task.batch_size, len(items)), self.graphs.sampled)
+                outputs.keep(
+                    places(start, order, done * self.task.batch_size, len(items)), self.graphs.sampled
+                )
         loss, answers = (torch.cat([one[part] for one in found]) for part in (0, 1))
-        labels = self.items.labels[start:stop] if order is None else self.items.labels[order.to(self.items.labels.device)]
+        labels = (
+            self.items.labels[start:stop]
+            if order is None
+            else self.items.labels[order.to(self.items.labels.device)]
+        )
         meanwhile()
         scores = tally(loss, answers, labels)
         return scores if order is None else in_place(scores, order - start)
 
-    def batches(self, start: int, stop: int, spans: Tensor | None, order: Tensor | None) -> Iterator[tuple[Hashable, Items]]:
+    def batches(
+        self, start: int, stop: int, spans: Tensor | None, order: Tensor | None
+    ) -> Iterator[tuple[Hashable, Items]]:
         """Iterate over batches with what names each: the same name, the same inputs."""
         for first in range(start, stop, self.task.batch_size):
             last = min(stop, first + self.task.batch_size)
@@ -133,15 +208,29 @@ class Evaluator:
                 yield (first, last), self.items[first:last]
             else:
                 index = order[first - start : last - start]
-                yield (start, stop, first), trimmed(self.items[index.to(self.items.labels.device)], spans[index])
+                yield (
+                    (start, stop, first),
+                    trimmed(self.items[index.to(self.items.labels.device)], spans[index]),
+                )
 
-    def score(self, model: nn.Module, items: Items, blocks: int, batch: Hashable, *, outputs: Outputs | None = None, index: Tensor | None = None) -> Scores:
+    def score(
+        self,
+        model: nn.Module,
+        items: Items,
+        blocks: int,
+        batch: Hashable,
+        *,
+        outputs: Outputs | None = None,
+        index: Tensor | None = None,
+    ) -> Scores:
         """Return what a model does on one batch, of the items `index`."""
         if self.prefix is None:
             return self.run(model, items, outputs, index)
         return self.prefix.score(model, blocks, batch, lambda other: self.run(other, items, outputs, index))
 
-    def run(self, model: nn.Module, items: Items, outputs: Outputs | None = None, index: Tensor | None = None) -> Scores:
+    def run(
+        self, model: nn.Module, items: Items, outputs: Outputs | None = None, index: Tensor | None = None
+    ) -> Scores:
         """Return what a model does on one batch, with the output head taken off where that gives the same."""
         if outputs is None or index is None:
             return score(self.task.kind, self.headless(model), items)
@@ -153,7 +242,9 @@ class Evaluator:
         return None if head is None or rows.shape[-1] == head.classes else model.get_submodule(head.name)
 
     def prepared(self, model: nn.Module) -> nn.Module:
-        """Return what is called for a model: itself, or with fused blocks and without its output head where that gives the same."""
+        """Return what is called for a model: itself, or with fused blocks and without its output head where
+        that gives the same.
+        """
         return self.headless(self.fuse(model))
 
     def headless(self, model: nn.Module) -> nn.Module:
@@ -162,23 +253,36 @@ class Evaluator:
         return model if head is None else head.off(model)
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """Return a language model with fused blocks on a GPU, else itself; models that are streamed there or spread over several are run as they are."""
+        """Return a language model with fused blocks on a GPU, else itself.
+
+        Models that are streamed there or spread over several are run as they are.
+        """
         if self.fused is True:
-            resident = streams_to(self.task.model) is None and not hasattr(self.task.model, "spread_over")  # their blocks are moved about by hooks
-            self.fused = (fused_blocks(self.items.labels.device) if resident and isinstance(self.task.kind, LanguageModelling) else None) or False
+            resident = streams_to(self.task.model) is None and not hasattr(
+                self.task.model, "spread_over"
+            )  # their blocks are moved about by hooks
+            self.fused = (
+                fused_blocks(self.items.labels.device)
+                if resident and isinstance(self.task.kind, LanguageModelling)
+                else None
+            ) or False
             if isinstance(self.fused, FusedBlocks):
                 self.fused.of(self.task.model)  # classes are tried on modules that nobody compressed
         return self.fused.of(model) if isinstance(self.fused, FusedBlocks) else model
 
     def head(self, make: type[nn.Module]) -> Head | None:
-        """Return the output head of language models of a class, None where they must make their logits themselves."""
+        """Return the output head of language models of a class, None where they must make their logits
+        themselves.
+        """
         if make not in self.heads:
             tried = isinstance(self.task.kind, LanguageModelling) and make is type(self.task.model)
             self.heads[make] = find_head(self.task.model, self.items) if tried else None
         return self.heads[make]
 
     def blocks(self, model: nn.Module, *, again: bool) -> int:
-        """Return `unchanged_blocks`, looked for once while a model is read on: `again` says that some of its scores are there."""
+        """Return `unchanged_blocks`, looked for once while a model is read on: `again` says that some of its
+        scores are there.
+        """
         if not again or self.last is None or self.last[0]() is not model:
             self.last = weakref.ref(model), self.unchanged_blocks(model)
         return self.last[1]
@@ -194,16 +298,28 @@ class Evaluator:
         device = self.items.labels.device
         if device.type != "cuda":
             return HOST_BYTES
-        return int(GPU_SHARE * min(1.0, 2 * free_fraction(device)) * torch.cuda.get_device_properties(device).total_memory)
+        return int(
+            GPU_SHARE
+            * min(1.0, 2 * free_fraction(device))
+            * torch.cuda.get_device_properties(device).total_memory
+        )
 
     def text_spans(self) -> Tensor | None:
-        """Return where the text of each item begins and ends (int64 [N, 2]), None where items are read as they are."""
+        """Return where the text of each item begins and ends (int64 [N, 2]), None where items are read as
+        they are.
+        """
         if not self.spans:
             spans = text_spans(self.items)
-            self.spans.append(spans if spans is not None and trims(self.task.kind, self.task.model, self.items, spans) else None)
+            self.spans.append(
+                spans
+                if spans is not None and trims(self.task.kind, self.task.model, self.items, spans)
+                else None
+            )
         return self.spans[0]
 
 
 def places(start: int, order: Tensor | None, done: int, count: int) -> Tensor:
-    """Return which evaluation items a batch holds, int64 [count]: `done` items after `start` were read before it, in `order` if there is one."""
+    """Return which evaluation items a batch holds, int64 [count]: `done` items after `start` were read before
+    it, in `order` if there is one.
+    """
     return torch.arange(start + done, start + done + count) if order is None else order[done : done + count]

@@ -1,9 +1,11 @@
-"""Evaluation of Llama-like models on a GPU with one kernel where transformers has many: RMS norms, gated products, rotary embeddings.
+"""Evaluation of Llama-like models on a GPU with one kernel where transformers has many: RMS norms, gated
+products, rotary embeddings.
 
-Modules are left for stand-ins that share their weights and call their layers; the model itself stays as it is. Every model that is
-scored on a GPU is run so, dense and compressed alike, so that pairs stay pairs. That the kernels compute what a class of modules
-computes is tried once, on numbers of its own dtype: products and rotations give the same bits, norms those of another order of
-summing. Where a kernel fails later, the module's own code runs on. Latency is never measured this way: users run the model as it is.
+Modules are left for stand-ins that share their weights and call their layers; the model itself stays as it
+is. Every model that is scored on a GPU is run so, dense and compressed alike, so that pairs stay pairs. That
+the kernels compute what a class of modules computes is tried once, on numbers of its own dtype: products and
+rotations give the same bits, norms those of another order of summing. Where a kernel fails later, the
+module's own code runs on. Latency is never measured this way: users run the model as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from workbench.device import why_no_triton
-from workbench.measure.stand_ins import PassesOn, StandIn, with_stand_ins
+from workbench.modules.substitution import PassesOn, StandIn, with_stand_ins
+from workbench.util.device import why_no_triton
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files name it
 NEAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2e-6}  # of a number: two roundings
@@ -26,7 +28,9 @@ TOKENS, HEADS = 24, 3  # to try on
 
 @dataclass(frozen=True)
 class Operations:
-    """What takes the place of several operations: `norm` (x [..., width], weight [width], eps), `gated` (gate, up), `rotary` (q, k, cos, sin)."""
+    """What takes the place of several operations: `norm` (x [..., width], weight [width], eps), `gated`
+    (gate, up), `rotary` (q, k, cos, sin).
+    """
 
     norm: Callable[[Tensor, Tensor, float], Tensor]
     gated: Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +52,8 @@ class Operation:
             return self.run(*given)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001  compilers and drivers raise what they like; the module's own code runs on
+        except Exception as error:  # noqa: BLE001
+            # compilers and drivers raise what they like; the module's own code runs on
             self.failed = reason(error)
             return None
 
@@ -65,12 +70,18 @@ class FusedNorm(StandIn):
         """Return what the module returns."""
         module = self.__dict__["instead_of"]
         weight = module.weight
-        made = self.norm(given, weight, module.variance_epsilon) if given.dtype == weight.dtype and given.device == weight.device else None
+        made = (
+            self.norm(given, weight, module.variance_epsilon)
+            if given.dtype == weight.dtype and given.device == weight.device
+            else None
+        )
         return module(given) if made is None else made
 
 
 class FusedGate(StandIn):
-    """Two layers multiplied through a SiLU (Shazeer 2020), and the layer after them, which are the module's own."""
+    """Two layers multiplied through a SiLU (Shazeer 2020), and the layer after them, which are the module's
+    own.
+    """
 
     def __init__(self, module: nn.Module, gated: Operation) -> None:
         """Remember the module and what computes it."""
@@ -81,7 +92,11 @@ class FusedGate(StandIn):
         """Return what the module returns."""
         module = self.__dict__["instead_of"]
         gate, up = module.gate_proj(given), module.up_proj(given)
-        made = self.gated(gate, up) if gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in NEAR else None
+        made = (
+            self.gated(gate, up)
+            if gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in NEAR
+            else None
+        )
         return module.down_proj(module.act_fn(gate) * up if made is None else made)
 
 
@@ -115,20 +130,38 @@ class FusedBlocks:
 
     def __post_init__(self) -> None:
         """Let each operation remember whether it failed."""
-        self.norm, self.gated, self.rotary = Operation(self.operations.norm), Operation(self.operations.gated), Operation(self.operations.rotary)
+        self.norm, self.gated, self.rotary = (
+            Operation(self.operations.norm),
+            Operation(self.operations.gated),
+            Operation(self.operations.rotary),
+        )
 
     @property
     def failed(self) -> dict[str, str]:
         """Return why operations are no longer used, by name."""
-        return {name: one.failed for name, one in (("norm", self.norm), ("gated", self.gated), ("rotary", self.rotary)) if one.failed}
+        return {
+            name: one.failed
+            for name, one in (("norm", self.norm), ("gated", self.gated), ("rotary", self.rotary))
+            if one.failed
+        }
 
     def of(self, model: nn.Module) -> nn.Module:
-        """Return a model that computes the same with fewer kernels; itself where nothing in it can be fused."""
+        """Return a model that computes the same with fewer kernels.
+
+        Itself where nothing in it can be fused.
+        """
         return self.within(model) or model
 
     def within(self, module: nn.Module) -> nn.Module | None:
-        """Return what takes a module's place: a stand-in, or a copy that holds some; None if it is run as it is."""
-        children = {name: made for name, child in module._modules.items() if child is not None and (made := self.within(child)) is not None}  # noqa: SLF001  the quickest way
+        """Return what takes a module's place: a stand-in, or a copy that holds some.
+
+        None if it is run as it is.
+        """
+        children = {
+            name: made
+            for name, child in module._modules.items()  # noqa: SLF001
+            if child is not None and (made := self.within(child)) is not None
+        }
         held = with_stand_ins(module, children) if children else None
         return self.stand_in(held or module) or held
 
@@ -149,10 +182,18 @@ class FusedBlocks:
         """Return what makes a stand-in for modules that look like this one."""
         kind, children = type(module), module._modules  # noqa: SLF001  as above
         if not children:
-            norm = kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and isinstance(getattr(module, "weight", None), nn.Parameter)
+            norm = (
+                kind.__name__.endswith("RMSNorm")
+                and hasattr(module, "variance_epsilon")
+                and isinstance(getattr(module, "weight", None), nn.Parameter)
+            )
             return (lambda one: FusedNorm(one, self.norm)) if norm else None
         if "gate_proj" in children:
-            return (lambda one: FusedGate(one, self.gated)) if {"up_proj", "down_proj", "act_fn"} <= children.keys() and is_silu(children["act_fn"]) else None
+            return (
+                (lambda one: FusedGate(one, self.gated))
+                if {"up_proj", "down_proj", "act_fn"} <= children.keys() and is_silu(children["act_fn"])
+                else None
+            )
         if kind not in self.codes:
             self.codes[kind] = code(kind, self.rotary)
         run = self.codes[kind]
@@ -168,12 +209,19 @@ class FusedBlocks:
 
         try:
             same = self.same(module, numbers)
-        except Exception as error:  # noqa: BLE001  compilers, drivers and modules raise what they like; the module is run as it is
+        except Exception as error:  # noqa: BLE001
+            # compilers, drivers and modules raise what they like; the module is run as it is
             return reason(error)
-        return "" if same else f"{type(module).__name__} computes something else than the kernel for {weight.dtype}"
+        return (
+            ""
+            if same
+            else f"{type(module).__name__} computes something else than the kernel for {weight.dtype}"
+        )
 
     def same(self, module: nn.Module, numbers: Callable[..., Tensor]) -> bool:
-        """Return whether an operation makes what a module makes of some numbers: the bits of rotations, to rounding of norms and products."""
+        """Return whether an operation makes what a module makes of some numbers: the bits of rotations, to
+        rounding of norms and products.
+        """
         children = module._modules  # noqa: SLF001  as above
         if not children:
             weight, eps = cast("Tensor", module.weight), cast("float", module.variance_epsilon)
@@ -182,26 +230,50 @@ class FusedBlocks:
         if "gate_proj" in children:
             gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
             given = numbers(1, TOKENS, int(next(gate.parameters()).shape[-1]))
-            products = with_stand_ins(module, {"down_proj": PassesOn(down)})(given)  # what the module's own code gives to its last layer
+            products = with_stand_ins(module, {"down_proj": PassesOn(down)})(
+                given
+            )  # what the module's own code gives to its last layer
             return near(products, self.operations.gated(gate(given), up(given)))
         width = 2 * (int(getattr(module, "head_dim", 64)) // 2)
-        q, k, cos, sin = numbers(2, TOKENS, HEADS, width).transpose(1, 2), numbers(2, TOKENS, 1, width).transpose(1, 2), numbers(2, TOKENS, width), numbers(2, TOKENS, width)
+        q, k, cos, sin = (
+            numbers(2, TOKENS, HEADS, width).transpose(1, 2),
+            numbers(2, TOKENS, 1, width).transpose(1, 2),
+            numbers(2, TOKENS, width),
+            numbers(2, TOKENS, width),
+        )
         own = type(module).forward.__globals__[ROTARY](q, k, cos, sin)
-        return all(torch.equal(one, two) for one, two in zip(own, self.operations.rotary(q, k, cos, sin), strict=True))
+        return all(
+            torch.equal(one, two)
+            for one, two in zip(own, self.operations.rotary(q, k, cos, sin), strict=True)
+        )
 
 
 def code(make: type[nn.Module], ours: Operation) -> types.FunctionType | None:
-    """Return the code of an attention with our rotary embedding in the place of its file's, None if it calls none."""
+    """Return the code of an attention with our rotary embedding in the place of its file's, None if it calls
+    none.
+    """
     own = make.forward
-    if not isinstance(own, types.FunctionType) or own.__closure__ or ROTARY not in own.__code__.co_names or not callable(own.__globals__.get(ROTARY)):
+    if (
+        not isinstance(own, types.FunctionType)
+        or own.__closure__
+        or ROTARY not in own.__code__.co_names
+        or not callable(own.__globals__.get(ROTARY))
+    ):
         return None
-    made = types.FunctionType(own.__code__, {**own.__globals__, ROTARY: either(ours, own.__globals__[ROTARY])}, own.__name__, own.__defaults__)
+    made = types.FunctionType(
+        own.__code__,
+        {**own.__globals__, ROTARY: either(ours, own.__globals__[ROTARY])},
+        own.__name__,
+        own.__defaults__,
+    )
     made.__kwdefaults__ = own.__kwdefaults__
     return made
 
 
 def either(ours: Operation, theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function for both: ours for [items, heads, tokens, width] with one dtype, theirs for anything else."""
+    """Return a function for both: ours for [items, heads, tokens, width] with one dtype, theirs for anything
+    else.
+    """
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
         made = ours(q, k, cos, sin) if not more and not named and rotates(q, k, cos, sin) else None
@@ -214,7 +286,11 @@ def rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Return whether queries, keys and angles have the shapes and dtypes that the kernel takes."""
     if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape or q.shape[3] % 2:
         return False
-    fits = (q.shape[0], q.shape[2], q.shape[3]) == (k.shape[0], k.shape[2], k.shape[3]) and q.shape[2:] == cos.shape[1:] and cos.shape[0] in {1, q.shape[0]}
+    fits = (
+        (q.shape[0], q.shape[2], q.shape[3]) == (k.shape[0], k.shape[2], k.shape[3])
+        and q.shape[2:] == cos.shape[1:]
+        and cos.shape[0] in {1, q.shape[0]}
+    )
     return fits and q.dtype in NEAR and q.dtype == k.dtype == cos.dtype == sin.dtype
 
 
@@ -227,13 +303,25 @@ def near(expected: Tensor, found: Tensor) -> bool:
     """Return whether two tensors agree to two roundings of each number."""
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
-    return torch.allclose(found.float(), expected.float(), rtol=NEAR[expected.dtype], atol=torch.finfo(expected.dtype).tiny, equal_nan=True)
+    return torch.allclose(
+        found.float(),
+        expected.float(),
+        rtol=NEAR[expected.dtype],
+        atol=torch.finfo(expected.dtype).tiny,
+        equal_nan=True,
+    )
 
 
 def untouched(module: nn.Module) -> bool:
-    """Return whether a module and its parts run their class's own code, and nobody watches them: a stand-in passes by what is in the module's way."""
-    parts = [part for part in (module, module._modules.get("act_fn")) if part is not None]  # noqa: SLF001  there is no public way to see them
-    return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)  # noqa: SLF001  as above
+    """Return whether a module and its parts run their class's own code, and nobody watches them: a stand-in
+    passes by what is in the module's way.
+    """
+    # There is no public way to see them
+    parts = [part for part in (module, module._modules.get("act_fn")) if part is not None]  # noqa: SLF001
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)  # noqa: SLF001
+        for part in parts
+    )
 
 
 def is_silu(module: nn.Module | None) -> bool:
@@ -245,6 +333,6 @@ def fused_blocks(device: torch.device) -> FusedBlocks | None:
     """Return what fuses blocks on a device, None where there is no GPU or no Triton."""
     if device.type != "cuda" or why_no_triton(device):
         return None
-    from workbench.runtime import block_operations
+    from workbench.kernels import block_ops
 
-    return FusedBlocks(Operations(block_operations.rms_norm, block_operations.gated, block_operations.rotary), device)
+    return FusedBlocks(Operations(block_ops.rms_norm, block_ops.gated, block_ops.rotary), device)

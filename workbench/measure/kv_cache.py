@@ -1,4 +1,6 @@
-"""The bytes that a language model keeps of earlier tokens: measured on the cache itself, after one window of text."""
+"""The bytes that a language model keeps of earlier tokens: measured on the cache itself, after one window of
+text.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ class CacheBytes:
 
 
 def cache_bytes(model: nn.Module, items: Items) -> int:
-    """Return the bytes of the cache that a model fills with the first window; RuntimeError if it keeps none."""
+    """Return the bytes of the cache that a model fills with the first window.
+
+    RuntimeError if it keeps none.
+    """
     try:
         with torch.inference_mode():
             cache: Any = model(**items[:1].inputs, use_cache=True).past_key_values

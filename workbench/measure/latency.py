@@ -9,18 +9,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from workbench.compress.layers import Progress, no_progress
-from workbench.device import Clock
-from workbench.measure.quality import Estimate
+from workbench.metrics.quality import Estimate
+from workbench.modules.layer import Progress, no_progress
 from workbench.tasks.base import Items, Kind
+from workbench.util.device import Clock
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one forward pass. `speedup` is the median of dense / compressed over adjacent pairs, 95% interval.
+    """Milliseconds of one forward pass.
 
-    For speech a pass is the whole way from sound to words, greedily, and `audio_seconds` is how long the batch's sound lasts.
-    `batch` items of shape `input_shape` each (a sequence of tokens, or channels, rows and columns), `rounds` timed pairs.
+    `speedup` is the median of dense / compressed over adjacent pairs, 95% interval.
+
+    For speech a pass is the whole way from sound to words, greedily, and `audio_seconds` is how long the
+    batch's sound lasts. `batch` items of shape `input_shape` each (a sequence of tokens, or channels, rows
+    and columns), `rounds` timed pairs.
     """
 
     dense_median_ms: float
@@ -35,17 +38,33 @@ class Latency:
 
     @property
     def real_time_factors(self) -> tuple[float, float] | None:
-        """Return seconds of work per second of sound, of the dense and the compressed model; None where items are no sound."""
-        return (self.dense_median_ms / 1000 / self.audio_seconds, self.median_ms / 1000 / self.audio_seconds) if self.audio_seconds else None
+        """Return seconds of work per second of sound, of the dense and the compressed model.
+
+        None where items are no sound.
+        """
+        return (
+            (self.dense_median_ms / 1000 / self.audio_seconds, self.median_ms / 1000 / self.audio_seconds)
+            if self.audio_seconds
+            else None
+        )
 
 
 def measure_latency(
-    kind: Kind, dense: nn.Module, realised: nn.Module, items: Items, *, most: int = 20, least: int = 6, budget_s: float = 10.0, progress: Progress = no_progress
+    kind: Kind,
+    dense: nn.Module,
+    realised: nn.Module,
+    items: Items,
+    *,
+    most: int = 20,
+    least: int = 6,
+    budget_s: float = 10.0,
+    progress: Progress = no_progress,
 ) -> Latency:
-    """Time both models on the same batch in turn, the order swapped every round so that neither always runs first.
+    """Time both models on the same batch in turn, the order swapped every round so that neither always runs
+    first.
 
-    Three untimed rounds, then `most` timed ones; of a slow model, one and as many as fit into `budget_s` seconds, but at least
-    `least` (a median's 95% interval needs six).
+    Three untimed rounds, then `most` timed ones; of a slow model, one and as many as fit into `budget_s`
+    seconds, but at least `least` (a median's 95% interval needs six).
     """
     clock = Clock(items.labels.device)
 
@@ -74,6 +93,13 @@ def measure_latency(
     speedup = Estimate(float(np.median(ratios)), float(interval.low), float(interval.high))
     shape = tuple(next(iter(items.inputs.values())).shape[1:])
     return Latency(
-        float(np.median(before)), float(np.quantile(before, 0.95)), float(np.median(after)), float(np.quantile(after, 0.95)), speedup, len(items), shape, rounds,
+        float(np.median(before)),
+        float(np.quantile(before, 0.95)),
+        float(np.median(after)),
+        float(np.quantile(after, 0.95)),
+        speedup,
+        len(items),
+        shape,
+        rounds,
         kind.audio_seconds(items),
-    )  # fmt: skip
+    )

@@ -11,20 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from workbench.compress.report import LayerReport
-from workbench.journal import CREATE_TRIAL, parsed
+from workbench.compress.core.layer_report import LayerReport
+from workbench.ledger.journal import CREATE_TRIAL, parsed
 from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
-from workbench.measure.quality import Estimate, Quality
 from workbench.measure.size import Sizes
-from workbench.prediction_score import Predicted
-from workbench.progress import Look
+from workbench.metrics.quality import Estimate, Quality
+from workbench.predict.scoring import Predicted
 from workbench.recipe import Recipe
+from workbench.util.progress import Look
 
-RecipeField = Annotated[InstanceOf[Recipe], BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v), PlainSerializer(lambda r: r.to_json())]
+RecipeField = Annotated[
+    InstanceOf[Recipe],
+    BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v),
+    PlainSerializer(lambda r: r.to_json()),
+]
 
 LAYERS = '"layers":[', '],"provenance":{'  # what stands before and after the layers of a stored point
-QUOTED = tuple(json.dumps(mark)[1:-1].encode() for mark in LAYERS)  # the same where the point is a string in a line of JSON
+QUOTED = tuple(
+    json.dumps(mark)[1:-1].encode() for mark in LAYERS
+)  # the same where the point is a string in a line of JSON
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,15 @@ class Context:
 
     def key(self, recipe: Recipe) -> str:
         """Return the ledger key of a recipe in this context: 16 hexadecimal digits."""
-        parts = [recipe.key, self.model_fingerprint, self.data_fingerprint, self.device, self.device_name, str(self.latency_batch), str(self.confidence)]
+        parts = [
+            recipe.key,
+            self.model_fingerprint,
+            self.data_fingerprint,
+            self.device,
+            self.device_name,
+            str(self.latency_batch),
+            str(self.confidence),
+        ]
         parts += [self.workbench_version, *([] if self.runtime == "auto" else [self.runtime])]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
@@ -63,7 +77,9 @@ class Provenance:
 
 
 class Figures(NamedTuple):
-    """What a trade-off plot reads of a point, together: of a hundred thousand, finding it takes longer than working with it."""
+    """What a trade-off plot reads of a point, together: of a hundred thousand, finding it takes longer than
+    working with it.
+    """
 
     complete: bool
     data: tuple[str, str]  # fingerprints of the model and its data
@@ -76,8 +92,9 @@ class Figures(NamedTuple):
 class Measurement:
     """One recipe measured. A figure that could not be measured is None, and `missing` says why.
 
-    `complete` is False for the looks of a stream that have not read all items; those carry no latency or memory. A point that
-    stopped on purpose, because its main change was known to plus or minus `margin`, is complete with fewer items than there are.
+    `complete` is False for the looks of a stream that have not read all items; those carry no latency or
+    memory. A point that stopped on purpose, because its main change was known to plus or minus `margin`, is
+    complete with fewer items than there are.
     """
 
     key: str
@@ -101,9 +118,12 @@ class Measurement:
     curve: tuple[tuple[int, float], ...] = ()
     held_out: tuple[Look, ...] = ()  # quality on held-out training items along the curve
     cache: CacheBytes | None = None  # of a language model
-    margin: float | None = None  # reading stopped on purpose: half the interval of the main change was at most this
+    # Reading stopped on purpose: half the interval of the main change was at most this
+    margin: float | None = None
     predicted: Predicted | None = None  # what was predicted before it was measured
-    kl: Estimate | None = None  # KL(dense || compressed) in nats an answer (a token, an item); None for kinds without a distribution, and for early looks
+    # KL(dense || compressed) in nats an answer (a token, an item); None for kinds without a distribution, and
+    # for early looks
+    kl: Estimate | None = None
     kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
     kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
 
@@ -126,15 +146,25 @@ class Measurement:
         """Return what `figures` keeps."""
         quality, context = self.quality[0], self.context
         change = quality.change
-        return Figures(self.complete, (context.model_fingerprint, context.data_fingerprint), quality.metric, (change.value, change.low, change.high), self.sizes.file_bytes)
+        return Figures(
+            self.complete,
+            (context.model_fingerprint, context.data_fingerprint),
+            quality.metric,
+            (change.value, change.low, change.high),
+            self.sizes.file_bytes,
+        )
 
     @property
     def complete(self) -> bool:
         """Return whether every item that was asked for was read and the latency was tried."""
-        return (self.items == self.items_total or self.margin is not None) and (self.latency is not None or "latency" in self.missing)
+        return (self.items == self.items_total or self.margin is not None) and (
+            self.latency is not None or "latency" in self.missing
+        )
 
     def known_to(self, margin: float | None) -> bool:
-        """Return whether nothing more need be read: all items were, or half the interval of the main change is at most `margin` (None or 0: all)."""
+        """Return whether nothing more need be read: all items were, or half the interval of the main change
+        is at most `margin` (None or 0: all).
+        """
         return self.items == self.items_total or bool(margin and self.primary.change.half_width <= margin)
 
     @property
@@ -158,8 +188,9 @@ class Measurement:
     def from_json(text: str) -> Measurement:
         """Return the measurement that `to_json` wrote; raises `pydantic.ValidationError` if it is none.
 
-        The layers are most of the text and wait in it until they are asked for: with thousands of points they are most of the
-        time and memory. An unescaped quote ends a string of JSON, so that the marks around them stand nowhere else.
+        The layers are most of the text and wait in it until they are asked for: with thousands of points they
+        are most of the time and memory. An unescaped quote ends a string of JSON, so that the marks around
+        them stand nowhere else.
         """
         start = text.find(LAYERS[0])
         end = text.rfind(LAYERS[1])
@@ -170,15 +201,16 @@ class Measurement:
 
     @staticmethod
     def from_line(line: bytes, study: int) -> Measurement | None:
-        """Return the measurement in a line of a journal that makes a trial of a study by number, None if the line does something else.
+        """Return the measurement in a line of a journal that makes a trial of a study by number, None if the
+        line does something else.
 
-        The line waits as it is for when its layers are asked for; what stands around them is all that is read of it.
+        The line waits as it is for when its layers are asked for; what stands around them is all that is read
+        of it.
 
         Raises:
             pydantic.ValidationError: the trial holds no measurement.
             RecipeError: its recipe cannot be read, see `Recipe.from_json`.
             ValueError: the line is no JSON.
-
         """
         short = cut(line)
         log = parsed(short)
@@ -189,7 +221,9 @@ class Measurement:
 
     @staticmethod
     def without_layers(text: str, stored: str | bytes) -> Measurement:
-        """Return the measurement of a text whose layers were cut out, which are in `stored`: the whole text, or a journal's line."""
+        """Return the measurement of a text whose layers were cut out, which are in `stored`: the whole text,
+        or a journal's line.
+        """
         made: Measurement = ADAPTER().validate_json(text)
         del made.__dict__["layers"]
         made.__dict__["stored"] = stored
@@ -198,14 +232,17 @@ class Measurement:
 
 
 def cut(line: bytes) -> bytes:
-    """Return a journal's line without the layers of the measurement in it, itself where they are not found for certain.
+    """Return a journal's line without the layers of the measurement in it, itself where they are not found
+    for certain.
 
-    Within a string of JSON every quote follows a backslash: what looks like the end of a string and the beginning of the next
-    is just that, and no text in a point has the marks.
+    Within a string of JSON every quote follows a backslash: what looks like the end of a string and the
+    beginning of the next is just that, and no text in a point has the marks.
     """
     begin = line.find(b'"measurement":"')
     start, end = line.find(QUOTED[0], begin), line.rfind(QUOTED[1])
-    if not 0 < begin < start < end or any(line.find(edge, begin + 15, end) >= 0 for edge in (b'","', b'"},"')):
+    if not 0 < begin < start < end or any(
+        line.find(edge, begin + 15, end) >= 0 for edge in (b'","', b'"},"')
+    ):
         return line
     return line[: start + len(QUOTED[0])] + line[end:]
 

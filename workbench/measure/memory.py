@@ -40,7 +40,9 @@ def peak_memory_bytes(kind: Kind, model: nn.Module, items: Items) -> int:
     held = unique_bytes([*model.parameters(), *model.buffers()])
     if items.labels.device.type == "cuda":
         with torch.inference_mode():
-            kind.logits(model, items[:1])  # libraries take their workspace on the first call: it is not the model's
+            kind.logits(
+                model, items[:1]
+            )  # libraries take their workspace on the first call: it is not the model's
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -48,7 +50,11 @@ def peak_memory_bytes(kind: Kind, model: nn.Module, items: Items) -> int:
             kind.logits(model, items)
         torch.cuda.synchronize()
         return held + torch.cuda.max_memory_allocated() - before
-    with torch.inference_mode(), quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        torch.inference_mode(),
+        quiet_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         kind.logits(model, items)
     held_now = peak = 0
     for event in profiler.profiler.kineto_results.events():  # in order of time

@@ -9,20 +9,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.batch import grouped
-from workbench.compress.layers import Layer
-from workbench.measure.predicted_size import DTYPES, Entry, Outline, Weight, ceil8, file_length, total
-from workbench.runtime.forms import Cast, InputScaled, OffsetGrid
-from workbench.runtime.grid import Grid
-from workbench.runtime.packed import Packed, pack_model
+from workbench.compress.core.batch import grouped
+from workbench.formats.affine import Grid
+from workbench.formats.stored_forms import Cast, InputScaled, OffsetGrid
+from workbench.modules.layer import Layer
+from workbench.modules.packing import Packed, pack_model
+from workbench.shapes.outline import DTYPES, Entry, Outline, Weight, ceil8, file_length, total
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of one model.
 
-    `theoretical_bytes`: non-zero weights at their width, no positions, no scales, as papers count. `packed_bytes`: every
-    tensor of the packed form, in memory. `file_bytes`: the packed safetensors file, header included.
+    `theoretical_bytes`: non-zero weights at their width, no positions, no scales, as papers count.
+    `packed_bytes`: every tensor of the packed form, in memory. `file_bytes`: the packed safetensors file,
+    header included.
     """
 
     theoretical_bytes: int
@@ -36,11 +37,23 @@ def file_content(packed: Packed) -> bytes:
 
 
 def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
-    """Return what `sizes` returns, by counting non-zero weights instead of packing them: quick enough for a first look."""
-    outline, promised = Outline.of(model, known=layers), {name: layer for layer in layers for name in (layer.name, *layer.others)}
+    """Return what `sizes` returns, by counting non-zero weights instead of packing them: quick enough for a
+    first look.
+    """
+    outline, promised = (
+        Outline.of(model, known=layers),
+        {name: layer for layer in layers for name in (layer.name, *layer.others)},
+    )
     counts = nonzeros([layer for layer in layers if layer.mask is not None or layer.grid is not None])
     counts = {name: counts[layer.name] for name, layer in promised.items() if layer.name in counts}
-    weights = tuple(with_promises(weight, promised[weight.name], counts.get(weight.name)) if weight.name in promised else weight for weight in outline.weights)
+    weights = tuple(
+        (
+            with_promises(weight, promised[weight.name], counts.get(weight.name))
+            if weight.name in promised
+            else weight
+        )
+        for weight in outline.weights
+    )
     outline = dataclasses.replace(outline, weights=weights)
     bits: float = 8 * total(outline.rest)
     for weight in weights:
@@ -52,7 +65,11 @@ def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
 
 def nonzeros(layers: list[Layer]) -> dict[str, int]:
     """Return the number of weights of each layer that are not zero."""
-    found = {layer.name: layer.parameter.numel() - layer.change.zeros for layer in layers if layer.change is not None}
+    found = {
+        layer.name: layer.parameter.numel() - layer.change.zeros
+        for layer in layers
+        if layer.change is not None
+    }
     for batch in grouped(layer for layer in layers if layer.name not in found):
         counts = (batch.stored() != 0).flatten(1).sum(1).tolist()
         found.update(zip((layer.name for layer in batch.layers), counts, strict=True))
@@ -65,23 +82,36 @@ def with_promises(weight: Weight, layer: Layer, kept: int | None) -> Weight:
     if form is None:
         return dataclasses.replace(weight, kept=kept)
     if isinstance(form, Cast):
-        return dataclasses.replace(weight, kept=kept if layer.mask is not None else None, bits=16, cast=form.values.dtype)
+        return dataclasses.replace(
+            weight, kept=kept if layer.mask is not None else None, bits=16, cast=form.values.dtype
+        )
     base = form.base if isinstance(form, InputScaled) else form
     return dataclasses.replace(
-        weight, kept=kept, bits=form.bits, groups=base.scale.shape[1], scale_rows=0 if base.scale.shape[0] == weight.rows else base.scale.shape[0],
-        zero_point=isinstance(base, OffsetGrid) or (isinstance(base, Grid) and base.zero_point is not None), whole_zeros=not isinstance(base, OffsetGrid),
-        scale_dtype="F32" if base.scale.dtype == torch.float32 else "F16", input_scale=isinstance(form, InputScaled), needs_mask=getattr(base, "kept", None) is not None,
-    )  # fmt: skip
+        weight,
+        kept=kept,
+        bits=form.bits,
+        groups=base.scale.shape[1],
+        scale_rows=0 if base.scale.shape[0] == weight.rows else base.scale.shape[0],
+        zero_point=isinstance(base, OffsetGrid) or (isinstance(base, Grid) and base.zero_point is not None),
+        whole_zeros=not isinstance(base, OffsetGrid),
+        scale_dtype="F32" if base.scale.dtype == torch.float32 else "F16",
+        input_scale=isinstance(form, InputScaled),
+        needs_mask=getattr(base, "kept", None) is not None,
+    )
 
 
 def sizes(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Sizes:
     """Return the three sizes of a model; `layers` carry the masks and grids of a compressed one.
 
-    Every weight is packed where it lies, one after another, and only its shape is kept: nothing is copied to the host. The
-    file's length follows from what safetensors writes before the tensors, and is that of `file_content`.
+    Every weight is packed where it lies, one after another, and only its shape is kept: nothing is copied to
+    the host. The file's length follows from what safetensors writes before the tensors, and is that of
+    `file_content`.
     """
     packed = pack_model(model, layers, kept=shape_only)
-    entries = [Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in packed.tensors.items()]
+    entries = [
+        Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        for name, tensor in packed.tensors.items()
+    ]
     return Sizes(packed.theoretical_bytes, packed.packed_bytes, file_length(entries))
 
 

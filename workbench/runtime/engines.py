@@ -1,7 +1,8 @@
 """What can run a compressed model: kernels for one layer, and runtimes for a whole model.
 
-An engine is a small frozen record. It says why it cannot run here (`here`), why it does not take a layer (`serves`), and makes
-the module that runs it (`build`). Engines are listed by two functions below, best first; `realise` takes the first that serves.
+An engine is a small frozen record. It says why it cannot run here (`here`), why it does not take a layer
+(`serves`), and makes the module that runs it (`build`). Engines are listed by two functions below, best
+first; `realise` takes the first that serves.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 
 if TYPE_CHECKING:
-    from workbench.compress.layers import Layer
+    from workbench.modules.layer import Layer
     from workbench.tasks.base import Items, Kind
 
-Once = Callable[[Hashable, Callable[[], Any]], Any]  # once(key, compute): what compute returned the first time
+Once = Callable[
+    [Hashable, Callable[[], Any]], Any
+]  # once(key, compute): what compute returned the first time
 
 
 class LayerEngine(Protocol):
     """A kernel that runs one layer in the place of its module.
 
-    `serves` looks at shapes, dtypes and attributes only, never at values or at where tensors lie: it is also asked about layers
-    that do not exist yet, with all tensors on the meta device. `device` is such as "cpu", "cuda" or "cuda:0".
+    `serves` looks at shapes, dtypes and attributes only, never at values or at where tensors lie: it is also
+    asked about layers that do not exist yet, with all tensors on the meta device. `device` is such as "cpu",
+    "cuda" or "cuda:0".
     """
 
     @property
@@ -35,18 +39,25 @@ class LayerEngine(Protocol):
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """Return what it turns into speed: "weights" (few bits), "inputs" (rounded ones), "zeros" (a pattern)."""
+        """Return what it turns into speed: "weights" (few bits), "inputs" (rounded ones), "zeros" (a
+        pattern).
+        """
 
     def here(self, device: str) -> str:
-        """Return why it cannot run on this machine's `device` whatever the layer (library, instructions), "" if it can."""
+        """Return why it cannot run on this machine's `device` whatever the layer (library, instructions), ""
+        if it can.
+        """
 
     def serves(self, layer: Layer, device: str) -> str:
         """Return why it does not take this layer, "" if it does; `here` has been asked before."""
 
     def build(self, layer: Layer) -> nn.Module:
-        """Return a module with the inputs and outputs of `layer.module`; may raise, the layer then stays as it is.
+        """Return a module with the inputs and outputs of `layer.module`.
 
-        The module needs an attribute `weight` that is a tensor (an empty one will do): some models read its dtype.
+        May raise, the layer then stays as it is.
+
+        The module needs an attribute `weight` that is a tensor (an empty one will do): some models read its
+        dtype.
         """
 
 
@@ -68,17 +79,24 @@ class ModelEngine(Protocol):
         """Return why it does not take this model, "" if it does; `here` has been asked before."""
 
     def why_not_narrow(self, layer: Layer) -> str:
-        """Return why the form in which a layer is stored makes nothing faster here, "" if it does or if it is stored dense."""
+        """Return why the form in which a layer is stored makes nothing faster here, "" if it does or if it is
+        stored dense.
+        """
 
-    def build(self, model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: Items, once: Once) -> nn.Module:
-        """Return a module that `kind.logits` can call on items of these shapes; may raise. `once` keeps what costs time."""
+    def build(
+        self, model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: Items, once: Once
+    ) -> nn.Module:
+        """Return a module that `kind.logits` can call on items of these shapes; may raise.
+
+        `once` keeps what costs time.
+        """
 
 
 def layer_engines() -> tuple[LayerEngine, ...]:
     """Return every engine for layers, best first."""
     from workbench.runtime.int8_torch import TorchInt8
     from workbench.runtime.packed_triton import PackedTriton
-    from workbench.runtime.scaled_gpu import ScaledProduct
+    from workbench.runtime.scaled_matmul import ScaledProduct
 
     return PackedTriton(), ScaledProduct(), TorchInt8()
 

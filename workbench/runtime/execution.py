@@ -1,4 +1,6 @@
-"""How a model is run, dense and compressed alike: step by step, as one captured graph, compiled, or by another runtime."""
+"""How a model is run, dense and compressed alike: step by step, as one captured graph, compiled, or by
+another runtime.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.copies import sharing_copy
 from workbench.errors import RuntimeRefused
-from workbench.runtime.capturing import as_if_captured, one_sequence_each
+from workbench.kernels.graph_capture import as_if_captured, one_sequence_each
+from workbench.modules.sharing import sharing_copy
 from workbench.runtime.engines import ModelEngine, Once, model_engines
 from workbench.runtime.names import Runtime
 
 if TYPE_CHECKING:
-    from workbench.compress.layers import Layer
+    from workbench.modules.layer import Layer
     from workbench.tasks.base import Items, Kind
 
-VARIANTS = 64  # kinds of blocks that one model may have compiled: torch's own limit of 8 is less than widths and ranks make
+# Kinds of blocks that one model may have compiled: torch's own limit of 8 is less than widths and ranks make
+VARIANTS = 64
 WORDS = {
     "auto": "torch, step by step, with the best kernel for each layer that one serves",
     "torch": "torch, step by step, no kernels: every weight is unpacked",
@@ -58,11 +61,17 @@ def why_not(runtime: Runtime, device: str) -> str:
         return "CUDA graphs need a CUDA GPU; on a CPU nothing is launched"
     if runtime == "compiled" and device.startswith("cpu"):
         compiler = os.environ.get("CXX", "g++")
-        return "" if shutil.which(compiler) or shutil.which("clang++") else f"torch.compile needs a C++ compiler, and {compiler!r} is not here"
+        return (
+            ""
+            if shutil.which(compiler) or shutil.which("clang++")
+            else f"torch.compile needs a C++ compiler, and {compiler!r} is not here"
+        )
     return ""
 
 
-def runner(model: nn.Module, layers: tuple[Layer, ...], runtime: Runtime, *, kind: Kind, items: Items, once: Once) -> nn.Module:
+def runner(
+    model: nn.Module, layers: tuple[Layer, ...], runtime: Runtime, *, kind: Kind, items: Items, once: Once
+) -> nn.Module:
     """Return a model as `runtime` runs it, run once on these items.
 
     Raises:
@@ -83,15 +92,21 @@ def runner(model: nn.Module, layers: tuple[Layer, ...], runtime: Runtime, *, kin
             kind.run(made, items)
     except RuntimeRefused as error:
         raise RuntimeRefused(f"runtime={runtime!r}: {error}") from None
-    except Exception as error:  # noqa: BLE001  compilers and drivers raise what they like; the panel must live on
-        raise RuntimeRefused(f"runtime={runtime!r} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # noqa: BLE001
+        # compilers and drivers raise what they like; the panel must live on
+        raise RuntimeRefused(
+            f"runtime={runtime!r} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     return made
 
 
 class Captured(nn.Module):
-    """A model captured as a CUDA graph for each shape of inputs, and replayed; outputs are overwritten by the next call.
+    """A model captured as a CUDA graph for each shape of inputs, and replayed.
 
-    What is not a tensor (flags) belongs to the shape. A model that waits for the GPU in its forward cannot be captured.
+    Outputs are overwritten by the next call.
+
+    What is not a tensor (flags) belongs to the shape. A model that waits for the GPU in its forward cannot be
+    captured.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -104,7 +119,10 @@ class Captured(nn.Module):
         """Return the model's outputs."""
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in given.items() if name not in tensors}
-        key = (tuple((name, tuple(value.shape), value.dtype) for name, value in tensors.items()), repr(others))
+        key = (
+            tuple((name, tuple(value.shape), value.dtype) for name, value in tensors.items()),
+            repr(others),
+        )
         if key not in self.graphs:
             self.graphs[key] = self.capture(tensors, others)
         graph, inputs, outputs = self.graphs[key]
@@ -113,8 +131,12 @@ class Captured(nn.Module):
         graph.replay()
         return outputs
 
-    def capture(self, tensors: dict[str, Tensor], others: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Any]:
-        """Run the model a few times beside the main stream (libraries set themselves up), then capture one run."""
+    def capture(
+        self, tensors: dict[str, Tensor], others: dict[str, Any]
+    ) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Any]:
+        """Run the model a few times beside the main stream (libraries set themselves up), then capture one
+        run.
+        """
         inputs = {name: value.clone() for name, value in tensors.items()}
         device = next(iter(inputs.values())).device
         side = torch.cuda.Stream(device)
@@ -132,8 +154,9 @@ class Captured(nn.Module):
 class Compiled(nn.Module):
     """A model compiled by torch.compile for the shapes that it is called with.
 
-    Of a model made of repeated blocks, the blocks are compiled: all that are alike share one compilation, which takes seconds where
-    the whole takes minutes; what lies around them runs step by step. Any other model is compiled whole. The given model stays as it is.
+    Of a model made of repeated blocks, the blocks are compiled: all that are alike share one compilation,
+    which takes seconds where the whole takes minutes; what lies around them runs step by step. Any other
+    model is compiled whole. The given model stays as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -147,13 +170,18 @@ class Compiled(nn.Module):
 
     def forward(self, **given: Any) -> Any:
         """Return the model's outputs."""
-        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=VARIANTS):  # noqa: SLF001  where torch keeps it
+        with (
+            warnings.catch_warnings(),
+            torch._dynamo.config.patch(recompile_limit=VARIANTS),  # noqa: SLF001
+        ):
             warnings.simplefilter("ignore")
             return self.model(**given)
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model is made of: the modules of every outermost list of two or more of one class."""
+    """Return the blocks that a model is made of: the modules of every outermost list of two or more of one
+    class.
+    """
     found: list[nn.Module] = []
     for child in model.children():
         blocks = list(child.children()) if isinstance(child, nn.ModuleList) else []

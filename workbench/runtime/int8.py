@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.quantized_inputs import QuantizesInputs
-from workbench.device import cpu_flags
-from workbench.runtime.grid import Grid
+from workbench.formats.affine import Grid
+from workbench.modules.input_quantizer import QuantizesInputs
+from workbench.util.device import cpu_flags
 
 if TYPE_CHECKING:
-    from workbench.compress.layers import Layer
-    from workbench.runtime.forms import Form
+    from workbench.formats.stored_forms import Form
+    from workbench.modules.layer import Layer
 
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A weight as signed bytes: weight[o, i] = (codes[o, i] - zero[o]) * scale[o]; `codes` int8 [outputs, inputs], `zero` int8, `scale` float32."""
+    """A weight as signed bytes: weight[o, i] = (codes[o, i] - zero[o]) * scale[o].
+
+    `codes` int8 [outputs, inputs], `zero` int8, `scale` float32.
+    """
 
     codes: Tensor
     zero: Tensor
@@ -39,7 +42,9 @@ def why_not_int8(layer: Layer) -> str:
         return "its inputs are not quantized"
     if module.activation_format != "integer":
         return f"its inputs are {module.activation_format}, not integers"
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str) or module.groups != 1):
+    if isinstance(module, nn.Conv2d) and (
+        module.padding_mode != "zeros" or isinstance(module.padding, str) or module.groups != 1
+    ):
         return "only plain convolutions, padded with zeros by numbers, are served"
     return why_no_bytes(layer.grid)
 
@@ -51,7 +56,10 @@ def why_no_bytes(grid: Form | None) -> str:
     if not isinstance(grid, Grid):
         return f"its weights are no plain integers ({type(grid).__name__})"
     if grid.scale.shape[-1] != 1:
-        return f"its weights have a scale for every {grid.group_size} inputs; one for each row (group_size 0) is needed"
+        return (
+            f"its weights have a scale for every {grid.group_size} inputs; one for each row (group_size 0) is"
+            " needed"
+        )
     return ""
 
 
@@ -65,7 +73,11 @@ def integer_weight(layer: Layer) -> IntegerWeight:
     zero = torch.zeros(rows, dtype=torch.int8, device=grid.codes.device)
     if grid.zero_point is not None:
         zero = (grid.zero_point.to(torch.int16) - middle).to(torch.int8).flatten().expand(rows).contiguous()
-    return IntegerWeight((grid.codes.to(torch.int16) - middle).to(torch.int8), zero, grid.scale.float().flatten().expand(rows).contiguous())
+    return IntegerWeight(
+        (grid.codes.to(torch.int16) - middle).to(torch.int8),
+        zero,
+        grid.scale.float().flatten().expand(rows).contiguous(),
+    )
 
 
 def plain(layer: Layer) -> QuantizesInputs:
@@ -80,10 +92,19 @@ def slow_integers() -> str:
     flags = cpu_flags()
     if not flags or flags & {"avx2", "avx512_vnni", "avx_vnni", "asimddp", "i8mm"}:
         return ""
-    return f"this CPU ({platform.machine()}) has no instructions for products of bytes (AVX2, VNNI or dot product)"
+    return (
+        f"this CPU ({platform.machine()}) has no instructions for products of bytes (AVX2, VNNI or dot"
+        " product)"
+    )
 
 
 def wide_bytes() -> bool:
-    """Return whether products of unsigned by signed bytes add up without overflow here: VNNI, or not an x86 at all."""
+    """Return whether products of unsigned by signed bytes add up without overflow here: VNNI, or not an x86
+    at all.
+    """
     flags = cpu_flags()
-    return not flags or platform.machine().lower() not in {"x86_64", "amd64"} or bool(flags & {"avx512_vnni", "avx_vnni"})
+    return (
+        not flags
+        or platform.machine().lower() not in {"x86_64", "amd64"}
+        or bool(flags & {"avx512_vnni", "avx_vnni"})
+    )

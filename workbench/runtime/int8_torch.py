@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.quantized_inputs import InputFormat
+from workbench.modules.input_quantizer import InputFormat
 from workbench.runtime.int8 import integer_weight, plain, why_not_int8, wide_bytes
 
 if TYPE_CHECKING:
-    from workbench.compress.layers import Layer
+    from workbench.modules.layer import Layer
 
 
 @dataclass(frozen=True)
 class TorchInt8:
-    """Linear and Conv1D layers whose inputs and weights are integers of at most 8 bits: rounded, multiplied exactly, scaled.
+    """Linear and Conv1D layers whose inputs and weights are integers of at most 8 bits: rounded, multiplied
+    exactly, scaled.
 
-    `torch.ao.quantization.quantize_dynamic` does the same, and its quantized tensors are deprecated (torch 2.13); this uses
-    plain tensors and `torch._int_mm`, which oneDNN serves. Rounding the inputs costs passes over them, which ONNX Runtime fuses.
+    `torch.ao.quantization.quantize_dynamic` does the same, and its quantized tensors are deprecated (torch
+    2.13); this uses plain tensors and `torch._int_mm`, which oneDNN serves. Rounding the inputs costs passes
+    over them, which ONNX Runtime fuses.
     """
 
     name: str = "torch int8"
-    takes: str = "Linear, Conv1D with W8A8 or narrower: integers, one weight scale per row, any activation scaling; a CPU with VNNI"
+    takes: str = (
+        "Linear, Conv1D with W8A8 or narrower: integers, one weight scale per row, any activation scaling; a"
+        " CPU with VNNI"
+    )
     uses: tuple[str, ...] = ("weights", "inputs")
 
     def here(self, device: str) -> str:
@@ -47,7 +52,9 @@ class TorchInt8:
 
 
 class Int8Linear(nn.Module):
-    """Rounds its inputs to bytes, multiplies integers into 32 bits, scales; the same numbers as the simulated layer.
+    """Rounds its inputs to bytes, multiplies integers into 32 bits, scales.
+
+    The same numbers as the simulated layer.
 
     The sum of (x - a)(w - b) over inputs is x.w - a * sum(w) - b * sum(x - a), with a and b the zero points.
     """
@@ -96,11 +103,17 @@ class Int8Linear(nn.Module):
         if self.sums is not None:
             made -= zero.reshape(-1, 1) * self.sums
         if self.zero is not None:
-            made -= (codes.sum(1, keepdim=True, dtype=torch.int32).float() - zero.reshape(-1, 1) * rows.shape[1]) * self.zero
+            made -= (
+                codes.sum(1, keepdim=True, dtype=torch.int32).float() - zero.reshape(-1, 1) * rows.shape[1]
+            ) * self.zero
         made = torch.addcmul(self.bias, made.mul_(scale.reshape(-1, 1)), self.scale)
         return made.to(input.dtype).reshape(*input.shape[:-1], made.shape[-1])
 
     def extremes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return (low, high) of each row, [rows, 1], or of all."""
-        low, high = (rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)) if self.about.per_token else torch.aminmax(rows)
+        low, high = (
+            (rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
+            if self.about.per_token
+            else torch.aminmax(rows)
+        )
         return low.clamp_max(0), high.clamp_min(0)

@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.copies import sharing_copy
-from workbench.compress.layers import Layer, replace_module
-from workbench.compress.quantized_inputs import QuantizesInputs
 from workbench.errors import RuntimeRefused
+from workbench.modules.input_quantizer import QuantizesInputs
+from workbench.modules.layer import Layer, replace_module
+from workbench.modules.sharing import sharing_copy
 from workbench.runtime.int8 import slow_integers, why_not_int8
 from workbench.runtime.onnx_export import Graph, baked, export, filled, recorded, signature
-from workbench.runtime.onnx_forms import Affine, Float, IntegerConv, IntegerLinear, PackedLinear, exportable, why_not_packed
+from workbench.runtime.onnx_layers import (
+    Affine,
+    Float,
+    IntegerConv,
+    IntegerLinear,
+    PackedLinear,
+    exportable,
+    why_not_packed,
+)
 from workbench.tasks.base import Items, Kind
 
 if TYPE_CHECKING:
@@ -31,7 +39,10 @@ class OnnxRuntime:
     """The whole model in one ONNX Runtime session with as many threads as torch has."""
 
     name: str = "ONNX Runtime"
-    takes: str = "float32 models on the CPU, structured and low-rank ones too; W8A8 and narrower (one scale per row) as integers, convolutions slower so than as floats; W4 packed"
+    takes: str = (
+        "float32 models on the CPU, structured and low-rank ones too; W8A8 and narrower (one scale per row)"
+        " as integers, convolutions slower so than as floats; W4 packed"
+    )
 
     def here(self, device: str) -> str:
         """Return why ONNX Runtime cannot be used on this device, "" if it can."""
@@ -44,7 +55,14 @@ class OnnxRuntime:
 
     def serves(self, model: nn.Module, device: str) -> str:  # noqa: ARG002  the protocol's
         """Return why it does not take this model, "" if it does."""
-        other = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point() and parameter.dtype != torch.float32), None)
+        other = next(
+            (
+                parameter.dtype
+                for parameter in model.parameters()
+                if parameter.is_floating_point() and parameter.dtype != torch.float32
+            ),
+            None,
+        )
         return "" if other is None else f"the model is {str(other).removeprefix('torch.')}; float32 is needed"
 
     def how(self, layer: Layer) -> str:
@@ -60,17 +78,22 @@ class OnnxRuntime:
         wanted = why_not_int8(layer)
         return slow_integers() if not wanted else f"{wanted}; {why_not_packed(layer)}"
 
-    def build(self, model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: Items, once: Once) -> nn.Module:
-        """Return the model in a session, for items of exactly these shapes; graphs are kept by structure through `once`.
+    def build(
+        self, model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: Items, once: Once
+    ) -> nn.Module:
+        """Return the model in a session, for items of exactly these shapes.
+
+        Graphs are kept by structure through `once`.
 
         Raises:
             RuntimeRefused: it cannot be exported or loaded.
-
         """
         made = self.prepared(model, layers, followers(model, layers, kind, items))
         call = recorded(model, kind, items)
         graph: Graph = once(("onnx graph", signature(made, call)), lambda: export(made, call))
-        if baked(made.state_dict(), graph.weights) != graph.baked:  # values that the exporter worked into the graph differ
+        if (
+            baked(made.state_dict(), graph.weights) != graph.baked
+        ):  # values that the exporter worked into the graph differ
             graph = export(made, call)
         return Session(filled(graph, made), graph.outputs)
 
@@ -83,7 +106,11 @@ class OnnxRuntime:
             how = "floats" if layer is None or layer.table or not runs_alone(module) else self.how(layer)
             if how == "integers" and layer is not None and isinstance(module, nn.Conv2d):
                 norm = norms.get(name)
-                replace_module(model, name, IntegerConv(layer, None if norm is None else Affine(model.get_submodule(norm))))  # type: ignore[arg-type]
+                replace_module(
+                    model,
+                    name,
+                    IntegerConv(layer, None if norm is None else Affine(model.get_submodule(norm))),  # type: ignore[arg-type]
+                )
                 if norm is not None:
                     replace_module(model, norm, nn.Identity())
             elif how == "integers" and layer is not None:
@@ -106,7 +133,11 @@ def runs_alone(module: nn.Module) -> bool:
 
 def followers(model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: Items) -> dict[str, str]:
     """Return which BatchNorm2d reads the output of each integer convolution, seen in one run of one item."""
-    convolutions = {layer.name: layer.module for layer in layers if isinstance(layer.module, nn.Conv2d) and not why_not_int8(layer)}
+    convolutions = {
+        layer.name: layer.module
+        for layer in layers
+        if isinstance(layer.module, nn.Conv2d) and not why_not_int8(layer)
+    }
     norms = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}
     if not convolutions or not norms:
         return {}
@@ -135,7 +166,10 @@ def followers(model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: It
 
 
 class Session(nn.Module):
-    """An ONNX Runtime session that is called like the model it was made from; inputs must have the shapes it was made for."""
+    """An ONNX Runtime session that is called like the model it was made from.
+
+    Inputs must have the shapes it was made for.
+    """
 
     def __init__(self, content: bytes, outputs: tuple[str, ...]) -> None:
         """Load the graph.
@@ -151,11 +185,16 @@ class Session(nn.Module):
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would slow what is timed next
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # waiting threads would slow what is timed next
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  its errors have no common base
-            raise RuntimeRefused(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {' '.join(str(error).split())[:300]}") from None
+            raise RuntimeRefused(
+                f"ONNX Runtime {onnxruntime.__version__} refuses the graph:"
+                f" {' '.join(str(error).split())[:300]}"
+            ) from None
         self.outputs = outputs
         self.inputs = frozenset(given.name for given in self.session.get_inputs())
         self.graph_bytes = len(content)
@@ -164,4 +203,6 @@ class Session(nn.Module):
         """Return the outputs by name, as the model's own would be."""
         feed = {name: value.numpy() for name, value in given.items() if name in self.inputs}
         made = self.session.run(None, feed)
-        return SimpleNamespace(**{name: torch.from_numpy(value) for name, value in zip(self.outputs, made, strict=True)})
+        return SimpleNamespace(
+            **{name: torch.from_numpy(value) for name, value in zip(self.outputs, made, strict=True)}
+        )

@@ -1,4 +1,6 @@
-"""A model as an ONNX graph, once for each structure: another recipe with the same structure only fills in other weights."""
+"""A model as an ONNX graph, once for each structure: another recipe with the same structure only fills in
+other weights.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PREFIX = "model."
 
 @dataclass(frozen=True)
 class Call:
-    """How a task calls its model: tensors by keyword, other arguments as they are, and the names of the tensors it returns."""
+    """How a task calls its model: tensors by keyword, other arguments as they are, and the names of the
+    tensors it returns.
+    """
 
     tensors: dict[str, Tensor]
     others: dict[str, Any]
@@ -32,7 +36,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Graph:
-    """An exported model. `weights` are the initializers that are tensors of the model, by name; `baked` is a hash of the rest."""
+    """An exported model.
+
+    `weights` are the initializers that are tensors of the model, by name; `baked` is a hash of the rest.
+    """
 
     proto: Any
     weights: tuple[str, ...]
@@ -53,7 +60,11 @@ class Recorder(nn.Module):
         """Call the model."""
         made = self.model(**given)
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        self.call = Call(tensors, {name: value for name, value in given.items() if name not in tensors}, tuple(name for name, value in made.items() if isinstance(value, Tensor)))
+        self.call = Call(
+            tensors,
+            {name: value for name, value in given.items() if name not in tensors},
+            tuple(name for name, value in made.items() if isinstance(value, Tensor)),
+        )
         return made
 
 
@@ -83,17 +94,29 @@ def recorded(model: nn.Module, kind: Kind, items: Items) -> Call:
         with torch.inference_mode():
             kind.logits(recorder, items)
     except (AttributeError, TypeError) as error:
-        raise RuntimeRefused(f"the task {kind.name!r} calls its model in a way that cannot be exported: {error}") from None
+        raise RuntimeRefused(
+            f"the task {kind.name!r} calls its model in a way that cannot be exported: {error}"
+        ) from None
     if recorder.call is None or not recorder.call.outputs:
         raise RuntimeRefused(f"the task {kind.name!r} does not call its model as a whole")
     return recorder.call
 
 
 def signature(model: nn.Module, call: Call) -> str:
-    """Return a hash of everything but the weights: modules and their plain attributes, shapes, configuration, inputs."""
-    parts: list[object] = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+    """Return a hash of everything but the weights: modules and their plain attributes, shapes, configuration,
+    inputs.
+    """
+    parts: list[object] = [
+        (name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()
+    ]
     for name, module in model.named_modules():
-        parts.append((name, type(module).__qualname__, sorted((key, repr(value)) for key, value in vars(module).items() if simple(value))))
+        parts.append(
+            (
+                name,
+                type(module).__qualname__,
+                sorted((key, repr(value)) for key, value in vars(module).items() if simple(value)),
+            )
+        )
     config: Any = getattr(model, "config", None)
     parts.append(config.to_json_string() if hasattr(config, "to_json_string") else "")
     parts.append([(name, tuple(value.shape), str(value.dtype)) for name, value in call.tensors.items()])
@@ -103,7 +126,9 @@ def signature(model: nn.Module, call: Call) -> str:
 
 def simple(value: Any) -> bool:
     """Return whether a module's attribute is plain data that a graph may depend on."""
-    return isinstance(value, bool | int | float | str) or (isinstance(value, tuple) and all(map(simple, value)))
+    return isinstance(value, bool | int | float | str) or (
+        isinstance(value, tuple) and all(map(simple, value))
+    )
 
 
 def export(model: nn.Module, call: Call) -> Graph:
@@ -115,14 +140,25 @@ def export(model: nn.Module, call: Call) -> Graph:
     """
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > MOST_BYTES:
-        raise RuntimeRefused(f"its weights take {size:,} bytes; an ONNX graph in memory holds at most {MOST_BYTES:,}")
+        raise RuntimeRefused(
+            f"its weights take {size:,} bytes; an ONNX graph in memory holds at most {MOST_BYTES:,}"
+        )
     # tensors of inference mode cannot be traced
     inputs = tuple(tensor.clone() for tensor in call.tensors.values())
     try:
         with quiet(), torch.inference_mode(False), torch.no_grad():
-            program = torch.onnx.export(Called(model, call).eval(), inputs, input_names=list(call.tensors), output_names=list(call.outputs), dynamo=True, verbose=False)
+            program = torch.onnx.export(
+                Called(model, call).eval(),
+                inputs,
+                input_names=list(call.tensors),
+                output_names=list(call.outputs),
+                dynamo=True,
+                verbose=False,
+            )
     except Exception as error:  # noqa: BLE001  the exporter raises what it likes; the user sees one line
-        raise RuntimeRefused(f"the exporter of torch {torch.__version__} fails on it: {first_cause(error)}") from None
+        raise RuntimeRefused(
+            f"the exporter of torch {torch.__version__} fails on it: {first_cause(error)}"
+        ) from None
     if program is None:
         raise RuntimeRefused("the exporter returned nothing")
     proto = program.model_proto
@@ -145,7 +181,9 @@ def first_cause(error: BaseException) -> str:
 
 
 def baked(state: dict[str, Tensor], weights: tuple[str, ...]) -> str:
-    """Return a hash of the tensors that a graph does not hold under their own names: it was made for these values only."""
+    """Return a hash of the tensors that a graph does not hold under their own names: it was made for these
+    values only.
+    """
     places = {state[name.removeprefix(PREFIX)].data_ptr() for name in weights}
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):

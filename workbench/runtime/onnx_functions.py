@@ -1,7 +1,8 @@
-"""What the nodes for products of integers stand for, as ONNX functions that ONNX Runtime inlines when it loads a model.
+"""What the nodes for products of integers stand for, as ONNX functions that ONNX Runtime inlines when it
+loads a model.
 
-One node a layer keeps the export quick; here is what it does, in ONNX's own text. Inputs are rounded to bytes as the simulated
-layer does, multiplied by the codes, scaled, and the bias is added.
+One node a layer keeps the export quick; here is what it does, in ONNX's own text. Inputs are rounded to bytes
+as the simulated layer does, multiplied by the codes, scaled, and the bias is added.
 """
 
 from __future__ import annotations
@@ -30,23 +31,40 @@ class Axis:
         return (self.size + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
     def slices(self, source: str, made: str, axis: int) -> list[str]:
-        """Return the lines that gather the window's positions along an axis of [N, height, width, channels] into the channels."""
+        """Return the lines that gather the window's positions along an axis of [N, height, width, channels]
+        into the channels.
+        """
         if (self.kernel, self.stride) == (1, 1):
             return [f"{made} = Identity ({source})"]
-        lines = [f"{made}_axis = Constant <value = int64[1] {{{axis}}}> ()", f"{made}_step = Constant <value = int64[1] {{{self.stride}}}> ()"]
+        lines = [
+            f"{made}_axis = Constant <value = int64[1] {{{axis}}}> ()",
+            f"{made}_step = Constant <value = int64[1] {{{self.stride}}}> ()",
+        ]
         for index in range(self.kernel):
             start = index * self.dilation
             lines += [
                 f"{made}_start{index} = Constant <value = int64[1] {{{start}}}> ()",
-                f"{made}_end{index} = Constant <value = int64[1] {{{start + (self.out - 1) * self.stride + 1}}}> ()",
-                f"{made}_{index} = Slice ({source}, {made}_start{index}, {made}_end{index}, {made}_axis, {made}_step)",
+                (
+                    f"{made}_end{index} = Constant <value = int64[1]"
+                    f" {{{start + (self.out - 1) * self.stride + 1}}}> ()"
+                ),
+                (
+                    f"{made}_{index} = Slice ({source}, {made}_start{index}, {made}_end{index}, {made}_axis,"
+                    f" {made}_step)"
+                ),
             ]
-        return [*lines, f"{made} = Concat <axis = 3> ({', '.join(f'{made}_{index}' for index in range(self.kernel))})"]
+        return [
+            *lines,
+            f"{made} = Concat <axis = 3> ({', '.join(f'{made}_{index}' for index in range(self.kernel))})",
+        ]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One sort of integer product: of a "Linear" or a "Conv", and how its inputs are rounded. `per_row`: each row or image has its own scale."""
+    """One sort of integer product: of a "Linear" or a "Conv", and how its inputs are rounded.
+
+    `per_row`: each row or image has its own scale.
+    """
 
     kind: str
     static: bool
@@ -58,18 +76,30 @@ class Variant:
     @property
     def name(self) -> str:
         """Return the operator's name."""
-        window = "".join(f"_{one.kernel}_{one.stride}_{one.padding}_{one.dilation}_{one.size}" for one in self.axes)
-        return f"{self.kind}{'Static' if self.static else 'PerRow' if self.per_row else 'PerTensor'}{'Symmetric' if self.symmetric else 'Asymmetric'}{self.bits}{window}"
+        window = "".join(
+            f"_{one.kernel}_{one.stride}_{one.padding}_{one.dilation}_{one.size}" for one in self.axes
+        )
+        scales = "Static" if self.static else "PerRow" if self.per_row else "PerTensor"
+        return f"{self.kind}{scales}{'Symmetric' if self.symmetric else 'Asymmetric'}{self.bits}{window}"
 
     @staticmethod
     def named(name: str) -> Variant:
         """Return the variant of an operator's name."""
-        found = re.fullmatch(r"(Linear|Conv)(Static|PerRow|PerTensor)(Symmetric|Asymmetric)(\d)((?:_\d+)*)", name)
+        found = re.fullmatch(
+            r"(Linear|Conv)(Static|PerRow|PerTensor)(Symmetric|Asymmetric)(\d)((?:_\d+)*)", name
+        )
         if found is None:
             raise ValueError(f"{name!r} is no operator of the workbench")
         numbers = [int(part) for part in found[5].split("_")[1:]]
         axes = tuple(Axis(*numbers[start : start + 5]) for start in range(0, len(numbers), 5))
-        return Variant(found[1], static=found[2] == "Static", per_row=found[2] == "PerRow", symmetric=found[3] == "Symmetric", bits=int(found[4]), axes=axes)
+        return Variant(
+            found[1],
+            static=found[2] == "Static",
+            per_row=found[2] == "PerRow",
+            symmetric=found[3] == "Symmetric",
+            bits=int(found[4]),
+            axes=axes,
+        )
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -89,9 +119,18 @@ class Variant:
 
     def text(self) -> str:
         """Return the function in ONNX's text form."""
-        lines = [*constants(self), *rounding(self), *(patches(self) if self.kind == "Conv" else ["matrix = Identity (codes)"]), *product(self), *shaped(self)]
+        lines = [
+            *constants(self),
+            *rounding(self),
+            *(patches(self) if self.kind == "Conv" else ["matrix = Identity (codes)"]),
+            *product(self),
+            *shaped(self),
+        ]
         body = "\n".join(f"  {line}" for line in lines)
-        return f'<opset_import: ["" : 18, "{CONTRIB}" : 1], domain: "{DOMAIN}">\n{self.name} ({", ".join(self.inputs())}) => (y)\n{{\n{body}\n}}'
+        return (
+            f'<opset_import: ["" : 18, "{CONTRIB}" : 1], domain: "{DOMAIN}">\n{self.name}'
+            f" ({', '.join(self.inputs())}) => (y)\n{{\n{body}\n}}"
+        )
 
 
 def constants(variant: Variant) -> list[str]:
@@ -105,7 +144,11 @@ def constants(variant: Variant) -> list[str]:
         "nought = Constant <value = float {0.0}> ()",
         "last = Constant <value = int64[1] {-1}> ()",
         "second = Constant <value = int64[1] {1}> ()",
-        "others = Constant <value = int64[3] {1, 2, 3}> ()" if variant.kind == "Conv" else "others = Identity (last)",
+        (
+            "others = Constant <value = int64[3] {1, 2, 3}> ()"
+            if variant.kind == "Conv"
+            else "others = Identity (last)"
+        ),
     ]
 
 
@@ -114,7 +157,13 @@ def rounding(variant: Variant) -> list[str]:
     rows = ["rows = Identity (x)" if variant.kind == "Conv" else "rows = Flatten <axis = -1> (x)"]
     least, most = variant.codes
     if variant.static:
-        return [*rows, "scale = Identity (input_scale)", "zero = Identity (input_zero)", "raw = QuantizeLinear (rows, scale, zero)", "codes = Clip (raw, least, most)"]
+        return [
+            *rows,
+            "scale = Identity (input_scale)",
+            "zero = Identity (input_zero)",
+            "raw = QuantizeLinear (rows, scale, zero)",
+            "codes = Clip (raw, least, most)",
+        ]
     if not variant.per_row and not variant.symmetric and variant.bits == 8:
         return [*rows, "codes, scale, zero = DynamicQuantizeLinear (rows)"]
     over = ", others" if variant.per_row else ""
@@ -126,7 +175,11 @@ def rounding(variant: Variant) -> list[str]:
             f"steps = Constant <value = float {{{float(most)}}}> ()",
             "wanted = Div (high, steps)",
             *guarded(),
-            *(["long = Shape (scale)", "zero = Expand (middle, long)"] if variant.per_row else ["zero = Identity (middle)"]),
+            *(
+                ["long = Shape (scale)", "zero = Expand (middle, long)"]
+                if variant.per_row
+                else ["zero = Identity (middle)"]
+            ),
         ]
     else:
         lines = [
@@ -149,7 +202,11 @@ def rounding(variant: Variant) -> list[str]:
             "kept = Clip (moved, floor, ceiling)",
             "zero = Cast <to = 2> (kept)",
         ]
-    end = ["raw = QuantizeLinear (rows, scale, zero)", "codes = Clip (raw, least, most)"] if variant.bits < 8 else ["codes = QuantizeLinear (rows, scale, zero)"]
+    end = (
+        ["raw = QuantizeLinear (rows, scale, zero)", "codes = Clip (raw, least, most)"]
+        if variant.bits < 8
+        else ["codes = QuantizeLinear (rows, scale, zero)"]
+    )
     return [*rows, *lines, *(line.replace("QuantizeLinear ", f"QuantizeLinear {axis}") for line in end)]
 
 
@@ -159,14 +216,20 @@ def guarded() -> list[str]:
 
 
 def patches(variant: Variant) -> list[str]:
-    """Return the lines that make `matrix` [positions, kernel * channels] of codes [N, channels, height, width]."""
+    """Return the lines that make `matrix` [positions, kernel * channels] of codes [N, channels, height,
+    width].
+    """
     rows, columns = variant.axes
     border = [0, rows.padding, columns.padding, 0] * 2
     value = "middle" if variant.symmetric else "zero"
     lines = [
         "pixels_last = Transpose <perm = [0, 2, 3, 1]> (codes)",
         f"border = Constant <value = int64[8] {{{', '.join(map(str, border))}}}> ()",
-        f"padded = Pad (pixels_last, border, {value})" if any(border) and not variant.corrected else "padded = Identity (pixels_last)",
+        (
+            f"padded = Pad (pixels_last, border, {value})"
+            if any(border) and not variant.corrected
+            else "padded = Identity (pixels_last)"
+        ),
         *columns.slices("padded", "across", 2),
         *rows.slices("across", "patch", 1),
         "count = Shape <start = 0, end = 1> (x)",
@@ -207,13 +270,22 @@ def product(variant: Variant) -> list[str]:
             "excess = Mul (apart_column, sums)",
             "right = Sub (plain, excess)",
         ]
-    return [*lines, f"row = Unsqueeze ({scale}, second)", f"scaled = Mul ({'right' if variant.corrected else 'plain'}, row)", "made = Add (scaled, bias)"]
+    return [
+        *lines,
+        f"row = Unsqueeze ({scale}, second)",
+        f"scaled = Mul ({'right' if variant.corrected else 'plain'}, row)",
+        "made = Add (scaled, bias)",
+    ]
 
 
 def shaped(variant: Variant) -> list[str]:
     """Return the lines that give `made` the shape of the layer's output."""
     if variant.kind == "Linear":
-        return ["front = Shape <start = 0, end = -1> (x)", "whole_shape = Concat <axis = 0> (front, last)", "y = Reshape (made, whole_shape)"]
+        return [
+            "front = Shape <start = 0, end = -1> (x)",
+            "whole_shape = Concat <axis = 0> (front, last)",
+            "y = Reshape (made, whole_shape)",
+        ]
     return [
         f"places = Constant <value = int64[2] {{{variant.axes[0].out}, {variant.axes[1].out}}}> ()",
         "whole_shape = Concat <axis = 0> (count, places, last)",
@@ -231,4 +303,6 @@ def add_functions(proto: Any) -> None:
 
     proto.functions.extend(parser.parse_function(Variant.named(name).text()) for name in names)
     known = {entry.domain for entry in proto.opset_import}
-    proto.opset_import.extend(helper.make_opsetid(domain, 1) for domain in (DOMAIN, CONTRIB) if domain not in known)
+    proto.opset_import.extend(
+        helper.make_opsetid(domain, 1) for domain in (DOMAIN, CONTRIB) if domain not in known
+    )

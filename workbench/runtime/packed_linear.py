@@ -1,7 +1,8 @@
 """A linear layer that keeps its weight packed, and the choice of the kernel that multiplies by it on a GPU.
 
-One vector: a kernel that reads each packed word once. A few: one that unpacks into the matrix units. Many: the weight is unpacked
-once, then an ordinary dense product. Which is decided by the number of vectors and a small table, never by timing on the spot.
+One vector: a kernel that reads each packed word once. A few: one that unpacks into the matrix units. Many:
+the weight is unpacked once, then an ordinary dense product. Which is decided by the number of vectors and a
+small table, never by timing on the spot.
 """
 
 from __future__ import annotations
@@ -11,22 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.device import launching, processors
-from workbench.runtime.grid import Grid
-from workbench.runtime.units import UNIT, pack_units, unpack_units
+from workbench.formats.affine import Grid
+from workbench.kernels.matmul_layout import UNIT, pack_units, unpack_units
+from workbench.util.device import launching, processors
 
 MANY = 64  # vectors beyond which unpacking once and a dense product is quicker
 LONG = 1024  # vectors from which on parts of a weight keep the whole GPU busy
 CHUNK = 2**24  # bytes of such a part: a third of the second-level cache of a large GPU
-LARGE = 2**22  # weights below which it is quicker from two vectors on: there is too little to read for the kernel that unpacks as it goes
+# Weights below which it is quicker from two vectors on: there is too little to read for the kernel that
+# unpacks as it goes
+LARGE = 2**22
 LEAST_ROWS = 32  # the smallest block of rows of any kernel: so many locks are enough
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Words int32 [units, bits, rows], scales [groups, rows], zero points uint8 [groups, rows] or None (then 2^(bits - 1)).
+    """Words int32 [units, bits, rows], scales [groups, rows], zero points uint8 [groups, rows] or None (then
+    2^(bits - 1)).
 
-    `inputs` is the number of columns of the matrix. All three tensors may be views of the same rows of wider ones: `stride` apart.
+    `inputs` is the number of columns of the matrix. All three tensors may be views of the same rows of wider
+    ones: `stride` apart.
     """
 
     words: Tensor
@@ -48,7 +53,10 @@ class PackedWeight:
 
     @property
     def zeros(self) -> Tensor:
-        """Return the zero points; without any, another tensor in their place, which the kernels never read."""
+        """Return the zero points.
+
+        Without any, another tensor in their place, which the kernels never read.
+        """
         return self.scale if self.zero_point is None else self.zero_point
 
     @property
@@ -60,12 +68,26 @@ class PackedWeight:
     @property
     def kind(self) -> tuple[object, ...]:
         """Return what must be equal for weights to lie side by side in one."""
-        return self.bits, self.inputs, self.scale.shape[0], self.scale.dtype, self.zero_point is None, self.words.device
+        return (
+            self.bits,
+            self.inputs,
+            self.scale.shape[0],
+            self.scale.dtype,
+            self.zero_point is None,
+            self.words.device,
+        )
 
     def part(self, start: int, end: int) -> PackedWeight:
         """Return some of the rows, as views."""
         zeros = None if self.zero_point is None else self.zero_point[:, start:end]
-        return PackedWeight(self.words[:, :, start:end], self.scale[:, start:end], zeros, self.bits, self.inputs, self.processors)
+        return PackedWeight(
+            self.words[:, :, start:end],
+            self.scale[:, start:end],
+            zeros,
+            self.bits,
+            self.inputs,
+            self.processors,
+        )
 
 
 def why_not(grid: Grid) -> str:
@@ -84,7 +106,9 @@ def packed_weight(grid: Grid) -> PackedWeight:
     rows, inputs = grid.codes.shape
     scale = grid.scale.expand(rows, -1).t().contiguous()
     zeros = None if grid.zero_point is None else grid.zero_point.expand(rows, -1).t().contiguous()
-    return PackedWeight(pack_units(grid.codes, grid.bits), scale, zeros, grid.bits, inputs, processors(grid.codes.device))
+    return PackedWeight(
+        pack_units(grid.codes, grid.bits), scale, zeros, grid.bits, inputs, processors(grid.codes.device)
+    )
 
 
 def plain(weight: PackedWeight) -> Tensor:
@@ -99,12 +123,20 @@ def side_by_side(weights: list[PackedWeight]) -> PackedWeight:
     zeros = [weight.zero_point for weight in weights if weight.zero_point is not None]
     first = weights[0]
     return PackedWeight(
-        torch.cat([weight.words for weight in weights], 2), torch.cat([weight.scale for weight in weights], 1), torch.cat(zeros, 1) if zeros else None, first.bits, first.inputs, first.processors
+        torch.cat([weight.words for weight in weights], 2),
+        torch.cat([weight.scale for weight in weights], 1),
+        torch.cat(zeros, 1) if zeros else None,
+        first.bits,
+        first.inputs,
+        first.processors,
     )
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with W packed. Takes x [..., inputs] in float32, float16 or bfloat16 on a GPU and returns y in the same dtype."""
+    """y = x W^T + b with W packed.
+
+    Takes x [..., inputs] in float32, float16 or bfloat16 on a GPU and returns y in the same dtype.
+    """
 
     words: Tensor
     scale: Tensor
@@ -113,14 +145,26 @@ class PackedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        """Keep the packed weight; `bias` [outputs] or None. Some models ask for the `dtype` of a layer's weight: an empty one answers."""
+        """Keep the packed weight; `bias` [outputs] or None.
+
+        Some models ask for the `dtype` of a layer's weight: an empty one answers.
+        """
         super().__init__()
         self.weight = torch.empty(0, dtype=dtype)
-        self.in_features, self.out_features, self.bits, self.processors = weight.inputs, weight.rows, weight.bits, weight.processors
+        self.in_features, self.out_features, self.bits, self.processors = (
+            weight.inputs,
+            weight.rows,
+            weight.bits,
+            weight.processors,
+        )
         self.place = 0
         self.shared: SharedProduct | None = None
         self.register_buffer("bias", bias)
-        self.register_buffer("lock", torch.zeros(4 * -(-weight.rows // LEAST_ROWS), dtype=torch.int32, device=weight.words.device), persistent=False)
+        self.register_buffer(
+            "lock",
+            torch.zeros(4 * -(-weight.rows // LEAST_ROWS), dtype=torch.int32, device=weight.words.device),
+            persistent=False,
+        )
         self.hold(weight)
 
     def hold(self, weight: PackedWeight) -> None:
@@ -131,7 +175,9 @@ class PackedLinear(nn.Module):
     @property
     def weight_packed(self) -> PackedWeight:
         """Return the weight."""
-        return PackedWeight(self.words, self.scale, self.zero_point, self.bits, self.in_features, self.processors)
+        return PackedWeight(
+            self.words, self.scale, self.zero_point, self.bits, self.in_features, self.processors
+        )
 
     def extra_repr(self) -> str:
         """Say shape and width."""
@@ -139,7 +185,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, [..., outputs]."""
-        y = multiply(x.reshape(-1, self.in_features), self.weight_packed, self.lock) if self.shared is None else self.shared.take(self, x)
+        y = (
+            multiply(x.reshape(-1, self.in_features), self.weight_packed, self.lock)
+            if self.shared is None
+            else self.shared.take(self, x)
+        )
         y = y.view(*x.shape[:-1], self.out_features) if y.is_contiguous() else y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
@@ -147,14 +197,17 @@ class PackedLinear(nn.Module):
 class SharedProduct:
     """Layers that read the same tensor, such as queries, keys and values: one product for all of them.
 
-    The first that is called multiplies for all; the others find their part waiting if they are given the very same tensor. A
-    layer that comes with another one shows that they do not belong together: from then on each multiplies for itself.
+    The first that is called multiplies for all; the others find their part waiting if they are given the very
+    same tensor. A layer that comes with another one shows that they do not belong together: from then on each
+    multiplies for itself.
     """
 
     def __init__(self, members: list[PackedLinear]) -> None:
         """Put the members' weights side by side; they keep views."""
         self.weight = side_by_side([member.weight_packed for member in members])
-        self.lock = torch.zeros(4 * -(-self.weight.rows // LEAST_ROWS), dtype=torch.int32, device=self.weight.words.device)
+        self.lock = torch.zeros(
+            4 * -(-self.weight.rows // LEAST_ROWS), dtype=torch.int32, device=self.weight.words.device
+        )
         self.ends = [0]
         for place, member in enumerate(members):
             self.ends.append(self.ends[-1] + member.out_features)
@@ -176,8 +229,13 @@ class SharedProduct:
         flat = x.reshape(-1, member.in_features)
         if self.apart:
             return multiply(flat, member.weight_packed, member.lock)
-        parts = multiply(flat, self.weight, self.lock).split([b - a for a, b in zip(self.ends, self.ends[1:], strict=False)], dim=1)
-        self.seen, self.waiting = x, {place: part for place, part in enumerate(parts) if place != member.place}
+        parts = multiply(flat, self.weight, self.lock).split(
+            [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)], dim=1
+        )
+        self.seen, self.waiting = (
+            x,
+            {place: part for place, part in enumerate(parts) if place != member.place},
+        )
         mine: Tensor = parts[member.place]
         return mine
 
@@ -195,19 +253,30 @@ def join_siblings(model: nn.Module) -> None:
 
 
 def multiply(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
-    """Return x W^T, [vectors, rows]. x [vectors, inputs]; `lock` int32 zeros, and zeros again afterwards. Off a GPU, by unpacking."""
+    """Return x W^T, [vectors, rows]. x [vectors, inputs]; `lock` int32 zeros, and zeros again afterwards.
+
+    Off a GPU, by unpacking.
+    """
     if x.device.type != "cuda":
         return torch.mm(x, plain(weight).to(x.dtype).t())
     if len(x) == 1:
         return multiply_one(x, weight, lock)
-    if len(x) <= MANY and weight.rows * weight.inputs >= LARGE and x.dtype != torch.float32:  # whose exact products have no matrix units to run on
+    if (
+        len(x) <= MANY and weight.rows * weight.inputs >= LARGE and x.dtype != torch.float32
+    ):  # whose exact products have no matrix units to run on
         return multiply_some(x, weight, lock)
     return multiply_many(x, weight)
 
 
 def multiply_many(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Return the product with many vectors, [vectors, rows]: the weight is unpacked, so much at a time that it is multiplied while it lies in the GPU's cache."""
-    step = weight.rows if len(x) < LONG else max(UNIT, CHUNK // (weight.inputs * x.element_size()) // UNIT * UNIT)
+    """Return the product with many vectors, [vectors, rows]: the weight is unpacked, so much at a time that
+    it is multiplied while it lies in the GPU's cache.
+    """
+    step = (
+        weight.rows
+        if len(x) < LONG
+        else max(UNIT, CHUNK // (weight.inputs * x.element_size()) // UNIT * UNIT)
+    )
     if step >= weight.rows:
         return torch.mm(x, unpacked(weight, x.dtype))
     out = x.new_empty(len(x), weight.rows)
@@ -224,9 +293,11 @@ def power_of_two(count: int, most: int) -> int:
 
 def multiply_one(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     """Return the product with one vector, [1, rows]."""
-    from workbench.runtime import triton_kernels as kernels
+    from workbench.kernels import triton_matmul as kernels
 
-    block, most, programs = (128, 8, 4) if weight.bits < 4 else (64, 16, 8)  # rows and units at a time, programs a processor: measured on one H100 at the shapes of a 6.7B Llama
+    block, most, programs = (
+        (128, 8, 4) if weight.bits < 4 else (64, 16, 8)
+    )  # rows and units at a time, programs a processor: measured on one H100 at the shapes of a 6.7B Llama
     units, rows = weight.words.shape[0], weight.rows
     together, blocks = power_of_two(units, most), -(-rows // block)
     split = max(1, min(-(-units // together), programs * weight.processors // blocks))
@@ -234,38 +305,90 @@ def multiply_one(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     part = torch.empty(split * rows if split > 1 else 1, dtype=torch.float32, device=x.device)
     with launching(x.device):
         kernels.one_row[(blocks, split)](
-            x.contiguous(), weight.words, weight.scale, weight.zeros, out, part, lock, rows, weight.inputs, units, weight.units_a_group, weight.stride, split,
-            weight.bits, weight.zero_point is not None, weight.inputs % UNIT == 0, block, together, num_warps=4,
-        )  # fmt: skip
+            x.contiguous(),
+            weight.words,
+            weight.scale,
+            weight.zeros,
+            out,
+            part,
+            lock,
+            rows,
+            weight.inputs,
+            units,
+            weight.units_a_group,
+            weight.stride,
+            split,
+            weight.bits,
+            weight.zero_point is not None,
+            weight.inputs % UNIT == 0,
+            block,
+            together,
+            num_warps=4,
+        )
     return out
 
 
 def multiply_some(x: Tensor, weight: PackedWeight, lock: Tensor) -> Tensor:
     """Return the product with up to MANY vectors, [vectors, rows]."""
-    from workbench.runtime import triton_kernels as kernels
+    from workbench.kernels import triton_matmul as kernels
 
     count, units, rows, block_rows, together = len(x), weight.words.shape[0], weight.rows, 64, 32
     block, blocks = max(16, power_of_two(count, MANY)), -(-rows // block_rows)
-    turned = nn.functional.pad(x, (0, units * UNIT - weight.inputs)).view(count, units, UNIT).transpose(1, 2).contiguous()
+    turned = (
+        nn.functional.pad(x, (0, units * UNIT - weight.inputs))
+        .view(count, units, UNIT)
+        .transpose(1, 2)
+        .contiguous()
+    )
     split = max(1, min(-(-units // together), 2 * weight.processors // blocks))
     out = torch.empty(count, rows, dtype=x.dtype, device=x.device)
     part = torch.empty(split * count * rows if split > 1 else 1, dtype=torch.float32, device=x.device)
     with launching(x.device):
         kernels.some_rows[(blocks, 1, split)](
-            turned, weight.words, weight.scale, weight.zeros, out, part, lock, count, rows, units, weight.units_a_group, weight.stride, split,
-            weight.bits, weight.zero_point is not None, block, block_rows, together, num_warps=4,
-        )  # fmt: skip
+            turned,
+            weight.words,
+            weight.scale,
+            weight.zeros,
+            out,
+            part,
+            lock,
+            count,
+            rows,
+            units,
+            weight.units_a_group,
+            weight.stride,
+            split,
+            weight.bits,
+            weight.zero_point is not None,
+            block,
+            block_rows,
+            together,
+            num_warps=4,
+        )
     return out
 
 
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Return W^T, [inputs, rows], in this dtype: the same numbers as the grid's own `dequantize`, rounded once."""
-    from workbench.runtime import triton_kernels as kernels
+    """Return W^T, [inputs, rows], in this dtype: the same numbers as the grid's own `dequantize`, rounded
+    once.
+    """
+    from workbench.kernels import triton_matmul as kernels
 
     rows, block = weight.rows, 256
     out = torch.empty(weight.inputs, rows, dtype=dtype, device=weight.words.device)
     with launching(out.device):
         kernels.unpack[(weight.words.shape[0], -(-rows // block))](
-            weight.words, weight.scale, weight.zeros, out, rows, weight.inputs, weight.units_a_group, weight.stride, weight.bits, weight.zero_point is not None, block, num_warps=4
+            weight.words,
+            weight.scale,
+            weight.zeros,
+            out,
+            rows,
+            weight.inputs,
+            weight.units_a_group,
+            weight.stride,
+            weight.bits,
+            weight.zero_point is not None,
+            block,
+            num_warps=4,
         )
     return out

@@ -1,8 +1,10 @@
-"""Whether a model waits for memory or for arithmetic, and how much faster a recipe can be (the roofline of Williams et al. 2009).
+"""Whether a model waits for memory or for arithmetic, and how much faster a recipe can be (the roofline of
+Williams et al. 2009).
 
-Bandwidth and arithmetic are measured on this device, once. A layer takes as long as its bytes need to be read from main memory
-and its products to be computed, whichever is longer. Overheads are not counted, so most measured ratios lie below; what fits
-into a cache is read faster than this, so small models wait for memory less than it says.
+Bandwidth and arithmetic are measured on this device, once. A layer takes as long as its bytes need to be read
+from main memory and its products to be computed, whichever is longer. Overheads are not counted, so most
+measured ratios lie below; what fits into a cache is read faster than this, so small models wait for memory
+less than it says.
 """
 
 from __future__ import annotations
@@ -16,32 +18,42 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workbench.device import Clock
+from workbench.util.device import Clock
 
 if TYPE_CHECKING:
-    from workbench.measure.predicted_size import Outline
+    from workbench.shapes.outline import Outline
 
 COPIED = {"cpu": 2**26, "cuda": 2**29}  # bytes: more than any cache holds
-PASSES = {"cpu": 9, "cuda": 1}  # over inputs that are rounded: largest, division, rounding, clamping one by one, or one kernel
+PASSES = {
+    "cpu": 9,
+    "cuda": 1,
+}  # over inputs that are rounded: largest, division, rounding, clamping one by one, or one kernel
 SQUARE = {"cpu": 1024, "cuda": 8192}  # rows of the matrices that are multiplied
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device can do at most: bytes read and written a second, and multiply-adds a second by the inputs' width in bits."""
+    """What a device can do at most: bytes read and written a second, and multiply-adds a second by the
+    inputs' width in bits.
+    """
 
     bytes_per_s: float
     multiply_adds_per_s: dict[int, float]
 
     def words(self) -> str:
         """Return both as a line for users."""
-        sums = ", ".join(f"{2 * rate / 1e9:,.0f} GFLOP/s at {bits} bits" for bits, rate in sorted(self.multiply_adds_per_s.items(), reverse=True))
+        sums = ", ".join(
+            f"{2 * rate / 1e9:,.0f} GFLOP/s at {bits} bits"
+            for bits, rate in sorted(self.multiply_adds_per_s.items(), reverse=True)
+        )
         return f"measured here: {self.bytes_per_s / 1e9:,.1f} GB/s copied, {sums}"
 
 
 @dataclass(frozen=True)
 class Product:
-    """One layer of one pass: [rows, inputs] by [inputs, outputs]. `weight_bytes` as they are read, `bits` of the numbers that are multiplied.
+    """One layer of one pass: [rows, inputs] by [inputs, outputs].
+
+    `weight_bytes` as they are read, `bits` of the numbers that are multiplied.
 
     `passes` over the inputs, each read and written as float32, round them before the product.
     """
@@ -59,14 +71,21 @@ class Product:
 
     def seconds(self, limits: Limits, activation_bytes: int) -> tuple[float, float]:
         """Return the least time for memory and for arithmetic."""
-        moved = self.weight_bytes + self.rows * (self.inputs * min(activation_bytes, self.bits / 8) + self.outputs * activation_bytes)
-        rate = limits.multiply_adds_per_s.get(self.bits) or limits.multiply_adds_per_s[max(limits.multiply_adds_per_s)]
+        moved = self.weight_bytes + self.rows * (
+            self.inputs * min(activation_bytes, self.bits / 8) + self.outputs * activation_bytes
+        )
+        rate = (
+            limits.multiply_adds_per_s.get(self.bits)
+            or limits.multiply_adds_per_s[max(limits.multiply_adds_per_s)]
+        )
         return moved / limits.bytes_per_s, self.rows * self.inputs * self.outputs / rate
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What bounds a recipe: `memory` is the share of the time that layers wait for memory, `ratio` the speed to expect against dense."""
+    """What bounds a recipe: `memory` is the share of the time that layers wait for memory, `ratio` the speed
+    to expect against dense.
+    """
 
     memory: float
     ratio: float
@@ -78,10 +97,15 @@ class Roof:
 
     def words(self) -> str:
         """Return a sentence for users."""
-        return f"bound by {self.bound} ({self.memory:.0%} of the time waits for memory); {self.ratio:.2f}x as fast by bandwidth and arithmetic measured here"
+        return (
+            f"bound by {self.bound} ({self.memory:.0%} of the time waits for memory); {self.ratio:.2f}x as"
+            " fast by bandwidth and arithmetic measured here"
+        )
 
 
-def roof(dense: Iterable[Product], compressed: Iterable[Product], limits: Limits, activation_bytes: int) -> Roof:
+def roof(
+    dense: Iterable[Product], compressed: Iterable[Product], limits: Limits, activation_bytes: int
+) -> Roof:
     """Return what bounds a recipe's products, and the ratio of the dense model's time to theirs."""
     before = sum(max(product.seconds(limits, activation_bytes)) for product in dense)
     memory = after = 0.0
@@ -93,7 +117,9 @@ def roof(dense: Iterable[Product], compressed: Iterable[Product], limits: Limits
     return Roof(memory / after if after else 0.0, before / after if after else 1.0)
 
 
-def products(outline: Outline, items: int, multiplied: Callable[[int], int], passes: int = 0) -> list[Product]:
+def products(
+    outline: Outline, items: int, multiplied: Callable[[int], int], passes: int = 0
+) -> list[Product]:
     """Return the products of one pass over `items`, whose inputs are rounded in `passes`.
 
     `multiplied(bits)` says in what width a kernel here multiplies weights of `bits`, 0 if none reads them so.
@@ -105,7 +131,16 @@ def products(outline: Outline, items: int, multiplied: Callable[[int], int], pas
         wide = weight.dtype.itemsize * 8
         bits = math.ceil(weight.bits)
         kernel = multiplied(bits) if bits else 0
-        found.append(Product(items * outline.positions.get(weight.origin, 1), weight.columns, weight.rows, weight.count * ((weight.bits if kernel else wide) / 8), min(kernel or wide, wide), passes))
+        found.append(
+            Product(
+                items * outline.positions.get(weight.origin, 1),
+                weight.columns,
+                weight.rows,
+                weight.count * ((weight.bits if kernel else wide) / 8),
+                min(kernel or wide, wide),
+                passes,
+            )
+        )
     return found
 
 
@@ -122,7 +157,8 @@ def limits_of(device: str) -> Limits:
     rates = {8 * wide.itemsize: side**3 / best(clock, lambda: left @ right)}
     try:
         codes = torch.randint(-127, 127, (side, side), dtype=torch.int8, device=place)
-        rates[8] = side**3 / best(clock, lambda: torch._int_mm(codes, codes.t()))  # noqa: SLF001  torch has no public product of bytes
+        # Torch has no public product of bytes
+        rates[8] = side**3 / best(clock, lambda: torch._int_mm(codes, codes.t()))  # noqa: SLF001
     except RuntimeError:  # this device has none: nothing is said about 8 bits
         pass
     return Limits(2 * source.nbytes / best(clock, lambda: target.copy_(source)), rates)

@@ -1,17 +1,22 @@
-"""The compressed forms that kernels elsewhere run fast, where they lie on a slider, and whether a kernel runs them here."""
+"""The compressed forms that kernels elsewhere run fast, where they lie on a slider, and whether a kernel runs
+them here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.compress.quantized_inputs import InputFormat
+from workbench.modules.input_quantizer import InputFormat
 from workbench.recipe import Step
-from workbench.runtime.realise import reasons_for
+from workbench.runtime.plan import reasons_for
 
 
 @dataclass(frozen=True)
 class KernelTick:
-    """A mark at a slider: `label` as the field writes the scheme, at `value`. `reason` says why it does not run here, "" if it does."""
+    """A mark at a slider: `label` as the field writes the scheme, at `value`.
+
+    `reason` says why it does not run here, "" if it does.
+    """
 
     value: float
     label: str
@@ -39,11 +44,16 @@ SCHEMES = (
 
 
 def kernels_for(kind: type[Step], device: str) -> tuple[KernelTick, ...]:
-    """Return the marks of one method's slider on "cpu" or "cuda"; what runs is what `realise` says, never more."""
+    """Return the marks of one method's slider on "cpu" or "cuda".
+
+    What runs is what `realise` says, never more.
+    """
     found = []
     for scheme in SCHEMES:
         if scheme.slider == kind.slider:
             inputs = InputFormat(scheme.activation_bits) if scheme.activation_bits < 16 else None
-            reasons = reasons_for(scheme.pattern, [scheme.weight_bits] if scheme.weight_bits else [], device, inputs=inputs)
+            reasons = reasons_for(
+                scheme.pattern, [scheme.weight_bits] if scheme.weight_bits else [], device, inputs=inputs
+            )
             found.append(KernelTick(scheme.value, scheme.label, not reasons, "; ".join(reasons)))
     return tuple(found)

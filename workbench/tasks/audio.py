@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workbench.errors import DataError
-from workbench.tasks.spoken_words import EXTRA
+from workbench.tasks.transcripts import EXTRA
 
 RATE = 16_000
 LOWEST = 2_000  # Hz: below, no consonant is left, and the header is wrong rather than the recording slow
@@ -39,11 +39,12 @@ class Sound:
 
 
 def opened(audio: Any, what: str) -> Sound:
-    """Return sound from a path, or a dict with `bytes` or `path`, or with `array` and `sampling_rate`; channels are averaged.
+    """Return sound from a path, or a dict with `bytes` or `path`, or with `array` and `sampling_rate`.
+
+    Channels are averaged.
 
     Raises:
         DataError: soundfile is missing, or the file cannot be read, with `what` it is.
-
     """
     try:
         import soundfile
@@ -52,14 +53,23 @@ def opened(audio: Any, what: str) -> Sound:
     if isinstance(audio, dict) and audio.get("array") is not None:
         values, rate = np.atleast_2d(np.asarray(audio["array"], np.float32)), int(audio["sampling_rate"])
     else:
-        place = audio if isinstance(audio, str | Path) else BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"]
+        place = (
+            audio
+            if isinstance(audio, str | Path)
+            else BytesIO(audio["bytes"])
+            if audio.get("bytes")
+            else audio["path"]
+        )
         try:
             read, rate = soundfile.read(place, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, OSError, TypeError, RuntimeError) as error:
             raise DataError(f"{what} cannot be read as sound: {' '.join(str(error).split())[:200]}") from None
         values = read.T
     if rate < LOWEST:
-        raise DataError(f"{what} has {rate:,} samples a second, in which no speech can be heard: is its header right? {LOWEST:,} Hz are the least, {RATE:,} what models are given")
+        raise DataError(
+            f"{what} has {rate:,} samples a second, in which no speech can be heard: is its header right?"
+            f" {LOWEST:,} Hz are the least, {RATE:,} what models are given"
+        )
     mono = values.mean(0)
     if not np.isfinite(mono).all():
         raise DataError(f"{what} holds samples that are no numbers")

@@ -1,8 +1,8 @@
 """What a task is: a model, data to calibrate, train and evaluate on, and how to score each item.
 
-One file a kind of task: `image_classification`, `text_classification`, `language_modelling`, `sentence_similarity`,
-`speech_recognition`. Everything after this page sees only `Task`, `Items` and `Scores`, so that nothing in the engine is
-special to one model or data set.
+One file a kind of task: `image_classification`, `text_classification`, `language_modelling`,
+`sentence_similarity`, `speech_recognition`. Everything after this page sees only `Task`, `Items` and
+`Scores`, so that nothing in the engine is special to one model or data set.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Items:
-    """A materialised set of examples: model inputs by keyword, first dimension = item, and `labels` ([N] or [N, L]).
+    """A materialised set of examples: model inputs by keyword, first dimension = item, and `labels` ([N] or
+    [N, L]).
 
-    `inputs` are what `model(**inputs)` takes (`pixel_values` [N, C, H, W]; `input_ids`, `attention_mask` [N, L]; two texts an
-    item, [N, 2, L], for sentence similarity). Labels of -100 are not scored (the convention of torch's cross entropy).
+    `inputs` are what `model(**inputs)` takes (`pixel_values` [N, C, H, W]; `input_ids`, `attention_mask` [N,
+    L]; two texts an item, [N, 2, L], for sentence similarity). Labels of -100 are not scored (the convention
+    of torch's cross entropy).
     """
 
     inputs: Batch
@@ -48,7 +50,9 @@ class Items:
 
     def to(self, device: torch.device | str) -> Items:
         """Return the same items on `device`."""
-        return Items({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.labels.to(device))
+        return Items(
+            {name: tensor.to(device) for name, tensor in self.inputs.items()}, self.labels.to(device)
+        )
 
     def batches(self, size: int) -> Iterator[Items]:
         """Iterate over consecutive batches of at most `size` items."""
@@ -57,9 +61,14 @@ class Items:
 
     @cached_property
     def fingerprints(self) -> tuple[str, ...]:
-        """Return one hash per item, of its inputs alone: two items with the same hash are the same example."""
+        """Return one hash per item, of its inputs alone: two items with the same hash are the same
+        example.
+        """
         columns = [self.inputs[name].cpu().contiguous() for name in sorted(self.inputs)]
-        return tuple(hashlib.sha256(b"".join(column[i].numpy().tobytes() for column in columns)).hexdigest()[:16] for i in range(len(self)))
+        return tuple(
+            hashlib.sha256(b"".join(column[i].numpy().tobytes() for column in columns)).hexdigest()[:16]
+            for i in range(len(self))
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,10 +82,11 @@ class Items:
 class Scores:
     """What one model did on some items; tensors on the CPU, first dimension = item.
 
-    `loss` [N] float64: mean negative log-likelihood of the item's labels, in nats. `correct` [N] float64: fraction of the
-    item's labels that were the most likely answer. `weight` [N] float64: number of labels (1, or tokens of a window).
-    `answers` [N] or [N, L] int64: the most likely class or token, or a hash of a transcript, so that flips can be counted.
-    `details` [N] float64 by name: what a kind's own metric is made of (`cosine` and `score`; `word errors` and `words`).
+    `loss` [N] float64: mean negative log-likelihood of the item's labels, in nats. `correct` [N] float64:
+    fraction of the item's labels that were the most likely answer. `weight` [N] float64: number of labels (1,
+    or tokens of a window). `answers` [N] or [N, L] int64: the most likely class or token, or a hash of a
+    transcript, so that flips can be counted. `details` [N] float64 by name: what a kind's own metric is made
+    of (`cosine` and `score`; `word errors` and `words`).
     """
 
     loss: Tensor
@@ -92,13 +102,24 @@ class Scores:
     @staticmethod
     def join(parts: list[Scores]) -> Scores:
         """Return consecutive parts as one."""
-        loss, correct, weight, answers = (torch.cat([getattr(part, name) for part in parts]) for name in ("loss", "correct", "weight", "answers"))
-        return Scores(loss, correct, weight, answers, {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details})
+        loss, correct, weight, answers = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("loss", "correct", "weight", "answers")
+        )
+        return Scores(
+            loss,
+            correct,
+            weight,
+            answers,
+            {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details},
+        )
 
     def first(self, count: int) -> Scores:
         """Return the scores of the first `count` items."""
         details = {name: values[:count] for name, values in self.details.items()}
-        return Scores(self.loss[:count], self.correct[:count], self.weight[:count], self.answers[:count], details)
+        return Scores(
+            self.loss[:count], self.correct[:count], self.weight[:count], self.answers[:count], details
+        )
 
 
 class Losses(Protocol):
@@ -124,7 +145,7 @@ class Kind(Losses, Protocol):
 
     @property
     def primary(self) -> str:
-        """Return the metric that quality means, one of `workbench.measure.metrics`, such as "accuracy"."""
+        """Return the metric that quality means, one of `workbench.metrics.metrics`, such as "accuracy"."""
 
     @property
     def latency_items(self) -> int:
@@ -146,15 +167,18 @@ class Kind(Losses, Protocol):
         """Return how long the items' sound lasts, 0 where they are none."""
 
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
-        """Return (what was asked, what the model answers) for each item, in words; none where a kind has no such words."""
+        """Return (what was asked, what the model answers) for each item, in words.
+
+        None where a kind has no such words.
+        """
 
 
 @dataclass(frozen=True)
 class Task:
     """A model and its data, ready to be measured. Build it with `workbench.zoo.load_task`.
 
-    `evaluation` is in random order, so that any prefix is a fair sample. Calibration and training data share no item with
-    evaluation data: the constructor checks it and raises `DataError`.
+    `evaluation` is in random order, so that any prefix is a fair sample. Calibration and training data share
+    no item with evaluation data: the constructor checks it and raises `DataError`.
     """
 
     kind: Kind
@@ -167,7 +191,9 @@ class Task:
     training: Items
     labels: tuple[str, ...] = ()  # class names, if the task has classes
     batch_size: int = 64
-    files: dict[str, bytes] = field(default_factory=dict)  # tokenizer and preprocessor files that an export takes along
+    files: dict[str, bytes] = field(
+        default_factory=dict
+    )  # tokenizer and preprocessor files that an export takes along
     notes: tuple[str, ...] = ()  # what a user must know about model or data, shown with every measurement
     processor: Any = None  # tokenizer or image processor, where there is one
 
@@ -180,9 +206,14 @@ class Task:
         for role in ("calibration", "training"):
             shared = [i for i, name in enumerate(getattr(self, role).fingerprints) if name in held_out]
             if shared:
-                raise DataError(f"{role} and evaluation data of {self.data_name!r} overlap: {len(shared)} items, the first is {role} item {shared[0]}")
+                raise DataError(
+                    f"{role} and evaluation data of {self.data_name!r} overlap: {len(shared)} items, the"
+                    f" first is {role} item {shared[0]}"
+                )
 
     @property
     def data_fingerprint(self) -> str:
         """Return one hash of evaluation, calibration and training data."""
-        return hashlib.sha256((self.evaluation.fingerprint + self.calibration.fingerprint + self.training.fingerprint).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            (self.evaluation.fingerprint + self.calibration.fingerprint + self.training.fingerprint).encode()
+        ).hexdigest()[:16]

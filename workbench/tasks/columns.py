@@ -23,10 +23,15 @@ def classes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def held_out(raw: Raw) -> str | None:
-    """Return the split to evaluate on, or None when there is only one; hidden test labels (all below 0) do not count."""
+    """Return the split to evaluate on, or None when there is only one.
+
+    Hidden test labels (all below 0) do not count.
+    """
     if len(raw.splits) < 2:
         return None
-    for name in (n for wanted in HELD_OUT_NAMES for n in raw.splits if n == wanted or n.startswith(wanted + "_")):
+    for name in (
+        n for wanted in HELD_OUT_NAMES for n in raw.splits if n == wanted or n.startswith(wanted + "_")
+    ):
         rows = raw.splits[name]
         label = next((column for column in LABEL_NAMES if column in rows.column_names), None)
         if label is None or not len(rows) or any(value != -1 for value in rows[label]):
@@ -43,7 +48,9 @@ def train_name(raw: Raw, held_out_name: str | None) -> str:
     """
     others = [name for name in raw.splits if name != held_out_name]
     if not others:
-        raise DataError(f"data {raw.name!r} have no split to calibrate and train on; splits: {', '.join(raw.splits)}")
+        raise DataError(
+            f"data {raw.name!r} have no split to calibrate and train on; splits: {', '.join(raw.splits)}"
+        )
     return "train" if "train" in others else others[0]
 
 
@@ -54,13 +61,20 @@ def text_column(name: str, rows: Any) -> str:
         DataError: none, or several that could be it.
 
     """
-    strings: list[str] = [c for c, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+    strings: list[str] = [
+        c
+        for c, feature in rows.features.items()
+        if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
     for wanted in TEXT_NAMES:
         if wanted in strings:
             return wanted
     others: list[str] = [c for c in strings if c not in LABEL_NAMES]
     if len(others) != 1:
-        raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}; expected texts in a column 'text' or 'sentence'")
+        raise DataError(
+            f"data {name!r} have columns {', '.join(rows.column_names)}; expected texts in a column 'text' or"
+            " 'sentence'"
+        )
     return others[0]
 
 
@@ -83,8 +97,10 @@ def image_columns(name: str, rows: Any) -> tuple[str, str]:
     """
     typed: list[str] = [c for c, feature in rows.features.items() if type(feature).__name__ == "Image"]
     if not typed:
-        raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}, none of them images; "
-                        "image classification expects a column 'image' and a column 'label', or a folder of images")  # fmt: skip
+        raise DataError(
+            f"data {name!r} have columns {', '.join(rows.column_names)}, none of them images; "
+            "image classification expects a column 'image' and a column 'label', or a folder of images"
+        )
     item = next((c for c in IMAGE_NAMES if c in typed), typed[0])
     return item, _label_column(name, rows, "images in a column 'image'")
 
@@ -105,20 +121,23 @@ def _label_column(name: str, rows: Any, items: str) -> str:
             return wanted
     typed: list[str] = [c for c, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
     if len(typed) != 1:
-        raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}; expected {items} and labels in a column 'label' "
-                        "(a folder of images: one sub-folder a class)")  # fmt: skip
+        raise DataError(
+            f"data {name!r} have columns {', '.join(rows.column_names)}; expected {items} and labels in a"
+            " column 'label' (a folder of images: one sub-folder a class)"
+        )
     return typed[0]
 
 
-def label_numbers(rows: Any, column: str, config: Mapping[str, Any], name: str) -> tuple[list[int], tuple[str, ...]]:
+def label_numbers(
+    rows: Any, column: str, config: Mapping[str, Any], name: str
+) -> tuple[list[int], tuple[str, ...]]:
     """Return every row's label as the number of one of the model's classes, and notes.
 
-    Names are matched to the model's classes whatever their case; where a data set's own class names are all unknown to the
-    model but as many as its classes, their numbers are used and a note says so.
+    Names are matched to the model's classes whatever their case; where a data set's own class names are all
+    unknown to the model but as many as its classes, their numbers are used and a note says so.
 
     Raises:
         DataError: a label that is none of the classes, with the item's number and the classes.
-
     """
     known = classes(config)
     by_name = {label.casefold(): number for number, label in enumerate(known)}
@@ -127,13 +146,27 @@ def label_numbers(rows: Any, column: str, config: Mapping[str, Any], name: str) 
     names = getattr(rows.features[column], "names", None)
     if names:
         matched = [label for label in names if label.casefold() in by_name]
-        folder = type(rows.features[rows.column_names[0]]).__name__ == "Image" and rows.column_names == ["image", column]
+        folder = type(rows.features[rows.column_names[0]]).__name__ == "Image" and rows.column_names == [
+            "image",
+            column,
+        ]
         if matched:
-            values = [names[value] if isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+            values = [
+                names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+                for value in values
+            ]
         elif len(names) != len(known) or (folder and not _numbered(known)):
-            raise DataError(f"the classes of data {name!r} ({_some(names)}) are none of the model's classes ({_some(known)})")
+            raise DataError(
+                f"the classes of data {name!r} ({_some(names)}) are none of the model's classes"
+                f" ({_some(known)})"
+            )
         else:
-            notes = (f"labels of {name} ({_some(names)}) are matched to the model's classes ({_some(known)}) by number, not by name",)
+            notes = (
+                (
+                    f"labels of {name} ({_some(names)}) are matched to the model's classes ({_some(known)})"
+                    " by number, not by name"
+                ),
+            )
     return [_number(value, row, by_name, known, name) for row, value in enumerate(values)], notes
 
 
@@ -150,7 +183,10 @@ def _number(value: Any, row: int, by_name: Mapping[str, int], known: tuple[str, 
     whole = isinstance(number, bool | int) or (isinstance(number, float) and number.is_integer())
     if whole and 0 <= number < len(known):
         return int(number)
-    raise DataError(f"label {value!r} of item {row} in data {name!r} is none of the model's {len(known)} classes: {_some(known)}")
+    raise DataError(
+        f"label {value!r} of item {row} in data {name!r} is none of the model's {len(known)} classes:"
+        f" {_some(known)}"
+    )
 
 
 def _some(names: Any) -> str:

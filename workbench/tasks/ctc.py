@@ -1,4 +1,6 @@
-"""Speech recognition by connectionist temporal classification (Graves et al. 2006): one letter or blank for every frame of sound."""
+"""Speech recognition by connectionist temporal classification (Graves et al. 2006): one letter or blank for
+every frame of sound.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from workbench.tasks.base import Items, Scores
 from workbench.tasks.speech_recognition import SpeechRecognition
-from workbench.tasks.spoken_words import spoken_scores
+from workbench.tasks.transcripts import spoken_scores
 
 RATE = 16_000
 NEVER = -1e4  # a logit
@@ -19,7 +21,9 @@ NEVER = -1e4  # a logit
 
 @dataclass(frozen=True)
 class FrameRecognition(SpeechRecognition):
-    """Models such as wav2vec 2.0; answers are the most likely letter of each frame, repeats merged, without a language model.
+    """Models such as wav2vec 2.0.
+
+    Answers are the most likely letter of each frame, repeats merged, without a language model.
 
     Characters that the model cannot write count as errors in what is wanted.
     """
@@ -27,13 +31,23 @@ class FrameRecognition(SpeechRecognition):
     auto_class: str = "AutoModelForCTC"
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return [N, frames, letters] for `input_values` [N, samples]; frames beyond an utterance's end are blank for certain."""
-        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+        """Return [N, frames, letters] for `input_values` [N, samples].
+
+        Frames beyond an utterance's end are blank for certain.
+        """
+        dtype = next(
+            (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32
+        )
         mask, blank = items.inputs["attention_mask"], self.writes.end
-        told = {"attention_mask": mask} if getattr(self.writes.features, "return_attention_mask", False) else {}
+        told = (
+            {"attention_mask": mask} if getattr(self.writes.features, "return_attention_mask", False) else {}
+        )
         logits: Tensor = model(input_values=items.inputs["input_values"].to(dtype), **told).logits
-        count: Any = model._get_feat_extract_output_lengths  # noqa: SLF001  the only place that knows the strides
-        beyond = torch.arange(logits.shape[1], device=logits.device) >= count(mask.sum(1)).unsqueeze(1)  # [N, frames]
+        # The only place that knows the strides
+        count: Any = model._get_feat_extract_output_lengths  # noqa: SLF001
+        beyond = torch.arange(logits.shape[1], device=logits.device) >= count(mask.sum(1)).unsqueeze(
+            1
+        )  # [N, frames]
         silent = torch.full_like(logits[0, 0], NEVER)
         silent[blank] = 0.0
         return torch.where(beyond.unsqueeze(-1), silent, logits)
@@ -44,7 +58,9 @@ class FrameRecognition(SpeechRecognition):
         count = (items.labels != -100).sum(1)
         loss = self.each_loss(logits, items.labels) / count
         loss = torch.where(torch.isfinite(loss), loss, torch.inf)
-        return spoken_scores(self.writes.texts(items.labels), self.writes.texts(self.merged(logits)), loss, count)
+        return spoken_scores(
+            self.writes.texts(items.labels), self.writes.texts(self.merged(logits)), loss, count
+        )
 
     def run(self, model: nn.Module, items: Items) -> Tensor:
         """Return what `transcribe` does: it takes the same time whatever is heard."""
@@ -61,19 +77,33 @@ class FrameRecognition(SpeechRecognition):
         return torch.where(again | (best == self.writes.end), -1, best)
 
     def each_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each utterance, nats, [N]; 0 where it has more letters than frames."""
+        """Return the negative log-likelihood of each utterance, nats, [N].
+
+        0 where it has more letters than frames.
+        """
         chances = logits.float().log_softmax(-1).transpose(0, 1)  # [frames, N, letters]
         frames = torch.full((len(labels),), logits.shape[1], dtype=torch.long)
         counts = (labels != -100).sum(1)
-        return F.ctc_loss(chances, labels.clamp(min=0), frames, counts.cpu(), blank=self.writes.end, reduction="none", zero_infinity=True)
+        return F.ctc_loss(
+            chances,
+            labels.clamp(min=0),
+            frames,
+            counts.cpu(),
+            blank=self.writes.end,
+            reduction="none",
+            zero_infinity=True,
+        )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean negative log-likelihood per letter, nats."""
         return self.each_loss(logits, labels).sum() / (labels != -100).sum()
 
-    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:  # noqa: ARG002  frames have no labels of their own
+    # Frames have no labels of their own
+    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
         """Return T^2 * KL(teacher || student at T), the mean over all frames."""
-        soft, wanted = (logits.float().flatten(0, 1).div(temperature).log_softmax(-1) for logits in (student, teacher))
+        soft, wanted = (
+            logits.float().flatten(0, 1).div(temperature).log_softmax(-1) for logits in (student, teacher)
+        )
         return temperature**2 * F.kl_div(soft, wanted, log_target=True, reduction="batchmean")
 
     def audio_seconds(self, items: Items) -> float:

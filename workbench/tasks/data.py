@@ -1,8 +1,9 @@
 """From the name of some data to disjoint evaluation, calibration and training items.
 
-The name is one of `workbench.tasks.sources.NAMES` (`fashion-mnist-slice`, `wikitext-2`, `wordsim353`, ...), a hub data set (`owner/name`, or `owner/name:config`),
-a local file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a folder of images. `workbench.tasks.sources` reads it,
-`workbench.tasks.columns` finds texts, images and labels in it; this file splits it and keeps the parts apart.
+The name is one of `workbench.tasks.sources.NAMES` (`fashion-mnist-slice`, `wikitext-2`, `wordsim353`, ...), a
+hub data set (`owner/name`, or `owner/name:config`), a local file (.jsonl, .json, .csv, .tsv, .parquet, .txt)
+or a folder of images. `workbench.tasks.sources` reads it, `workbench.tasks.columns` finds texts, images and
+labels in it; this file splits it and keeps the parts apart.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from workbench.tasks import columns, sources
 from workbench.tasks.base import Items
 from workbench.tasks.image_classification import ImageClassification, grey_items, image_items
 from workbench.tasks.language_modelling import CONTEXT, LanguageModelling, window_items, windows
-from workbench.tasks.pools import Pool, Reading, Sizes
+from workbench.tasks.lazy_items import Pool, Reading, Sizes
 from workbench.tasks.sentence_similarity import SentenceSimilarity, pair_pools
 from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.text_classification import MAX_TOKENS, TextClassification, text_items
 from workbench.tasks.utterances import speech_pools
 
 FEW = 16  # evaluation items below which a number says little
-READ_AHEAD = 8  # windows of text read for each window wanted, so that the ones picked are spread over the text
+# Windows of text read for each window wanted, so that the ones picked are spread over the text
+READ_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,49 @@ class Data:
     notes: tuple[str, ...] = ()
 
 
-def load(reading: Reading, data: str | Path | Any, sizes: Sizes, *, seed: int = 0, offline: bool = False, progress: bool = True) -> Data:
-    """Return the items of named data (or of a `datasets.Dataset` or `DatasetDict`) for a model; None: the default text.
+def load(
+    reading: Reading,
+    data: str | Path | Any,
+    sizes: Sizes,
+    *,
+    seed: int = 0,
+    offline: bool = False,
+    progress: bool = True,
+) -> Data:
+    """Return the items of named data (or of a `datasets.Dataset` or `DatasetDict`) for a model.
 
-    Where the data have a held-out split (test or validation) and a train split, evaluation items come from the first and
-    the others from the second; else one shuffle by `seed` is cut in three. Items equal to an evaluation item are dropped
-    from the others, and the notes say how many.
+    None: the default text.
+
+    Where the data have a held-out split (test or validation) and a train split, evaluation items come from
+    the first and the others from the second; else one shuffle by `seed` is cut in three. Items equal to an
+    evaluation item are dropped from the others, and the notes say how many.
 
     Raises:
-        DataError: no such data, data that do not fit the task, labels outside the model's classes, or too few items.
-
+        DataError: no such data, data that do not fit the task, labels outside the model's classes, or too few
+            items.
     """
     if str(data) == sources.SLICE:
-        return replace(_cut(sources.SLICE, *_slice_pools(reading), sizes, seed), labels=columns.classes(reading.config))
-    read = sources.DEFAULTS[reading.kind.name] if data is None and reading.kind.name in sources.DEFAULTS else partial(sources.read, data)
+        return replace(
+            _cut(sources.SLICE, *_slice_pools(reading), sizes, seed), labels=columns.classes(reading.config)
+        )
+    read = (
+        sources.DEFAULTS[reading.kind.name]
+        if data is None and reading.kind.name in sources.DEFAULTS
+        else partial(sources.read, data)
+    )
     raw = read(offline=offline, progress=progress)
     train, held_out, notes = _pools(reading, raw, sizes)
     cut = _cut(raw.name, train, held_out, sizes, seed)
     chooses = isinstance(reading.kind, ImageClassification | TextClassification)
-    return replace(cut, labels=columns.classes(reading.config) if chooses else (), notes=(*raw.notes, *notes, *cut.notes))
+    return replace(
+        cut, labels=columns.classes(reading.config) if chooses else (), notes=(*raw.notes, *notes, *cut.notes)
+    )
 
 
 def _pools(reading: Reading, raw: sources.Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
-    """Return the items to train on, those to evaluate on if they are held out, and notes, as the kind reads rows."""
+    """Return the items to train on, those to evaluate on if they are held out, and notes, as the kind reads
+    rows.
+    """
     if isinstance(reading.kind, LanguageModelling):
         return _window_pools(reading, raw, sizes)
     if isinstance(reading.kind, SentenceSimilarity):
@@ -80,7 +102,9 @@ def _cut(name: str, train: Pool, held_out: Pool | None, sizes: Sizes, seed: int)
     generator = np.random.default_rng(seed)
     total = train.size + (held_out.size if held_out else 0)
     if total < 3:
-        raise DataError(f"data {name!r} hold {total} items; at least 3 are needed, to evaluate, to calibrate and to train")
+        raise DataError(
+            f"data {name!r} hold {total} items; at least 3 are needed, to evaluate, to calibrate and to train"
+        )
     if held_out is None:
         order = train.order(generator)
         count = min(sizes.evaluation, len(order) // 2)
@@ -92,13 +116,22 @@ def _cut(name: str, train: Pool, held_out: Pool | None, sizes: Sizes, seed: int)
         raise DataError(f"data {name!r} hold no evaluation items: the held-out split is empty")
     kept, dropped = _distinct(train, rest, sizes.calibration + sizes.training, set(evaluation.fingerprints))
     if len(kept) < 2:
-        raise DataError(f"data {name!r} leave {len(kept)} items to calibrate and train on ({dropped} dropped as copies of evaluation items); 2 are needed")
+        raise DataError(
+            f"data {name!r} leave {len(kept)} items to calibrate and train on ({dropped} dropped as copies of"
+            " evaluation items); 2 are needed"
+        )
     count = min(sizes.calibration, len(kept) // 2)
     notes = []
     if dropped:
-        notes.append(f"{dropped} items of {name} were dropped from calibration and training: they are also in the evaluation data")
+        notes.append(
+            f"{dropped} items of {name} were dropped from calibration and training: they are also in the"
+            " evaluation data"
+        )
     if len(evaluation) < FEW:
-        notes.append(f"only {len(evaluation)} evaluation items in {name}: differences will be inside the noise; {FEW} or more are advised")
+        notes.append(
+            f"only {len(evaluation)} evaluation items in {name}: differences will be inside the noise; {FEW}"
+            " or more are advised"
+        )
     return Data(name, evaluation, kept[:count], kept[count:], notes=tuple(notes))
 
 
@@ -116,22 +149,45 @@ def _distinct(pool: Pool, order: list[int], wanted: int, held_out: set[str]) -> 
         parts.append(items if len(keep) == len(rows) else items[torch.tensor(keep, dtype=torch.long)])
     if not parts:
         return pool.take([]) if pool.size == 0 else pool.take([0])[:0], dropped
-    return Items({name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}, torch.cat([part.labels for part in parts])), dropped
+    return (
+        Items(
+            {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
+            torch.cat([part.labels for part in parts]),
+        ),
+        dropped,
+    )
 
 
 def _slice_pools(reading: Reading) -> tuple[Pool, Pool]:
-    """Return the embedded Fashion-MNIST slice: 5,000 training and 2,000 test images, both balanced and in random order."""
+    """Return the embedded Fashion-MNIST slice: 5,000 training and 2,000 test images, both balanced and in
+    random order.
+    """
     from workbench.zoo.train import LABELS, MEAN, STD
 
-    size, channels, classes = reading.config.get("image_size", 28), reading.config.get("num_channels"), columns.classes(reading.config)
-    if not isinstance(reading.kind, ImageClassification) or (size, channels, len(classes)) != (28, 1, len(LABELS)):
-        raise DataError(f"data {sources.SLICE!r} are grey images of 28x28 in {len(LABELS)} classes for image classification; "
-                        f"this model does {reading.kind.name} (image size {size}, channels {channels}, {len(classes)} classes)")  # fmt: skip
+    size, channels, classes = (
+        reading.config.get("image_size", 28),
+        reading.config.get("num_channels"),
+        columns.classes(reading.config),
+    )
+    if not isinstance(reading.kind, ImageClassification) or (size, channels, len(classes)) != (
+        28,
+        1,
+        len(LABELS),
+    ):
+        raise DataError(
+            f"data {sources.SLICE!r} are grey images of 28x28 in {len(LABELS)} classes for image"
+            f" classification; this model does {reading.kind.name} (image size {size}, channels {channels},"
+            f" {len(classes)} classes)"
+        )
     arrays = sources.slice_arrays()
 
     def pool(split: str) -> Pool:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        return Pool(len(images), lambda rows: grey_items(images[list(rows)], labels[list(rows)], MEAN, STD), mixed=True)
+        return Pool(
+            len(images),
+            lambda rows: grey_items(images[list(rows)], labels[list(rows)], MEAN, STD),
+            mixed=True,
+        )
 
     return pool("training"), pool("evaluation")
 
@@ -147,7 +203,9 @@ def _row_pools(reading: Reading, raw: sources.Raw) -> tuple[Pool, Pool | None, t
         item, label = find(raw.name, rows)
         labels, said = columns.label_numbers(rows, label, reading.config, raw.name)
         notes.extend(note for note in said if note not in notes)
-        return Pool(len(rows), lambda index: _encode(reading, columns.undecoded(rows, item), item, labels, index))
+        return Pool(
+            len(rows), lambda index: _encode(reading, columns.undecoded(rows, item), item, labels, index)
+        )
 
     train = pool(columns.train_name(raw, held_out_name))
     return train, pool(held_out_name) if held_out_name else None, tuple(notes)
@@ -162,16 +220,28 @@ def _encode(reading: Reading, rows: Any, item: str, labels: list[int], index: Se
     for row, value in zip(index, values, strict=True):
         if not isinstance(value, str):
             raise DataError(f"item {row} has {value!r} in column {item!r}; a text is needed")
-    longest = min(MAX_TOKENS, reading.context or MAX_TOKENS, int(reading.config.get("max_position_embeddings") or MAX_TOKENS))
+    longest = min(
+        MAX_TOKENS,
+        reading.context or MAX_TOKENS,
+        int(reading.config.get("max_position_embeddings") or MAX_TOKENS),
+    )
     return text_items(values, wanted, reading.processor, longest)
 
 
-def _window_pools(reading: Reading, raw: sources.Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
+def _window_pools(
+    reading: Reading, raw: sources.Raw, sizes: Sizes
+) -> tuple[Pool, Pool | None, tuple[str, ...]]:
     """Return windows of running text."""
-    context = reading.context or min(CONTEXT, int(reading.config.get("max_position_embeddings") or reading.config.get("n_positions") or CONTEXT))
+    context = reading.context or min(
+        CONTEXT,
+        int(reading.config.get("max_position_embeddings") or reading.config.get("n_positions") or CONTEXT),
+    )
     longest = reading.config.get("max_position_embeddings") or reading.config.get("n_positions")
     if context < 2 or (longest and context > longest):
-        raise DataError(f"context={context}: a window needs at least 2 tokens" + (f" and at most the model's {longest}" if longest else ""))
+        raise DataError(
+            f"context={context}: a window needs at least 2 tokens"
+            + (f" and at most the model's {longest}" if longest else "")
+        )
     held_out_name = columns.held_out(raw)
 
     def pool(split: str, wanted: int) -> Pool:
@@ -179,9 +249,16 @@ def _window_pools(reading: Reading, raw: sources.Raw, sizes: Sizes) -> tuple[Poo
         texts = (text for text in rows[columns.text_column(raw.name, rows)] if text)
         ids = windows(texts, reading.processor, context, limit=READ_AHEAD * wanted)
         if not len(ids):
-            raise DataError(f"data {raw.name!r} ({split}) hold less text than one window of {context} tokens: give more text or a smaller context")
+            raise DataError(
+                f"data {raw.name!r} ({split}) hold less text than one window of {context} tokens: give more"
+                " text or a smaller context"
+            )
         return Pool(len(ids), lambda index: window_items(ids[torch.tensor(list(index), dtype=torch.long)]))
 
     rest = sizes.calibration + sizes.training
     train = pool(columns.train_name(raw, held_out_name), rest + (0 if held_out_name else sizes.evaluation))
-    return train, pool(held_out_name, sizes.evaluation) if held_out_name else None, (f"windows of {context} tokens",)
+    return (
+        train,
+        pool(held_out_name, sizes.evaluation) if held_out_name else None,
+        (f"windows of {context} tokens",),
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DataError
 from workbench.tasks.base import Items
-from workbench.tasks.choosing import Choosing
+from workbench.tasks.likelihood import Choosing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +29,12 @@ class ImageClassification(Choosing):
     primary: str = "accuracy"
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return [N, classes] for `pixel_values` [N, C, H, W], which are cast to the type that the model computes in."""
-        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+        """Return [N, classes] for `pixel_values` [N, C, H, W], which are cast to the type that the model
+        computes in.
+        """
+        dtype = next(
+            (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32
+        )
         logits: Tensor = model(pixel_values=items.inputs["pixel_values"].to(dtype)).logits
         return logits
 
@@ -40,7 +44,8 @@ IMAGE_CLASSIFICATION = ImageClassification()
 
 @dataclass(frozen=True)
 class PlainProcessor:
-    """What to do with pictures when a model has no preprocessor_config.json: resize, scale to [0, 1], nothing else.
+    """What to do with pictures when a model has no preprocessor_config.json: resize, scale to [0, 1], nothing
+    else.
 
     `height` and `width` in pixels. Called like a transformers image processor.
     """
@@ -48,24 +53,30 @@ class PlainProcessor:
     height: int
     width: int
 
-    def __call__(self, images: Sequence[Image], return_tensors: str = "pt") -> dict[str, Tensor]:  # noqa: ARG002  as transformers calls it
+    # As transformers calls it
+    def __call__(self, images: Sequence[Image], return_tensors: str = "pt") -> dict[str, Tensor]:  # noqa: ARG002
         """Return {"pixel_values": [N, C, H, W]} in float32."""
-        pixels = [np.atleast_3d(np.asarray(image.resize((self.width, self.height), resample=2), np.float32)) / 255 for image in images]
+        pixels = [
+            np.atleast_3d(np.asarray(image.resize((self.width, self.height), resample=2), np.float32)) / 255
+            for image in images
+        ]
         return {"pixel_values": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()}
 
 
 def grey_items(images: np.ndarray, labels: np.ndarray, mean: float, std: float) -> Items:
-    """Return items of grey images: [N, H, W] uint8 -> `pixel_values` [N, 1, H, W] float32, (grey level - mean) / std."""
+    """Return items of grey images: [N, H, W] uint8 -> `pixel_values` [N, 1, H, W] float32, (grey level -
+    mean) / std.
+    """
     pixels = (torch.from_numpy(images) / 255 - mean) / std
     return Items({"pixel_values": pixels.unsqueeze(1)}, torch.from_numpy(labels).long())
 
 
 def image_items(images: Iterable[Any], labels: Sequence[int], processor: Processor, channels: int) -> Items:
-    """Return items of PIL pictures (or of dicts with their bytes or path, as `datasets` gives them when undecoded).
+    """Return items of PIL pictures (or of dicts with their bytes or path, as `datasets` gives them when
+    undecoded).
 
     Raises:
         DataError: a picture that cannot be read, by its place in the data.
-
     """
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     pixels = []
@@ -79,7 +90,9 @@ def image_items(images: Iterable[Any], labels: Sequence[int], processor: Process
 
 
 def opened(image: Any) -> Image:
-    """Return a PIL picture from a picture, an array [H, W] or [H, W, C] of uint8, a path, or a dict with bytes or path."""
+    """Return a PIL picture from a picture, an array [H, W] or [H, W, C] of uint8, a path, or a dict with
+    bytes or path.
+    """
     from io import BytesIO
 
     from PIL import Image

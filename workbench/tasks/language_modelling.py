@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.tasks.base import Items
-from workbench.tasks.choosing import Choosing
+from workbench.tasks.likelihood import Choosing
 
 CONTEXT = 512
 TEXT_CHUNK = 20_000  # characters tokenised at a time
@@ -26,7 +26,9 @@ class LanguageModelling(Choosing):
     latency_items: int = 1  # a window of many tokens
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return [N, L - 1, vocabulary] for `input_ids` [N, L]: what the model expects after each position but the last."""
+        """Return [N, L - 1, vocabulary] for `input_ids` [N, L]: what the model expects after each position
+        but the last.
+        """
         logits: Tensor = model(**items.inputs, use_cache=False).logits
         return logits[:, :-1]
 
@@ -35,15 +37,19 @@ LANGUAGE_MODELLING = LanguageModelling()
 
 
 def window_items(ids: Tensor) -> Items:
-    """Return windows as items: ids [N, L] -> `input_ids` [N, L] and labels [N, L - 1], the token after each position."""
+    """Return windows as items: ids [N, L] -> `input_ids` [N, L] and labels [N, L - 1], the token after each
+    position.
+    """
     return Items({"input_ids": ids}, ids[:, 1:].contiguous())
 
 
 def windows(texts: Iterable[str], tokenizer: Any, context: int = CONTEXT, limit: int | None = None) -> Tensor:
-    """Return the tokens of all texts, one after the other, cut into windows [N, context]; the last short one is dropped.
+    """Return the tokens of all texts, one after the other, cut into windows [N, context].
 
-    No special tokens are added and no window overlaps another. At most `limit` windows are made, and no more text is
-    tokenised than they need.
+    The last short one is dropped.
+
+    No special tokens are added and no window overlaps another. At most `limit` windows are made, and no more
+    text is tokenised than they need.
     """
     ids: list[int] = []
     for chunk in _chunks(texts):
@@ -55,7 +61,9 @@ def windows(texts: Iterable[str], tokenizer: Any, context: int = CONTEXT, limit:
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Join lines and documents into texts of about `TEXT_CHUNK` characters: tokenising is then fast, and seams are few."""
+    """Join lines and documents into texts of about `TEXT_CHUNK` characters: tokenising is then fast, and
+    seams are few.
+    """
     gathered, length = [], 0
     for text in texts:
         gathered.append(text if text.endswith("\n") else text + "\n")

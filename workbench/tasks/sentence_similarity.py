@@ -1,4 +1,7 @@
-"""Sentence similarity: two texts in, how alike they are out; an encoder is as good as its order of the pairs is people's."""
+"""Sentence similarity: two texts in, how alike they are out.
+
+An encoder is as good as its order of the pairs is people's.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from torch.nn import functional as F
 from workbench.errors import DataError, ModelError
 from workbench.tasks import columns
 from workbench.tasks.base import Items, Scores
-from workbench.tasks.choosing import Choosing
-from workbench.tasks.pools import Pool, Reading
+from workbench.tasks.lazy_items import Pool, Reading
+from workbench.tasks.likelihood import Choosing
 from workbench.tasks.sources import Raw
 
 MAX_TOKENS = 128
@@ -31,11 +34,13 @@ POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first
 
 @dataclass(frozen=True)
 class SentenceSimilarity(Choosing):
-    """Two texts an item and people's score of how alike they are; quality is Spearman's correlation of cosines with scores.
+    """Two texts an item and people's score of how alike they are.
 
-    `pooling` makes one vector of a text's tokens: their "mean", or the "first" one. `tokenizer` turns items back into texts.
-    Training pulls the cosine to the score (mean squared error). Distillation pulls each vector to the teacher's by 1 - cosine;
-    directions have no temperature, so T has no effect here.
+    Quality is Spearman's correlation of cosines with scores.
+
+    `pooling` makes one vector of a text's tokens: their "mean", or the "first" one. `tokenizer` turns items
+    back into texts. Training pulls the cosine to the score (mean squared error). Distillation pulls each
+    vector to the teacher's by 1 - cosine; directions have no temperature, so T has no effect here.
     """
 
     name: str = "sentence similarity"
@@ -46,7 +51,9 @@ class SentenceSimilarity(Choosing):
     tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return the unit vectors of both texts, [N, 2, d], for `input_ids` and `attention_mask`, both [N, 2, L]."""
+        """Return the unit vectors of both texts, [N, 2, d], for `input_ids` and `attention_mask`, both [N, 2,
+        L].
+        """
         given = {name: tensor.flatten(0, 1) for name, tensor in items.inputs.items()}
         tokens: Tensor = model(**given).last_hidden_state  # [2N, L, d]
         if self.pooling == "first":
@@ -58,38 +65,59 @@ class SentenceSimilarity(Choosing):
         return vectors
 
     def score(self, model: nn.Module, items: Items) -> Scores:
-        """Return cosines and scores as details; the loss is the squared difference. A vector that is not finite makes the cosine -inf."""
+        """Return cosines and scores as details; the loss is the squared difference.
+
+        A vector that is not finite makes the cosine -inf.
+        """
         cosine = cosines(self.logits(model, items)).double().cpu()
         wanted = items.labels.double().cpu()
         loss = (cosine - wanted).square()
         lost = ~torch.isfinite(cosine)
         none = torch.zeros_like(cosine)
         return Scores(
-            loss=torch.where(lost, torch.inf, loss), correct=none, weight=none + 1, answers=none.long(),
+            loss=torch.where(lost, torch.inf, loss),
+            correct=none,
+            weight=none + 1,
+            answers=none.long(),
             details={"cosine": torch.where(lost, -torch.inf, cosine), "score": wanted},
-        )  # fmt: skip
+        )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean squared difference of cosines [N] and scores [N] in [0, 1]."""
         return (cosines(logits) - labels.float()).square().mean()
 
-    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:  # noqa: ARG002  directions have none
-        """Return the mean of 1 - cosine between the vectors of student and teacher: half their squared distance."""
+    # Directions have none
+    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
+        """Return the mean of 1 - cosine between the vectors of student and teacher: half their squared
+        distance.
+        """
         return (1 - (student.float() * teacher.float()).sum(-1)).mean()
 
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
         """Return each pair with people's score, and the model's cosine."""
         with torch.inference_mode():
             found = cosines(self.logits(model, items)).tolist()
-        pairs = [[self.tokenizer.decode(text, skip_special_tokens=True) for text in pair] for pair in items.inputs["input_ids"].tolist()] if self.tokenizer else [["?", "?"]] * len(items)
-        return [(f"{one} / {other} (people: {wanted:.2f})", f"{cosine:.2f}") for (one, other), wanted, cosine in zip(pairs, items.labels.tolist(), found, strict=True)]
+        pairs = (
+            [
+                [self.tokenizer.decode(text, skip_special_tokens=True) for text in pair]
+                for pair in items.inputs["input_ids"].tolist()
+            ]
+            if self.tokenizer
+            else [["?", "?"]] * len(items)
+        )
+        return [
+            (f"{one} / {other} (people: {wanted:.2f})", f"{cosine:.2f}")
+            for (one, other), wanted, cosine in zip(pairs, items.labels.tolist(), found, strict=True)
+        ]
 
 
 SENTENCE_SIMILARITY = SentenceSimilarity()
 
 
 def spare_pooler(model: nn.Module) -> None:
-    """Mark BERT's pooler, which the mean of tokens does not go through: what it does would neither cost nor save quality."""
+    """Mark BERT's pooler, which the mean of tokens does not go through: what it does would neither cost nor
+    save quality.
+    """
     pooler = getattr(model, "pooler", None)
     for module in pooler.modules() if isinstance(pooler, nn.Module) else ():
         module.left_dense = "the answers do not depend on it (BERT's pooler)"  # type: ignore[assignment]
@@ -100,7 +128,9 @@ def cosines(vectors: Tensor) -> Tensor:
     return (vectors[:, 0] * vectors[:, 1]).sum(-1)
 
 
-def prepared(kind: SentenceSimilarity, directory: Path, tokenizer: Any) -> tuple[SentenceSimilarity, tuple[str, ...]]:
+def prepared(
+    kind: SentenceSimilarity, directory: Path, tokenizer: Any
+) -> tuple[SentenceSimilarity, tuple[str, ...]]:
     """Return the kind with the pooling that a sentence encoder's own files name, and notes.
 
     Raises:
@@ -110,13 +140,22 @@ def prepared(kind: SentenceSimilarity, directory: Path, tokenizer: Any) -> tuple
     kind = replace(kind, tokenizer=tokenizer)
     listed, pooling = directory / "modules.json", directory / "1_Pooling" / "config.json"
     try:
-        modules = [str(module["type"]).rsplit(".", 1)[-1] for module in json.loads(listed.read_text())] if listed.is_file() else []
+        modules = (
+            [str(module["type"]).rsplit(".", 1)[-1] for module in json.loads(listed.read_text())]
+            if listed.is_file()
+            else []
+        )
         said = json.loads(pooling.read_text()) if pooling.is_file() else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory}: modules.json or 1_Pooling/config.json cannot be read: {error}") from None
+        raise ModelError(
+            f"{directory}: modules.json or 1_Pooling/config.json cannot be read: {error}"
+        ) from None
     more = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if more:
-        raise ModelError(f"{directory} puts {', '.join(more)} after its encoder (modules.json); only pooling and normalising are built")
+        raise ModelError(
+            f"{directory} puts {', '.join(more)} after its encoder (modules.json); only pooling and"
+            " normalising are built"
+        )
     chosen = [name for name, on in said.items() if name.startswith("pooling_mode_") and on]
     if not chosen:
         return kind, ("texts are pooled by the mean of their tokens: the model says nothing else",)
@@ -133,10 +172,15 @@ def pair_columns(name: str, rows: Any) -> tuple[str, str, str]:
 
     """
     by_name = {column.strip().casefold(): column for column in rows.column_names}
-    found = [next((by_name[wanted] for wanted in names if wanted in by_name), None) for names in (FIRST_NAMES, SECOND_NAMES, SCORE_NAMES)]
+    found = [
+        next((by_name[wanted] for wanted in names if wanted in by_name), None)
+        for names in (FIRST_NAMES, SECOND_NAMES, SCORE_NAMES)
+    ]
     if None in found:
-        raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}; sentence similarity expects two texts and a number: columns such as "
-                        "sentence1, sentence2 and score")  # fmt: skip
+        raise DataError(
+            f"data {name!r} have columns {', '.join(rows.column_names)}; sentence similarity expects two"
+            " texts and a number: columns such as sentence1, sentence2 and score"
+        )
     return str(found[0]), str(found[1]), str(found[2])
 
 
@@ -156,9 +200,16 @@ def pair_pools(reading: Reading, raw: Raw) -> tuple[Pool, Pool | None, tuple[str
     length = padded_length(texts, reading)
 
     def pool(split: str) -> Pool:
-        return Pool(len(rows[split]), lambda index: pair_items([rows[split][i] for i in index], scale, reading.processor, length))
+        return Pool(
+            len(rows[split]),
+            lambda index: pair_items([rows[split][i] for i in index], scale, reading.processor, length),
+        )
 
-    return pool(names[0]), pool(names[1]) if held_out_name else None, (f"scores of 0 to {scale:g} stand between 0 and 1; texts are padded to {length} tokens",)
+    return (
+        pool(names[0]),
+        pool(names[1]) if held_out_name else None,
+        (f"scores of 0 to {scale:g} stand between 0 and 1; texts are padded to {length} tokens",),
+    )
 
 
 def checked(raw: Raw, split: str) -> list[tuple[str, str, float]]:
@@ -169,13 +220,18 @@ def checked(raw: Raw, split: str) -> list[tuple[str, str, float]]:
     for number, (first, second, score) in enumerate(zip(*(list(rows[name]) for name in names), strict=True)):
         for column, text in zip(names, (first, second), strict=False):
             if not isinstance(text, str) or not text.strip():
-                raise DataError(f"item {number} of data {raw.name!r} has {text!r} in column {column!r}; a text is needed")
+                raise DataError(
+                    f"item {number} of data {raw.name!r} has {text!r} in column {column!r}; a text is needed"
+                )
         try:
             value = float(score)
         except (TypeError, ValueError):
             value = math.nan
         if not (math.isfinite(value) and value >= 0):
-            raise DataError(f"item {number} of data {raw.name!r} has {score!r} in column {names[2]!r}; a score of 0 or more is needed")
+            raise DataError(
+                f"item {number} of data {raw.name!r} has {score!r} in column {names[2]!r}; a score of 0 or"
+                " more is needed"
+            )
         found.append((first, second, value))
     if not found:
         raise DataError(f"data {raw.name!r} ({split}) hold no pairs")
@@ -184,15 +240,30 @@ def checked(raw: Raw, split: str) -> list[tuple[str, str, float]]:
 
 def padded_length(texts: Sequence[str], reading: Reading) -> int:
     """Return the tokens of the longest text rounded up, at most those that the model reads."""
-    most = min(MAX_TOKENS, reading.context or MAX_TOKENS, int(reading.config.get("max_position_embeddings") or MAX_TOKENS))
-    longest = max(len(ids) for ids in reading.processor(list(texts), truncation=True, max_length=most)["input_ids"])
+    most = min(
+        MAX_TOKENS,
+        reading.context or MAX_TOKENS,
+        int(reading.config.get("max_position_embeddings") or MAX_TOKENS),
+    )
+    longest = max(
+        len(ids) for ids in reading.processor(list(texts), truncation=True, max_length=most)["input_ids"]
+    )
     return min(most, -(-longest // MULTIPLE) * MULTIPLE)
 
 
 def pair_items(pairs: Sequence[tuple[str, str, float]], scale: float, tokenizer: Any, length: int) -> Items:
-    """Return items of pairs: `input_ids` and `attention_mask` [N, 2, length], labels float32 [N] = score / scale."""
+    """Return items of pairs: `input_ids` and `attention_mask` [N, 2, length], labels float32 [N] = score /
+    scale.
+    """
     texts = [text for first, second, _ in pairs for text in (first, second)]
-    encoded: Mapping[str, Tensor] = tokenizer(texts, truncation=True, padding="max_length", max_length=length, return_tensors="pt") if texts else {}
+    encoded: Mapping[str, Tensor] = (
+        tokenizer(texts, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+        if texts
+        else {}
+    )
     empty = torch.zeros(0, length, dtype=torch.long)
-    inputs = {name: encoded.get(name, empty).unflatten(0, (len(pairs), 2)) for name in ("input_ids", "attention_mask")}
+    inputs = {
+        name: encoded.get(name, empty).unflatten(0, (len(pairs), 2))
+        for name in ("input_ids", "attention_mask")
+    }
     return Items(inputs, torch.tensor([score / scale for _, _, score in pairs], dtype=torch.float32))

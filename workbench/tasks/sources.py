@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from workbench.errors import DataError, ModelError
-from workbench.words import nearest
+from workbench.util.text import nearest
 
 SLICE = "fashion-mnist-slice"
 PYTHON_DOCS = "python-docs"
@@ -23,10 +23,20 @@ STSB_HUB = "sentence-transformers/stsb"
 PROMPTS = "asterisk-prompts"
 HUB_NAMES = {WIKITEXT: WIKITEXT_HUB, STSB: STSB_HUB}
 NAMES_FOR = {  # by the kind of task
-    "image classification": (SLICE,), "language modelling": (PYTHON_DOCS, WIKITEXT), "sentence similarity": (WORDSIM, STSB), "speech recognition": (PROMPTS,),
-}  # fmt: skip
+    "image classification": (SLICE,),
+    "language modelling": (PYTHON_DOCS, WIKITEXT),
+    "sentence similarity": (WORDSIM, STSB),
+    "speech recognition": (PROMPTS,),
+}
 NAMES = tuple(name for names in NAMES_FOR.values() for name in names)
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -40,17 +50,20 @@ class Raw:
 
 
 def slice_arrays() -> dict[str, np.ndarray]:
-    """Return the embedded slice: evaluation_images [2000, 28, 28] and training_images [5000, 28, 28] uint8, and *_labels [N].
+    """Return the embedded slice: evaluation_images [2000, 28, 28] and training_images [5000, 28, 28] uint8,
+    and *_labels [N].
 
     Raises:
         DataError: the file is not in the package.
-
     """
     from workbench.zoo.catalogue import EMBEDDED
 
     path = EMBEDDED / f"{SLICE}.npz"
     if not path.is_file():
-        raise DataError(f"the embedded data {path} are missing: install the package again, or make them with workbench.zoo.train")
+        raise DataError(
+            f"the embedded data {path} are missing: install the package again, or make them with"
+            " workbench.zoo.train"
+        )
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
@@ -77,17 +90,24 @@ def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True
     if path.suffix.lower() in BUILDERS or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(f"data {name!r}: there is no such file or folder")
     if name.count("/") != 1:
-        raise DataError(f"unknown data {name!r}; {nearest(name, NAMES)}; or give a file, a folder of images, or a hub data set as owner/name")
+        raise DataError(
+            f"unknown data {name!r}; {nearest(name, NAMES)}; or give a file, a folder of images, or a hub"
+            " data set as owner/name"
+        )
     return Raw(name, _hub(name, offline=offline, progress=progress))
 
 
 def default_text(*, offline: bool = False, progress: bool = True) -> Raw:
-    """Return the text that a language model is measured on when none is named: WikiText-2, else Python's own help pages."""
+    """Return the text that a language model is measured on when none is named: WikiText-2, else Python's own
+    help pages.
+    """
     return _first(WIKITEXT, PYTHON_DOCS, offline=offline, progress=progress)
 
 
 def default_pairs(*, offline: bool = False, progress: bool = True) -> Raw:
-    """Return the pairs that a sentence encoder is measured on when none are named: STS-B, else the words of WordSim-353."""
+    """Return the pairs that a sentence encoder is measured on when none are named: STS-B, else the words of
+    WordSim-353.
+    """
     return _first(STSB, WORDSIM, offline=offline, progress=progress)
 
 
@@ -98,46 +118,66 @@ def _first(wanted: str, other: str, *, offline: bool, progress: bool) -> Raw:
     except DataError as error:
         instead = read(other, offline=offline, progress=progress)
         reason = str(error).removeprefix(f"data {HUB_NAMES[wanted]!r} ").split("; use --offline")[0]
-        return Raw(instead.name, instead.splits, (*instead.notes, f"{other} was used, since {wanted} {reason}"))
+        return Raw(
+            instead.name, instead.splits, (*instead.notes, f"{other} was used, since {wanted} {reason}")
+        )
     return Raw(raw.name, raw.splits, (f"{wanted} from the hub was used, since no data were named",))
 
 
 def wordsim353(*, offline: bool = False, progress: bool = True) -> Raw:
-    """Return 353 pairs of words with the mean of 13 to 16 people's scores from 0 to 10 (Finkelstein et al. 2002), as gensim's tests hold them.
+    """Return 353 pairs of words with the mean of 13 to 16 people's scores from 0 to 10 (Finkelstein et al.
+    2002), as gensim's tests hold them.
 
     Raises:
         DataError: not in the cache, and it cannot be fetched.
-
     """
     from datasets import Dataset
 
-    from workbench.zoo import archive
+    from workbench.hub import wheel_archive
 
     try:
-        folder = archive.fetch(archive.WORDSIM353, offline=offline, progress=progress)
+        folder = wheel_archive.fetch(wheel_archive.WORDSIM353, offline=offline, progress=progress)
     except ModelError as error:
         raise DataError(str(error).replace("model ", "data ", 1)) from None
-    lines = [line.split("\t") for line in (folder / archive.WORDSIM353.proof).read_text().splitlines() if line and not line.startswith("#")]
-    rows = {"word1": [line[0] for line in lines], "word2": [line[1] for line in lines], "score": [float(line[2]) for line in lines]}
-    return Raw(WORDSIM, {"train": Dataset.from_dict(rows)}, ("word pairs: WordSim-353 (Finkelstein et al. 2002), from the test data of gensim 4.4.0",))
+    lines = [
+        line.split("\t")
+        for line in (folder / wheel_archive.WORDSIM353.proof).read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    rows = {
+        "word1": [line[0] for line in lines],
+        "word2": [line[1] for line in lines],
+        "score": [float(line[2]) for line in lines],
+    }
+    return Raw(
+        WORDSIM,
+        {"train": Dataset.from_dict(rows)},
+        ("word pairs: WordSim-353 (Finkelstein et al. 2002), from the test data of gensim 4.4.0",),
+    )
 
 
 def python_docs() -> Raw:
-    """Return the help pages inside this Python (`pydoc_data.topics`, PSF licence): about 465,000 characters of prose.
+    """Return the help pages inside this Python (`pydoc_data.topics`, PSF licence): about 465,000 characters
+    of prose.
 
     Raises:
         DataError: this Python was built without them.
-
     """
     from datasets import Dataset
 
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise DataError(f"data {PYTHON_DOCS!r}: this Python has no pydoc_data.topics; name other text") from None
+        raise DataError(
+            f"data {PYTHON_DOCS!r}: this Python has no pydoc_data.topics; name other text"
+        ) from None
     texts = list(dict.fromkeys(topics[key] for key in sorted(topics)))
     version = platform.python_version()
-    return Raw(PYTHON_DOCS, {"train": Dataset.from_dict({"text": texts})}, (f"text: help pages of Python {version} (PSF licence)",))
+    return Raw(
+        PYTHON_DOCS,
+        {"train": Dataset.from_dict({"text": texts})},
+        (f"text: help pages of Python {version} (PSF licence)",),
+    )
 
 
 def _given(data: Any) -> Raw:
@@ -148,30 +188,44 @@ def _given(data: Any) -> Raw:
         return Raw("given dataset", {"train": data})
     if isinstance(data, DatasetDict):
         return Raw("given dataset", dict(data))
-    raise DataError(f"data must be a name, a path, a datasets.Dataset or a DatasetDict; got {type(data).__name__}")
+    raise DataError(
+        f"data must be a name, a path, a datasets.Dataset or a DatasetDict; got {type(data).__name__}"
+    )
 
 
 def _local(path: Path, *, progress: bool) -> dict[str, Any]:
     """Read a file, a folder of images, or a folder with files named after splits (train.csv, test.csv)."""
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
-            raise DataError(f"data {str(path)!r}: unknown kind of file {path.suffix!r}; known: {', '.join(BUILDERS)}, or a folder of images")
+            raise DataError(
+                f"data {str(path)!r}: unknown kind of file {path.suffix!r}; known: {', '.join(BUILDERS)}, or"
+                " a folder of images"
+            )
         if not path.stat().st_size:
             raise DataError(f"data {str(path)!r}: the file is empty")
         return _build(path, {"train": str(path)}, path.suffix.lower(), progress=progress)
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix.lower() in BUILDERS and file.stem in {"train", "test", "validation"}}
+    files = {
+        file.stem: file
+        for file in sorted(path.iterdir())
+        if file.suffix.lower() in BUILDERS and file.stem in {"train", "test", "validation"}
+    }
     if files:
         suffixes = {file.suffix.lower() for file in files.values()}
         if len(suffixes) > 1:
             raise DataError(f"data {str(path)!r} mix kinds of files: {', '.join(sorted(suffixes))}")
-        return _build(path, {split: str(file) for split, file in files.items()}, suffixes.pop(), progress=progress)
+        return _build(
+            path, {split: str(file) for split, file in files.items()}, suffixes.pop(), progress=progress
+        )
     from workbench.tasks.utterances import audio_folder
 
     spoken = audio_folder(path)
     if spoken is not None:
         return dict(spoken)
     if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
-        raise DataError(f"data {str(path)!r}: the folder holds neither images, nor files such as train.csv and test.csv, nor a metadata.csv of sound files")
+        raise DataError(
+            f"data {str(path)!r}: the folder holds neither images, nor files such as train.csv and test.csv,"
+            " nor a metadata.csv of sound files"
+        )
     return _load("imagefolder", str(path), progress=progress, data_dir=str(path))
 
 
@@ -182,8 +236,11 @@ def _build(path: Path, files: dict[str, str], suffix: str, *, progress: bool) ->
 
 
 def _hub(name: str, *, offline: bool, progress: bool) -> dict[str, Any]:
-    """Read a hub data set, `owner/name` or `owner/name:config`; offline only what is cached. Code is never run."""
-    from workbench.zoo import hub
+    """Read a hub data set, `owner/name` or `owner/name:config`; offline only what is cached.
+
+    Code is never run.
+    """
+    from workbench.hub import hub
 
     identifier, _, config = name.partition(":")
     try:
@@ -208,7 +265,9 @@ def _load(builder: str, shown: str, *, progress: bool, **options: Any) -> dict[s
         return dict(datasets.load_dataset(builder, **options))
     except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
         cause = error.__cause__ or error
-        raise DataError(f"data {shown!r} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from None
+        raise DataError(
+            f"data {shown!r} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        ) from None
     finally:
         if bars:
             datasets.enable_progress_bars()
@@ -221,7 +280,12 @@ def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:
     return utterances.asterisk_prompts(offline=offline, progress=progress)
 
 
-FETCHED: Mapping[str, Callable[..., Raw]] = {WORDSIM: wordsim353, PROMPTS: asterisk_prompts}  # from an archive or a package
+FETCHED: Mapping[str, Callable[..., Raw]] = {
+    WORDSIM: wordsim353,
+    PROMPTS: asterisk_prompts,
+}  # from an archive or a package
 DEFAULTS: Mapping[str, Callable[..., Raw]] = {  # by the kind of task
-    "language modelling": default_text, "sentence similarity": default_pairs, "speech recognition": asterisk_prompts,
-}  # fmt: skip
+    "language modelling": default_text,
+    "sentence similarity": default_pairs,
+    "speech recognition": asterisk_prompts,
+}

@@ -1,4 +1,7 @@
-"""Speech recognition: sound in, words out. Whisper's family (encoder and decoder); `workbench.tasks.ctc` has the other one."""
+"""Speech recognition: sound in, words out.
+
+Whisper's family (encoder and decoder); `workbench.tasks.ctc` has the other one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from torch import Tensor, nn
 
 from workbench.errors import ModelError, RuntimeRefused
 from workbench.tasks.base import Items, Scores
-from workbench.tasks.choosing import Choosing, likelihoods
-from workbench.tasks.spoken_words import Writing, spoken_scores
+from workbench.tasks.likelihood import Choosing, likelihoods
+from workbench.tasks.transcripts import Writing, spoken_scores
 
 FRAMES = 100  # of Whisper's features in a second
 PREFIX = 4  # tokens before the words, at most
@@ -21,9 +24,10 @@ PREFIX = 4  # tokens before the words, at most
 class SpeechRecognition(Choosing):
     """Utterances with their words; quality is the word error rate of what the model writes, greedily.
 
-    Training, gradients, calibration and distillation see the decoder with the true words before each token (teacher
-    forcing). Latency is the whole way from features to as many tokens as the true words have; its ratio to the length of the
-    sound is the real-time factor (`Latency.real_time_factors`). Making features from sound is not timed: no method changes it.
+    Training, gradients, calibration and distillation see the decoder with the true words before each token
+    (teacher forcing). Latency is the whole way from features to as many tokens as the true words have; its
+    ratio to the length of the sound is the real-time factor (`Latency.real_time_factors`). Making features
+    from sound is not timed: no method changes it.
     """
 
     name: str = "speech recognition"
@@ -41,19 +45,29 @@ class SpeechRecognition(Choosing):
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, L, vocabulary] for `input_features` [N, mels, 3000] and `decoder_input_ids` [N, L]."""
-        logits: Tensor = model(input_features=features(model, items), decoder_input_ids=items.inputs["decoder_input_ids"], use_cache=False).logits
+        logits: Tensor = model(
+            input_features=features(model, items),
+            decoder_input_ids=items.inputs["decoder_input_ids"],
+            use_cache=False,
+        ).logits
         return logits
 
     def score(self, model: nn.Module, items: Items) -> Scores:
-        """Return word errors of what the model writes, and the loss with the true words before each token; one encoder pass for both."""
+        """Return word errors of what the model writes, and the loss with the true words before each token.
+
+        One encoder pass for both.
+        """
         encoded = encode(model, items)
-        logits = model(encoder_outputs=(encoded,), decoder_input_ids=items.inputs["decoder_input_ids"], use_cache=False).logits
+        logits = model(
+            encoder_outputs=(encoded,), decoder_input_ids=items.inputs["decoder_input_ids"], use_cache=False
+        ).logits
         forced = likelihoods(logits, items.labels)
         heard = self.writes.texts(greedy(model, encoded, self.writes, longest(model, items)))
         return spoken_scores(self.writes.texts(items.labels), heard, forced.loss, forced.weight)
 
     def run(self, model: nn.Module, items: Items) -> Tensor:
-        """Return as many tokens as the longest of the true transcripts has, [N, L], from features to the last one.
+        """Return as many tokens as the longest of the true transcripts has, [N, L], from features to the last
+        one.
 
         A model that stops early or goes on without an end would else seem faster or slower than it is.
         """
@@ -65,7 +79,9 @@ class SpeechRecognition(Choosing):
         return greedy(model, encode(model, items), self.writes, longest(model, items))
 
     def audio_seconds(self, items: Items) -> float:
-        """Return how long the utterances last together, without the silence that fills Whisper's 30 seconds."""
+        """Return how long the utterances last together, without the silence that fills Whisper's 30
+        seconds.
+        """
         return float(items.inputs["attention_mask"].sum()) / FRAMES
 
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
@@ -92,39 +108,51 @@ def encode(model: nn.Module, items: Items) -> Tensor:
 
     """
     if not hasattr(model, "get_encoder"):
-        raise RuntimeRefused("speech is written token by token, and this runtime only runs a model as a whole")
+        raise RuntimeRefused(
+            "speech is written token by token, and this runtime only runs a model as a whole"
+        )
     encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
     encoded: Tensor = encoder(features(model, items)).last_hidden_state
     return encoded
 
 
 def longest(model: nn.Module, items: Items) -> int:
-    """Return how many tokens may be written: twice as many as the longest transcript of the data has, within what the decoder can hold.
+    """Return how many tokens may be written: twice as many as the longest transcript of the data has, within
+    what the decoder can hold.
 
-    A destroyed model repeats itself without an end; what it would write beyond counts as if it had stopped there.
+    A destroyed model repeats itself without an end; what it would write beyond counts as if it had stopped
+    there.
     """
     config: Any = model.config
     return min(2 * items.labels.shape[1], int(config.max_target_positions) - PREFIX)
 
 
 def greedy(model: nn.Module, encoded: Tensor, writing: Writing, most: int, *, stop: bool = True) -> Tensor:
-    """Return the most likely tokens one after the other, [N, at most `most`], without prefix; after the end only end tokens.
+    """Return the most likely tokens one after the other, [N, at most `most`], without prefix.
+
+    After the end only end tokens.
 
     Without `stop` exactly `most` steps are done, ends or not.
 
-    The same as `generate(num_beams=1, do_sample=False)` of transformers without its fallbacks; nothing is asked of the
-    device between the steps but whether all are done.
+    The same as `generate(num_beams=1, do_sample=False)` of transformers without its fallbacks; nothing is
+    asked of the device between the steps but whether all are done.
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     given = torch.tensor([writing.prefix], device=encoded.device).expand(len(encoded), -1)
     banned = torch.tensor(writing.suppressed, dtype=torch.long, device=encoded.device)
-    first = torch.tensor([*writing.suppressed, *writing.suppressed_first], dtype=torch.long, device=encoded.device)
+    first = torch.tensor(
+        [*writing.suppressed, *writing.suppressed_first], dtype=torch.long, device=encoded.device
+    )
     done = torch.zeros(len(encoded), dtype=torch.bool, device=encoded.device)
     written: list[Tensor] = []
     for step in range(most):
-        logits = model(encoder_outputs=(encoded,), decoder_input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = (
+            model(encoder_outputs=(encoded,), decoder_input_ids=given, past_key_values=cache, use_cache=True)
+            .logits[:, -1]
+            .float()
+        )
         logits = logits.nan_to_num(nan=-torch.inf).index_fill(1, banned if step else first, -torch.inf)
         token = torch.where(done, writing.end, logits.argmax(-1))
         written.append(token)

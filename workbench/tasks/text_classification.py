@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.tasks.base import Items
-from workbench.tasks.choosing import Choosing
+from workbench.tasks.likelihood import Choosing
 
 MAX_TOKENS = 128
 
@@ -33,13 +33,21 @@ class TextClassification(Choosing):
 TEXT_CLASSIFICATION = TextClassification()
 
 
-def text_items(texts: Sequence[str], labels: Sequence[int], tokenizer: Any, max_tokens: int = MAX_TOKENS) -> Items:
-    """Return items of texts, truncated and padded to `max_tokens` tokens: `input_ids`, `attention_mask` [N, max_tokens].
+def text_items(
+    texts: Sequence[str], labels: Sequence[int], tokenizer: Any, max_tokens: int = MAX_TOKENS
+) -> Items:
+    """Return items of texts, truncated and padded to `max_tokens` tokens: `input_ids`, `attention_mask` [N,
+    max_tokens].
 
-    Every set is padded to the same length, so that an item's inputs do not depend on which others it stands with.
+    Every set is padded to the same length, so that an item's inputs do not depend on which others it stands
+    with.
     """
-    encoded = tokenizer(list(texts), truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt")
+    encoded = tokenizer(
+        list(texts), truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt"
+    )
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    if "token_type_ids" in encoded and encoded["token_type_ids"].any():  # zeros are the default, and not every model takes them
+    if (
+        "token_type_ids" in encoded and encoded["token_type_ids"].any()
+    ):  # zeros are the default, and not every model takes them
         inputs["token_type_ids"] = encoded["token_type_ids"]
     return Items(inputs, torch.tensor(labels, dtype=torch.long))

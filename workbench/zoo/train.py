@@ -1,12 +1,13 @@
-"""Train the two embedded models, `fashion-cnn` and `fashion-vit`, on all 60,000 Fashion-MNIST training images.
+"""Train the two embedded models, `fashion-cnn` and `fashion-vit`, on all 60,000 Fashion-MNIST training
+images.
 
     python -m workbench.zoo.train --data FOLDER_WITH_IDX_GZ --out workbench/zoo/embedded
 
-The folder holds the four `*-ubyte.gz` files of the data set's own repository (Xiao, Rasul, Vollgraf 2017, MIT).
-About three minutes on one H100, some hours on a laptop CPU. The CNN is trained first and teaches the ViT
-(hard labels mixed with its soft targets: Hinton et al. 2015, DeiT 2021), because a ViT of one million
-parameters learns slowly from 60,000 small pictures alone. The schedule is fixed in advance, the last
-weights (their moving average) are kept, and no choice was made by the 10,000 test images.
+The folder holds the four `*-ubyte.gz` files of the data set's own repository (Xiao, Rasul, Vollgraf 2017,
+MIT). About three minutes on one H100, some hours on a laptop CPU. The CNN is trained first and teaches the
+ViT (hard labels mixed with its soft targets: Hinton et al. 2015, DeiT 2021), because a ViT of one million
+parameters learns slowly from 60,000 small pictures alone. The schedule is fixed in advance, the last weights
+(their moving average) are kept, and no choice was made by the 10,000 test images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,18 @@ import torch.nn.functional as F
 from torch import nn
 
 MEAN, STD = 0.2860, 0.3530  # of the training images, grey levels in [0, 1]
-LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+LABELS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 EPOCHS = {"fashion-cnn": 80, "fashion-vit": 200}
 EVALUATION_ITEMS, CALIBRATION_ITEMS, TRAINING_ITEMS = 2000, 512, 5000
 
@@ -43,19 +55,39 @@ def build(name: str) -> nn.Module:
     """Return the untrained model: ordinary transformers classes, nothing special to the workbench."""
     from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-    names: Any = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+    names: Any = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {label: i for i, label in enumerate(LABELS)},
+    }
     if name == "fashion-vit":
-        config = ViTConfig(image_size=28, patch_size=7, num_channels=1, hidden_size=128, num_hidden_layers=6,
-                           num_attention_heads=4, intermediate_size=384, hidden_dropout_prob=0.0,
-                           attention_probs_dropout_prob=0.0, **names)  # fmt: skip
+        config = ViTConfig(
+            image_size=28,
+            patch_size=7,
+            num_channels=1,
+            hidden_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=384,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **names,
+        )
         return ViTForImageClassification(config)
-    residual = ResNetConfig(num_channels=1, embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2],
-                          layer_type="basic", **names)  # fmt: skip
+    residual = ResNetConfig(
+        num_channels=1,
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128],
+        depths=[2, 2, 2],
+        layer_type="basic",
+        **names,
+    )
     return ResNetForImageClassification(residual)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shift by up to 2 pixels, mirror half of the images, erase one 7x7 square in half of them. images: [B, 1, 28, 28]."""
+    """Shift by up to 2 pixels, mirror half of the images, erase one 7x7 square in half of them. images: [B,
+    1, 28, 28].
+    """
     count, _, height, width = images.shape
     draw = lambda high: torch.randint(high, (count, 1, 1), device=images.device, generator=generator)  # noqa: E731
     rows = torch.arange(height, device=images.device).view(1, -1, 1) + draw(5)
@@ -65,7 +97,10 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     items = torch.arange(count, device=images.device).view(-1, 1, 1)
     images = padded[items, 0, rows, columns].unsqueeze(1)
     top, left, erase = draw(height), draw(width), draw(2)
-    y, x = torch.arange(height, device=images.device).view(1, -1, 1), torch.arange(width, device=images.device).view(1, 1, -1)
+    y, x = (
+        torch.arange(height, device=images.device).view(1, -1, 1),
+        torch.arange(width, device=images.device).view(1, 1, -1),
+    )
     hole = (y >= top) & (y < top + 7) & (x >= left) & (x < left + 7) & (erase == 1)
     return images.masked_fill(hole.unsqueeze(1), 0.0)
 
@@ -73,11 +108,24 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def rate(step: int, steps: int, peak: float) -> float:
     """Return the learning rate: 5% linear warm-up, then a cosine to zero."""
     warm = max(1, steps // 20)
-    return peak * step / warm if step < warm else peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    return (
+        peak * step / warm
+        if step < warm
+        else peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    )
 
 
-def make_step(model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, pixels: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """Return a function that trains once on whatever `pixels` and `labels` hold; on a GPU one CUDA graph, as launches cost more than the work."""
+def make_step(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+) -> Callable[[], None]:
+    """Return a function that trains once on whatever `pixels` and `labels` hold.
+
+    On a GPU one CUDA graph, as launches cost more than the work.
+    """
 
     def once() -> None:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda, cache_enabled=False):
@@ -86,7 +134,12 @@ def make_step(model: nn.Module, teacher: nn.Module | None, optimizer: torch.opti
             if teacher is not None:
                 with torch.no_grad():
                     target = teacher(pixel_values=pixels).logits.float()
-                soft = F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), log_target=True, reduction="batchmean")
+                soft = F.kl_div(
+                    (logits / 2).log_softmax(-1),
+                    (target / 2).log_softmax(-1),
+                    log_target=True,
+                    reduction="batchmean",
+                )
                 loss = 0.3 * loss + 0.7 * 4 * soft
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,8 +164,12 @@ def make_step(model: nn.Module, teacher: nn.Module | None, optimizer: torch.opti
     return graph.replay
 
 
-def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, teacher: nn.Module | None) -> nn.Module:
-    """Return the moving average of the weights after AdamW with a cosine schedule. images: [N, 1, 28, 28], labels: [N]."""
+def train(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int, teacher: nn.Module | None
+) -> nn.Module:
+    """Return the moving average of the weights after AdamW with a cosine schedule. images: [N, 1, 28, 28],
+    labels: [N].
+    """
     generator = torch.Generator(images.device).manual_seed(0)
     batch, peak = 512, 2e-3
     per_epoch = len(images) // batch
@@ -120,8 +177,12 @@ def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: 
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.0, device=images.device), fused=images.is_cuda, capturable=images.is_cuda)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=torch.tensor(0.0, device=images.device), fused=images.is_cuda, capturable=images.is_cuda
+    )
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True
+    )
     pixels, wanted = images[:batch].clone(), labels[:batch].clone()
     step = make_step(model, teacher, optimizer, pixels, wanted)
     for index in range(epochs * per_epoch):
@@ -143,12 +204,17 @@ def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: 
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the fraction of `images` ([N, 1, 28, 28]) classified as `labels` ([N]), in float32."""
-    hits = [(model(pixel_values=x).logits.argmax(-1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
+    hits = [
+        (model(pixel_values=x).logits.argmax(-1) == y).sum()
+        for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+    ]
     return float(sum(hits)) / len(labels)
 
 
 def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return `count` indices with equally many of each of the ten classes, in random order, so that any prefix is fair."""
+    """Return `count` indices with equally many of each of the ten classes, in random order, so that any
+    prefix is fair.
+    """
     generator = np.random.default_rng(seed)
     picked = [generator.permutation(np.flatnonzero(labels == label))[: count // 10] for label in range(10)]
     return generator.permutation(np.concatenate(picked))
@@ -156,20 +222,35 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def main() -> None:
     """Read the data, train both models, write weights, slice and measured accuracy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs-scale", type=float, default=1.0, help="1.0 is the full schedule")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    raw = {split: (read_idx(options.data / f"{split}-images-idx3-ubyte.gz"), read_idx(options.data / f"{split}-labels-idx1-ubyte.gz")) for split in ("train", "t10k")}
+    raw = {
+        split: (
+            read_idx(options.data / f"{split}-images-idx3-ubyte.gz"),
+            read_idx(options.data / f"{split}-labels-idx1-ubyte.gz"),
+        )
+        for split in ("train", "t10k")
+    }
     normalise = lambda pixels: ((torch.tensor(pixels) / 255 - MEAN) / STD).unsqueeze(1).to(device)  # noqa: E731
-    (x, y), (x_test, y_test) = [(normalise(images), torch.tensor(labels).long().to(device)) for images, labels in raw.values()]
+    (x, y), (x_test, y_test) = [
+        (normalise(images), torch.tensor(labels).long().to(device)) for images, labels in raw.values()
+    ]
     held_out = stratified(raw["t10k"][1], EVALUATION_ITEMS, seed=0)
     kept = stratified(raw["train"][1], TRAINING_ITEMS, seed=1)
-    np.savez_compressed(options.out / "fashion-mnist-slice.npz", evaluation_images=raw["t10k"][0][held_out], evaluation_labels=raw["t10k"][1][held_out],
-                        training_images=raw["train"][0][kept], training_labels=raw["train"][1][kept])  # fmt: skip
+    np.savez_compressed(
+        options.out / "fashion-mnist-slice.npz",
+        evaluation_images=raw["t10k"][0][held_out],
+        evaluation_labels=raw["t10k"][1][held_out],
+        training_images=raw["train"][0][kept],
+        training_labels=raw["train"][1][kept],
+    )
     teacher: nn.Module | None = None
     for name in ("fashion-cnn", "fashion-vit"):
         epochs = max(1, round(EPOCHS[name] * options.epochs_scale))

@@ -1,0 +1,210 @@
+"""One method as controls: a check box that turns it on, its slider with ticks at the stops, and its other
+choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import ipywidgets as ipw
+import traitlets
+
+from widgets.form.controls import control, scale, slider, tick_marks, title
+from workbench.errors import RecipeError
+from workbench.recipe import Step
+from workbench.runtime.schemes import kernels_for
+
+MAIN = 3  # choices that are always shown; the others are in a fold
+
+
+class StepForm(ipw.VBox):
+    """The controls of one method.
+
+    `step` is the configuration that they describe, None while the method is off.
+
+    `error` is why the controls describe none (a typed pattern that is refused, say); `note` says what the
+    form changed by itself, such as a pattern that a slider position does not allow. Both change before `step`
+    does.
+    """
+
+    step = traitlets.Instance(Step, allow_none=True, read_only=True)
+    error = traitlets.Unicode(read_only=True)
+    note = traitlets.Unicode(read_only=True)
+
+    def __init__(self, kind: type[Step]) -> None:
+        """Make the controls of a method, off and on its defaults."""
+        self.kind = kind
+        self.hold = False
+        self.common: dict[str, Any] = {}  # targets and seed, which have no controls here
+        name = title(kind.slider)
+        about = f"{kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}"
+        self.on = ipw.Checkbox(value=False, indent=False, description=name, tooltip=about)
+        self.slider = slider(kind)
+        self.scale = scale(kind)
+        self.choices = {
+            option: control(option, info) for option, info in kind.options().items() if option != kind.slider
+        }
+        for widget in (self.on, self.slider, *self.choices.values()):
+            widget.observe(self.moved, "value")
+        self.on.add_class("wb-on")
+        self.slider.add_class("wb-slider")
+        rows = self.rows()
+        top = ipw.HBox([self.on, self.slider])
+        top.add_class("wb-top")
+        self.marks = ipw.HTML(self.ticks())
+        super().__init__([top, self.marks, *rows])
+        self.add_class("wb-step")
+        self.add_class("wb-off")
+
+    def rows(self) -> list[ipw.Widget]:
+        """Return the choices: the first ones in a row, the others in a fold."""
+        controls = list(self.choices.values())
+        rest = controls[MAIN:] if len(controls) > MAIN + 1 else []
+        self.fold = ipw.HBox(rest, layout=ipw.Layout(display="none"))
+        self.more = ipw.ToggleButton(
+            description="more", tooltip=f"more choices: {', '.join(control.description for control in rest)}"
+        )
+        self.more.observe(lambda _: self.unfold(), "value")
+        first = ipw.HBox([*controls[: len(controls) - len(rest)], *([self.more] if rest else [])])
+        for row in (first, self.fold):
+            row.add_class("wb-choices")
+        return [first, self.fold]
+
+    def unfold(self) -> None:
+        """Show or hide the choices in the fold."""
+        self.fold.layout.display = None if self.more.value else "none"
+
+    def ticks(self, device: str = "") -> str:
+        """Return the stops as marks under the slider; with a device, also the schemes that kernels know."""
+        return tick_marks(self.kind, self.scale, kernels_for(self.kind, device) if device else ())
+
+    def show_kernels(self, device: str) -> None:
+        """Mark which schemes a kernel runs on this device, and which not."""
+        self.marks.value = self.ticks(device)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Change controls without reacting to each."""
+        before, self.hold = self.hold, True
+        try:
+            yield
+        finally:
+            self.hold = before
+
+    def moved(self, change: dict[str, Any]) -> None:
+        """React to a control: a slider that is moved turns its method on."""
+        if self.hold or self.is_noise(change):
+            return
+        note = ""
+        if change["owner"] is self.slider and not self.on.value:
+            with self.silent():
+                self.on.value = True
+        try:
+            made, note = self.described(change["owner"]) if self.on.value else (None, "")
+        except RecipeError as error:
+            self.settle(None, str(error), "")
+            return
+        self.settle(made, "", note)
+
+    def is_noise(self, change: dict[str, Any]) -> bool:
+        """Return whether a slider has not really moved: browsers answer 2.0 with 2.0000000000000004."""
+        return change["owner"] is self.slider and self.scale.rounded(change["old"]) == self.scale.rounded(
+            change["new"]
+        )
+
+    def settle(self, made: Step | None, error: str, note: str) -> None:
+        """Take over a new state."""
+        (self.remove_class if self.on.value else self.add_class)("wb-off")
+        self.set_trait("error", error)
+        self.set_trait("note", note)
+        self.set_trait("step", made)
+
+    def described(self, owner: ipw.Widget) -> tuple[Step, str]:
+        """Return the step that the controls describe.
+
+        Where the rules refuse it, move what the user did not touch.
+
+        Raises:
+            RecipeError: nothing that the user did not touch would help.
+        """
+        given = self.values()
+        try:
+            return self.kind(**given), ""
+        except RecipeError as error:
+            for attempt in self.alternatives(given, owner):
+                try:
+                    made = self.kind(**attempt)
+                except RecipeError:
+                    continue
+                self.write(made)
+                changed = [
+                    f"{title(name)} set to {value}" for name, value in attempt.items() if given[name] != value
+                ]
+                return made, f"{', '.join(changed)}: {error}"
+            raise
+
+    def alternatives(self, given: dict[str, Any], owner: ipw.Widget) -> Iterator[dict[str, Any]]:
+        """Yield what else the controls could say: after a slider, default choices.
+
+        After a choice, other stops.
+        """
+        if owner is self.slider:
+            yield {
+                name: (
+                    value
+                    if name in {self.kind.slider, "targets", "seed"}
+                    else self.kind.options()[name].default
+                )
+                for name, value in given.items()
+            }
+        elif owner is not self.on:
+            yield from ({**given, self.kind.slider: self.scale.rounded(stop)} for stop in self.finer_stops())
+
+    def finer_stops(self) -> list[float]:
+        """Return slider values to try: the stops, then a finer grid of quarters and eighths of the range."""
+        eighths = [
+            self.scale.low + (self.scale.high + self.scale.step - self.scale.low) * i / 8 for i in range(1, 8)
+        ]
+        return [*self.kind.stops, *eighths]
+
+    def values(self) -> dict[str, Any]:
+        """Return what the controls say, by field."""
+        given = {name: widget.value for name, widget in self.choices.items()}
+        given = {
+            name: round(value, 12) if isinstance(value, float) else value for name, value in given.items()
+        }
+        return {self.kind.slider: self.scale.rounded(self.slider.value), **given, **self.common}
+
+    def write(self, step: Step) -> None:
+        """Put a step into the controls, without reacting."""
+        values = {field.name: getattr(step, field.name) for field in dataclasses.fields(cast("Any", step))}
+        self.common = {name: values[name] for name in ("targets", "seed")}
+        with self.silent():
+            value = values[self.kind.slider]
+            self.slider.max, self.slider.min = max(self.slider.max, value), min(self.slider.min, value)
+            self.slider.value = value
+            for name, widget in self.choices.items():
+                widget.value = values[name]
+        options = self.kind.options()
+        if any(
+            values[name] != options[name].default
+            for name, widget in self.choices.items()
+            if widget in self.fold.children
+        ):
+            self.more.value = True  # nothing that matters is hidden
+
+    def set_step(self, step: Step | None) -> None:
+        """Put a step into the controls.
+
+        None turns the method off and leaves its controls where they are, on all layers.
+        """
+        with self.silent():
+            self.on.value = step is not None
+        if step is not None:
+            self.write(step)
+        else:
+            self.common = {}
+        self.settle(step, "", "")

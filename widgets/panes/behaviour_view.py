@@ -1,0 +1,143 @@
+"""What the compressed model now answers differently: the pictures, the classes, the confusion.
+
+Or two texts side by side.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from html import escape
+
+import ipywidgets as ipw
+from PIL import Image
+from torch import Tensor
+
+from workbench.measure.behaviour import Behaviour, Continuation, Flip
+from workbench.tasks.base import Items
+
+MOST = 24  # pictures shown
+
+
+class BehaviourView(ipw.VBox):
+    """A button and what it finds.
+
+    Comparing answers takes as long as one evaluation, so it runs when asked.
+    """
+
+    def __init__(self, on_ask: Callable[[], None]) -> None:
+        """Start with the button; `on_ask` starts the work and later calls `show_classes` or `show_texts`."""
+        self.button = ipw.Button(
+            description="show what changed",
+            tooltip="compare the answers of the dense and the compressed model, item by item",
+            layout=ipw.Layout(width="auto", align_self="flex-start"),
+        )
+        self.button.on_click(lambda _: on_ask())
+        self.body = ipw.HTML(
+            "<p class='wb-dim'>Equal accuracy can hide many changed answers: look at them here.</p>"
+        )
+        self.body.add_class("wb-table")
+        super().__init__([self.button, self.body])
+
+    def wait(self) -> None:
+        """Say that the answer is on its way."""
+        self.body.value = "<p class='wb-dim'>comparing item by item ...</p>"
+
+    def show_classes(self, label: str, record: Behaviour, items: Items) -> None:
+        """Show a classifier's changes; `items` are the evaluation items, for their pictures."""
+        self.body.value = classes_html(label, record, items)
+
+    def show_texts(self, label: str, records: Sequence[Continuation]) -> None:
+        """Show what both models write, hear or find alike."""
+        self.body.value = texts_html(label, records)
+
+
+def classes_html(label: str, record: Behaviour, items: Items) -> str:
+    """Return changed items with their pictures, the change of each class, and both confusion tables."""
+    share = len(record.flips) / record.items
+    head = (
+        f"<p><b>{escape(label)}</b>: {len(record.flips):,} of {record.items:,} answers changed ({share:.1%});"
+        f" KL to the dense model {record.kl.value:.4f} nats ({record.kl.low:.4f} to {record.kl.high:.4f})</p>"
+    )
+    pixels = items.inputs.get("pixel_values")
+    cards = "".join(card(flip, None if pixels is None else pixels[flip.item]) for flip in record.flips[:MOST])
+    more = (
+        f"<p class='wb-dim'>The {MOST} most changed of {len(record.flips):,}.</p>"
+        if len(record.flips) > MOST
+        else ""
+    )
+    names = [change.name for change in record.classes]
+    tables = (
+        f"<div class='wb-side'>{confusion_html('dense', names, record.dense_confusion)}"
+        f"{confusion_html('compressed', names, record.confusion)}</div>"
+    )
+    return f"{head}<div class='wb-flips'>{cards}</div>{more}{changes_html(record)}{tables}"
+
+
+def card(flip: Flip, pixels: Tensor | None) -> str:
+    """Return one changed item: its picture, what it is, what each model says."""
+    picture = "" if pixels is None else f"<img alt='item {flip.item}' src='{picture_uri(pixels)}'>"
+    mark = "wb-lost" if flip.dense == flip.label else "wb-won" if flip.compressed == flip.label else ""
+    words = f"<b>{escape(flip.label)}</b>{escape(flip.dense)} \N{RIGHTWARDS ARROW} {escape(flip.compressed)}"
+    return (
+        f"<div class='wb-flip {mark}' title='item {flip.item}, KL {flip.kl:.2f}"
+        f" nats'>{picture}<span>{words}</span></div>"
+    )
+
+
+def picture_uri(pixels: Tensor) -> str:
+    """Return an image [C, H, W], whatever its normalisation, as a PNG data URI."""
+    spread = float(pixels.max() - pixels.min()) or 1.0
+    grey = ((pixels - pixels.min()) / spread * 255).byte().cpu()
+    image = (
+        Image.fromarray(grey[0].numpy())
+        if len(grey) != 3
+        else Image.fromarray(grey.permute(1, 2, 0).contiguous().numpy())
+    )
+    if image.height > 96:
+        image.thumbnail((96, 96))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def changes_html(record: Behaviour) -> str:
+    """Return one row a class, the worst change first."""
+    rows = "".join(
+        f"<tr><td>{escape(c.name)}</td><td>{c.items:,}</td><td>{c.dense:.1%}</td><td>{c.compressed:.1%}</td>"
+        f"<td>{100 * c.change.value:+.1f} points"
+        f" ({100 * c.change.low:+.1f} to {100 * c.change.high:+.1f})</td></tr>"
+        for c in sorted(record.classes, key=lambda c: c.change.value)
+    )
+    return (
+        "<table><thead><tr><th>class</th><th>items</th><th>dense</th><th>compressed</th><th>paired"
+        f" change</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def confusion_html(title: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """Return a confusion table, cells shaded by their share of the row; rows are labels, columns answers."""
+    heads = "".join(f"<th title='{escape(name)}'>{escape(name[:4])}</th>" for name in names)
+    body = ""
+    for name, row in zip(names, counts, strict=True):
+        total = sum(row) or 1
+        cells = "".join(
+            f"<td style='background:rgba(59,130,246,{0.6 * value / total:.2f})'>{value or ''}</td>"
+            for value in row
+        )
+        body += f"<tr><td>{escape(name)}</td>{cells}</tr>"
+    return f"<table><thead><tr><th>{escape(title)}</th>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def texts_html(label: str, records: Sequence[Continuation]) -> str:
+    """Return what was given to both models, with their answers side by side."""
+    rows = "".join(
+        f"<tr><td>{escape(r.prompt)}</td><td>{escape(r.dense)}</td><td>{escape(r.compressed)}</td></tr>"
+        for r in records
+    )
+    heads = "<th>given</th><th>dense</th><th>compressed</th>"
+    return (
+        f"<p><b>{escape(label)}</b></p><table"
+        f" class='wb-texts'><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    )

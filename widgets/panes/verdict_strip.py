@@ -1,0 +1,234 @@
+"""The strip under the plot: what the recipe costs and saves, what is measured and what only predicted, and
+why nothing is faster.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+import ipywidgets as ipw
+
+from widgets.session.state import Live
+from workbench.measure.card import divergence_words
+from workbench.measure.measurement import Measurement
+from workbench.metrics.metrics import metric_named
+from workbench.metrics.quality import Estimate, Quality
+from workbench.predict.predictor import Prediction
+from workbench.search.compare import time_words
+from workbench.util.text import size
+
+STATES = {
+    "loading": "loading the model",
+    "training": "training",
+    "measuring": "predicted",
+    "measured": "measured",
+    "cancelled": "cancelled",
+    "failed": "failed",
+    "ready": "",
+}
+
+
+class HonestyStrip(ipw.HTML):
+    """Shows a `Live` record in words. Numbers that are predicted say so."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        super().__init__()
+        self.add_class("wb-strip")
+
+    def show(self, live: Live) -> None:
+        """Show the present state."""
+        self.value = strip(live)
+
+
+def strip(live: Live) -> str:
+    """Return the strip as HTML."""
+    point, guess = live.point, live.prediction
+    if point is None and guess is None:
+        return f"<div class='wb-verdict'>{badge(live)}</div>"
+    heads = [head_quality(point, guess), head_size(point, guess), head_speed(point, guess)]
+    head = "".join(f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in heads)
+    facts = "".join(
+        f"<div><span>{escape(name)}</span>{escape(value)}</div>" for name, value in facts_of(point, guess)
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(point, guess))
+    return (
+        f"<div class='wb-verdict' role='status'>{badge(live)}{head}</div><div"
+        f" class='wb-facts'>{facts}</div><ul class='wb-notes'>{notes}</ul>"
+    )
+
+
+def badge(live: Live) -> str:
+    """Return what kind of numbers these are: predicted, measured on so many items, or measured."""
+    words = STATES[live.state]
+    kind = live.state
+    if live.doing and live.state == "measuring":
+        words = f"{words}: {live.doing}"
+    if live.point is not None and (not live.point.complete or live.point.margin is not None):
+        words = (
+            f"{'stopped' if live.state == 'cancelled' else 'measured'}: {live.point.items:,} of"
+            f" {live.point.items_total:,} items"
+        )
+        words += ", timing" if live.state == "measuring" and only_timed(live.point) else ""
+    return f"<div title='{escape(words)}' class='wb-badge wb-{kind}'>{escape(words)}</div>"
+
+
+def only_timed(point: Measurement) -> bool:
+    """Return whether quality is known, and only time and memory are still being measured."""
+    return point.known_to(point.margin) and point.latency is None and "latency" not in point.missing
+
+
+def plus_minus(quality: Quality) -> tuple[str, str]:
+    """Return the paired change and its interval: `-0.8 points` and `-1.3 to -0.3 at 95%`."""
+    change = quality.change
+    metric = metric_named(quality.metric)
+    scale, digits, unit = (
+        metric.change_scale,
+        metric.change_digits(),
+        metric.change_unit and f" {metric.change_unit}",
+    )
+    spread = f"{signed(scale * change.low, digits)} to {signed(scale * change.high, digits)}"
+    return (
+        f"{signed(scale * change.value, digits)}{unit}",
+        f"{quality.metric}, {spread} at {quality.confidence:.0%}",
+    )
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """Return a number with its sign and a real minus.
+
+    No minus zero, large ones with two digits that count: `+2,500`.
+    """
+    if abs(value) >= 1000:
+        text = f"{float(f'{value:.2g}'):+,.0f}" if abs(value) < 1e6 else f"{value:+.2g}"
+    elif not float(text := f"{value:+.{digits}f}"):
+        return f"±{text[1:]}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
+    """Return the quality in large and small words."""
+    if point is not None:
+        return plus_minus(point.primary)
+    if guess is None or guess.quality is None:
+        return "?", "quality unknown yet"
+    value = metric_named(guess.metric).words(guess.quality.value)
+    return (
+        f"~{value}",
+        f"{guess.metric}, predicted{': a guess' if guess.wide else f', {span(guess.quality, guess.metric)}'}",
+    )
+
+
+def span(estimate: Estimate, metric: str) -> str:
+    """Return an interval of a metric."""
+    words = metric_named(metric).words
+    return f"{words(estimate.low)} to {words(estimate.high)}"
+
+
+def head_size(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
+    """Return the size in large and small words."""
+    if point is not None:
+        return (
+            f"{point.shrink:.2f}\N{MULTIPLICATION SIGN} smaller",
+            f"on disk: {size(point.dense_sizes.file_bytes)} to {size(point.sizes.file_bytes)}",
+        )
+    if guess is None or guess.file_bytes is None:
+        return "?", "size unknown yet"
+    return size(guess.file_bytes), "on disk, exact" if guess.bytes_exact else "on disk at most"
+
+
+def head_speed(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
+    """Return the speed in large and small words."""
+    if point is not None and point.latency is not None:
+        speed = point.latency.speedup
+        return (
+            f"{speed.value:.2f}\N{MULTIPLICATION SIGN} as fast",
+            f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%",
+        )
+    if guess is not None:
+        return f"~{guess.speedup.value:.2f}\N{MULTIPLICATION SIGN} as fast", "predicted, not measured yet"
+    return "?", "speed not measured yet"
+
+
+def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[str, str]]:
+    """Return the smaller facts: three sizes, two latencies, items."""
+    if point is None:
+        return [
+            ("theoretical", "…"),
+            ("packed", "…"),
+            ("file", size(guess.file_bytes) if guess else "…"),
+            ("time predicted", predicted_ms(point, guess)),
+            *bound(guess),
+            ("time measured", "…"),
+            ("items", "…"),
+        ]
+    latency = point.latency
+    return [
+        ("theoretical", size(point.sizes.theoretical_bytes)),
+        ("packed", size(point.sizes.packed_bytes)),
+        ("file", f"{size(point.sizes.file_bytes)} of {size(point.dense_sizes.file_bytes)}"),
+        ("time predicted", predicted_ms(point, guess)),
+        *bound(guess),
+        ("time measured", time_words(point) if latency else point.missing.get("latency", "…")),
+        ("run by", "; ".join((point.context.runtime, *point.kernels))),
+        (
+            "items",
+            (
+                f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for"
+                " calibration"
+            ),
+        ),
+        ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
+    ]
+
+
+def bound(guess: Prediction | None) -> list[tuple[str, str]]:
+    """Return what the model waits for, as far as it is known."""
+    if guess is None or guess.roof is None:
+        return []
+    return [
+        (
+            "bound by",
+            (
+                f"{guess.roof.bound}: {guess.roof.memory:.0%} of the time waits for memory;"
+                f" {guess.roof.ratio:.2f}\N{MULTIPLICATION SIGN} as fast by bandwidth and arithmetic"
+            ),
+        )
+    ]
+
+
+def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:
+    """Return the predicted time: in milliseconds if the dense model's is known, else as a ratio."""
+    if guess is None:
+        return "…"
+    if point is None or point.latency is None:
+        return f"{1 / guess.speedup.value:.2f}\N{MULTIPLICATION SIGN} dense"
+    return f"{point.latency.dense_median_ms / guess.speedup.value:.2f} ms"
+
+
+def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
+    """Return reasons and warnings: why no kernel helps, what the numbers cannot say."""
+    reasons = point.no_kernel if point is not None else guess.no_kernel if guess is not None else ()
+    notes = [f"no faster here: {reason}" for reason in reasons]
+    if point is not None:
+        notes += doubts(point)
+        notes += point.warnings
+    elif guess is not None:
+        notes += guess.notes
+    return notes
+
+
+def doubts(point: Measurement) -> list[str]:
+    """Return what the measured numbers do not show, in words."""
+    drop, found = point.primary.drop, []
+    if len(point.recipe) and drop.low <= 0 <= drop.high:
+        found.append("the change of quality is within the noise: its interval holds zero")
+    if point.latency is not None and len(point.recipe) and point.latency.speedup.high < 1:
+        cause = (
+            f"what {', '.join(point.kernels)} save is less than what rounding and unpacking cost at this size"
+            if point.kernels
+            else "the compressed form takes more steps, and no kernel makes up for them"
+        )
+        found.append(f"slower than the dense model here: {cause}")
+    return found

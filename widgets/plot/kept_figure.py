@@ -1,0 +1,69 @@
+"""A plotly figure as a widget whose state is always what is drawn, so that a reloaded page shows it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import plotly.graph_objects as go
+
+CONFIG = {
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["sendChartToCloud", "lasso2d"],
+}  # no button and no link leads to another site
+
+
+@contextlib.contextmanager
+def absent(module: str) -> Iterator[None]:
+    """Let `import module` fail inside the block, unless it has been imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's own sign for "cannot be imported"
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def kept_figure(figure: go.Figure) -> go.FigureWidget:
+    """Return a figure as a widget.
+
+    The first one imports plotly's widgets, with them nbformat and jsonschema, whose optional `rfc3987_syntax`
+    spends 1.5 s on grammars for internationalised addresses, which no notebook has: it is left out.
+    """
+    with absent("rfc3987_syntax"):
+        base = go.FigureWidget
+
+    class KeptFigure(base):  # type: ignore[misc,valid-type]
+        """A figure widget whose full state is read from the figure: plotly 7.1 syncs data and layout only
+        when it is made.
+        """
+
+        def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+            """Return the state; the full one is what a page asks for when it is loaded again."""
+            if key is None and self.comm is not None:
+                now = {
+                    "_widget_data": copy.deepcopy(self._data),
+                    "_widget_layout": copy.deepcopy(self._layout_obj._props),  # noqa: SLF001
+                }
+                # Not set as traits: what a page asks for need not be sent to it twice
+                self._trait_values |= now
+            state: dict[str, Any] = super().get_state(key, drop_defaults)
+            return state
+
+        @staticmethod
+        def _remove_overlapping_props(
+            _input_data: Any, _delta_data: Any, _prop_path: tuple[Any, ...] = ()
+        ) -> list[Any]:
+            """Keep what was written: plotly drops from the figure what the page reports as a default, at
+            times a point's x.
+            """
+            return []
+
+    made = KeptFigure(figure)
+    made._config = CONFIG  # noqa: SLF001  a widget has no other way to set it
+    return made

@@ -1,0 +1,141 @@
+"""The line over the plot: what stands on the axes, what colour means, how many points are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import ipywidgets as ipw
+import traitlets
+
+from widgets.plot.colours import legend
+from widgets.plot.plot_choice import COST_NAMES, SHADE_NAMES, PlotChoice, can_be_logarithmic
+from workbench.ledger.pareto import Tradeoff
+
+
+class PlotBar(ipw.VBox):
+    """Controls of the plot.
+
+    `choice` is what they say; `selecting` turns dragging on the plot from zooming into marking points.
+    """
+
+    choice = traitlets.Instance(PlotChoice, ())
+    selecting = traitlets.Bool(default_value=False)
+
+    def __init__(self) -> None:
+        """Make the controls."""
+        self.hold = False
+        self.cost = menu(
+            "x",
+            [(name, cost) for cost, name in COST_NAMES.items()],
+            "file_bytes",
+            "what stands across: less is always left",
+        )
+        self.metric = menu(
+            "y",
+            [("quality", ("", False)), ("change", ("", True))],
+            ("", False),
+            "what stands upwards: better is always up",
+        )
+        self.shade = menu(
+            "colour",
+            [(name, shade) for shade, name in SHADE_NAMES.items()],
+            "standing",
+            "what the colour of measured points means",
+        )
+        self.log_cost = switch("log x", True, "a logarithmic axis for the cost")
+        self.log_quality = switch("log y", True, "a logarithmic axis for quality, where it has no zero")
+        self.select = switch(
+            "select",
+            False,
+            "drag a box around points to compare them; off: drag to zoom, double click to zoom out",
+        )
+        self.words = ipw.HTML(legend(None))
+        self.words.add_class("wb-legend")
+        row = ipw.HBox([self.cost, self.log_cost, self.metric, self.log_quality, self.shade, self.select])
+        row.add_class("wb-plotmenu")
+        super().__init__([row, self.words])
+        self.add_class("wb-plotbar")
+        for control in (self.cost, self.metric, self.shade, self.log_cost, self.log_quality):
+            control.observe(self.moved, "value")
+        self.observe(self.chosen, "choice")
+        traitlets.link((self.select, "value"), (self, "selecting"))
+
+    def moved(self, change: dict[str, Any]) -> None:
+        """Take over what the controls say.
+
+        A change of the cost brings its own scale: sizes are logarithmic, time is not.
+        """
+        if self.hold:
+            return
+        log_cost = self.cost.value != "latency" if change["owner"] is self.cost else self.log_cost.value
+        metric, change_of = self.metric.value
+        self.choice = PlotChoice(
+            self.cost.value, metric, change_of, self.shade.value, log_cost, self.log_quality.value
+        )
+
+    def chosen(self, change: dict[str, Any]) -> None:
+        """Show a choice that came from Python."""
+        made = cast("PlotChoice", change["new"])
+        self.hold = True
+        try:
+            self.cost.value, self.shade.value = made.cost, made.shade
+            self.metric.value = (made.metric, made.change)
+            self.log_cost.value, self.log_quality.value = made.log_cost, made.log_quality
+        finally:
+            self.hold = False
+
+    def offer(self, metrics: Sequence[str]) -> None:
+        """Offer the metrics that points carry, the main one first.
+
+        Each as it is, and as its change against the dense model.
+        """
+        options = [
+            (words, value)
+            for i, name in enumerate(metrics)
+            for words, value in (
+                (name, ("" if i == 0 else name, False)),
+                (f"{name}, change", ("" if i == 0 else name, True)),
+            )
+        ]
+        if options and tuple(options) != tuple(self.metric.options):
+            known = self.choice.metric in {"", *metrics[1:]}
+            self.hold = True
+            try:
+                kept = (self.choice.metric, self.choice.change) if known else ("", self.choice.change)
+                self.metric.options = options
+                self.metric.value = kept
+            finally:
+                self.hold = False
+            if not known:
+                self.choice = dataclasses.replace(self.choice, metric="")
+        shown = self.choice.metric or (metrics[0] if metrics else "")
+        self.log_quality.disabled = not can_be_logarithmic(self.choice, shown)
+
+    def show(self, record: Tradeoff | None, total: int) -> None:
+        """Say what marks and colours mean, and how many of how many points are drawn."""
+        drawn = 0 if record is None else len(record.points)
+        count = (
+            f"<span class='wb-count'>{drawn:,} of {total:,}"
+            f" points{': front and newest' if drawn < total else ''}</span>"
+            if total
+            else ""
+        )
+        words = legend(record) + count
+        if self.words.value != words:
+            self.words.value = words
+
+
+def menu(name: str, options: list[tuple[str, Any]], value: Any, about: str) -> ipw.Dropdown:
+    """Return a drop-down of the bar."""
+    made = ipw.Dropdown(options=options, value=value, description=name, tooltip=about)
+    made.add_class("wb-menu")
+    return made
+
+
+def switch(name: str, value: bool, about: str) -> ipw.ToggleButton:
+    """Return a toggle of the bar."""
+    made = ipw.ToggleButton(value=value, description=name, tooltip=about)
+    made.add_class("wb-switch")
+    return made

@@ -1,0 +1,179 @@
+"""A plotly figure of points, lines and error bars as a small SVG that needs no script; pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 400, 70, 12, 14, 50
+GREY, BLUE = "#8b95a5", "#3b82f6"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where numbers lie: `low` and `high` are logarithms on a log axis, `start` and `end` are in SVG
+    units.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def place(self, value: Any) -> float | None:
+        """Return the place of a number, None for what has none there."""
+        if not isinstance(value, int | float) or not math.isfinite(value) or (self.log and value <= 0):
+            return None
+        x = math.log10(value) if self.log else float(value)
+        return self.start + (x - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a number lies between the ends."""
+        place = self.place(value)
+        return (
+            place is not None and min(self.start, self.end) - 0.5 <= place <= max(self.start, self.end) + 0.5
+        )
+
+
+def axis_of(layout: Mapping[str, Any], start: float, end: float) -> Axis | None:
+    """Return an axis of the figure, None where it has no range yet."""
+    ends = layout.get("range")
+    if not ends or ends[0] == ends[1]:
+        return None
+    return Axis(float(ends[0]), float(ends[1]), start, end, layout.get("type") == "log")
+
+
+def ticks(axis: Axis, layout: Mapping[str, Any]) -> list[float]:
+    """Return the ticks that the figure names, else about six round numbers (1, 2 and 5 of each power on a log
+    axis).
+    """
+    if layout.get("tickmode") == "array" and layout.get("tickvals"):
+        found = [float(value) for value in layout["tickvals"]]
+    elif axis.log:
+        found = [base * 10.0**power for power in range(-4, 9) for base in (1, 2, 5)]
+    else:
+        low, high = sorted((axis.low, axis.high))
+        power = 10.0 ** math.floor(math.log10((high - low) / 5))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 6.5 >= high - low)
+        found = [
+            round(step * index, 10) for index in range(math.ceil(low / step), math.floor(high / step) + 1)
+        ]
+    return [value for value in found if axis.holds(value)]
+
+
+def numbers(values: Any) -> list[Any]:
+    """Return a trace's numbers as a list."""
+    return [] if values is None else [value.item() if hasattr(value, "item") else value for value in values]
+
+
+def points_of(trace: Mapping[str, Any], across: Axis, up: Axis) -> list[tuple[float, float, int]]:
+    """Return the places of a trace's points that lie inside, with their index."""
+    pairs = enumerate(zip(numbers(trace.get("x")), numbers(trace.get("y")), strict=False))
+    return [
+        (across.place(x) or 0.0, up.place(y) or 0.0, index)
+        for index, (x, y) in pairs
+        if across.holds(x) and up.holds(y)
+    ]
+
+
+def colour(value: Any) -> str:
+    """Return a colour; a scale of numbers becomes blue."""
+    return escape(value) if isinstance(value, str) else BLUE
+
+
+def marks(trace: Mapping[str, Any], across: Axis, up: Axis) -> str:
+    """Return one trace: its line or its markers with their bars."""
+    places = points_of(trace, across, up)
+    if trace.get("mode") == "lines":
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
+        return (
+            f"<polyline points='{path}' fill='none' stroke='{colour((trace.get('line') or {}).get('color'))}'"
+            " stroke-dasharray='3 3'/>"
+            if len(places) > 1
+            else ""
+        )
+    marker = trace.get("marker") or {}
+    shape, shade, width = (
+        str(marker.get("symbol", "circle")),
+        colour(marker.get("color")),
+        marker.get("size", 8),
+    )
+    radius = (width if isinstance(width, int | float) else 8) / 2
+    drawn = []
+    for x, y, index in places:
+        drawn.append(error_bar(trace, index, x, up))
+        if shape.startswith("star"):
+            drawn.append(
+                f"<text x='{x:.1f}' y='{y + 8:.1f}' font-size='24' text-anchor='middle'"
+                f" fill='{shade}'>\N{BLACK STAR}</text>"
+            )
+        else:
+            fill, edge = ("none", shade) if shape.endswith("open") else (shade, "none")
+            drawn.append(
+                f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius:.1f}' fill='{fill}' stroke='{edge}'"
+                " stroke-width='2' opacity='0.85'/>"
+            )
+    return "".join(drawn)
+
+
+def error_bar(trace: Mapping[str, Any], index: int, x: float, up: Axis) -> str:
+    """Return the bar of one point, cut at the ends of the plot."""
+    bars = trace.get("error_y") or {}
+    above, below, y = (
+        numbers(bars.get("array")),
+        numbers(bars.get("arrayminus")),
+        numbers(trace.get("y"))[index],
+    )
+    if index >= len(above) or index >= len(below):
+        return ""
+    ends = [up.place(y + above[index]), up.place(y - below[index])]
+    top, bottom = (min(max(end if end is not None else TOP, TOP), HEIGHT - BOTTOM) for end in ends)
+    return (
+        f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{top:.1f}' y2='{bottom:.1f}'"
+        f" stroke='{colour(bars.get('color'))}' stroke-width='{min(3, bars.get('thickness', 1))}'/>"
+    )
+
+
+def frame(across: Axis, up: Axis, layout: Mapping[str, Any]) -> str:
+    """Return grid, tick labels and axis titles."""
+    x, y = layout.get("xaxis") or {}, layout.get("yaxis") or {}
+    parts, bottom, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
+    for value in ticks(across, x):
+        at = across.place(value)
+        parts.append(
+            f"<line x1='{at:.1f}' x2='{at:.1f}' y1='{TOP}' y2='{bottom}' stroke='{GREY}'"
+            f" stroke-opacity='.25'/><text x='{at:.1f}' y='{bottom + 18}'"
+            f" text-anchor='middle'>{value:g}</text>"
+        )
+    for value in ticks(up, y):
+        at = up.place(value)
+        parts.append(
+            f"<line x1='{LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' stroke='{GREY}'"
+            f" stroke-opacity='.25'/><text x='{LEFT - 8}' y='{(at or 0) + 5:.1f}'"
+            f" text-anchor='end'>{value:g}</text>"
+        )
+    titles = [escape(str((axis.get("title") or {}).get("text") or "")) for axis in (x, y)]
+    middle = (TOP + bottom) / 2
+    parts.append(
+        f"<text x='{(LEFT + right) / 2}' y='{HEIGHT - 8}' text-anchor='middle'>{titles[0]}</text><text"
+        f" transform='translate(16 {middle}) rotate(-90)' text-anchor='middle'>{titles[1]}</text>"
+    )
+    return "".join(parts)
+
+
+def svg(data: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
+    """Return the figure as SVG; empty before its axes are known."""
+    across = axis_of(layout.get("xaxis") or {}, LEFT, WIDTH - RIGHT)
+    up = axis_of(layout.get("yaxis") or {}, HEIGHT - BOTTOM, TOP)
+    if across is None or up is None:
+        return ""
+    inside = frame(across, up, layout) + "".join(marks(trace, across, up) for trace in data)
+    return (
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' style='max-width:100%' role='img'"
+        f" aria-label='trade-off plot' font-family='system-ui, sans-serif' font-size='13' fill='{GREY}'"
+        f" xmlns='http://www.w3.org/2000/svg'>{inside}</svg>"
+    )

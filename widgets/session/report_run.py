@@ -1,0 +1,213 @@
+"""The report notebook in a process of its own, started, watched and stopped from the panel; knows no widget.
+
+A process keeps the panel's own free, runs papermill with its kernel, and can be stopped at any moment. What
+it measures goes to the same ledger, so that points that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from workbench.errors import RecipeError, WorkbenchError
+from workbench.recipe import METHODS, Recipe
+
+
+@dataclass(frozen=True)
+class ReportState:
+    """Where a report stands: `done` of `total` cells; `page` once it is written, `message` if it failed."""
+
+    state: Literal["running", "done", "stopped", "failed"]
+    page: Path
+    done: int = 0
+    total: int = 0
+    message: str = ""
+
+
+def report_command(
+    model: str, recipe: Recipe, settings: Mapping[str, Any], output: Path, name: str
+) -> list[str]:
+    """Return the command that writes the report of a recipe with the panel's own settings.
+
+    Args:
+        model: as given to `workbench.Bench`.
+        recipe: passed whole, so that also what flat options cannot say arrives.
+        settings: of the bench: data, device, ledger, evaluation_items, runtime, placement, offline; None is
+            left out.
+        output: the directory.
+        name: of the notebook and the page.
+
+    Raises:
+        RecipeError: a step's method was defined in the notebook itself, where another process cannot find it.
+    """
+    plugins = plugins_of(recipe)
+    words = [
+        sys.executable,
+        "-m",
+        "workbench",
+        *(word for plugin in plugins for word in ("--plugin", plugin)),
+        "report",
+        model,
+        "--recipe",
+        recipe.to_json(),
+    ]
+    for option in ("data", "device", "ledger", "evaluation_items", "runtime", "placement"):
+        if settings.get(option) is not None:
+            words += [f"--{option.replace('_', '-')}", str(settings[option])]
+    return [
+        *words,
+        *(["--offline"] if settings.get("offline") else []),
+        "--output",
+        str(output),
+        "--name",
+        name,
+    ]
+
+
+def plugins_of(recipe: Recipe) -> list[str]:
+    """Return the modules outside the workbench that a recipe's methods come from."""
+    modules = list(dict.fromkeys(METHODS.step(step.kind()).__module__ for step in recipe))
+    if "__main__" in modules:
+        step = next(step for step in recipe if type(step).__module__ == "__main__")
+        raise RecipeError(
+            f"{type(step).__name__} is defined in this notebook, and a report runs in a process of its own:"
+            " move it to a module that can be imported"
+        )
+    return [module for module in modules if not module.startswith("workbench.")]
+
+
+def free_name(folder: Path, stem: str) -> str:
+    """Return `stem`, or `stem-2`, `stem-3`, ... if a report of that name is there."""
+    number, name = 1, stem
+    while (folder / f"{name}.html").exists() or (folder / f"{name}.ipynb").exists():
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+class ReportRun:
+    """One report at a time. `on_change` gets a `ReportState` from a thread whenever there is news."""
+
+    def __init__(self, on_change: Callable[[ReportState], None], every_s: float = 0.5) -> None:
+        """Start nothing yet."""
+        self.on_change, self.every_s = on_change, every_s
+        self.process: subprocess.Popen[bytes] | None = None
+        self.thread: threading.Thread | None = None
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def running(self) -> bool:
+        """Return whether a report is being made."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def start(self, command: list[str], page: Path) -> None:
+        """Start a report and return at once.
+
+        Raises:
+            WorkbenchError: one is running, or the directory cannot be written.
+
+        """
+        with self.lock:
+            if self.running:
+                raise WorkbenchError("a report is being made already: stop it first, or wait")
+            try:
+                page.parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=page.parent).close()
+            except OSError as error:
+                raise WorkbenchError(
+                    f"cannot write a report to {str(page.parent)!r}: {error.strerror}; give another folder"
+                ) from None
+            self.stopping.clear()
+            self.thread = threading.Thread(
+                target=self.watch, args=(command, page), name="workbench-report", daemon=True
+            )
+            self.thread.start()
+
+    def stop(self) -> None:
+        """Ask the report to stop; what it has measured by then is in the ledger."""
+        self.stopping.set()
+
+    def close(self, timeout: float = 15.0) -> None:
+        """Stop, and wait for the end."""
+        self.stop()
+        if self.thread is not None:
+            self.thread.join(timeout)
+
+    def watch(self, command: list[str], page: Path) -> None:
+        """Run the command to its end (the thread's body)."""
+        state = ReportState("running", page)
+        self.on_change(state)
+        with tempfile.TemporaryFile() as log:
+            try:
+                self.process = subprocess.Popen(  # noqa: S603
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self.on_change(replace(state, state="failed", message=f"cannot start the report: {error}"))
+                return
+            while self.process.poll() is None:
+                if self.stopping.wait(self.every_s):
+                    end(self.process)
+                    break
+                now = progress_of(page.with_suffix(".ipynb"))
+                if now is not None and now != (state.done, state.total):
+                    state = replace(state, done=now[0], total=now[1])
+                    self.on_change(state)
+            code = self.process.wait()
+            log.seek(0)
+            text = log.read().decode(errors="replace")
+        if self.stopping.is_set():
+            self.on_change(replace(state, state="stopped"))
+        elif code == 0 and page.is_file():
+            self.on_change(replace(state, state="done", done=state.total))
+        else:
+            self.on_change(replace(state, state="failed", message=reason(text, code)))
+
+
+def end(process: subprocess.Popen[bytes], patience_s: float = 8.0) -> None:
+    """Stop a process as Ctrl-C does, so that papermill ends its kernel; kill it if it does not listen."""
+    if os.name == "posix":
+        process.send_signal(signal.SIGINT)
+    else:
+        process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    process.kill()
+
+
+def progress_of(notebook: Path) -> tuple[int, int] | None:
+    """Return (cells done, cells) of a notebook that papermill is executing.
+
+    None while that cannot be read.
+    """
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return None  # not there yet, or half written: the next look will tell
+    return sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells), len(
+        cells
+    )
+
+
+def reason(text: str, code: int) -> str:
+    """Return why a report failed: the command's own message, or the end of what it printed."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = next(
+        (line.removeprefix("error: ") for line in reversed(lines) if line.lower().startswith("error: ")), None
+    )
+    return said or (lines[-1] if lines else f"the report ended with exit code {code} and said nothing")

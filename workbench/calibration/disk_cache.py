@@ -1,0 +1,363 @@
+"""What was computed once, on disk for the next process: one safetensors file a value, never trusted, never
+needed.
+
+A file lies under its model's fingerprint and a hash of everything that its bits depend on: the weights, the
+calibration data, the device and its settings, the versions of torch, transformers and this package, down to
+its sources. What cannot be read is computed again and written anew; what cannot be written costs a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.calibration.background_writer import Writer
+from workbench.calibration.tensor_tree import (
+    PLAIN,
+    NotPlainError,
+    Parts,
+    checksums,
+    put_together,
+    storages_in,
+    take_apart,
+)
+from workbench.modules.offload import device_of
+from workbench.util.device import describe
+
+if TYPE_CHECKING:
+    from workbench.tasks.base import Task
+
+WHERE = "WORKBENCH_CACHE"  # environment variable: a folder, or "off"
+DISK_BYTES = 4 * 2**30  # of all models together; the least recently used go first
+WORTH_SECONDS = 0.2  # what took less is computed again rather than read
+HOUR = 3600  # seconds
+
+
+def folder() -> Path | None:
+    """Return where values are kept: in the user's cache directory, where `WORKBENCH_CACHE` says, or nowhere
+    if that is "off".
+    """
+    import platformdirs
+
+    said = os.environ.get(WHERE, "")
+    if said.lower() in {"off", "0", "none"}:
+        return None
+    return (
+        Path(said).expanduser()
+        if said
+        else Path(platformdirs.user_cache_dir("compression-workbench")) / "statistics"
+    )
+
+
+def disk_cache(task: Task) -> DiskCache | None:
+    """Return the cache of a task's model and calibration data in the user's folder, None if that is switched
+    off.
+    """
+    place = folder()
+    return None if place is None else DiskCache(place, task)
+
+
+@dataclass
+class DiskCache:
+    """Values of one task under `place`.
+
+    Nothing is read, hashed or written before a value is asked for or offered.
+    """
+
+    place: Path
+    task: Task
+    limit: int = DISK_BYTES
+    worth_seconds: float = WORTH_SECONDS
+
+    def __post_init__(self) -> None:
+        """Make the writer, whose thread starts with the first file."""
+        self.writer = Writer()
+
+    @cached_property
+    def home(self) -> Path:
+        """Return the folder of this model in this setting."""
+        return self.place / safe(self.task.model_fingerprint) / setting(self.task)
+
+    def path(self, key: Hashable) -> Path | None:
+        """Return the file of a key, None for one that other processes would not write the same way."""
+        told = key_text(key)
+        return (
+            None
+            if told is None
+            else self.home / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
+        )
+
+    def read(self, key: Hashable, device: torch.device) -> tuple[Any] | None:
+        """Return (the value,) that was written under a key, on `device` what lay on one, or None: not there,
+        or not whole.
+        """
+        path = self.path(key)
+        if path is None:
+            return None
+        try:
+            value = loaded(path, str(key_text(key)), device)
+        except FileNotFoundError:
+            return None
+        except Exception:  # noqa: BLE001
+            # a damaged file raises many kinds of errors; the value is computed anew
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now
+        return (value,)
+
+    def offer(self, key: Hashable, value: Any, seconds: float) -> None:
+        """Have a value written soon, if it is plain data that took long enough and is not too large."""
+        path = self.path(key) if seconds >= self.worth_seconds else None
+        if path is None:
+            return
+        try:
+            parts = take_apart(value)
+        except NotPlainError:
+            return
+        if parts.nbytes <= self.limit // 2:
+            self.writer.submit(lambda: self.write(path, str(key_text(key)), parts))
+
+    def write(self, path: Path, told: str, parts: Parts) -> None:
+        """Write one file under another name and rename it: whoever reads finds all of it or nothing.
+
+        Raises:
+            OSError: the folder cannot be written.
+
+        """
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.tidy(parts.nbytes)
+        note = path.parent.parent / "name"
+        if not note.exists():
+            note.write_text(self.task.model_name)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            here = parts.moved(lambda storage: storage.cpu())
+            about = {
+                "key": told,
+                "description": parts.description,
+                "devices": json.dumps([self.told(storage.device) for storage in parts.storages]),
+                "checksums": json.dumps(checksums(here.storages)),
+            }
+            save_file(
+                {str(index): storage for index, storage in enumerate(here.storages)},
+                temporary,
+                metadata=about,
+            )
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def told(self, device: torch.device) -> str:
+        """Return how a file names a device: the model's own is nameless, as it may be another one
+        tomorrow.
+        """
+        return "" if device == next(self.task.model.parameters()).device else str(device)
+
+    def tidy(self, wanted: int) -> None:
+        """Delete what was used least recently until `wanted` bytes fit, and what processes left that ended
+        while they wrote.
+        """
+        for left in self.place.rglob("*.part"):
+            if left.stat().st_mtime < time.time() - HOUR:
+                left.unlink(missing_ok=True)
+        files = files_under(self.place)
+        total = sum(size for _, size, _ in files)
+        for path, size, _ in files:
+            if total + wanted <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def take_trouble(self) -> str:
+        """Return why something could not be written, once, or ""."""
+        error = self.writer.take_error()
+        return (
+            ""
+            if error is None
+            else (
+                f"what was computed once is not kept for the next session: {self.place} cannot be written"
+                f" ({error}); free space there, or set {WHERE}=off or to another folder"
+            )
+        )
+
+    def flush(self) -> None:
+        """Wait until everything that was offered is written."""
+        self.writer.flush()
+
+
+def loaded(path: Path, told: str, device: torch.device) -> Any:
+    """Return the value in a file.
+
+    Raises:
+        Exception: it is not there, damaged, of another key, or names what this package does not have; of many
+            kinds.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        if about["key"] != told:
+            raise ValueError(f"{path} holds {about['key']}, not {told}")
+        storages: list[Tensor] = [
+            file.get_tensor(str(index)).clone() for index in range(len(file.keys()))
+        ]  # memory of torch's own: aligned as always
+    if checksums(storages) != json.loads(about["checksums"]):
+        raise ValueError(f"{path} is damaged")
+    placed = [
+        storage.to(name or device)
+        for storage, name in zip(storages, json.loads(about["devices"]), strict=True)
+    ]
+    return put_together(Parts(about["description"], tuple(placed)))
+
+
+def files_under(place: Path) -> list[tuple[Path, int, float]]:
+    """Return (path, bytes, last use) of all files of values, the least recently used first.
+
+    What vanishes meanwhile is left out.
+    """
+    found = []
+    for path in place.rglob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            found.append((path, status.st_size, status.st_mtime))
+    return sorted(found, key=lambda one: one[2])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is on disk for one model: its fingerprint and name, files, bytes, and when one was last used
+    (seconds since 1970).
+    """
+
+    fingerprint: str
+    name: str
+    files: int
+    bytes: int
+    used: float
+
+
+def contents(place: Path) -> tuple[Kept, ...]:
+    """Return what is on disk, model by model, the most recently used first."""
+    models: dict[str, list[tuple[Path, int, float]]] = {}
+    for one in files_under(place):
+        models.setdefault(one[0].relative_to(place).parts[0], []).append(one)
+    found = []
+    for fingerprint, files in models.items():
+        note = place / fingerprint / "name"
+        name = note.read_text() if note.exists() else ""
+        found.append(
+            Kept(
+                fingerprint,
+                name,
+                len(files),
+                sum(size for _, size, _ in files),
+                max(used for *_, used in files),
+            )
+        )
+    return tuple(sorted(found, key=lambda kept: -kept.used))
+
+
+def clear(place: Path) -> int:
+    """Delete everything on disk; return how many bytes that were.
+
+    Raises:
+        OSError: something cannot be deleted.
+
+    """
+    total = sum(size for _, size, _ in files_under(place))
+    for model in place.iterdir() if place.exists() else ():
+        if (model / "name").exists() or any(model.rglob("*.safetensors")) or any(model.rglob("*.part")):
+            shutil.rmtree(model)
+    return total
+
+
+def key_text(key: Hashable) -> str | None:
+    """Return a key as text that is the same in every process, None if it has parts for which there is
+    none.
+    """
+    if isinstance(key, PLAIN):
+        return repr(key)
+    if isinstance(key, tuple):
+        parts = [key_text(part) for part in key]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    if dataclasses.is_dataclass(key) and not isinstance(key, type):
+        return key_text(
+            (type(key).__qualname__, *(getattr(key, field.name) for field in dataclasses.fields(key)))
+        )
+    return None
+
+
+def setting(task: Task) -> str:
+    """Return a hash of all that the bits of a value depend on besides its key, the weights themselves
+    included: 24 hexadecimal digits.
+    """
+    import transformers
+
+    device = device_of(task.model)
+    weights = checksums(storages_in(task.model).values())
+    shapes = [
+        (name, list(tensor.shape), str(tensor.dtype)) for name, tensor in task.model.state_dict().items()
+    ]
+    devices = sorted({str(tensor.device) for tensor in task.model.parameters()})
+    about = [
+        weights,
+        shapes,
+        devices[1:],
+        task.model_fingerprint,
+        task.calibration.fingerprint,
+        task.kind.name,
+        task.batch_size,
+        describe(device),
+        torch.__version__,
+        transformers.__version__,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        sources(),
+    ]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
+
+
+COMPUTES = (
+    "calibration",
+    "compress",
+    "formats",
+    "kernels",
+    "modules",
+    "runtime",
+    "tasks",
+)  # folders whose code makes what is kept
+
+
+def sources() -> str:
+    """Return a hash of the code that computes such values: what another version computed is not taken for its
+    own.
+    """
+    here = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in COMPUTES for path in (here / folder).rglob("*.py")):
+        digest.update(path.relative_to(here).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def safe(name: str) -> str:
+    """Return a name that is one part of a path."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".") or "model"

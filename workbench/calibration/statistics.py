@@ -1,0 +1,395 @@
+"""What calibration data say about a model, computed once and kept: second moments of inputs, gradients of the
+loss.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from workbench.calibration.memory_cache import Cache, cache_of
+from workbench.errors import CompressionError
+from workbench.modules.layer import Layer, Progress, find_layers, no_progress, patches
+from workbench.modules.offload import HOST, device_of, fetched, moved, streams_to
+from workbench.modules.sharing import sharing_copy
+from workbench.util.hooks import of_this_thread
+
+if TYPE_CHECKING:
+    from workbench.tasks.base import Items, Task
+
+T = TypeVar("T")
+
+# Of a streamed model's layers, held to see which layers read the same tensor: those of one block, and one
+# that all blocks read
+LAST_INPUTS = 8
+GROUPS = 64  # groups of calibration items whose gradients are squared one by one
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the task's loss by one weight, over the calibration data: both float32 [outputs, inputs].
+
+    `mean` is E[g]. `square` is the mean over at most 64 groups of consecutive items of (items in the group) *
+    g^2, with g the gradient of the group's mean loss: with one item a group it is E[g^2] of single items, the
+    diagonal of the empirical Fisher information; with more, an estimate of it that adds (items - 1) * E[g]^2,
+    small for a trained model.
+    """
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """E[x x^T] of each layer's inputs, float32 [inputs, inputs], and how many rows x it was averaged over."""
+
+    matrices: dict[str, Tensor]
+    rows: dict[str, int]
+
+    @cached_property
+    def readers(self) -> dict[str, str]:
+        """Return, for each layer, the first one that reads the same inputs: what follows from their second
+        moment is the same for both.
+        """
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(matrix), name) for name, matrix in self.matrices.items()}
+
+
+class Statistics:
+    """What methods need to know about a model and derive from it: the dense one, or another one that the task
+    is given.
+
+    Nothing is computed before it is asked for. `once` keeps what does not depend on a slider (factorisations,
+    sorted weights) within the budget of `cache`, so that moving the slider pays only for the rest.
+    """
+
+    def __init__(self, task: Task, progress: Progress = no_progress, cache: Cache | None = None) -> None:
+        """Remember the task; compute nothing yet.
+
+        Without a `cache` what is computed is kept in memory, within its default budget.
+        """
+        self.task = task
+        self.progress = progress
+        self.kept = cache or cache_of(task)
+        self.visiting: WeakValueDictionary[int, Tensor] = (
+            WeakValueDictionary()
+        )  # second moments of a streamed model on its device, for as long as someone reads them
+
+    def once(
+        self, key: Hashable, compute: Callable[[], T], *, lasting: bool = False, optional: bool = False
+    ) -> T:
+        """Return `compute()`, kept under `key` for the next time.
+
+        With `lasting` also on disk, for what depends on the model, the calibration data and the key alone;
+        `optional` for what a move asks for once, so that it need not be kept where there is no room. See
+        `Cache.once`.
+        """
+        if not optional or streams_to(self.task.model) is None:
+            return self.kept.once(key, compute, lasting=lasting, optional=optional)
+        return self.visit(
+            self.kept.once(key, lambda: cast("T", moved(compute(), HOST)), lasting=lasting, optional=True)
+        )  # the device has no room for it
+
+    def stacked(
+        self, family: Hashable, names: Sequence[str], compute: Callable[[list[int]], T]
+    ) -> list[tuple[T, int]]:
+        """Return (a stack, the place in it) of each name, where `compute(places)` makes the stack of some of
+        the names at once.
+
+        What an earlier stack holds is not computed again, whatever names it was computed with; all the rest
+        is, together.
+        """
+        where: dict[str, tuple[Hashable, int]] = self.once(("places", family), dict)
+        stacks: dict[Hashable, T] = {}
+        for key in dict.fromkeys(where[name][0] for name in names if name in where):
+            if (kept := self.kept.get(key)) is not None:
+                stacks[key] = self.visit(kept[0])
+        missing = [
+            place for place, name in enumerate(names) if name not in where or where[name][0] not in stacks
+        ]
+        fresh = (family, tuple(names[place] for place in missing))
+        places = {name: where[name] for name in names if name in where} | {
+            names[place]: (fresh, index) for index, place in enumerate(missing)
+        }
+        if missing:
+            stacks[fresh] = self.once(fresh, lambda: compute(missing), lasting=True, optional=True)
+            where.update(places)
+        return [(stacks[key], place) for key, place in (places[name] for name in names)]
+
+    def visit(self, value: T) -> T:
+        """Return a kept value where it is worked with: of a streamed model, which keeps all at home, a copy
+        on its device.
+        """
+        device = streams_to(self.task.model)
+        return value if device is None else cast("T", moved(value, device))
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """Return the task's model's layers by name: to read, not to write."""
+        return find_layers(self.task.model)[0]
+
+    def second_moment(self, name: str) -> Tensor:
+        """Return E[x x^T] of a layer's inputs, float32 [inputs, inputs], on the model's device.
+
+        Raises:
+            CompressionError: the layer sees no input during calibration, or one that is not finite.
+
+        """
+        kept, device = found(self.moments().matrices, name), streams_to(self.task.model)
+        if device is None:
+            return kept
+        there = self.visiting.get(id(kept))
+        if there is None:
+            there = self.visiting[id(kept)] = fetched(kept, device)
+        return there
+
+    def rows(self, name: str) -> int:
+        """Return how many inputs the layer saw: with fewer than it has columns, its second moment is
+        singular. Raises as `second_moment`.
+        """
+        return found(self.moments().rows, name)
+
+    def moments(self) -> Moments:
+        """Return the second moments of all layers."""
+        return self.once("second moments", lambda: second_moments(self.task, self.progress), lasting=True)
+
+    def gradients(self, name: str) -> Gradients:
+        """Return the gradients of the task's loss (such as cross entropy with the labels of the calibration
+        items) by a layer's weight.
+
+        Raises:
+            CompressionError: the layer takes no part in the loss, or a gradient is not finite.
+        """
+        usual = self.once("gradients", lambda: gradients(self.task, self.progress), lasting=True)
+        if name in usual:
+            return usual[name]
+        return found(
+            self.once(
+                "gradients of tables", lambda: gradients(self.task, self.progress, tables=True), lasting=True
+            ),
+            name,
+        )
+
+
+def found(table: dict[str, T], name: str) -> T:
+    """Return a layer's entry, or say that calibration never reached it."""
+    if name not in table:
+        raise CompressionError(
+            f"layer {name!r} receives no input during calibration: it cannot be compressed by its activations"
+        )
+    return table[name]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TF32 off while products are formed that are inverted later.
+
+    What the caller had set comes back.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class Products:
+    """X^T X of what layers are given in one batch, once for all that read the same tensor. Mutable.
+
+    Tensors are held so that their ids are not used again: `most` of them (None: all), the newest ones.
+    `home`: products go to the host.
+    """
+
+    most: int | None
+    home: bool
+    found: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = field(
+        default_factory=OrderedDict
+    )
+
+    def of(self, module: nn.Module, given: Tensor) -> tuple[Tensor, int, Tensor]:
+        """Return (product [inputs, inputs], rows that it is of, whether all are finite)."""
+        key = id(given), given._version  # noqa: SLF001  counts changes in place
+        if key not in self.found or isinstance(module, nn.Conv2d):
+            rows = patches(module, given)
+            product = rows.t() @ rows
+            self.found[key] = (
+                given,
+                product.to(HOST) if self.home else product,
+                len(rows),
+                torch.isfinite(rows).all(),
+            )
+        _, product, count, good = self.found[key]
+        self.found.move_to_end(key)
+        if isinstance(module, nn.Conv2d):
+            del self.found[key]
+        while self.most is not None and len(self.found) > self.most:
+            self.found.popitem(last=False)
+        return product, count, good
+
+
+def second_moments(task: Task, progress: Progress) -> Moments:
+    """Return E[x x^T] of every layer's inputs over the calibration data, with the model in eval mode.
+
+    Layers that always read the same tensor (queries, keys and values) share one matrix: the same object,
+    computed once.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    finite: dict[str, Tensor] = {}
+    products: dict[str, Tensor] = {}  # of the batch that is being read
+    streamed = (
+        streams_to(task.model) is not None
+    )  # all second moments, or all inputs, are then too much for the device as well
+    read = Products(LAST_INPUTS if streamed else None, home=streamed)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            product, count, good = read.of(module, inputs[0] if inputs else next(iter(named.values())))
+            products[name] = products[name] + product if name in products else product
+            counts[name] = counts.get(name, 0) + count
+            finite[name] = finite[name] & good if name in finite else good
+
+        return hook
+
+    layers, _ = find_layers(task.model)
+    device = device_of(task.model)
+    with ExitStack() as hooks, torch.no_grad(), full_precision():
+        for name, layer in layers.items():
+            if layer.table:
+                continue  # rows are looked up: there is nothing that it multiplies
+            hooks.callback(
+                layer.module.register_forward_pre_hook(of_this_thread(watch(name)), with_kwargs=True).remove
+            )
+        for start in range(0, len(task.calibration), task.batch_size):
+            progress("calibration", start, len(task.calibration))
+            task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
+            refuse_infinite(finite)
+            sums = alike(sums, products)
+            read.found.clear()
+            products.clear()
+    progress("calibration", len(task.calibration), len(task.calibration))
+    for total, count in {id(total): (total, counts[name]) for name, total in sums.items()}.values():
+        total.mul_(
+            reciprocal(count)
+            # In place, and where it lies: of a large model they need not fit twice, nor go to a device and
+            # back
+        )
+    return Moments(sums, counts)
+
+
+def reciprocal(count: int) -> float:
+    """Return 1 / count as float32 has it: a product with it has the same bits on every device, a division has
+    not.
+    """
+    return (1 / torch.tensor(count, dtype=torch.float32)).item()
+
+
+def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums with the products added; names for which both are the same objects share one result.
+
+    A sum is added to in place where all its names add the same: of a large model all second moments fit
+    twice, not three times.
+    """
+    made: dict[tuple[int, int], Tensor] = {}
+    found = dict(sums)
+    added: dict[int, set[int]] = {}  # what is added to a sum
+    for name, total in sums.items():
+        added.setdefault(id(total), set()).add(id(products.get(name)))
+    for name, product in products.items():
+        key = id(sums.get(name)), id(product)
+        if key not in made:
+            made[key] = (
+                product
+                if name not in sums
+                else sums[name].add_(product)
+                if len(added[key[0]]) == 1
+                else sums[name] + product
+            )
+        found[name] = made[key]
+    return found
+
+
+def gathered(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors on the device of the first: those of a spread model lie on several."""
+    found = list(tensors)
+    return [tensor.to(found[0].device) for tensor in found]
+
+
+def refuse_infinite(finite: dict[str, Tensor], words: str = "receives infinite or NaN inputs") -> None:
+    """Name the first layer, in the order of calling, for which something is not finite.
+
+    Waits for the device once.
+    """
+    if finite and not all(torch.stack(gathered(finite.values())).tolist()):
+        bad = next(name for name, good in finite.items() if not good)
+        raise CompressionError(f"layer {bad!r} {words} during calibration")
+
+
+def gradients(task: Task, progress: Progress, *, tables: bool = False) -> dict[str, Gradients]:
+    """Return the gradients of every layer's weight that takes part in the loss, from one backward pass a
+    group of items.
+
+    Embeddings are left out, or with `tables` everything else is: they are large, and few recipes name them.
+    """
+    model = sharing_copy(task.model)
+    layers = {name: layer for name, layer in find_layers(model)[0].items() if layer.table == tables}
+    for layer in layers.values():
+        layer.put(nn.Parameter(layer.parameter.detach()))  # the same values, with a gradient of their own
+    size = max(1, -(-len(task.calibration) // GROUPS))
+    groups = list(task.calibration.batches(size))
+    means = {
+        name: torch.zeros_like(layer.parameter, dtype=torch.float32, requires_grad=False)
+        for name, layer in layers.items()
+    }
+    squares = {name: torch.zeros_like(mean) for name, mean in means.items()}
+    used: set[str] = set()
+    for index, items in enumerate(groups):
+        progress("gradients", index, len(groups))
+        for name, gradient in group_gradients(task, model, layers, items).items():
+            used.add(name)
+            means[name] += gradient * (len(items) / len(task.calibration))
+            squares[name] += gradient.square() * (len(items) / len(groups))
+    progress("gradients", len(groups), len(groups))
+    refuse_infinite(
+        {name: torch.isfinite(squares[name]).all() for name in layers if name in used},
+        "has an infinite or NaN gradient",
+    )
+    return {
+        name: Gradients(
+            layer.as_matrix(means[name]).contiguous(), layer.as_matrix(squares[name]).contiguous()
+        )
+        for name, layer in layers.items()
+        if name in used
+    }
+
+
+def group_gradients(
+    task: Task, model: nn.Module, layers: dict[str, Layer], items: Items
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss of some items by each layer's weight, float32, shaped as
+    stored.
+    """
+    items = items.to(next(task.model.parameters()).device)
+    weights = [layer.parameter for layer in layers.values()]
+    with (
+        torch.enable_grad(),
+        sdpa_kernel([SDPBackend.MATH]),
+    ):  # the other kernels' backward passes do not give the same bits twice
+        loss = task.kind.loss(task.kind.logits(model, items), items.labels)
+        if not weights or not loss.requires_grad:
+            return {}
+        taken = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {
+        name: gradient.float() for name, gradient in zip(layers, taken, strict=True) if gradient is not None
+    }

@@ -1,0 +1,344 @@
+"""The `workbench` command.
+
+Every recipe option comes from the registered methods, with its help text and its checks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from workbench.cli.cache import cache
+from workbench.cli.points import annotate, compare, points
+from workbench.errors import WorkbenchError
+from workbench.modules.placement import Placement
+from workbench.recipe import METHODS
+from workbench.report.gates import Gates
+from workbench.report.report import load_plugins
+from workbench.runtime.names import Runtime
+
+COMMON = (
+    ("data", str, "data set: a catalogue name, a hub id, or a local file or image folder"),
+    ("device", str, "cpu or cuda; left out: the GPU where there is one"),
+    ("ledger", str, "where points are kept: a file, or an Optuna storage URL"),
+    ("evaluation_items", int, "evaluate at most so many items"),
+    (
+        "margin",
+        float,
+        (
+            "stop reading once the main metric's change is known to plus or minus this: 0.01 is 1 point, or"
+            " 1% of perplexity"
+        ),
+    ),
+    (
+        "runtime",
+        click.Choice(get_args(Runtime)),
+        "how both models are run when they are timed; see `workbench runtimes` [default: auto]",
+    ),
+    (
+        "placement",
+        click.Choice(get_args(Placement)),
+        (
+            "where the weights lie: on the device, streamed from the host block by block, or spread over all"
+            " GPUs [default: auto]"
+        ),
+    ),
+    ("seed", int, "seed of every random choice"),
+    (
+        "recipe",
+        str,
+        "a whole recipe as JSON, as Recipe.to_json() writes it, in place of the options of single methods",
+    ),
+)
+
+QUIET = click.option("--quiet", "-q", is_flag=True, help="say nothing on stderr while it works")
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parameters() -> list[click.Parameter]:
+    """Return the options that describe a job: model, data, device and every registered method's own."""
+    found: list[click.Parameter] = [click.Argument(["model"])]
+    found += [click.Option([flag(name)], type=kind, help=words) for name, kind, words in COMMON]
+    found.append(click.Option(["--offline"], is_flag=True, help="never reach for the network"))
+    for name, step in METHODS.options().items():
+        field = step.options().get(name)
+        words = (
+            field.description
+            if field is not None
+            else f"layers that {step.kind()} works on: globs or re:expressions, comma-separated"
+        )
+        default = "" if field is None or name == step.slider else f" [default: {field.default}]"
+        found.append(click.Option([flag(name)], metavar="VALUE", help=f"{step.__name__}: {words}{default}"))
+    return found
+
+
+class JobCommand(click.Command):
+    """A command about one model and recipe; its options are read from the registry when it is used."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the job's parameters, then the command's own."""
+        own = super().get_params(ctx)
+        return [*parameters(), *own]
+
+
+def plugins_option(ctx: click.Context, _: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Import plugins before any option is parsed, so that theirs exist."""
+    load_plugins(names)
+    ctx.obj = names
+    return names
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--plugin",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=plugins_option,
+    help="a module that registers methods; may be repeated",
+)
+@click.version_option(package_name="compression-workbench")
+def workbench() -> None:
+    """See how small and fast a model can get, and what it costs."""
+
+
+@workbench.command()
+def models() -> None:
+    """List the models that can be picked by name."""
+    from rich.table import Table
+
+    from workbench.zoo import models as catalogue
+
+    table = Table(
+        "name",
+        "task",
+        "parameters",
+        "licence",
+        "source",
+        "here",
+        title="Models by name; a local directory or a hub id works too",
+    )
+    for entry in catalogue():
+        table.add_row(
+            entry.name,
+            entry.task,
+            f"{entry.parameters:,}",
+            entry.licence,
+            entry.source,
+            "yes" if entry.here else "no",
+        )
+    show(table)
+
+
+@workbench.command()
+def methods() -> None:
+    """List every method and choice: its source, what it computes once, what a move costs, what it does not
+    do.
+    """
+    from rich.table import Table
+
+    from workbench.report.methods_table import method_rows
+
+    rows = method_rows()
+    table = Table(*rows[0], title="Methods; the options of each: workbench measure --help")
+    for row in rows:
+        table.add_row(*row.values())
+    show(table)
+
+
+@workbench.command()
+@click.option("--device", help="cpu or cuda; left out: the GPU where there is one")
+@click.option("--quick", is_flag=True, help="measure nothing")
+def runtimes(device: str | None, quick: bool) -> None:
+    """List every runtime and kernel: what it takes, whether it runs on this machine or why not, and how fast
+    it was here, next to plain torch.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from workbench.runtime.probes import runtime_rows
+    from workbench.runtime.roofline import limits_of
+    from workbench.util.device import describe, pick
+
+    place = pick(device)
+    table = Table(
+        "name",
+        "takes",
+        "runs here",
+        "measured here, against plain torch",
+        title=f"Runtimes and kernels on {describe(place)}",
+    )
+    for row in runtime_rows(str(place), measure=not quick):
+        table.add_row(escape(row.name), escape(row.takes), escape(row.runs), escape(row.measured))
+    show(table)
+    if not quick:
+        click.echo(limits_of(str(place)).words())
+
+
+@workbench.command(cls=JobCommand)
+@click.option("--again", is_flag=True, help="measure even if the ledger has this point")
+@click.option(
+    "--export",
+    "directory",
+    type=click.Path(path_type=Path),
+    help="also write the compressed model to this directory",
+)
+@click.option("--overwrite", is_flag=True, help="replace an earlier export there")
+@QUIET
+@click.pass_context
+def measure(
+    ctx: click.Context, /, again: bool, directory: Path | None, overwrite: bool, quiet: bool, **given: Any
+) -> None:
+    """Compress MODEL by one recipe, measure it against the dense model, and print one table."""
+    from workbench.bench import Bench
+    from workbench.export import check_target
+    from workbench.report.report import job_from
+
+    job = job_from({**given, "plugins": list(ctx.obj)})
+    if directory is not None:
+        check_target(directory, overwrite=overwrite)
+    bench = Bench(
+        job.model, **{**job.settings, "progress": False if quiet else sys.stderr.isatty() or "lines"}
+    )
+    point = bench.measure(job.recipe, again=again)
+    show_point(point)
+    if directory is not None:
+        click.echo(
+            f"written to {bench.export(job.recipe, directory, overwrite=overwrite)}; load it with"
+            f" workbench.load({str(directory)!r})"
+        )
+
+
+@workbench.command(cls=JobCommand)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default="reports",
+    show_default=True,
+    help="directory of the executed notebook and the page",
+)
+@click.option("--name", help="of both files; left out: the model's name")
+@click.option(
+    "--slider-minutes",
+    type=float,
+    help=(
+        "for the points of one slider, moved alone; the rest is left out, and said; 0 waits for all"
+        " [default: 5]"
+    ),
+)
+@QUIET
+@click.pass_context
+def report(ctx: click.Context, /, output: Path, name: str | None, quiet: bool, **given: Any) -> None:
+    """Run the report notebook on MODEL.
+
+    Exit code 0: every gate held; 1: one did not, or the work failed; 2: bad usage.
+    """
+    from workbench.report.report import report as run
+
+    chosen = {key: value for key, value in given.items() if value is not None and value is not False}
+    page = run({**chosen, "plugins": list(ctx.obj)}, output, name=name, progress=not quiet)
+    click.echo(f"{page}\n{page.with_suffix('.ipynb')}")
+
+
+@workbench.command()
+@click.argument("notebook", default="explore")
+@click.option("--no-browser", is_flag=True, help="print the address instead of opening it")
+@click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
+def lab(notebook: str, no_browser: bool, port: int | None) -> int:
+    """Open JupyterLab on NOTEBOOK of this project (explore, report) or on a notebook file."""
+    from workbench.cli.serve import lab as serve
+
+    return serve(chosen_notebook(notebook), browser=not no_browser, port=port)
+
+
+@workbench.command()
+@click.argument("notebook", default="explore")
+@click.option("--no-browser", is_flag=True, help="print the address instead of opening it")
+@click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
+def app(notebook: str, no_browser: bool, port: int | None) -> int:
+    """Serve NOTEBOOK of this project (explore), or a notebook file, as a page without code: on 127.0.0.1,
+    behind a token.
+    """
+    from workbench.cli.serve_app import app as serve
+
+    return serve(chosen_notebook(notebook), browser=not no_browser, port=port)
+
+
+def chosen_notebook(notebook: str) -> Path:
+    """Return the file of a notebook given by name or by path."""
+    from workbench.report.report import notebook_path
+
+    return (
+        Path(notebook)
+        if notebook.endswith(".ipynb") and Path(notebook).is_file()
+        else notebook_path(f"{Path(notebook).stem}.ipynb")
+    )
+
+
+for command in (points, annotate, compare, cache):
+    workbench.add_command(command)
+
+for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defined]
+    report.params.append(click.Option([flag(gate)], metavar="VALUE", help=f"gate: {about.description}"))
+
+
+def show(table: Any) -> None:
+    """Print a rich table, wide where the output is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def show_point(point: Any) -> None:
+    """Print a point: verdict, everything measured, every layer."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from workbench.measure.card import verdict
+    from workbench.measure.summary import layer_rows, summary
+
+    click.echo(verdict(point))
+    table = Table("", "dense", "compressed")
+    for row in summary(point):
+        table.add_row(*map(escape, row))
+    show(table)
+    layers = Table(*layer_rows(point)[0])
+    for cells in layer_rows(point):
+        layers.add_row(*map(escape, cells.values()))
+    show(layers)
+    for warning in point.warnings:
+        click.echo(f"note: {warning}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error of the workbench is one line on stderr and exit code 1."""
+    exit_with(lambda: workbench.main(arguments, standalone_mode=False))
+
+
+def exit_with(run: Callable[[], Any]) -> None:
+    """Run, turning errors into one line and an exit code: 1 for the workbench's, 2 for usage, 130 for
+    Ctrl-C.
+    """
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        code = run()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; every point measured before is in the ledger", err=True)
+        sys.exit(130)
+    except WorkbenchError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

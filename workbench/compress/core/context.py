@@ -1,0 +1,212 @@
+"""What a method is given: the copy of the model that it may change, and everything it may read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from workbench.errors import CompressionError, RecipeError
+from workbench.modules.layer import (
+    Layer,
+    Progress,
+    find_layers,
+    holders_of,
+    layers_among,
+    no_progress,
+    output_head,
+)
+from workbench.recipe import picks
+from workbench.util.progress import Look, Training
+from workbench.util.text import nearest
+
+if TYPE_CHECKING:
+    from workbench.calibration.statistics import Statistics
+    from workbench.recipe import Step
+    from workbench.tasks.base import Task
+
+
+@dataclass
+class Work:
+    """A compression in progress. `model` is a copy; `task.model` is the dense model and must not be changed.
+
+    `outcomes` holds, for every weight of the dense model, what each step did to it or why it did not.
+    """
+
+    model: nn.Module
+    task: Task
+    statistics: Statistics
+    progress: Progress = no_progress
+    training: Training = field(default_factory=Training)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, list[str]] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (training step, loss) of a Distill step
+    looks: list[Look] = field(default_factory=list)  # at held-out items, steps counted along the curve
+    warnings: list[str] = field(default_factory=list)
+    moved: dict[str, str | None] = field(
+        default_factory=dict
+    )  # blocks of the dense model that stand elsewhere now (None: removed)
+    changes: int = 0  # layers changed so far, each step counted
+
+    def __post_init__(self) -> None:
+        """Find the layers of the model."""
+        holders = holders_of(self.model)
+        self.layers, self.left = layers_among(holders)
+        shared = {other: layer.name for layer in self.layers.values() for other in layer.others}
+        self.shared = frozenset(shared)  # names of modules whose weight is counted under another one
+        known = {*self.layers, *self.left, *shared}
+        self.outcomes = {
+            name: [f"its weight is that of {shared[name]}"] if name in shared else []
+            for name in holders
+            if name in known
+        }
+        self.taken: dict[str, list[str]] = {}
+        self.done: dict[tuple[str, str], Step] = {}  # the last step of a kind that changed a layer
+
+    @cached_property
+    def head(self) -> str | None:
+        """Return the name of the layer that makes the logits, in the dense model as in this one."""
+        return (
+            self.statistics.once("output head", lambda: output_head(self.task.model))
+            if self.statistics.task is self.task
+            else output_head(self.task.model)
+        )
+
+    @cached_property
+    def dense(self) -> dict[str, Layer]:
+        """Return the layers of the dense model, by name."""
+        return (
+            self.statistics.layers if self.statistics.task is self.task else find_layers(self.task.model)[0]
+        )
+
+    def say(self, layer: Layer | str, words: str) -> None:
+        """Record what happened to a layer, for the report."""
+        for name in (layer,) if isinstance(layer, str) else (layer.origin, *layer.others):
+            if words not in self.outcomes[name]:
+                self.outcomes[name].append(words)
+
+    def select(self, step: Step) -> Iterator[Layer]:
+        """Iterate over the layers that `step` names, reporting progress; see `choose`."""
+        chosen = self.choose(step)
+        for index, layer in enumerate(chosen):
+            self.progress(step.kind(), index, len(chosen))
+            yield layer
+        self.progress(step.kind(), len(chosen), len(chosen))
+
+    def choose(self, step: Step) -> list[Layer]:
+        """Return the layers that `step` names; every other one gets its reason in the report.
+
+        Raises:
+            RecipeError: a target names no weight, or a layer already taken by an earlier step of the same
+                kind.
+            CompressionError: none of the layers can be taken.
+        """
+        self.check_targets(step)
+        self.check_once(step)
+        for name, reason in self.left.items():
+            if step.matches(name):
+                self.say(name, f"{step.kind()} skipped: {reason}")
+        chosen = []
+        for layer in self.layers.values():
+            if self.takes(step, layer):
+                chosen.append(layer)
+            elif step.claim not in self.taken.get(layer.origin, []) and (reason := self.why_not(step, layer)):
+                self.say(layer, reason)
+        if not chosen:
+            raise CompressionError(
+                f"{step!r} finds no layer that it can take:"
+                f" {'; '.join(f'{n}: {r}' for n, r in list(self.left.items())[:3]) or 'none matches'}"
+            )
+        return chosen
+
+    def why_not(self, step: Step, layer: Layer) -> str:
+        """Return why the targets do not pick a layer, empty if they just do not name it."""
+        left_out = step.excluded(*layer.names)
+        if left_out is not None:
+            return f"{step.kind()} left out by target {left_out!r}"
+        head = (
+            "the output head"
+            if not layer.others
+            else f"the output head, whose weight is shared with {', '.join(layer.others)},"
+        )
+        what = head if layer.origin == self.head else layer.reserved
+        return (
+            f"{step.kind()} skipped: {what} stays dense unless targets name it"
+            if step.takes(*layer.names)
+            else ""
+        )
+
+    def takes(self, step: Step, layer: Layer) -> bool:
+        """Return whether the targets of `step` pick a layer; its name and that of its origin both count."""
+        return step.takes(*layer.names, head=layer.origin == self.head or bool(layer.reserved))
+
+    def check_targets(self, step: Step) -> None:
+        """Refuse a target that names no weight, also one that leaves out."""
+        names = list(
+            dict.fromkeys([*self.left, *(name for layer in self.layers.values() for name in layer.names)])
+        )
+        for target in step.targets:
+            if not any(picks(target.removeprefix("!"), name) for name in names):
+                raise RecipeError(
+                    f"target {target!r} of {step.kind()} names no layer;"
+                    f" {nearest(target.removeprefix('!'), names)}"
+                )
+
+    def check_once(self, step: Step) -> None:
+        """Refuse two steps of one kind on the same layer."""
+        for layer in self.layers.values() if self.taken else ():
+            if self.takes(step, layer) and step.claim in self.taken.get(layer.origin, []):
+                raise RecipeError(
+                    f"layer {layer.origin!r} is already taken by an earlier {step.kind()} step: narrow the"
+                    " targets of one of them"
+                )
+
+    def took(self, step: Step, layer: Layer, words: str) -> None:
+        """Record that `step` changed this layer."""
+        self.changes += 1
+        for name in (layer.origin, *layer.others):
+            if past := self.outcomes[name]:
+                overruled = re.compile(
+                    f"{step.kind()} (left out by |skipped: .* stays dense unless )"
+                )  # another step of this kind left it to this one
+                self.outcomes[name] = [told for told in past if not overruled.match(told)]
+        self.done[layer.origin, step.kind()] = step
+        self.taken.setdefault(layer.origin, [])
+        if step.claim not in self.taken[layer.origin]:
+            self.taken[layer.origin].append(step.claim)
+        self.say(layer, words)
+
+    def place(self, name: str) -> str | None:
+        """Return where a module of the dense model stands now, None if it was removed with its block."""
+        for block, now in self.moved.items():
+            if name == block or name.startswith(f"{block}."):
+                return None if now is None else now + name.removeprefix(block)
+        return name
+
+    def origin_of(self, name: str) -> str:
+        """Return the dense model's name of a module of this one."""
+        for block, now in self.moved.items():
+            if now is not None and (name == now or name.startswith(f"{now}.")):
+                return block + name.removeprefix(now)
+        return name
+
+    def move(self, blocks: dict[str, str | None]) -> None:
+        """Note where blocks of this model stand from now on (None: removed).
+
+        Their layers get new names, or leave.
+        """
+        parts = {
+            name: layer.name.removeprefix(layer.place or layer.origin) for name, layer in self.layers.items()
+        }
+        self.moved |= {self.origin_of(block): now for block, now in blocks.items()}
+        stay = {name: layer for name, layer in self.layers.items() if self.place(layer.origin) is not None}
+        for name, layer in stay.items():
+            place = str(self.place(layer.origin))
+            if place != (layer.place or layer.origin):
+                layer.place, layer.name = place, place + parts[name]
+        self.layers = {layer.name: layer for layer in stay.values()}

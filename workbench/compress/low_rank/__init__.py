@@ -1,0 +1,1 @@
+"""Weights as products of two narrow matrices, and what such products repair."""

@@ -1,0 +1,488 @@
+"""LowRank: replace one large product by two small ones, or three."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from workbench.compress.core.batch import Batch, grouped
+from workbench.compress.core.context import Work
+from workbench.compress.core.moments import second_moment_of
+from workbench.compress.low_rank.convolution import convolution_factors, spatial
+from workbench.compress.low_rank.decompose import Stack, decompose
+from workbench.compress.low_rank.rank_allocation import (
+    Candidate,
+    allocate,
+    direction_energies,
+    output_energy,
+    slopes,
+    spatial_energies,
+)
+from workbench.errors import CompressionError, RecipeError
+from workbench.modules.factored import (
+    Factors,
+    Form,
+    Shape,
+    copies_of,
+    cost,
+    factors_like,
+    form_for,
+    full_ranks,
+    most_rank,
+    shape_of,
+)
+from workbench.modules.layer import Layer, replace_module
+from workbench.modules.offload import settle
+from workbench.recipe import METHODS, About, Step, configuration
+
+
+@configuration
+class LowRank(Step):
+    """Replace each layer by two of rank r = round(rank_ratio * full rank), at least 1.
+
+    A convolution by two or three.
+
+    `svd` truncates the singular value decomposition of the weight (Eckart & Young 1936). `whitened` minimises
+    the error of the layer's outputs on the calibration data instead: W' = Q Q^T W with Q the first r
+    eigenvectors of the outputs' second moment W E[x x^T] W^T (as in SVD-LLM, Wang et al. 2024, and its
+    eigenvector form).
+
+    `rank_allocation` shares out the weights that uniform ranks take: by `energy`, where a step of rank saves
+    the most error of the layer's outputs, relative to all of them, or by `loss`, where outputs weigh as much
+    as the task's loss feels them (diagonal Fisher information). No layer falls below half of its uniform
+    rank.
+
+    A convolution becomes r filters and a 1x1 (`channel`), k x 1 and 1 x k (`spatial`, Jaderberg et al. 2014),
+    or 1x1, core and 1x1 (`tucker2`, Kim et al. 2016: both ranks by the same ratio); of the last two,
+    `whitened` refits the last factor to the outputs. An embedding that targets name becomes a narrower one
+    and a product, always by `svd`.
+
+    What it does not do: train, or touch a layer where factors would have no fewer weights than the layer (a
+    square one above rank_ratio 0.5) or where the weight is shared; such a layer is left whole and the report
+    says so.
+    """
+
+    slider: ClassVar[str] = "rank_ratio"
+    position: ClassVar[int] = 10
+    stops: ClassVar[tuple[float, ...]] = (0.2, 0.3, 0.45)
+    added: ClassVar[tuple[str, ...]] = ("rank_allocation", "conv")
+    about: ClassVar[tuple[About, ...]] = (
+        About(
+            "factorization=svd",
+            "Eckart & Young 1936",
+            "one decomposition a layer",
+            "a slice and two products less wide",
+            "best for weights, which is seldom best for outputs",
+        ),
+        About(
+            "factorization=whitened",
+            "as SVD-LLM, Wang et al. 2024",
+            "second moments of every layer's inputs, one pass over calibration data, one decomposition a"
+            " layer",
+            "a slice",
+            "as good as its calibration data",
+        ),
+        About(
+            "rank_allocation=energy, loss",
+            "greedy under one budget (this project)",
+            "as the factorization; loss: squared gradients",
+            "one sort over all ranks",
+            "ranks are chosen layer by layer: layers interact",
+        ),
+        About(
+            "conv=spatial",
+            "Jaderberg et al. 2014",
+            "one decomposition a layer",
+            "a slice",
+            "k x k kernels only",
+        ),
+        About(
+            "conv=tucker2", "Kim et al. 2016", "nothing", "an iterated decomposition", "uniform ranks only"
+        ),
+    )
+
+    rank_ratio: Annotated[float, Field(gt=0, le=1, description="fraction of the full rank that is kept")] = (
+        0.5
+    )
+    factorization: Annotated[
+        Literal["svd", "whitened"], Field(description="what the truncation keeps best: weights or outputs")
+    ] = "whitened"
+    rank_allocation: Annotated[
+        Literal["uniform", "energy", "loss"],
+        Field(description="the same ratio for all layers, or shared out by what it saves"),
+    ] = "uniform"
+    conv: Annotated[
+        Literal["channel", "spatial", "tucker2"],
+        Field(description="how convolutions are split: k x k and 1x1; k x 1 and 1 x k; 1x1, core and 1x1"),
+    ] = "channel"
+
+    @model_validator(mode="after")
+    def one_rank_to_share(self) -> LowRank:
+        """Refuse to share out what has two ranks a layer."""
+        if self.conv == "tucker2" and self.rank_allocation != "uniform":
+            raise ValueError(
+                f"conv='tucker2' has two ranks a layer, which rank_allocation={self.rank_allocation!r} cannot"
+                " share out: take uniform, or conv='spatial'"
+            )
+        return self
+
+    def check_order(self, earlier: tuple[Step, ...]) -> None:
+        """Refuse low rank after a step whose promise a factorisation would break."""
+        broken = {
+            "quantize": "the factors would leave the grid",
+            "repair": "the repaired weight is of full rank again",
+        }
+        for step in earlier:
+            if step.kind() == "prune" and not getattr(step, "structured", False):
+                raise RecipeError(
+                    "LowRank cannot follow Prune: factors of a pruned weight are dense, so its zeros would be"
+                    " lost; put LowRank first"
+                )
+            if step.kind() == "activations":
+                raise RecipeError(
+                    "LowRank cannot follow Activations: its factors would read inputs as they are; put"
+                    " LowRank first, then the inputs of all factors are rounded"
+                )
+            if step.kind() in broken:
+                raise RecipeError(
+                    f"LowRank cannot follow {type(step).__name__}: {broken[step.kind()]}; put LowRank first"
+                )
+
+    def label(self) -> str:
+        """Return such as `rank 40%`."""
+        shared = "" if self.rank_allocation == "uniform" else f" by {self.rank_allocation}"
+        return f"rank {self.rank_ratio:.0%}{shared}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layer and the form that it gets."""
+
+    layer: Layer
+    form: Form
+
+
+@METHODS.register(LowRank)
+def lowrank(step: LowRank, work: Work) -> None:
+    """Factorise layers, replacing each module by two or three in a row."""
+    layers = [layer for layer in work.choose(step) if can_split(layer, work)]
+    if step.factorization == "whitened":
+        warn_of_few_rows([layer for layer in layers if not layer.table], work)
+    plans = (
+        allocated(step, layers, work) if step.rank_allocation != "uniform" else uniform(step, layers, work)
+    )
+    groups: dict[Form, list[Layer]] = {}
+    for plan in plans:
+        groups.setdefault(plan.form, []).append(plan.layer)
+    done = 0
+    for form, members in groups.items():
+        for batch in of_one_shape(members):
+            work.progress(step.kind(), done, len(layers))
+            install(batch, form, weights_of_factors(batch, form, step, work), work)
+            done += len(batch.layers)
+            for layer in batch.layers:
+                work.took(step, layer, words(step, layer, form))
+    work.progress(step.kind(), len(layers), len(layers))
+
+
+def of_one_shape(layers: list[Layer]) -> Iterator[Batch]:
+    """Yield batches whose layers have one shape and are of one sort: a convolution may have the matrix of a
+    Linear.
+    """
+    groups: dict[Shape, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(shape_of(layer.module), []).append(layer)
+    for members in groups.values():
+        yield from grouped(members)
+
+
+def can_split(layer: Layer, work: Work) -> bool:
+    """Return whether two modules could take the place of a layer; if not, the report says why."""
+    if layer.rank is not None:
+        raise RecipeError(f"layer {layer.origin!r} is already of rank {layer.rank}")
+    reason = ""
+    if layer.others:
+        reason = (
+            f"{', '.join((layer.name, *layer.others))} share one weight, and no ordinary layers could share"
+            " its factors"
+        )
+    elif isinstance(layer.module, nn.Embedding) and (
+        type(layer.module) is not nn.Embedding or layer.module.max_norm is not None
+    ):
+        reason = f"a {type(layer.module).__name__} does more than look up rows"
+    if reason:
+        work.say(layer, f"lowrank skipped: {reason}")
+    return not reason
+
+
+def warn_of_few_rows(layers: list[Layer], work: Work) -> None:
+    """Warn where calibration has fewer rows than a layer has inputs, so that its second moment is
+    singular.
+    """
+    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.shape[1]]
+    if few:
+        rows, columns = work.statistics.rows(few[0].origin), few[0].shape[1]
+        work.warnings.append(
+            f"lowrank: calibration is too small for {len(few)} layers, such as {few[0].origin!r} ({rows} rows"
+            f" for {columns} inputs): a small ridge makes up for it; more calibration items would be better"
+        )
+
+
+def uniform(step: LowRank, layers: list[Layer], work: Work) -> list[Plan]:
+    """Return the same ratio for every layer that it makes smaller; the report says where it would not."""
+    plans = []
+    for layer in layers:
+        shape = shape_of(layer.module)
+        form = form_for(shape, step.conv, step.rank_ratio)
+        if cost(shape, form) < shape.count:
+            plans.append(Plan(layer, form))
+        else:
+            work.say(layer, f"lowrank skipped: {too_much(layer, form)}")
+    return plans
+
+
+def too_much(layer: Layer, form: Form) -> str:
+    """Return why a form saves nothing, and below which ratio it would."""
+    shape = shape_of(layer.module)
+    size = f"{shape.rows}x{shape.columns}"
+    if len(form.ranks) > 1:
+        return f"ranks {form.ranks[0]} and {form.ranks[1]} of {size} save no weights"
+    most = most_rank(shape, form.kind)
+    below = (
+        f"below rank_ratio {(most + 0.5) / full_ranks(shape, form.kind)[0]:.2f} it would"
+        if most
+        else "no rank would"
+    )
+    return f"rank {form.ranks[0]} of {size} saves no weights ({below})"
+
+
+def allocated(step: LowRank, layers: list[Layer], work: Work) -> list[Plan]:
+    """Return ranks shared out under the budget of the uniform ones.
+
+    The report says which layers stay whole.
+    """
+    batches = list(of_one_shape(layers))
+    candidates = [candidate for batch in batches for candidate in candidates_of(batch, step, work)]
+    ranks = allocate(candidates)
+    plans = []
+    for layer, candidate in zip(
+        (layer for batch in batches for layer in batch.layers), candidates, strict=True
+    ):
+        rank = ranks[candidate.name]
+        if rank is not None:
+            plans.append(Plan(layer, Form(candidate.kind, (rank,))))
+        else:
+            work.say(
+                layer,
+                f"lowrank skipped: whole, it is worth its weights by {step.rank_allocation} (uniform rank"
+                f" {candidate.rank})",
+            )
+    return plans
+
+
+def candidates_of(batch: Batch, step: LowRank, work: Work) -> list[Candidate]:
+    """Return what each direction of each layer is worth: relative to the layer's outputs by energy, in the
+    loss by loss.
+    """
+    shape = shape_of(batch.layers[0].module)
+    form = form_for(shape, step.conv, step.rank_ratio)
+
+    def compute() -> list[Tensor]:
+        return worths(batch, step, form.kind, work)
+
+    about = step.factorization, step.rank_allocation, form.kind, tuple(layer.origin for layer in batch.layers)
+    if all(layer.pristine for layer in batch.layers):
+        if form.kind != "spatial":
+            stacked(batch, step.factorization, work)  # all in one stack, whatever ranks they will get
+        worth = work.statistics.once(("worth of ranks", *about), compute, lasting=True)
+    else:
+        worth = compute()
+    return [
+        Candidate(layer.name, shape, form.kind, form.ranks[0], worth[index])
+        for index, layer in enumerate(batch.layers)
+    ]
+
+
+def worths(batch: Batch, step: LowRank, kind: str, work: Work) -> list[Tensor]:
+    """Return what each step of rank of each layer is worth per weight, on the CPU."""
+    by_loss = step.rank_allocation == "loss"
+    felt = torch.stack([sensitivity(layer, work) for layer in batch.layers]) if by_loss else None
+    moments = torch.stack(moments_of(batch, work))
+    shape = shape_of(batch.layers[0].module)
+    if kind == "spatial":
+        parts = [
+            spatial(layer.matrix().double().view(layer.parameter.shape), most_rank(shape, kind))
+            for layer in batch.layers
+        ]
+        gains = torch.stack(
+            [
+                spatial_energies(first, last, moments[index], shape, None if felt is None else felt[index])
+                for index, (first, last) in enumerate(parts)
+            ]
+        )
+    else:
+        gains = direction_energies(*stacked(batch, step.factorization, work), moments, felt)
+    totals = (
+        output_energy(batch.matrices(), moments, felt).clamp_min(torch.finfo(torch.float64).tiny).tolist()
+    )
+    return [
+        slopes(shape, kind, layer / (1 if by_loss else total), total if by_loss else 1.0)
+        for layer, total in zip(gains.cpu(), totals, strict=True)
+    ]
+
+
+def sensitivity(layer: Layer, work: Work) -> Tensor:
+    """Return how much the loss feels each output: the Fisher information of its row of weights, over the
+    energy of the inputs, [outputs].
+    """
+    if layer.table:
+        raise RecipeError(
+            f"layer {layer.name!r} is an embedding: rank_allocation='loss' cannot weigh it; leave it out or"
+            " take uniform"
+        )
+    square = work.statistics.gradients(layer.origin).square
+    square = square if layer.rows is None else square[layer.rows]
+    square = square if layer.columns is None else square[:, layer.columns]
+    return square.sum(1) / second_moment_of(layer, work).diagonal().sum().clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
+
+
+def moments_of(batch: Batch, work: Work) -> list[Tensor]:
+    """Return E[x x^T] of each layer's inputs; of a table, where every row counts alike, the identity."""
+    if batch.layers[0].table:
+        weight = batch.layers[0].parameter
+        return [torch.eye(weight.shape[1], device=weight.device)] * len(batch.layers)
+    return [second_moment_of(layer, work) for layer in batch.layers]
+
+
+def weights_of_factors(batch: Batch, form: Form, step: LowRank, work: Work) -> list[Tensor]:
+    """Return the weights of the factors, a stack [layers, *as stored] for each."""
+    whitened = step.factorization == "whitened"
+    if form.kind == "channel":
+        left, right = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in sliced(*stacked(batch, step.factorization, work), form.ranks[0])
+        )
+        if batch.layers[0].table:
+            return [left, right.mT.contiguous()]
+        kernel = batch.layers[0].parameter.shape[2:] if isinstance(batch.layers[0].module, nn.Conv2d) else ()
+        return [right.unflatten(2, (-1, *kernel)), left[..., None, None]] if kernel else [right, left]
+    found = []
+    for layer, matrix in zip(batch.layers, batch.matrices(), strict=True):
+        kernel = matrix.double().view(layer.parameter.shape)
+        moment = second_moment_of(layer, work).double() if whitened else None
+        found.append(convolution_factors(kernel, form, moment))
+    return [torch.stack(parts).to(batch.layers[0].parameter.dtype) for parts in zip(*found, strict=True)]
+
+
+def sliced(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the solution of a rank: the first columns and rows."""
+    return left[..., :rank], right[..., :rank, :]
+
+
+def stacked(batch: Batch, factorization: str, work: Work) -> tuple[Tensor, Tensor]:
+    """Return the factors of every rank that saves weights, [layers, o, k] and [layers, k, i].
+
+    The dense model's are kept.
+    """
+    if not all(layer.pristine for layer in batch.layers):
+        fresh = fresh_stack(batch, factorization, work)
+        return fresh.left, fresh.right
+    found = work.statistics.stacked(
+        ("factors", factorization),
+        [layer.origin for layer in batch.layers],
+        lambda places: fresh_stack(
+            Batch(tuple(batch.layers[place] for place in places)), factorization, work
+        ),
+    )
+    first = found[0][0]
+    if len(first.left) == len(found) and all(
+        stack is first and place == index for index, (stack, place) in enumerate(found)
+    ):
+        return first.left, first.right
+    return torch.stack([stack.left[place] for stack, place in found]), torch.stack(
+        [stack.right[place] for stack, place in found]
+    )
+
+
+def fresh_stack(batch: Batch, factorization: str, work: Work) -> Stack:
+    """Return the factors of layers of one shape, worked out together."""
+    layer = batch.layers[0]
+    moments = moments_of(batch, work) if factorization == "whitened" and not layer.table else None
+    made = decompose(
+        batch.matrices(),
+        moments,
+        most_rank(replace(shape_of(layer.module), kernel=(1, 1), convolution=False), "channel"),
+        layer.parameter.dtype,
+    )
+    finite = torch.isfinite(made.left).flatten(1).all(1) & torch.isfinite(made.right).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = batch.layers[int((~finite).nonzero()[0])]
+        raise CompressionError(
+            f"layer {bad.name!r} {batch.shape} has factors that are infinite or NaN in"
+            f" {layer.parameter.dtype}"
+        )
+    return made
+
+
+def install(batch: Batch, form: Form, weights: list[Tensor], work: Work) -> None:
+    """Replace each layer's module by its factors, and its entry by one for each. weights: a stack [layers,
+    *as stored] for each factor.
+    """
+    made: dict[str, list[Layer]] = {}
+    ranks = (form.ranks[0], form.ranks[-1], form.ranks[-1])
+    for index, (layer, module) in enumerate(zip(batch.layers, modules_for(batch, form), strict=True)):
+        for part, stack in zip(module, weights, strict=True):
+            part.weight = nn.Parameter(stack[index], requires_grad=False)
+        replace_module(work.model, layer.name, module)
+        made[layer.name] = [
+            Layer(
+                f"{layer.name}.{place}",
+                layer.origin,
+                part,
+                rank=ranks[place],
+                pristine=False,
+                place=layer.place,
+            )
+            for place, part in enumerate(module)
+        ]
+        made[layer.name][0].columns, made[layer.name][-1].rows = layer.columns, layer.rows
+    settle(work.model, [part for parts in made.values() for part in parts])
+    work.layers = {layer.name: layer for name, old in work.layers.items() for layer in made.get(name, [old])}
+
+
+def modules_for(batch: Batch, form: Form) -> list[Factors]:
+    """Return the modules that take the places of a batch's.
+
+    Layers that are alike but for their numbers share one template.
+    """
+    modules = [layer.module for layer in batch.layers]
+    plain = [not isinstance(module, nn.Conv2d | nn.Embedding) for module in modules]
+    alike = {(type(module), getattr(module, "bias", None) is None, module.training) for module in modules}
+    if not all(plain) or len(alike) > 1:
+        return [factors_like(module, form) for module in modules]
+    made: list[Factors] = copies_of(factors_like(modules[0], form), len(modules))
+    for module, parts in zip(modules, made, strict=True):
+        if getattr(module, "bias", None) is not None:
+            parts[-1].bias = module.bias
+    return made
+
+
+def words(step: LowRank, layer: Layer, form: Form) -> str:
+    """Return what was done, for the report."""
+    full = full_ranks(shape_of(layer.module), form.kind)
+    how = "svd" if layer.table else step.factorization
+    kind = "" if form.kind == "channel" else f", {form.kind}"
+    share = "" if step.rank_allocation == "uniform" else f", share by {step.rank_allocation}"
+    if len(form.ranks) > 1:
+        return (
+            f"ranks {form.ranks[0]} of {full[0]} in and {form.ranks[1]} of {full[1]} out by"
+            f" {how}{kind}{share}"
+        )
+    return f"rank {form.ranks[0]} of {full[0]} by {how}{kind}{share}"

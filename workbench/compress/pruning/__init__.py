@@ -1,0 +1,1 @@
+"""Weights and whole structures that are removed: criteria, patterns, allocation."""

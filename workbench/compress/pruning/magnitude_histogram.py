@@ -1,0 +1,131 @@
+"""Magnitudes of 16-bit weights: there are so few different ones that counting them once answers every
+sparsity.
+
+The bits of |w| in bfloat16 or float16, read as an integer, are ordered as |w| is. How many weights of a layer
+have each of the 32,768 values is counted once (128 KB a layer); the threshold of any sparsity, of one layer
+or of all, is then looked up. Weights of 32 bits have too many values for this: there
+`workbench.kernels.selection` looks for the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.compress.core.batch import Batch, grouped, matrices_in_place
+from workbench.formats.stored_forms import HALVES
+from workbench.kernels.selection import first_true
+from workbench.modules.layer import Layer
+from workbench.util.device import placed
+
+if TYPE_CHECKING:
+    from workbench.calibration.statistics import Statistics
+    from workbench.compress.pruning.prune import Prune
+
+VALUES = 2**15  # of |w|, infinity and NaN among them
+MOST = 2**31 - 1  # weights of a layer: what the counts can hold
+
+
+def countable(step: Prune, layers: Sequence[Layer]) -> bool:
+    """Return whether all weights are judged by magnitudes that can be counted: 16 bits of one format, none
+    taken by an earlier round.
+    """
+    formats = {layer.parameter.dtype for layer in layers}
+    fit = all(layer.mask is None and layer.parameter.numel() <= MOST for layer in layers)
+    return (
+        step.criterion == "magnitude"
+        and step.group is None
+        and len(formats) == 1
+        and formats <= set(HALVES.values())
+        and fit
+    )
+
+
+def keys(stored: Tensor) -> Tensor:
+    """Return integers that are ordered as the magnitudes of 16-bit numbers, int16."""
+    return stored.view(torch.int16) & (VALUES - 1)
+
+
+def counts(batch: Batch, statistics: Statistics) -> Tensor:
+    """Return how many weights of each layer have at most each magnitude, int32 [layers, 32768].
+
+    Kept for the next move where the weights are the dense model's.
+    """
+
+    def compute() -> Tensor:
+        return torch.cat([counted(part) for part in grouped(batch.layers)])
+
+    if not all(layer.pristine for layer in batch.layers):
+        return compute()
+    return statistics.once(
+        ("magnitudes", tuple(layer.origin for layer in batch.layers)), compute, lasting=True, optional=True
+    )
+
+
+def counted(batch: Batch) -> Tensor:
+    """Return what `counts` does, of a batch that may be copied."""
+    number = len(batch.layers)
+    found = (
+        keys(batch.stored().flatten(1)).int()
+        + VALUES * torch.arange(number, dtype=torch.int32, device=batch.layers[0].parameter.device)[:, None]
+    )
+    return torch.bincount(found.flatten(), minlength=number * VALUES).view(number, VALUES).cumsum(1).int()
+
+
+def keep(stored: Tensor, below: Tensor, removed: Sequence[int]) -> Tensor:
+    """Return a mask (bool, [layers, weights]) that keeps the largest of each layer but for `removed[layer]`.
+
+    Ties go to the first.
+
+    Args:
+        stored: finite 16-bit weights [layers, weights].
+        below: what `counts` returns of them.
+        removed: how many go from each layer.
+    """
+    threshold, stay = thresholds(below, removed)
+    found, edge = keys(stored), threshold.to(torch.int16)
+    return (found > edge) | first_true(found == edge, stay)
+
+
+def thresholds(below: Tensor, removed: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return (the magnitude of each layer above which weights stay, how many of those equal to it stay), int
+    [layers, 1].
+
+    Args:
+        below: what `counts` returns.
+        removed: how many go from each layer.
+    """
+    gone = placed(removed, torch.int32, below.device)[:, None]
+    place = torch.searchsorted(below, gone, right=True).clamp_(
+        max=VALUES - 1
+    )  # the last stands for "above all"
+    return place, below.gather(1, place) - gone
+
+
+def below_threshold(
+    layers: Sequence[Layer], statistics: Statistics, target: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return how many weights of each layer lie below the `target`-th smallest of all, and how many are equal
+    to it.
+    """
+    tables = [
+        (batch, counts(batch, statistics))
+        for batch in grouped(layers, whole=matrices_in_place(layers) is not None)
+    ]
+    reached = torch.stack(
+        [table.sum(0, dtype=torch.int64).to(tables[0][1].device) for _, table in tables]
+    ).sum(0)
+    place = int(torch.searchsorted(reached, torch.tensor(target, device=reached.device)))
+    less: dict[str, int] = {}
+    ties: dict[str, int] = {}
+    for batch, table in tables:
+        upto = table[:, place].tolist()
+        before = table[:, place - 1].tolist() if place else [0] * len(upto)
+        less |= {layer.name: count for layer, count in zip(batch.layers, before, strict=True)}
+        ties |= {
+            layer.name: end - start for layer, start, end in zip(batch.layers, before, upto, strict=True)
+        }
+    return less, ties

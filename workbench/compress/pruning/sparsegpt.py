@@ -1,0 +1,223 @@
+"""SparseGPT: remove weights column by column, and let the columns that follow make up for each.
+
+Frantar & Alistarh 2023. All layers of one shape go through the column loop together: the loop's length is the
+number of inputs, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.calibration.statistics import full_precision
+from workbench.compress.core.moments import by_source
+from workbench.errors import CompressionError
+from workbench.kernels import column_solver
+from workbench.kernels.column_solver import BLOCK
+from workbench.kernels.selection import keep_fewer, keep_of_groups, spread
+from workbench.modules.layer import Layer
+
+if TYPE_CHECKING:
+    from workbench.compress.pruning.criteria import Evidence
+
+DAMPING = (
+    0.01,
+    0.1,
+    1.0,
+)  # times the mean of the diagonal; the next only where a matrix cannot be inverted with the last
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The upper Cholesky factor U of (E[x x^T] + damping)^-1 of some layers, [layers, inputs, inputs], and
+    which inputs are ever non-zero.
+    """
+
+    upper: Tensor
+    alive: Tensor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of U, [layers, inputs]."""
+        return self.upper.diagonal(dim1=-2, dim2=-1)
+
+
+def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
+    """Return the factors of layers with equally many inputs.
+
+    Those of the dense model's inputs are kept for the next move while there is room.
+
+    Layers that read the same tensor share a factor.
+
+    Raises:
+        CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
+    """
+    parts = by_source(
+        layers,
+        evidence.work,
+        "inverse factor",
+        lambda fresh: factorised(fresh, evidence),
+        None if evidence.dense else lambda _: None,
+    )
+    warn(layers, [stack.damping[place] for stack, place in parts], evidence)
+    return Factor(
+        torch.stack([stack.upper[place] for stack, place in parts]),
+        torch.stack([stack.alive[place] for stack, place in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """Of some second moments: what `Factor` holds, and the damping of each."""
+
+    upper: Tensor
+    alive: Tensor
+    damping: tuple[float, ...]
+
+
+def factorised(layers: list[Layer], evidence: Evidence) -> Factorised:
+    """Return the factors of layers as they are now; raises as `inverse_factors`."""
+    upper, alive, damping = factorise(torch.stack([evidence.moment(layer) for layer in layers]), layers)
+    return Factorised(upper, alive, tuple(damping))
+
+
+def factorise(moments: Tensor, layers: list[Layer]) -> tuple[Tensor, Tensor, list[float]]:
+    """Return (upper Cholesky factors of the damped inverses, which inputs are alive: bool [layers, inputs],
+    the damping of each layer).
+
+    Damping is 0.01 of the mean diagonal over the inputs that are not always zero; a dead input gets that mean
+    in its place (the paper: 1), so that it neither disturbs the others nor is disturbed. A layer whose matrix
+    cannot be inverted is tried again with ten times, then a hundred times the damping.
+    """
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    alive = diagonal > 0
+    mean = (diagonal * alive).sum(1) / alive.sum(1).clamp_min(1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    scaled = moments / mean[:, None, None] + torch.diag_embed((~alive).float())
+    upper, good = damped(scaled, DAMPING[0])
+    used = [DAMPING[0]] * len(layers)
+    for damping in DAMPING[1:]:
+        bad = [index for index, fine in enumerate(good.tolist()) if not fine]
+        if not bad:
+            break
+        used = [damping if index in bad else before for index, before in enumerate(used)]
+        upper[bad], good[bad] = damped(scaled[bad], damping)
+    if not bool(good.all()):
+        worst = layers[int((~good).nonzero()[0])]
+        raise CompressionError(
+            f"layer {worst.name!r}: the second moment of its {moments.shape[1]} inputs cannot be inverted,"
+            f" even with damping {DAMPING[-1]:g} of its mean diagonal: its calibration inputs are too large"
+            " for float32 or not finite; try criterion='magnitude' there, or leave it out by a target"
+        )
+    return upper / mean.sqrt()[:, None, None], alive, used
+
+
+def damped(scaled: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return (upper Cholesky factors of (scaled + damping)^-1, for which layers that went well)."""
+    with full_precision():
+        eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
+        lower, first = torch.linalg.cholesky_ex(scaled + damping * eye)
+        upper, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper, (first == 0) & (second == 0) & torch.isfinite(upper).flatten(1).all(1)
+
+
+def warn(layers: tuple[Layer, ...], damping: list[float], evidence: Evidence) -> None:
+    """Say once which layers needed more damping, and which have seen fewer inputs than they have columns."""
+    said = []
+    for stronger in DAMPING[1:]:
+        raised = [layer for layer, used in zip(layers, damping, strict=True) if used == stronger]
+        if raised:
+            said.append(
+                f"prune: damping raised to {stronger:g} of the mean diagonal where a second moment was"
+                f" singular: {listed(raised)}"
+            )
+    few = [layer for layer in layers if evidence.rows(layer) < evidence.moment(layer).shape[0]]
+    if few:
+        rows, columns = evidence.rows(few[0]), evidence.moment(few[0]).shape[0]
+        said.append(
+            f"prune: calibration has too few rows for the second moments of {listed(few)} ({rows} rows for"
+            f" {columns} inputs): regularised by damping of {DAMPING[0]:g} of the mean diagonal; give more"
+            " calibration items"
+        )
+    evidence.work.warnings += [words for words in said if words not in evidence.work.warnings]
+
+
+def listed(layers: list[Layer]) -> str:
+    """Return the first layer's name and how many more there are."""
+    return repr(layers[0].name) + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+
+
+@torch.no_grad()
+def solve(
+    stack: Tensor, factor: Factor, removed: list[int], group: tuple[int, int] | None, masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (weights, masks), both [layers, outputs, inputs], with exactly `removed[i]` zeros in layer i, or
+    n of m kept.
+
+    stack: float32 weights, changed in place; so is `masks` (True: kept), whose removed weights stay removed.
+    Unstructured: each column has a quota of removed // inputs weights, the first removed % inputs columns one
+    more; a block of 128 columns removes the sum of its columns' quotas, wherever in the block they cost
+    least. n:m: the mask of m columns is chosen when the loop reaches them, so a group sees the updates of all
+    before it.
+    """
+    inputs = stack.shape[2]
+    quotas = [spread(count, inputs) for count in removed]
+    width = BLOCK if group is None else max(1, BLOCK // group[1]) * group[1]  # no group lies in two blocks
+    by_kernel = group is None and column_solver.suited(stack)
+    with full_precision():
+        for start in range(0, inputs, width):
+            end = min(start + width, inputs)
+            block, kept = stack[:, :, start:end].clone(), masks[:, :, start:end]
+            part = Factor(factor.upper[:, start:end, start:end].contiguous(), factor.alive[:, start:end])
+            if group is None:
+                kept[:] = keep_fewer(
+                    saliency(block, part, kept).flatten(1), [sum(quota[start:end]) for quota in quotas]
+                ).view_as(block)
+            if by_kernel:
+                errors = column_solver.work_through(
+                    stack, factor.upper, stack, start, column_solver.Target(masks)
+                )
+            else:
+                errors = work_through(block, part, kept, group)
+                stack[:, :, start:end] = block * kept
+            if end < inputs:
+                stack[:, :, end:] -= errors @ factor.upper[:, start:end, end:]
+    return stack, masks
+
+
+def work_through(block: Tensor, factor: Factor, kept: Tensor, group: tuple[int, int] | None) -> Tensor:
+    """Zero the columns of a block one after the other, each made up for by those that follow.
+
+    Changes `block`, and `kept` for n:m.
+
+    Returns what was removed of each column over the factor's diagonal, [layers, outputs, columns]: what later
+    blocks make up for.
+    """
+    errors = torch.empty_like(block)
+    for column in range(block.shape[2]):
+        if group is not None and column % group[1] == 0:
+            chosen = slice(column, column + group[1])
+            part = Factor(factor.upper[:, chosen, chosen], factor.alive[:, chosen])
+            kept[:, :, chosen] = keep_of_groups(
+                saliency(block[:, :, chosen], part, kept[:, :, chosen]), *group
+            )
+        error = torch.where(kept[:, :, column], 0, block[:, :, column]).div_(factor.diagonal[:, column, None])
+        block[:, :, column:].addcmul_(
+            error.unsqueeze(2), factor.upper[:, column : column + 1, column:], value=-1
+        )
+        errors[:, :, column] = error
+    return errors
+
+
+def saliency(weights: Tensor, factor: Factor, kept: Tensor) -> Tensor:
+    """Return w^2 / d^2, what removing a weight costs once the columns after it are adjusted.
+
+    0 for inputs never read, -1 for weights gone before.
+
+    weights, kept: [layers, outputs, columns]; the factor's diagonal is that of these columns.
+    """
+    costs = (weights / factor.diagonal.unsqueeze(1)).square_().mul_(factor.alive.unsqueeze(1))
+    return costs.masked_fill_(~kept, -1.0)

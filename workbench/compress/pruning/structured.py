@@ -1,0 +1,302 @@
+"""Prune with a structured pattern: units really leave the model, which stays an ordinary one with smaller
+modules.
+
+What belongs to a unit comes from `structure_spaces` (heads, neurons) and `channels`; whole blocks are in
+`structure_blocks`. Here units are scored, chosen, taken out and reported. Removing a unit is the same as
+setting all its weights to zero; only with `reconstruct` does what follows change to make up for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from workbench.compress.pruning.blocks import remove_blocks
+from workbench.compress.pruning.channels import find_channels
+from workbench.compress.pruning.config_sync import settle_numbers
+from workbench.compress.pruning.prunable_units import (
+    Found,
+    Space,
+    find_attentions,
+    find_heads,
+    find_neurons,
+    removed_count,
+)
+from workbench.compress.pruning.reconstruction import rebuilt
+from workbench.compress.pruning.schedule import rounds
+from workbench.compress.pruning.surgery import narrow
+from workbench.compress.pruning.unit_scores import unit_scores
+from workbench.errors import CompressionError, RecipeError
+from workbench.modules.layer import Layer, output_head
+
+if TYPE_CHECKING:
+    from workbench.calibration.statistics import Statistics
+    from workbench.compress.core.context import Work
+    from workbench.compress.pruning.prune import Prune
+    from workbench.tasks.base import Task
+
+BELONGS = {"heads": "attention", "neurons": "MLP", "channels": "group of channels", "layers": "block"}
+NORMALISED = {
+    "magnitude",
+    "wanda",
+    # Criteria whose scale differs from block to block: divided by the block's mean before all are ranked
+    # together
+}
+
+
+def remove_structure(step: Prune, work: Work) -> None:
+    """Take out the least important units of `step.pattern`: heads, neurons, channels or layers.
+
+    Raises:
+        CompressionError: the model has no such structure, or so little of it is asked for that no whole unit
+            goes.
+    """
+    if step.allocation == "sensitivity":
+        raise RecipeError(
+            f"{step!r}: allocation='sensitivity' divides zeros, not structure; use 'uniform' or 'global'"
+        )
+    if step.rounds > 1:
+        raise RecipeError(
+            f"{step!r}: structure is removed in one round; use rounds=1, with a Distill step after it"
+        )
+    chosen = [layer.origin for layer in work.choose(step)]
+    for _ in rounds(step, work, lambda: group_norm(step, work)):
+        remove(step, work)
+    for origin in chosen:
+        if not work.outcomes[origin]:
+            work.say(origin, f"prune skipped: it is in no {BELONGS[step.pattern]} that can be removed")
+
+
+def remove(step: Prune, work: Work) -> None:
+    """Choose and take out units, and bring the numbers that the model keeps in line."""
+    if step.pattern == "layers":
+        remove_blocks(step, work)
+        check_runs(step, work)
+        return
+    pristine = all(layer.pristine for layer in work.layers.values())
+    found = find_spaces(step, work.model, work.task, work.statistics, pristine=pristine)
+    for name, reason in found.skipped.items():
+        for layer in work.layers.values():
+            if layer.name == name or layer.name.startswith(f"{name}."):
+                work.say(layer, f"prune skipped: {reason}")
+    spaces = [space for space in found.spaces if may_be_cut(space, step, work)]
+    if not spaces:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:2])
+        raise CompressionError(
+            f"{step!r}: {work.task.model_name} has no {step.pattern} that it can remove"
+            + (f" ({reasons})" if reasons else "")
+        )
+    removed = choose(step, spaces, unit_scores(step, work, spaces))
+    if step.sparsity and not any(len(units) for units in removed):
+        most = max(space.units for space in spaces)
+        least = (
+            "none of them has a second one that could stay"
+            if most == 1
+            else f"it starts at sparsity={0.5 / most:.3g}, half a unit of {most}"
+        )
+        raise CompressionError(
+            f"{step!r} removes nothing: {step.sparsity:.3g} of {most} {spaces[0].unit} is less than half of"
+            f" one; {least}"
+        )
+    cut(step, work, spaces, removed)
+    report(step, work, spaces, removed)
+    settle_numbers(step, work)
+    check_runs(step, work)
+
+
+def group_norm(step: Prune, work: Work) -> Tensor:
+    """Return the sum over units of the L2 norm of their weights (group lasso, Yuan & Lin 2006): what a
+    penalty keeps small.
+    """
+    if step.pattern == "layers":
+        raise RecipeError(
+            f"{step!r}: penalty={step.penalty:g} acts on units within blocks, not on whole layers; use"
+            " penalty=0"
+        )
+    found = find_spaces(step, work.model, work.task, work.statistics, pristine=False)
+    norms = []
+    for space in found.spaces:
+        if may_be_cut(space, step, work):
+            squares = [
+                side_squares(work.layers[part.module], part.axis)[
+                    part.index.to(work.layers[part.module].parameter.device)
+                ].sum(1)
+                for part in space.parts
+                if part.module in work.layers
+            ]
+            norms.append(torch.stack(squares).sum(0).clamp_min(1e-20).sqrt().sum())
+    return torch.stack(norms).sum()
+
+
+def side_squares(layer: Layer, axis: str) -> Tensor:
+    """Return the sum of squares of each row, or of each input channel, of a weight.
+
+    Gradients flow through.
+    """
+    squares = layer.as_matrix(layer.parameter).float().square()
+    return squares.sum(1) if axis == "rows" else squares.sum(0).unflatten(0, (-1, layer.patch)).sum(1)
+
+
+def find_spaces(
+    step: Prune, model: nn.Module, task: Task, statistics: Statistics, *, pristine: bool
+) -> Found:
+    """Return the spaces of a pattern, and why other places are skipped.
+
+    Channels of a `pristine` model are followed once a bench.
+    """
+    if step.pattern == "heads":
+        return find_heads(model, step.sparsity, alike=step.allocation == "uniform")
+    if step.pattern == "neurons":
+        return find_neurons(model)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    if find_attentions(model)[0]:
+        return Found(
+            (), dict.fromkeys(convolutions, "its channels are the width that every block of attention reads")
+        )
+    if not convolutions:
+        return Found((), {})
+
+    def follow() -> Found:
+        return find_channels(model, task.kind, task.calibration, output_head(model))
+
+    return statistics.once("channels", follow) if pristine else follow()
+
+
+def may_be_cut(space: Space, step: Prune, work: Work) -> bool:
+    """Return whether the targets pick one of its layers and leave out none, and each is a layer of its own.
+
+    Else say why not.
+    """
+    layers = [work.layers[name] for name in space.modules() if name in work.layers]
+    reason = next((f"{name}: {work.left[name]}" for name in space.modules() if name in work.left), "")
+    shared = next((layer for layer in layers if layer.others), None)
+    if shared is not None:
+        reason = f"{shared.name}: its weight is shared with {', '.join(shared.others)}"
+    out = next((layer for layer in layers if step.excluded(*layer.names) is not None), None)
+    if out is not None:
+        reason = f"its {space.unit} are tied to {out.origin}, which targets leave out"
+    for layer in layers:
+        if reason:
+            work.say(layer, f"prune skipped: {reason}")
+    return not reason and any(work.takes(step, layer) for layer in layers)
+
+
+def choose(step: Prune, spaces: list[Space], scores: list[Tensor]) -> list[Tensor]:
+    """Return the units of each space that go, int64 ascending: the same fraction of each, or the least of all
+    together.
+    """
+    if step.allocation == "uniform":
+        counts = [removed_count(space.units, step.sparsity) for space in spaces]
+    else:
+        even = [
+            score / score.mean().clamp_min(1e-30) if step.criterion in NORMALISED else score
+            for score in scores
+        ]
+        # the best unit of each space cannot go
+        free = [values.sort(stable=True).values[:-1] for values in even]
+        owners = torch.cat([torch.full((len(values),), place) for place, values in enumerate(free)])
+        total = min(removed_count(sum(space.units for space in spaces), step.sparsity), len(owners))
+        counts = (
+            owners[torch.cat(free).sort(stable=True).indices[:total]].bincount(minlength=len(spaces)).tolist()
+        )
+    return [
+        score.flip(0).sort(stable=True).indices[:gone].neg().add(len(score) - 1).sort().values
+        for score, gone in zip(scores, counts, strict=True)
+    ]  # ties: the last go
+
+
+def cut(step: Prune, work: Work, spaces: list[Space], removed: list[Tensor]) -> None:
+    """Take the chosen units out of every module that they touch."""
+    gone: dict[str, dict[str, list[Tensor]]] = {}
+    for space, units in zip(spaces, removed, strict=True):
+        for part in space.parts:
+            if len(units):
+                gone.setdefault(part.module, {}).setdefault(part.axis, []).append(part.index[units].flatten())
+    for done, (name, sides) in enumerate(gone.items()):
+        work.progress(step.kind(), done, len(gone))
+        layer = work.layers.get(name)
+        if layer is None:  # a batch norm
+            module = work.model.get_submodule(name)
+            narrow(module, rows=others(len(module.weight), sides["rows"]))  # type: ignore[arg-type]
+        else:
+            cut_layer(step, work, layer, {side: torch.cat(indices) for side, indices in sides.items()})
+    work.progress(step.kind(), len(gone), len(gone))
+
+
+def cut_layer(step: Prune, work: Work, layer: Layer, gone: dict[str, Tensor]) -> None:
+    """Take rows and input channels out of one layer, and keep its promises and its place in the dense weight
+    in step.
+    """
+    size, per = layer.shape, layer.patch
+    rows = others(size[0], [gone["rows"]]) if "rows" in gone else None
+    channels = others(size[1] // per, [gone["columns"]]) if "columns" in gone else None
+    columns = None if channels is None else (channels[:, None] * per + torch.arange(per)).flatten()
+    matrix = rebuilt(layer, columns, work) if step.reconstruct and columns is not None else None
+    narrow(layer.module, rows, channels)
+    layer.keep(rows, columns)
+    layer.pristine = layer.finite = False
+    if matrix is not None:
+        layer.write(matrix if rows is None else matrix[rows.to(matrix.device)])
+
+
+def others(size: int, gone: list[Tensor]) -> Tensor:
+    """Return the indices below `size` that are not among those gone, ascending."""
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[torch.cat(gone)] = False
+    return stays.nonzero().flatten()
+
+
+def report(step: Prune, work: Work, spaces: list[Space], removed: list[Tensor]) -> None:
+    """Say for every layer which units left it, what was asked for and what was given."""
+    for space, units in zip(spaces, removed, strict=True):
+        given = len(units) / space.units
+        asked = (
+            ""
+            if abs(given - step.sparsity) < 5e-4
+            else (
+                f" ({step.sparsity:.3g} asked, {given:.3g} given"
+                f"{'; one has to stay' if len(units) == space.units - 1 and step.sparsity > given else ''})"
+            )
+        )
+        words = (
+            f"{len(units)} of {space.units} {space.unit} of {space.block} removed by {step.criterion}{asked}"
+        )
+        words += f": {ranges(units.tolist())}" if len(units) else ""
+        words += ", what follows refitted" if step.reconstruct else ""
+        for name in space.modules():
+            if name in work.layers:
+                work.took(step, work.layers[name], words)
+
+
+def ranges(numbers: list[int], most: int = 12) -> str:
+    """Return ascending numbers in a few words: `0-2, 7`; past `most` ranges only how many more there are."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    words = ["-".join(map(str, run)) for run in runs]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more ranges" if len(words) > most else "")
+
+
+def check_runs(step: Prune, work: Work) -> None:
+    """Run one item through the smaller model, once a bench and pattern: a model with a rule of its own is
+    refused here, in words.
+    """
+
+    def run() -> bool:
+        device = next(work.model.parameters()).device
+        try:
+            with torch.no_grad():
+                work.task.kind.logits(work.model, work.task.calibration[:1].to(device))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CompressionError(
+                f"{step!r}: {type(work.model).__name__} does not run without its {step.pattern}"
+                f" ({' '.join(str(error).split())[:200]})"
+            ) from None
+        return True
+
+    work.statistics.once(("runs without", step.pattern), run)

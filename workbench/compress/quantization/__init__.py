@@ -1,0 +1,1 @@
+"""Weights, inputs and caches in few bits: grids, rounding, widths."""

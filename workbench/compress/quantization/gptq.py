@@ -1,0 +1,248 @@
+"""GPTQ: round column by column, and let the columns that follow make up for the error of each.
+
+Frantar et al. 2022. All layers of one shape go through the column loop together: the loop's length is the
+number of inputs, whatever the number of layers. Scales are fitted before (static groups), so that activation
+ordering only changes the order in which columns are worked through: groups stay contiguous, and what is
+stored looks like any other grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.calibration.statistics import full_precision
+from workbench.compress.core.moments import by_source, second_moment_of
+from workbench.compress.pruning.sparsegpt import damped, listed
+from workbench.compress.quantization.scales import Scales, Spec
+from workbench.errors import CompressionError
+from workbench.formats.stored_forms import decode_float, encode_float
+from workbench.kernels import column_solver
+from workbench.kernels.column_solver import BLOCK
+from workbench.modules.layer import Layer
+
+if TYPE_CHECKING:
+    from workbench.compress.core.context import Work
+
+STRONGER = (
+    1,
+    10,
+    100,
+)  # times the damping that was asked for; the next only where a matrix cannot be inverted with the last
+
+
+@dataclass(frozen=True)
+class Order:
+    """Of some layers: the columns in the order in which they are rounded, and how an error spreads over those
+    that follow.
+
+    `upper` [layers, inputs, inputs]: the upper Cholesky factor of (E[x x^T] + damping)^-1 in that order, each
+    row divided by its diagonal; `columns` int64 [layers, inputs].
+    """
+
+    upper: Tensor
+    columns: Tensor
+
+
+def orders(layers: tuple[Layer, ...], work: Work, *, damping: float, by_activation: bool) -> Order:
+    """Return the order and factor of each layer.
+
+    Those of the dense model's inputs are kept for the next move.
+
+    Raises:
+        CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
+    """
+    options = "gptq order", damping, by_activation
+    parts = by_source(
+        layers,
+        work,
+        options,
+        lambda fresh: factorised(fresh, work, damping=damping, by_activation=by_activation),
+    )
+    warn(layers, [stack.stronger[place] for stack, place in parts], damping, work)
+    return Order(
+        torch.stack([stack.upper[place] for stack, place in parts]),
+        torch.stack([stack.columns[place] for stack, place in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """Of some second moments: what `Order` holds, and by how much the damping of each was raised."""
+
+    upper: Tensor
+    columns: Tensor
+    stronger: tuple[int, ...]
+
+
+def factorised(layers: list[Layer], work: Work, *, damping: float, by_activation: bool) -> Factorised:
+    """Return the orders of layers as they are now; raises as `orders`."""
+    upper, columns, stronger = factorise(
+        torch.stack([second_moment_of(layer, work) for layer in layers]),
+        layers,
+        damping=damping,
+        by_activation=by_activation,
+    )
+    return Factorised(upper, columns, tuple(stronger))
+
+
+def factorise(
+    moments: Tensor, layers: list[Layer], *, damping: float, by_activation: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return (upper factors over their diagonals, columns in order, by how much the damping was raised) of
+    some layers.
+
+    Damping is a fraction of the mean diagonal over the inputs that are not always zero. A dead input gets
+    that mean in its place, so that it neither disturbs the others nor is disturbed, and comes last.
+    """
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    alive = diagonal > 0
+    mean = (diagonal * alive).sum(1) / alive.sum(1).clamp_min(1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    places = torch.arange(moments.shape[1], device=moments.device).expand_as(diagonal)
+    columns = diagonal.argsort(dim=1, descending=True, stable=True) if by_activation else places
+    scaled = moments / mean[:, None, None] + torch.diag_embed((~alive).float())
+    if by_activation:
+        scaled = scaled.gather(1, columns.unsqueeze(2).expand_as(scaled)).gather(
+            2, columns.unsqueeze(1).expand_as(scaled)
+        )
+    upper, good = damped(scaled, damping)
+    used = [1] * len(layers)
+    for stronger in STRONGER[1:]:
+        bad = [index for index, fine in enumerate(good.tolist()) if not fine]
+        if not bad:
+            break
+        used = [stronger if index in bad else before for index, before in enumerate(used)]
+        upper[bad], good[bad] = damped(scaled[bad], stronger * damping)
+    if not bool(good.all()):
+        worst = layers[int((~good).nonzero()[0])]
+        raise CompressionError(
+            f"layer {worst.name!r}: the second moment of its {moments.shape[1]} inputs cannot be inverted,"
+            f" even with damping {STRONGER[-1] * damping:g} of its mean diagonal: its calibration inputs are"
+            " too large for float32 or not finite; try rounding='rtn' there, or leave it out by a target"
+        )
+    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(2), columns, used
+
+
+def warn(layers: tuple[Layer, ...], stronger: list[int], damping: float, work: Work) -> None:
+    """Say once which layers needed more damping, and which have seen fewer inputs than they have columns."""
+    said = []
+    for times in STRONGER[1:]:
+        raised = [layer for layer, used in zip(layers, stronger, strict=True) if used == times]
+        if raised:
+            said.append(
+                f"quantize: damping raised to {times * damping:g} of the mean diagonal where a second moment"
+                f" was singular: {listed(raised)}"
+            )
+    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.shape[1]]
+    if few:
+        rows, columns = work.statistics.rows(few[0].origin), few[0].shape[1]
+        said.append(
+            f"quantize: calibration has too few rows for the second moments of {listed(few)} ({rows} rows for"
+            f" {columns} inputs): regularised by damping of {damping:g} of the mean diagonal; give more"
+            " calibration items"
+        )
+    work.warnings += [words for words in said if words not in work.warnings]
+
+
+@torch.no_grad()
+def solve(stack: Tensor, scales: Scales, order: Order, spec: Spec, masks: Tensor | None = None) -> Tensor:
+    """Return the rounded weights, float32 [layers, outputs, inputs], each on the grid of `scales`.
+
+    Zero where `masks` is False.
+
+    stack: float32 weights. Every column is rounded as it stands when the loop reaches it; its error, times
+    the row of the factor, is taken from the columns that follow, at once within a block of 128 and after it
+    for all others.
+    """
+    places = order.columns.unsqueeze(1).expand_as(stack)
+    weights = stack.gather(2, places)
+    scale, zero = (
+        None if part is None else in_order(part, places, spec) for part in (scales.scale, scales.zero)
+    )
+    kept = None if masks is None else masks.gather(2, places)
+    rounded, by_kernel = (
+        torch.empty_like(weights),
+        spec.number_format == "integer" and column_solver.suited(weights),
+    )
+    with full_precision():
+        for start in range(0, stack.shape[2], BLOCK):
+            part = slice(start, start + BLOCK)
+            if by_kernel:
+                errors = column_solver.work_through(
+                    weights, order.upper, rounded, start, column_solver.Target(kept, scale, zero, spec.bits)
+                )
+            else:
+                errors = work_through(
+                    weights[:, :, part].clone(),
+                    order.upper[:, part, part],
+                    rounded[:, :, part],
+                    Columns(
+                        scale[:, :, part],  # type: ignore[index]
+                        None if zero is None else zero[:, :, part],
+                        None if kept is None else kept[:, :, part],
+                        spec,
+                    ),
+                )
+            if start + BLOCK < stack.shape[2]:
+                weights[:, :, start + BLOCK :] -= errors @ order.upper[:, part, start + BLOCK :]
+    return torch.empty_like(rounded).scatter_(2, places, rounded)
+
+
+def in_order(part: Tensor, columns: Tensor, spec: Spec) -> Tensor:
+    """Return scales or zero points for each column in its order: [layers, outputs, inputs], or [layers,
+    outputs or 1, 1 expanded] where all are one.
+    """
+    if part.shape[2] == 1:
+        return part.expand(*part.shape[:2], columns.shape[2])
+    return part.gather(2, columns // spec.group_size)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a block's columns are rounded to: scales and zero points (None: symmetric) [layers, outputs or 1,
+    columns], and what stays.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    kept: Tensor | None
+    spec: Spec
+
+    def bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Return the least and the largest multiple of the scale, for an integer grid."""
+        if self.spec.number_format != "integer":
+            return None
+        below = (
+            torch.full_like(self.scale, -(1 << (self.spec.bits - 1)))
+            if self.zero is None
+            else self.zero.float().neg_()
+        )
+        return below, below + self.spec.levels
+
+
+def work_through(block: Tensor, upper: Tensor, rounded: Tensor, to: Columns) -> Tensor:
+    """Round the columns of a block one after the other, into `rounded`; changes `block`.
+
+    Returns the errors [layers, outputs, columns].
+
+    Few kernels a column: on a GPU the loop waits for their launches, not for their work.
+    """
+    errors = torch.empty_like(block)
+    bounds = to.bounds()
+    for column in range(block.shape[2]):
+        weights, scale = block[:, :, column], to.scale[:, :, column]
+        steps = weights / scale
+        if bounds is None:
+            steps = decode_float(encode_float(steps, to.spec.number_format), to.spec.number_format)
+        else:
+            steps.round_().clamp_(bounds[0][:, :, column], bounds[1][:, :, column])
+        values = torch.mul(steps, scale, out=rounded[:, :, column])
+        if to.kept is not None:
+            values.mul_(to.kept[:, :, column])
+        error = torch.sub(weights, values, out=errors[:, :, column])
+        block[:, :, column:].addcmul_(error.unsqueeze(2), upper[:, column : column + 1, column:], value=-1)
+    return errors

@@ -1,0 +1,198 @@
+"""KVCache: keep what attention remembers of earlier tokens in a few bits."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from workbench.compress.core.context import Work
+from workbench.errors import CompressionError, RecipeError
+from workbench.formats.kv_cache import CacheFormat
+from workbench.recipe import METHODS, About, Step, configuration
+from workbench.tasks.language_modelling import LanguageModelling
+
+if TYPE_CHECKING:
+    from workbench.tasks.base import Task
+
+
+@configuration
+class KVCache(Step):
+    """Round keys and values to integers of `kv_bits` as they enter the cache of a language model, one grid a
+    token, head and group.
+
+    Every token attends to rounded keys and values, its own included, in perplexity as in `generate`; no
+    recent tokens are kept apart in full precision. The cache really holds `kv_bits` a number, with a float16
+    scale and a zero point of one byte for `kv_group_size` numbers, and its bytes for one window of the
+    evaluation text are measured.
+
+    What it does not do: make the weights smaller, save time (the cache is unpacked at every step), or rotate
+    or group keys by channel as KIVI (Liu et al. 2024) does for 2 bits. Sliding-window and other caches than
+    transformers' full one are refused.
+    """
+
+    slider: ClassVar[str] = "kv_bits"
+    position: ClassVar[int] = 32
+    aside: ClassVar[bool] = True
+    stops: ClassVar[tuple[float, ...]] = (4, 8)
+    about: ClassVar[tuple[About, ...]] = (
+        About(
+            "kv_bits, kv_group_size",
+            "per token as in FlexGen, Sheng et al. 2023",
+            "one item, to see that the cache is used",
+            "nothing: weights stay",
+            "unpacked before every product; poor below 4 bits",
+        ),
+    )
+
+    kv_bits: Annotated[
+        int, Field(ge=2, le=8, description="bits per number of the cache of keys and values")
+    ] = 8
+    kv_group_size: Annotated[
+        int, Field(ge=0, le=65536, description="numbers of a head that share a scale; 0 means the whole head")
+    ] = 0
+
+    @model_validator(mode="after")
+    def whole(self) -> KVCache:
+        """Refuse targets: there is one cache."""
+        if self.targets != ("*",):
+            raise ValueError(
+                f"targets={self.targets!r} name weights, and a cache belongs to none: leave targets out"
+            )
+        return self
+
+    def check_order(self, earlier: tuple[Step, ...]) -> None:
+        """Refuse a second one."""
+        if any(step.kind() == "kvcache" for step in earlier):
+            raise RecipeError(
+                f"{self!r} cannot follow another KVCache: a model has one cache; keep one of them"
+            )
+
+    @property
+    def form(self) -> CacheFormat:
+        """Return how numbers are stored."""
+        return CacheFormat(self.kv_bits, self.kv_group_size)
+
+    def label(self) -> str:
+        """Return such as `KV4` or `KV4 g32`."""
+        return f"KV{self.kv_bits}" + (f" g{self.kv_group_size}" if self.kv_group_size else "")
+
+
+@METHODS.register(KVCache)
+def kv_cache(step: KVCache, work: Work) -> None:
+    """Give the model a cache of rounded keys and values, once it is sure that the model uses it."""
+    if not isinstance(work.task.kind, LanguageModelling):
+        raise CompressionError(
+            f"{step!r}: {work.task.model_name} does {work.task.kind.name}; only language models keep keys and"
+            " values from token to token"
+        )
+    check_heads(step, work.task, work.model)
+    use_cache_of(work.model, step.form)
+    work.changes += 1
+
+
+def use_cache_of(model: nn.Module, form: CacheFormat) -> None:
+    """Make every call of a language model keep its keys and values in this form.
+
+    `model.cache_format` says so to whoever asks.
+    """
+    model.register_forward_pre_hook(PacksCache(form), with_kwargs=True)
+    model.cache_format = form  # type: ignore[assignment]
+
+
+def cache_format_of(model: nn.Module) -> CacheFormat | None:
+    """Return the form in which a model keeps its keys and values, None for its own."""
+    found = getattr(model, "cache_format", None)
+    return found if isinstance(found, CacheFormat) else None
+
+
+@dataclass(frozen=True)
+class PacksCache:
+    """What a language model does before every call: it takes a packed cache where none is given, and turns an
+    empty one into one.
+    """
+
+    form: CacheFormat
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with a packed cache."""
+        given = inspect.signature(model.forward).bind_partial(*args, **named).arguments.get("past_key_values")
+        if given is not None:
+            pack_layers(given, self.form)
+            return args, named
+        return args, {**named, "past_key_values": packed_cache(model, self.form)}
+
+
+def packed_cache(model: nn.Module, form: CacheFormat) -> Any:
+    """Return an empty packed cache for a model."""
+    from transformers import DynamicCache
+
+    config: Any = model.config
+    return pack_layers(DynamicCache(config=config), form)
+
+
+def pack_layers(cache: Any, form: CacheFormat) -> Any:
+    """Make the empty layers of a transformers cache packed ones, in place, and return it.
+
+    Raises:
+        CompressionError: a layer that is in use holds something else, or is not one that grows token by
+            token.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    from workbench.modules.kv_cache import packed_layer
+
+    packed = packed_layer()
+    for index, layer in enumerate(getattr(cache, "layers", ())):
+        if isinstance(layer, packed):
+            continue
+        if type(layer) is not DynamicLayer or layer.get_seq_length():
+            state = "is in use" if type(layer) is DynamicLayer else "is not supported"
+            raise CompressionError(
+                f"a KV cache of {form.bits} bits cannot take over layer {index} of a {type(cache).__name__}:"
+                f" its {type(layer).__name__} {state}; give an empty DynamicCache, or none"
+            )
+        cache.layers[index] = packed(form)
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        cache.layer_class_to_replicate = lambda: packed(form)
+    return cache
+
+
+def check_heads(step: KVCache, task: Task, model: nn.Module) -> None:
+    """Run one item and see that keys and values enter a cache, and that the groups divide every head.
+
+    Raises:
+        CompressionError: the model keeps none, or the group size does not divide one.
+
+    """
+    from transformers import DynamicCache
+
+    device, config = next(model.parameters()).device, getattr(model, "config", None)
+    cache: Any = DynamicCache(config=config)
+    try:
+        with torch.no_grad():
+            model(**task.calibration[:1].to(device).inputs, past_key_values=cache, use_cache=True)
+    except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
+        raise CompressionError(
+            f"{step!r}: {type(model).__name__} takes no transformers cache"
+            f" ({' '.join(str(error).split())[:200]})"
+        ) from None
+    used = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
+    if not used:
+        raise CompressionError(
+            f"{step!r}: {type(model).__name__} keeps no keys and values in the cache that it is given"
+        )
+    packed_cache(model, step.form)  # refuses layers of other kinds
+    for head in sorted({states.shape[-1] for layer in used for states in (layer.keys, layer.values)}):
+        if step.kv_group_size and head % step.kv_group_size:
+            fits = [size for size in (16, 32, 64, 128) if head % size == 0 and size < head]
+            raise CompressionError(
+                f"{step!r}: groups of {step.kv_group_size} do not divide a head of {head} numbers: take"
+                f" {', '.join([*map(str, fits), '0 for the whole head'])}"
+            )

@@ -1,0 +1,97 @@
+"""What layers read during calibration: the least and the largest value of every channel, from one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from workbench.calibration.statistics import Statistics, refuse_infinite
+from workbench.compress.core.context import Work
+from workbench.modules.layer import Progress, can_hold, find_layers
+from workbench.util.hooks import of_this_thread
+
+if TYPE_CHECKING:
+    from workbench.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The extremes of each layer's inputs over the calibration data, float32 [channels], by the layer's name.
+
+    None for a layer that was never called.
+    """
+
+    low: dict[str, Tensor]
+    high: dict[str, Tensor]
+
+
+def ranges_now(work: Work) -> Ranges:
+    """Return the ranges of the model as it is: those of the dense model are kept, those of a changed one cost
+    a pass each time.
+
+    Raises:
+        CompressionError: a layer, which is named, receives infinite or NaN inputs.
+    """
+    if not work.changes:
+        return work.statistics.once(
+            "input ranges", lambda: input_ranges(work.task, work.task.model, work.progress), lasting=True
+        )
+    return input_ranges(work.task, work.model, work.progress)
+
+
+def called_layers(statistics: Statistics) -> frozenset[str]:
+    """Return the layers that the dense model calls (not only reads the weight of), from one calibration item.
+
+    Kept.
+    """
+
+    def compute() -> frozenset[str]:
+        task = statistics.task
+        return frozenset(watched(task, task.model, lambda _what, _done, _total: None, items=1).low)
+
+    return statistics.once("called layers", compute)
+
+
+def input_ranges(task: Task, model: nn.Module, progress: Progress) -> Ranges:
+    """Return the ranges of one model over all calibration items; raises as `ranges_now`."""
+    found = watched(task, model, progress, items=len(task.calibration))
+    refuse_infinite({name: torch.isfinite(found.low[name] + found.high[name]).all() for name in found.low})
+    return found
+
+
+def watched(task: Task, model: nn.Module, progress: Progress, *, items: int) -> Ranges:
+    """Return the ranges over the first `items` calibration items, finite or not."""
+    found = Ranges({}, {})
+    device = next(model.parameters()).device
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in find_layers(model)[0].items():
+            for module in (layer.module, *layer.others.values()):
+                if can_hold(module):
+                    hooks.callback(
+                        module.register_forward_pre_hook(
+                            of_this_thread(watch(name, found)), with_kwargs=True
+                        ).remove
+                    )
+        for start in range(0, items, task.batch_size):
+            progress("calibration", start, items)
+            task.kind.logits(model, task.calibration[start : min(items, start + task.batch_size)].to(device))
+    progress("calibration", items, items)
+    return found
+
+
+def watch(name: str, found: Ranges) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+    """Return a hook that widens the ranges of `name` by what a module is given."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        given = (inputs[0] if inputs else next(iter(named.values()))).float()
+        over = (0, 2, 3) if isinstance(module, nn.Conv2d) else tuple(range(given.ndim - 1))
+        low, high = given.amin(over), given.amax(over)
+        found.low[name] = torch.minimum(found.low[name], low) if name in found.low else low
+        found.high[name] = torch.maximum(found.high[name], high) if name in found.high else high
+
+    return hook

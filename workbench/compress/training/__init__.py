@@ -1,0 +1,1 @@
+"""Training of compressed models: what may move, steps, looks at held-out items, checkpoints."""

@@ -1,0 +1,87 @@
+"""Trainings that are taken down to disk as they go, so that they go on exactly where they were."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.errors import CompressionError
+
+MOST = 4  # files kept; the oldest go first
+HOUR = 3600  # seconds
+
+
+def folder() -> Path:
+    """Return where checkpoints lie: in the user's cache directory."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("compression-workbench")) / "checkpoints"
+
+
+def checkpoint_path(model: nn.Module, parts: Iterable[object]) -> Path:
+    """Return the file of a training: named after its options, its data (`parts`) and every bit that it starts
+    from.
+    """
+    digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(
+            tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+            if tensor.ndim
+            else str(tensor.item()).encode()
+        )
+    return folder() / f"{digest.hexdigest()[:24]}.pt"
+
+
+def save(path: Path, state: dict[str, Any], option: str = "checkpoint_every") -> None:
+    """Write a state; whoever reads finds the old one or the new one, whole, whenever the process ends.
+
+    `option` is what asked for it.
+
+    Raises:
+        CompressionError: the folder cannot be written.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            temporary = file.name
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise CompressionError(
+            f"no checkpoint can be written to {path.parent}: {error}; free space there, or set {option}=0"
+        ) from error
+    for left in path.parent.glob("*.part"):  # of processes that ended while they wrote
+        if left.stat().st_mtime < time.time() - HOUR:
+            left.unlink(missing_ok=True)
+    for old in sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-MOST]:
+        old.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """Return the state that was saved last, its tensors on the CPU, None if there is none that can be
+    read.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception:  # noqa: BLE001
+        # a damaged file raises many kinds of errors; the training then starts anew
+        return None
+    return state

@@ -1,0 +1,1 @@
+"""How numbers are stored: grids, packed bits, forms on disk and in memory."""

@@ -1,0 +1,1 @@
+"""Kernels for a GPU, how they are launched, and the plain references that they are held against."""

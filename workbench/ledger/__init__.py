@@ -1,0 +1,1 @@
+"""Points on disk, as a table, and which of them no other beats."""

@@ -1,0 +1,295 @@
+"""Every point ever measured, in an Optuna study, so that its tools (dashboard, samplers, JupyterLab
+extension) read it.
+
+The default is an append-only journal file: a process killed at any moment loses at most the point being
+measured. A torn last line (power cut, full disk) is cut off when the file is next opened; nothing before it
+is touched.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from workbench.errors import LedgerError, RecipeError
+from workbench.ledger.journal import Journal, Sifted
+from workbench.measure.measurement import Measurement
+from workbench.util.garbage import import_apart, uncollected
+
+if TYPE_CHECKING:
+    import optuna
+    import pandas as pd
+
+    from workbench.ledger.pareto import Cost, TradeoffPoint
+
+DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = (
+    "maximize",
+    "minimize",
+    "minimize",
+)  # minus the quality drop, file bytes, latency relative to dense
+WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
+LONGEST_NOTE = 500  # characters
+OPTUNA = ("optuna", "optuna.distributions", "optuna.samplers", "optuna.storages", "optuna.trial")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a user said about a point."""
+
+    note: str = ""
+    pinned: bool = False
+
+
+def default_path(name: str) -> Path:
+    """Return where a model's points are kept unless the user says otherwise."""
+    import platformdirs
+
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return Path(platformdirs.user_state_dir("compression-workbench")) / "ledger" / f"{safe}.journal"
+
+
+class Ledger:
+    """The points of one study. Writing one is durable before `add` returns."""
+
+    def __init__(self, where: str | Path, study: str = "workbench") -> None:
+        """Open or create a ledger.
+
+        Args:
+            where: a file path (journal), or any Optuna storage URL such as `sqlite:///points.db`.
+            study: the name of the study in it.
+
+        Raises:
+            LedgerError: the place cannot be read or written.
+
+        """
+        self.where, self.name = str(where), study
+        self.unreadable = 0
+        self.unsaved: list[Measurement] = []
+        self.points: dict[str, Measurement] = {}
+        self.read = 0
+        with uncollected():
+            try:
+                self.sifted = None if "://" in self.where else Sifted(Path(self.where))
+                self.book = open_study(self.where if self.sifted is None else self.sifted, study)
+                # The study gives it in no other way
+                self.number = self.book._storage.get_study_id_from_name(study)  # noqa: SLF001
+                self.refresh()
+            except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
+                raise LedgerError(
+                    f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}"
+                ) from None
+
+    @property
+    def study(self) -> optuna.Study:
+        """Return the Optuna study with all its trials, read anew."""
+        return open_study(self.where, self.name)
+
+    def refresh(self) -> None:
+        """Take over what other processes have added since the last time."""
+        trials = self.book.get_trials(deepcopy=False)
+        with uncollected():
+            if self.sifted is not None:
+                self.refresh_from(self.sifted.aside)
+                return
+            new, self.read = trials[self.read :], len(trials)
+            for trial in new:
+                self.take(partial(Measurement.from_json, trial.user_attrs.get("measurement") or ""))
+
+    def refresh_from(self, lines: deque[bytes]) -> None:
+        """Take over the points in lines of a journal.
+
+        A line that is broken stays, and raises `ValueError`.
+        """
+        while lines:
+            line = lines.popleft()
+            try:
+                self.take(partial(Measurement.from_line, line, self.number))
+            except BaseException:
+                lines.appendleft(line)
+                raise
+
+    def take(self, read: Callable[[], Measurement | None]) -> None:
+        """Keep one stored point.
+
+        One that this version cannot read (a plugin that is not loaded) is counted, not lost.
+        """
+        try:
+            point = read()
+        except (ValidationError, RecipeError):
+            self.unreadable += 1
+            return
+        if point is not None:
+            self.points[point.key] = point
+
+    def __len__(self) -> int:
+        """Return the number of points."""
+        return len(self.points)
+
+    def rows(self) -> list[Measurement]:
+        """Return every point, in the order in which they were first measured."""
+        return list(self.points.values())
+
+    def pareto(self, cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:
+        """Return the points that no other beats in both quality and cost, cheapest first (see
+        `workbench.ledger.pareto`).
+        """
+        from workbench.ledger.pareto import pareto
+
+        return pareto(self.rows(), cost) if self.points else ()
+
+    def find(self, key: str) -> Measurement | None:
+        """Return the point with this key, or None."""
+        return self.points.get(key)
+
+    def annotate(self, key: str, *, note: str | None = None, pinned: bool | None = None) -> Annotation:
+        """Write a note on a point, or pin it, and return all that is now said about it.
+
+        What is None stays as it is.
+
+        Notes and pins lie in the same study, as its attributes; the newest one holds, whichever process wrote
+        it.
+
+        Args:
+            key: of a point of this ledger.
+            note: any text of at most 500 characters; "" removes it.
+            pinned: whether the point is to stand first in lists and be marked on plots.
+
+        Raises:
+            LedgerError: no such point, a note that is too long or no text, or the storage refused it.
+        """
+        if key not in self.points:
+            self.refresh()
+        if key not in self.points:
+            raise LedgerError(
+                f"no point {key!r} in the ledger {self.where!r}; it has {len(self.points)} points, see"
+                " `rows()`"
+            )
+        given = {
+            f"note {key}": None if note is None else plain_text(note),
+            f"pinned {key}": None if pinned is None else bool(pinned),
+        }
+        for name, value in given.items():
+            if value is not None:
+                try:
+                    self.book.set_user_attr(name, value)
+                except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
+                    raise LedgerError(
+                        f"cannot write the {name.split()[0]} on {key!r} to {self.where!r}:"
+                        f" {' '.join(str(error).split())}"
+                    ) from None
+        return self.annotations().get(key, Annotation())
+
+    def annotations(self) -> dict[str, Annotation]:
+        """Return what is said about points, by key; a point that is neither pinned nor noted is left out."""
+        found = self.book.user_attrs
+        keys = dict.fromkeys(
+            name.partition(" ")[2] for name in found if name.startswith(("note ", "pinned "))
+        )
+        said = {
+            key: Annotation(str(found.get(f"note {key}", "")), bool(found.get(f"pinned {key}", False)))
+            for key in keys
+        }
+        return {key: annotation for key, annotation in said.items() if annotation != Annotation()}
+
+    def frame(self) -> pd.DataFrame:
+        """Return every point as a row of a pandas table, with notes and pins (see
+        `workbench.ledger.table`).
+        """
+        from workbench.ledger.table import points_frame
+
+        return points_frame(self.rows(), self.annotations())
+
+    def add(self, point: Measurement) -> None:
+        """Write a complete point.
+
+        If the storage fails, the point stays in memory and goes with the next one that succeeds.
+
+        Raises:
+            LedgerError: the storage refused it (a full disk, say); the point is still in `rows()`.
+        """
+        self.points[point.key] = point
+        self.unsaved.append(point)
+        while self.unsaved:
+            try:
+                self.book.add_trial(as_trial(self.unsaved[0]))
+            except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
+                raise LedgerError(
+                    f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}:"
+                    f" {' '.join(str(error).split())}"
+                ) from None
+            self.unsaved.pop(0)
+
+
+def plain_text(note: str) -> str:
+    """Return a note as it is stored.
+
+    Raises:
+        LedgerError: too long, or characters that are no text.
+
+    """
+    text = note.replace("\r\n", "\n").strip()
+    odd = next((c for c in text if unicodedata.category(c) in {"Cc", "Cs"} and c not in "\n\t"), None)
+    if odd is not None:
+        raise LedgerError(f"the note {text[:40]!r} is refused: the character {odd!r} is no text")
+    if len(text) > LONGEST_NOTE:
+        raise LedgerError(
+            f"the note {text[:40] + '...'!r} is refused: it has {len(text):,} characters, the most is"
+            f" {LONGEST_NOTE}"
+        )
+    return text
+
+
+def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
+    """Return the point as a finished trial: sliders as parameters, everything else as one attribute."""
+    import optuna
+
+    params: dict[str, Any] = {}
+    for step in point.recipe:
+        value = getattr(step, step.slider)
+        if isinstance(value, int | float) and step.slider not in params:
+            params[step.slider] = float(value)
+    distributions: dict[str, Any] = {
+        name: optuna.distributions.FloatDistribution(0.0, 1e6) for name in params
+    }
+    relative = 1 / point.latency.speedup.value if point.latency else float("nan")
+    values = [
+        max(-point.primary.drop.value, -WORST),
+        float(point.sizes.file_bytes),
+        relative if relative == relative else WORST,  # noqa: PLR0124
+    ]
+    attributes = {"key": point.key, "recipe": repr(point.recipe), "measurement": point.to_json()}
+    return optuna.create_trial(
+        params=params, distributions=distributions, values=values, user_attrs=attributes
+    )
+
+
+def open_study(where: str | Journal, study: str) -> optuna.Study:
+    """Open or create an Optuna study in a journal, at its path or at a storage URL."""
+    import_apart(*OPTUNA)
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if isinstance(where, str) and "://" in where:
+        return load_or_create(optuna.storages.get_storage(where), study)
+    journal = where if isinstance(where, Journal) else Journal(Path(where))
+    # # see Journal
+    return load_or_create(optuna.storages.JournalStorage(journal), study)  # type: ignore[arg-type]
+
+
+def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:
+    """Load a study, or create it; loading writes nothing, so that a full disk can still be read."""
+    import optuna
+
+    try:
+        return optuna.load_study(storage=storage, study_name=study)
+    except KeyError:
+        return optuna.create_study(
+            storage=storage, study_name=study, directions=list(DIRECTIONS), load_if_exists=True
+        )

@@ -1,0 +1,104 @@
+"""Words for people: the verdict sentence and the model card of an export."""
+
+from __future__ import annotations
+
+from workbench.measure.measurement import Measurement
+from workbench.metrics.metrics import metric_named
+from workbench.metrics.quality import Quality
+from workbench.util.text import size
+
+
+def quality_words(quality: Quality) -> str:
+    """Return such as `accuracy 93.1% to 92.3% (-0.8 points, -1.3 to -0.3)`."""
+    metric = metric_named(quality.metric)
+    return (
+        f"{quality.metric} {metric.words(quality.dense.value)} to {metric.words(quality.compressed.value)}"
+        f" ({metric.change_words(quality.change)})"
+    )
+
+
+def divergence_words(point: Measurement) -> str:
+    """Return such as `0.0121 [0.0101, 0.0141] nats a token, of 4,096 tokens in 64 windows`.
+
+    "" where it is not known.
+    """
+    if point.kl is None:
+        return ""
+    language = point.primary.metric == "perplexity"
+    answer, item = ("token", "window") if language else ("item", "item")
+    of = (
+        f"{point.kl_answers:,} tokens in {point.kl_items:,} {item}s"
+        if language
+        else f"{point.kl_items:,} {item}s"
+    )
+    return (
+        f"{point.kl.value:.3g} [{point.kl.low:.3g}, {point.kl.high:.3g}] nats {'a' if language else 'an'}"
+        f" {answer}, of {of}"
+    )
+
+
+def speed_words(point: Measurement) -> str:
+    """Return the measured speed against dense, and why no kernel helps where none does."""
+    if point.latency is None:
+        return (
+            f"latency not measured: {point.missing['latency']}"
+            if "latency" in point.missing
+            else "latency not measured yet"
+        )
+    speed = point.latency.speedup
+    words = f"{speed.value:.2f}x as fast ({speed.low:.2f} to {speed.high:.2f})"
+    if point.latency.real_time_factors is not None:
+        before, after = point.latency.real_time_factors
+        words += f", real-time factor {before:.3f} to {after:.3f}"
+    return f"{words}: {'; '.join(point.no_kernel)}" if point.no_kernel else words
+
+
+def verdict(point: Measurement) -> str:
+    """Return one sentence that says what the recipe costs and saves, every number measured."""
+    smaller = (
+        f"{point.shrink:.2f}x smaller on disk ({size(point.dense_sizes.file_bytes)} to"
+        f" {size(point.sizes.file_bytes)})"
+    )
+    return f"{point.recipe.label()}: {quality_words(point.primary)}; {smaller}; {speed_words(point)}."
+
+
+def card(point: Measurement) -> str:
+    """Return the model card of an export as Markdown."""
+    context, provenance = point.context, point.provenance
+    rows = [
+        ("recipe", f"`{point.recipe!r}`"),
+        *((q.metric, quality_words(q).removeprefix(f"{q.metric} ")) for q in point.quality),
+        ("changed answers", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
+        (
+            "theoretical, packed, file bytes",
+            f"{point.sizes.theoretical_bytes:,}, {point.sizes.packed_bytes:,}, {point.sizes.file_bytes:,}",
+        ),
+        ("dense file bytes", f"{point.dense_sizes.file_bytes:,}"),
+        ("speed", speed_words(point)),
+        (
+            "evaluated on",
+            (
+                f"{point.items:,} items of {context.data_name}; {point.primary.confidence:.0%} intervals,"
+                " paired with the dense model"
+            ),
+        ),
+        ("calibrated on", f"{provenance.calibration_items:,} other items"),
+        ("measured on", f"{context.device_name}, {provenance.time}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    notes = "".join(f"\n- {note}" for note in point.warnings)
+    heading = "\n\n## Notes\n"
+    return f"""# {context.model_name}, compressed
+
+{verdict(point)}
+
+| | |
+|---|---|
+{table}
+
+Load it with `import workbench as wb; model = wb.load("this directory")`: an ordinary transformers
+model with the outputs that were measured. The weights in `model.safetensors` are packed;
+`compression.json` says how.{notes and heading + notes}
+"""

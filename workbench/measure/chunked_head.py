@@ -1,0 +1,91 @@
+"""The output head of a language model and its cross entropy as one: logits [items, L, vocabulary] never stand
+in memory together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.compress.distillation.teacher_cache import output_layer
+from workbench.modules.input_quantizer import QuantizesInputs
+from workbench.modules.substitution import PassesOn, Sees, same_bits, with_stand_ins
+from workbench.tasks.base import Items
+from workbench.tasks.likelihood import Unprojected
+
+TOKENS = 32  # of one window, to try on
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the output head of a kind of model stands, and how many logits it makes."""
+
+    name: str
+    classes: int
+
+    def off(self, model: nn.Module) -> nn.Module:
+        """Return a model without its head, see `Headless`.
+
+        Itself where its head does not treat each row of its inputs alone.
+        """
+        head = model.get_submodule(self.name)
+        return Headless(model, self) if by_rows(head) else model
+
+
+class Headless(nn.Module):
+    """A language model whose logits are made when they are asked for; see `Unprojected`."""
+
+    def __init__(self, model: nn.Module, place: Head) -> None:
+        """Take the head off a copy that shares everything else."""
+        super().__init__()
+        self.place, self.head = place, model.get_submodule(place.name)
+        self.body = with_stand_ins(model, {place.name: PassesOn(self.head)})
+
+    def forward(self, **given: Any) -> SimpleNamespace:
+        """Return the model's output with nothing but logits."""
+        return SimpleNamespace(logits=Unprojected(self.body(**given).logits, self.head, self.place.classes))
+
+
+def by_rows(head: nn.Module) -> bool:
+    """Return whether a head treats each row of its inputs alone: no scale for the whole tensor, and no hook
+    that may look at it.
+    """
+    for module in head.modules():
+        if isinstance(module, QuantizesInputs) and module.dynamic and not module.per_token:
+            return False
+        # There is no public way to see them
+        if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
+            return False
+    return True
+
+
+@torch.inference_mode()
+def find_head(model: nn.Module, items: Items) -> Head | None:
+    """Return a model's output head, None if the model's logits are not exactly those that it makes of its
+    inputs.
+
+    Scaling or capping after the head is found by trying, on the first tokens of one window.
+    """
+    head = output_layer(model)
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is None or name is None:
+        return None
+    sees = Sees(head)
+    try:
+        whole = with_stand_ins(model, {name: sees})(
+            **{key: tensor[:1, :TOKENS] for key, tensor in items.inputs.items()}, use_cache=False
+        ).logits
+        again = [head(states) for states in sees.given]
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # a model of another make: its own logits are read
+        return None
+    exact = len(again) == 1 and same_bits(whole, again[0]) and sees.given[0].shape[-1] < whole.shape[-1]
+    return Head(name, int(whole.shape[-1])) if exact else None

@@ -1,0 +1,281 @@
+"""A measurement in progress: looks at growing numbers of items, then everything else that is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from workbench.compress import Compressed
+from workbench.errors import DataError
+from workbench.measure.kl import WHAT, Divergence, Outputs, divergence
+from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
+from workbench.measure.latency import measure_latency
+from workbench.measure.measurement import Measurement, Provenance
+from workbench.measure.memory import peak_memory_bytes
+from workbench.measure.size import Sizes, counted_sizes, sizes
+from workbench.metrics.control_variates import Known
+from workbench.metrics.quality import flips, quality
+from workbench.metrics.sequential_looks import joint_level
+from workbench.modules.layer import Progress
+from workbench.modules.placement import untimed
+from workbench.runtime.plan import plan, realise
+from workbench.tasks.base import Items, Kind, Scores
+from workbench.tasks.language_modelling import LanguageModelling
+from workbench.util.environment import git_revision, now, versions
+
+if TYPE_CHECKING:
+    from workbench.bench import Bench
+
+T = TypeVar("T")
+
+LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
+LONG = 32  # labels of an item from which on a few of them say something, and take a CPU seconds
+FEW_LONG = 4
+
+
+def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:
+    """Return the numbers of items that are looked at before all are read, items being on the device that
+    reads them.
+
+    Of a language model on a CPU the first look is at 4 windows instead of 16: its interval is three to four
+    times as wide (half of that if a recipe next to this one was measured before), and it is there after a
+    third of the time. The looks after it widen by 5 to 10%.
+    """
+    slow = (
+        items.labels.device.type == "cpu"
+        and isinstance(kind, LanguageModelling)
+        and items.labels.shape[1] >= LONG
+    )
+    return tuple(count for count in ((FEW_LONG, *LOOKS) if slow else LOOKS) if count < len(items))
+
+
+class Partial:
+    """A measurement in progress: one compressed model, scored look by look.
+
+    All looks are declared in advance, and their intervals hold together at the bench's confidence
+    (`workbench.metrics.sequential_looks`), also where reading stops early because the main change is known to
+    plus or minus `margin`. Each is for the value beyond the evaluation set; those before the last use what is
+    known of all items (`workbench.metrics.control_variates`).
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        compressed: Compressed,
+        counts: tuple[int, ...],
+        progress: Progress,
+        compress_seconds: float,
+        *,
+        margin: float | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Find which kernels there are. With `resume`, begin where a point that stopped early did."""
+        self.bench, self.compressed, self.counts, self.progress, self.margin = (
+            bench,
+            compressed,
+            counts,
+            progress,
+            margin,
+        )
+        self.compress_seconds = compress_seconds
+        self.start = time.perf_counter()
+        begun = bench.neighbours.begun.get(bench.context.key(compressed.recipe)) if resume else None
+        self.scores: list[Scores] = [] if begun is None else [begun.scores]
+        self.earlier = None if begun is None else begun.divergences
+        self.outputs = bench.evaluator.outputs()
+        self.last: Measurement | None = None  # the last look
+        self.level = bench.statistics.once(
+            ("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence)
+        )
+        self.neighbour = bench.neighbours.nearest(compressed.recipe)
+        self.plan = plan(compressed, bench.device.type, bench.runtime)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Return the sizes by counting, which takes milliseconds of Python: while a GPU evaluates, where
+        there is one.
+        """
+        return counted_sizes(self.compressed.model, self.compressed.layers)
+
+    def looks(self) -> Iterator[Measurement]:
+        """Iterate over the looks, until one knows enough or all items are read.
+
+        None has latency or memory yet.
+        """
+        for count in self.counts:
+            self.last = self.look(count)
+            yield self.last
+            if self.last.known_to(self.margin):
+                return
+
+    def known(self) -> Known | None:
+        """Return what is known of all evaluation items; None until the dense model has read them."""
+        dense = self.bench.all_dense_scores()
+        return None if dense is None else Known(dense, self.neighbour)
+
+    def look(self, count: int) -> Measurement:
+        """Return the measurement after the first `count` evaluation items, without latency."""
+        bench = self.bench
+        dense = bench.dense_scores(count, self.progress)
+        mine = bench.evaluator.scores(
+            self.compressed.model,
+            self.scores,
+            count,
+            self.progress,
+            self.outputs,
+            meanwhile=lambda: self.sizes,
+        )
+        task = bench.task
+        return Measurement(
+            key=bench.context.key(self.compressed.recipe),
+            recipe=self.compressed.recipe,
+            context=bench.context,
+            quality=quality(
+                task.kind.primary,
+                dense,
+                mine,
+                bench.confidence,
+                len(self.counts),
+                level=self.level,
+                known=self.known(),
+            ),
+            flips=flips(dense, mine, bench.confidence, len(self.counts), level=self.level),
+            items=count,
+            items_total=len(bench.evaluation),
+            sizes=self.sizes,
+            dense_sizes=bench.dense_sizes(),
+            layers=self.compressed.report,
+            provenance=Provenance(
+                bench.statistics.once("versions", versions),
+                bench.statistics.once("git revision", git_revision),
+                now(),
+                self.compress_seconds,
+                time.perf_counter() - self.start,
+                len(task.calibration),
+                len(task.training),
+            ),
+            kernels=self.plan.kernels,
+            no_kernel=self.plan.no_kernel,
+            warnings=(*task.notes, *self.compressed.warnings),
+            curve=self.compressed.curve,
+            held_out=self.compressed.looks,
+        )
+
+    def finish(self) -> Measurement:
+        """Return the last look made complete: packed sizes, divergence, latency, memory.
+
+        Quality that has been read survives a failing timer.
+        """
+        bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
+        assert self.last is not None  # noqa: S101  for the type checker: `looks` comes first
+        packed = sizes(self.compressed.model, self.compressed.layers)  # not only counted
+        point = self.with_divergence(self.remembered(dataclasses.replace(self.last, sizes=packed)), missing)
+        dense, items = bench.task.model, bench.latency_items
+        if reason := untimed(dense):
+            cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+            return dataclasses.replace(
+                point, cache=cache, missing={**missing, "latency": reason, "peak memory": reason}, kernels=()
+            )
+        self.progress("prepare", 0, 1)
+        run = realise(
+            self.compressed,
+            bench.device.type,
+            bench.runtime,
+            dense=dense,
+            kind=kind,
+            items=items,
+            once=bench.statistics.once,
+        )
+        latency = attempt(
+            "latency",
+            missing,
+            lambda: measure_latency(kind, run.dense, run.model, items, progress=self.progress),
+        )
+        dense_peak = attempt(
+            "peak memory",
+            missing,
+            lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)),
+        )
+        peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
+        cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+        warnings = (*point.warnings, *run.warnings)
+        return dataclasses.replace(
+            point,
+            latency=latency,
+            peak_memory_bytes=peak,
+            dense_peak_memory_bytes=dense_peak,
+            cache=cache,
+            missing=missing,
+            kernels=run.kernels,
+            warnings=warnings,
+        )
+
+    def remembered(self, point: Measurement) -> Measurement:
+        """Keep the scores of single items, for recipes near this one or to go on where it stopped.
+
+        Return the point, saying why it stopped.
+        """
+        if point.items == point.items_total:
+            self.bench.neighbours.keep(point.recipe, self.scores[0])
+            return point
+        self.bench.neighbours.begin(point.key, self.scores[0])
+        return dataclasses.replace(point, margin=self.margin)
+
+    def with_divergence(self, point: Measurement, missing: dict[str, str]) -> Measurement:
+        """Return the point with its KL divergence from the dense model, where its kind has one."""
+        outputs, self.outputs = self.outputs, None
+        if outputs is None:
+            return point
+        found = attempt(WHAT, missing, lambda: self.divergence(outputs, point.items, missing))
+        if found is not None and point.items < point.items_total:
+            self.bench.neighbours.begin(point.key, self.scores[0], found.each)
+        return (
+            point
+            if found is None
+            else dataclasses.replace(point, kl=found.kl, kl_items=found.items, kl_answers=found.answers)
+        )
+
+    def divergence(self, outputs: Outputs, count: int, missing: dict[str, str]) -> Divergence | None:
+        """Return the KL divergence of what the model said, None with the reason in `missing` where too little
+        of it is kept.
+        """
+        bench = self.bench
+        try:
+            return divergence(
+                bench.evaluator,
+                bench.reference,
+                self.compressed.model,
+                outputs,
+                count,
+                level=self.level,
+                same=not len(self.compressed.recipe),
+                earlier=self.earlier,
+                progress=self.progress,
+            )
+        except DataError as error:
+            missing[WHAT] = str(error)
+            return None
+
+    def cache(self) -> CacheBytes:
+        """Return the bytes that both models keep of the tokens of one window."""
+        bench, window = self.bench, self.bench.evaluation[:1]
+        dense = bench.statistics.once("dense cache", lambda: cache_bytes(bench.task.model, window))
+        return CacheBytes(context_of(window), dense, cache_bytes(self.compressed.model, window))
+
+
+def attempt(what: str, missing: dict[str, str], measure: Callable[[], T]) -> T | None:
+    """Return `measure()`, or None with the reason noted in `missing` where this device or version cannot (out
+    of memory, no profiler).
+    """
+    try:
+        return measure()
+    except (
+        RuntimeError,
+        MemoryError,
+        AttributeError,
+    ) as error:  # torch's own errors are RuntimeErrors; `Cancelled` goes on
+        missing[what] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return None

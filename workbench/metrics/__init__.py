@@ -1,0 +1,1 @@
+"""Pure statistics on scores: metrics, paired changes, intervals and what makes them narrower."""

@@ -1,0 +1,3 @@
+"""A model's weights as matrices: layers, sharing copies, quantizing and factored modules, packing, offload
+and placement.
+"""

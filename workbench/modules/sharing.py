@@ -1,0 +1,117 @@
+"""Copies of a model that share its tensors: methods replace what they change, so that nothing else is copied.
+
+A deep copy of a language model takes longer than compressing it, and holds every tensor twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.modules.offload import mark
+
+TABLES = ("_parameters", "_buffers", "_modules")  # of names; the tables are copied, what they hold is not
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Return a model of new modules around the same parameters and buffers.
+
+    Nobody may change those in place: `Layer.write` puts new parameters into their places, and whoever trains
+    calls `own_parameters` first. A model whose modules hold other modules outside the module tree (in a list,
+    or as a bound method) is copied whole, since sharing would tie both models together.
+    """
+    if not can_share(model):
+        copied = copy.deepcopy(model)
+        mark(copied)
+        return copied
+    return twin(model)
+
+
+def can_share(model: nn.Module) -> bool:
+    """Return whether all modules of a model are in its module tree."""
+    return not any(holds_modules(module) for module in model.modules())
+
+
+def twin(model: nn.Module, *, evaluating: bool = False) -> nn.Module:
+    """Return new modules around the same parameters and buffers, in eval mode if so asked.
+
+    Whatever else the modules hold is shared too.
+    """
+    made: dict[int, nn.Module] = {}
+    for module in model.modules():
+        copied = made[id(module)] = module.__class__.__new__(module.__class__)
+        inside = vars(module)
+        mine = vars(copied)
+        mine.update(inside)
+        for name in own_tables(tuple(inside)):
+            if inside[name].__class__ is not bool:  # transformers has a flag with such a name
+                mine[name] = inside[name].copy()
+        mine.pop("_compiled_call_impl", None)
+        if evaluating:
+            mine["training"] = False
+    for copied in made.values():
+        copied._modules.update(  # noqa: SLF001
+            {name: made[id(child)] for name, child in copied._modules.items() if child is not None}  # noqa: SLF001
+        )
+    return made[id(model)]
+
+
+@cache
+def own_tables(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return which attributes of a module are tables that a copy has of its own."""
+    return tuple(name for name in names if name in TABLES or "hooks" in name)
+
+
+def holds_modules(module: nn.Module) -> bool:
+    """Return whether an ordinary attribute leads to a module, or a table is none that can be copied."""
+    return any(
+        leads_to_module(value)
+        for name, value in vars(module).items()
+        if name not in TABLES and "hooks" not in name
+    )
+
+
+def leads_to_module(value: Any) -> bool:
+    """Return whether a value is a module, a method of one, a partial function over one, or a collection with
+    one in it.
+    """
+    if isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module):
+        return True
+    if isinstance(value, dict):
+        return any(map(leads_to_module, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(leads_to_module, value))
+    parts = (
+        (getattr(value, "func", None), *getattr(value, "args", ()), *getattr(value, "keywords", {}).values())
+        if hasattr(value, "func") and hasattr(value, "keywords")
+        else ()
+    )
+    return any(map(leads_to_module, parts))
+
+
+def own_parameters(model: nn.Module) -> None:
+    """Give a model parameters and buffers of its own, clones of those it has.
+
+    What was shared within the model stays shared.
+    """
+    clones: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (
+            module._parameters,  # noqa: SLF001
+            module._buffers,  # noqa: SLF001
+        ):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    if id(tensor) not in clones:
+                        clone = tensor.detach().clone()
+                        clones[id(tensor)] = (
+                            nn.Parameter(clone, requires_grad=False)
+                            if isinstance(tensor, nn.Parameter)
+                            else clone
+                        )
+                    table[name] = clones[id(tensor)]  # type: ignore[assignment]
+    mark(model)

@@ -1,0 +1,1 @@
+"""What a recipe will give before it is measured, and how good such predictions were."""

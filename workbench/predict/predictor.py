@@ -1,0 +1,430 @@
+"""What a recipe will probably do, within milliseconds and without running the model. Never shown as measured.
+
+File bytes follow from shapes (`workbench.shapes.outline`). Quality follows from the layers' sensitivities
+once `Predictor.prepare` has found them (`workbench.predict.prior`), corrected by the ledger's newest 2,000
+points; before that, and for speed, it is a local linear regression over the sliders on those points
+(`workbench.predict.local_fit`, where intervals come from too). With too few neighbours the interval is wide,
+and the note says so. Speed is 1.0 where no kernel exists, with the reason; for low rank it follows from
+measured neighbours, or from multiply-adds where there are none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import islice
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workbench.errors import CompressionError
+from workbench.metrics.metrics import metric_named
+from workbench.metrics.quality import Estimate, Quality
+from workbench.modules.layer import Progress, no_progress
+from workbench.predict.history import History, Spot, history
+from workbench.predict.local_fit import LEVEL, Guess
+from workbench.predict.offload_forecast import forecast
+from workbench.predict.prior import Link, Prior, fits, prior_of
+from workbench.predict.scoring import FEWEST, Predicted, PredictionScore, score
+from workbench.recipe import METHODS, Recipe, Step
+from workbench.runtime.plan import reasons_for
+from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
+from workbench.shapes.outline import Outline
+from workbench.shapes.structured import Anatomy
+from workbench.util.hooks import of_this_thread
+
+if TYPE_CHECKING:
+    from workbench.bench import Bench
+    from workbench.measure.measurement import Context, Measurement
+
+# Comparable points that predictions learn from: with all of 100,000 they would take seconds after each new
+# one
+NEWEST = 2000
+# Nats that a destroyed language model loses, about: from a good one to guessing among its tokens
+LARGEST_RATIO = 8.0
+COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as strong as it gets
+    "sparsity": lambda s: s,
+    "rank_ratio": lambda r: 1 - r,
+    "weight_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
+    "activation_bits": lambda b: min(1.0, (2.0 ** (4 - b)) ** 0.5),
+    "kv_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
+    "repair_ratio": lambda r: min(1.0, (4 * r) ** 0.5),
+    "qat_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
+    "transfer_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
+    "temperature": lambda t: 0.5 + 0.05 * math.log2(t),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a recipe will probably do.
+
+    `file_bytes` is an upper bound unless `bytes_exact`; None where it cannot be known.
+
+    `quality` is that of the compressed model in its metric, None before anything at all is known; `points` is
+    how many measured points lie near; `wide` says that they are too few for an interval. `notes` are for the
+    user. `roof` says whether the model will wait for memory or for arithmetic.
+    """
+
+    recipe: Recipe
+    metric: str
+    quality: Estimate | None
+    points: int
+    wide: bool
+    file_bytes: int | None
+    bytes_exact: bool
+    speedup: Estimate
+    notes: tuple[str, ...]
+    no_kernel: tuple[str, ...]
+    roof: Roof | None = None
+
+
+class Predictor:
+    """Predicts recipes for one bench; cheap to make, holds shapes and nothing heavy."""
+
+    def __init__(self, bench: Bench) -> None:
+        """Read the shapes of the model, and run one item through it once to see how often each weight is
+        used.
+        """
+        self.bench = bench
+        self.outline = Outline.of(
+            bench.task.model, positions(bench), Anatomy.of(bench.task, bench.statistics)
+        )
+        self.limits = limits_of(str(bench.device))
+        self.dense_quality: Quality | None = None
+        self.size = -1
+        self.rows: list[Measurement] = []
+        self.histories: dict[str, History] = {}
+        self.spots: dict[str, Spot] = {}
+        self.prior: Prior | None = None
+        self.no_prior = ""  # why there will be none
+        self.score: PredictionScore | None = None
+        self.last: tuple[Recipe, tuple[int, Quality | None, Prior | None], Prediction] | None = None
+
+    def learn(self, point: Measurement) -> None:
+        """Take the dense model's quality from a look at a point, if more items back it than before."""
+        if self.dense_quality is None or point.primary.items >= self.dense_quality.items:
+            self.dense_quality = point.primary
+
+    def refresh(self) -> None:
+        """Read new points of the ledger."""
+        if len(self.bench.ledger) == self.size:
+            return
+        self.size = len(self.bench.ledger)
+        self.rows = comparable(self.bench.ledger.rows(), self.bench.context, NEWEST)
+        self.histories.clear()
+        for row in self.rows:
+            self.learn(row)
+        self.score = score(self.rows)
+
+    def prepare(self, recipe: Recipe, progress: Progress = no_progress) -> bool:
+        """Find the layers' sensitivities and the tables for what is measured and for `recipe`.
+
+        Return whether there is a prior now.
+
+        Takes seconds the first time (a forward and a backward pass over the calibration data) and is meant
+        for a thread of its own, while nothing is measured: predictions go on meanwhile as they are. What is
+        there already is not done again. `progress` is called between batches and layers; it may raise to
+        stop.
+        """
+        statistics = self.bench.statistics
+        if not self.no_prior and not fits(statistics):
+            self.no_prior = "the model is too large for gradients of all weights beside it"
+        if self.no_prior:
+            return False
+        try:
+            prior = self.prior or prior_of(statistics, progress)
+            rows = list(self.rows)
+            prior.prepare(statistics, [recipe, *(row.recipe for row in reversed(rows))], progress)
+        except CompressionError as error:
+            self.no_prior = str(error)
+            return False
+        known = self.spots
+        self.spots = {
+            row.key: (
+                known[row.key]
+                if row.key in known and known[row.key].contributions is not None
+                else spot_of(row.recipe, prior)
+            )
+            for row in rows
+        }
+        self.prior, self.size = prior, -1  # the next prediction reads all anew
+        return True
+
+    def record(self, recipe: Recipe) -> Predicted | None:
+        """Return what is predicted now of a recipe, to be kept with its measurement.
+
+        None before anything is known.
+        """
+        made = self.predict(recipe)
+        return (
+            None
+            if made.quality is None or not len(recipe)
+            else Predicted(made.metric, made.quality, made.speedup, LEVEL, made.points, made.wide)
+        )
+
+    def predict(self, recipe: Recipe) -> Prediction:
+        """Return the prediction of a recipe."""
+        self.refresh()
+        state = self.size, self.dense_quality, self.prior
+        if self.last is None or self.last[0] != recipe or self.last[1] != state:
+            self.last = recipe, state, self.predicted(recipe)
+        return self.last[2]
+
+    def predicted(self, recipe: Recipe) -> Prediction:
+        """Return the prediction of a recipe from what is known now."""
+        outline = self.outline.after(recipe)
+        quality, guess = self.quality(recipe)
+        speed, note = self.speed(recipe, outline)
+        notes = [note] if note else []
+        if guess.wide:
+            by = (
+                "quality is a guess"
+                if not math.isfinite(guess.half)
+                else "quality follows from the layers' sensitivities alone"
+            )
+            notes.append(f"{by}: only {guess.near} measured points near these sliders")
+        if self.prior is None and any(step.targets != ("*",) for step in recipe):
+            notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
+        if outline is None:
+            notes.append("file size unknown before it is measured: a method without a size rule")
+        if (told := forecast(self.bench, recipe, self.bench.first_look)) is not None:
+            notes.append(told.words())
+        if self.score is not None and self.score.quality is not None and self.score.quality.count >= FEWEST:
+            notes.append(self.score.words())
+        return Prediction(
+            recipe=recipe,
+            metric="" if self.dense_quality is None else self.dense_quality.metric,
+            quality=quality,
+            points=guess.near,
+            wide=guess.wide,
+            file_bytes=None if outline is None else outline.file_bytes(),
+            bytes_exact=outline is not None and outline.exact(),
+            speedup=speed,
+            notes=tuple(notes),
+            no_kernel=tuple(self.reasons(recipe, pattern(recipe), widths(outline))),
+            roof=None if outline is None else self.roof(recipe, outline),
+        )
+
+    def reasons(self, recipe: Recipe, zeros: str | None, bits: list[int]) -> list[str]:
+        """Return why zeros and grids of these widths make nothing faster where this recipe runs."""
+        stored, rounded = recipe.main("quantize"), recipe.main("activations")
+        return reasons_for(
+            zeros,
+            bits,
+            self.bench.device.type,
+            group_size=getattr(stored, "group_size", 0),
+            inputs=getattr(rounded, "rounding", None),
+            runtime=self.bench.runtime,
+        )
+
+    def roof(self, recipe: Recipe, outline: Outline) -> Roof:
+        """Return what bounds a recipe: bandwidth or arithmetic as measured on this device, with the kernels
+        that there are.
+        """
+        wide = max(self.limits.multiply_adds_per_s)
+        rounded = recipe.main("activations") is not None
+        narrow, passes = (
+            (8, 1 if self.bench.runtime == "onnx" else PASSES[self.bench.device.type])
+            if rounded
+            else (wide, 0)
+        )
+        kernels = {bits: narrow if not self.reasons(recipe, None, [bits]) else 0 for bits in widths(outline)}
+        items = len(self.bench.latency_items)
+        before, after = (
+            products(self.outline, items, lambda _: 0),
+            products(outline, items, lambda bits: kernels.get(bits, 0), passes),
+        )
+        return roof(before, after, self.limits, wide // 8)
+
+    def quality(self, recipe: Recipe) -> tuple[Estimate | None, Guess]:
+        """Return the predicted quality of the compressed model."""
+        metric = metric_named(self.bench.task.kind.primary)
+        guess = self.guess(
+            "quality",
+            recipe,
+            lambda row: (
+                math.log1p(min(row.primary.drop.value, 1e12)) if metric.ratio else row.primary.drop.value
+            ),
+            self.link(),
+        )
+        if self.dense_quality is None:
+            return None, guess
+        dense = self.dense_quality.dense.value
+        if not metric.ratio:
+            middle, half = dense - guess.value if metric.higher else dense + guess.value, min(guess.half, 1.0)
+            return (
+                Estimate(
+                    *(min(metric.high, max(metric.low, x)) for x in (middle, middle - half, middle + half))
+                ),
+                guess,
+            )
+        low = guess.value - guess.half if math.isfinite(guess.half) else 0.0
+        return (
+            Estimate(
+                *(
+                    dense * math.exp(min(x, 700.0))
+                    for x in (guess.value, low, guess.value + min(guess.half, 700.0))
+                )
+            ),
+            guess,
+        )
+
+    def speed(self, recipe: Recipe, outline: Outline | None) -> tuple[Estimate, str]:
+        """Return the predicted speed against dense and, where it is not 1, what it rests on."""
+        if outline is None:
+            return (
+                Estimate(1.0, 1.0, 1.0),
+                "speed unknown before it is measured: a method without a speed rule",
+            )
+        work = outline.multiply_adds() / self.outline.multiply_adds()
+        most = self.roof(recipe, outline).ratio
+        if work > 0.999 and abs(most - 1) < 0.001:
+            return Estimate(1.0, 1.0, 1.0), ""
+        guess = self.guess(
+            "speed", recipe, lambda row: math.log(row.latency.speedup.value) if row.latency else 0.0
+        )
+        if math.isfinite(guess.half):
+            return (
+                Estimate(*(math.exp(guess.value + side * guess.half) for side in (0, -1, 1))),
+                f"speed predicted from {guess.near} measured points",
+            )
+        if work > 0.999:
+            return (
+                Estimate(most, min(1.0, most), most),
+                "speed predicted from bandwidth and arithmetic measured here, without overheads",
+            )
+        return (
+            Estimate(1 / work, 1.0, 1 / work),
+            f"speed predicted from multiply-adds ({work:.0%} of dense): the most that it can be",
+        )
+
+    def guess(
+        self, name: str, recipe: Recipe, value: Callable[[Measurement], float], link: Link | None = None
+    ) -> Guess:
+        """Return the fit of a value at a recipe; `link` is where a prior of it starts."""
+        known = self.histories.get(name)
+        if known is None:
+            rows = [row for row in self.rows if len(row.recipe)]
+            spots = [spot_of(Recipe(), self.prior), *(self.spot(row) for row in rows)]
+            known = self.histories[name] = history(
+                spots, [0.0, *(value(row) for row in rows)], link
+            )  # the dense model loses nothing
+        return known.guess(spot_of(recipe, self.prior if link is not None else None))
+
+    def spot(self, row: Measurement) -> Spot:
+        """Return where a measured point stands, worked out once: with thousands of points it is what takes
+        long.
+        """
+        if row.key not in self.spots:
+            self.spots[row.key] = spot_of(row.recipe, self.prior)
+        return self.spots[row.key]
+
+    def link(self) -> Link | None:
+        """Return how sensitivities show in the task's metric before anything is measured.
+
+        None without them.
+        """
+        if self.prior is None or self.dense_quality is None:
+            return None
+        metric, dense = metric_named(self.dense_quality.metric), self.dense_quality.dense.value
+        if metric.ratio:
+            return Link.usual(LARGEST_RATIO, ratio=True)
+        chance = 1 / len(self.bench.task.labels) if self.bench.task.labels else 0.0
+        return Link.usual(max(0.1, dense - chance if metric.higher else 1 - dense), ratio=False)
+
+
+def spot_of(recipe: Recipe, prior: Prior | None) -> Spot:
+    """Return where a recipe stands."""
+    return Spot(
+        tuple(coordinates(recipe)),
+        tuple(choices(recipe)),
+        None if prior is None else prior.contributions(recipe),
+    )
+
+
+def comparable(rows: list[Measurement], context: Context, most: int | None = None) -> list[Measurement]:
+    """Return the complete rows of the same model, data and device, whatever version of the workbench measured
+    them; the newest `most`, None all.
+    """
+    same = attrgetter(*(field.name for field in fields(context) if field.name != "workbench_version"))
+    wanted = same(context)
+    return list(
+        islice((row for row in reversed(rows) if row.complete and same(row.context) == wanted), most)
+    )[::-1]
+
+
+def positions(bench: Bench) -> dict[str, int]:
+    """Return how often each weight is applied to one evaluation item: one forward pass with hooks."""
+    found: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[Any, Any, torch.Tensor], None]:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ARG001  torch calls it so
+            channels = output.shape[1] if output.ndim == 4 else output.shape[-1]
+            found[name] = output.numel() // channels
+
+        return hook
+
+    from workbench.modules.layer import find_layers
+
+    handles = [
+        layer.module.register_forward_hook(of_this_thread(watch(name)))
+        for name, layer in find_layers(bench.task.model)[0].items()
+    ]
+    try:
+        with torch.inference_mode():
+            bench.task.kind.logits(bench.task.model, bench.evaluation[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def coordinates(recipe: Recipe) -> list[float]:
+    """Return one number a method: 0 where it is off, larger where its slider is stronger."""
+    return [
+        0.0 if (step := recipe.main(kind.kind())) is None else coordinate(step) for kind in METHODS.steps()
+    ]
+
+
+def coordinate(step: Step) -> float:
+    """Return where a slider stands; a method without a rule here goes by its place among its stops."""
+    value = float(getattr(step, step.slider))
+    rule = COORDINATES.get(step.slider)
+    if rule is not None:
+        return rule(value)
+    low, high = (min(step.stops), max(step.stops)) if step.stops else (0.0, 1.0)
+    return 0.25 + 0.75 * (value - low) / (high - low or 1.0)
+
+
+def choices(recipe: Recipe) -> list[int]:
+    """Return a mark of each method's other choices, 0 where it is off."""
+    marks = []
+    for kind in METHODS.steps():
+        main = recipe.main(kind.kind())
+        own = [step for step in recipe if step.kind() == kind.kind() and step is not main]
+        other = (
+            None
+            if main is None
+            else [[getattr(main, name) for name in ("targets", *main.options()) if name != main.slider], *own]
+        )
+        marks.append(0 if other is None else hash(repr(other)) or 1)
+    return marks
+
+
+def pattern(recipe: Recipe) -> str | None:
+    """Return the pattern of the zeros, or None without any: structure that is removed leaves none."""
+    step = next(
+        (step for step in recipe if step.kind() == "prune" and not getattr(step, "structured", False)), None
+    )
+    return None if step is None else str(getattr(step, "pattern", "unstructured"))
+
+
+def widths(outline: Outline | None) -> list[int]:
+    """Return the widths of the grids."""
+    bits = {weight.bits for weight in outline.weights if weight.bits} if outline else set()
+    return sorted(
+        {whole for width in bits for whole in (math.floor(width), math.ceil(width))}
+    )  # an average lies between two

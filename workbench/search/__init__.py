@@ -1,0 +1,1 @@
+"""Everything that measures more than one recipe: sweeps, local search, comparison of points."""

@@ -1,0 +1,1 @@
+"""A model as shapes only: bytes and multiply-adds of a recipe, without weights."""

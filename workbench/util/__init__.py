@@ -1,0 +1,1 @@
+"""What any module may use: devices, progress, text, hooks, garbage collection, the environment."""
