@@ -1,6 +1,7 @@
 """What is kept of one recipe on one model: texts, numbers, and hashes of every tensor.
 
-Hashes and the last digits of numbers depend on the processor and on torch: they are compared on the same `machine` only.
+Hashes and the last digits of numbers depend on the processor and on torch: they are compared on the same
+`machine` only.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import transformers
 from golden_recipes import RECIPES, task_named
 
 import workbench as wb
-from workbench import looks
+from workbench import measuring
 from workbench.errors import WorkbenchError
-from workbench.predict import Predictor
-from workbench.runtime.packed import pack_model
+from workbench.modules.packing import pack_model
+from workbench.predict.predictor import Predictor
 from workbench.runtime.roofline import Limits
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).with_name("golden")))
@@ -46,7 +47,7 @@ def machine() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Say which processor this is, with its family and model where Linux tells them: names alone are shared by generations."""
+    """Say which processor this is; names alone are shared by generations, family and model are not."""
     kept = ("vendor_id", "cpu family", "model", "model name")
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -57,7 +58,7 @@ def processor() -> str:
 
 
 class Recorder:
-    """One model, on which recipes are predicted and measured; nothing is timed, and predictions know no measured point."""
+    """One model on which recipes are predicted and measured; nothing is timed, predictions know no point."""
 
     def __init__(self, name: str, folder: Path) -> None:
         """Load the model, and measure it as it is: predictions start from its quality."""
@@ -71,7 +72,7 @@ class Recorder:
     def measured(self, recipe: wb.Recipe) -> tuple[Any, wb.Measurement]:
         """Return the compressed model and its point."""
         made: list[Any] = []
-        with mock.patch.object(looks, "untimed", return_value="golden results are not timed"):
+        with mock.patch.object(measuring, "untimed", return_value="golden results are not timed"):
             *_, point = self.bench.stream(recipe, again=True, on_compressed=made.append)
         return made[0], point
 
@@ -141,7 +142,8 @@ def rounded(value: float) -> float:
 
 def layer_facts(layer: Any) -> list[Any]:
     """Return what the report says of one layer, whatever the class is called."""
-    return [layer.name, *layer.shape, layer.weights, layer.sparsity, layer.rank, layer.bits, layer.relative_error, layer.outcome, layer.effective_bits]  # fmt: skip
+    kept = (layer.weights, layer.sparsity, layer.rank, layer.bits, layer.relative_error)
+    return [layer.name, *layer.shape, *kept, layer.outcome, layer.effective_bits]
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The recipes and models whose results are kept in tests/golden: every family, pairs in both orders, and all together."""
+"""Recipes and models whose results are kept in tests/golden: every family, pairs in both orders, and all."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ ITEMS = {"evaluation_items": 32, "calibration_items": 16, "training_items": 24}
 
 
 def recipes_of(model: str) -> list[str]:
-    """Name the recipes that are recorded of a model: all, but pairs of fewer parts where those are slow or refused."""
+    """Name the recipes that are recorded of a model: all but some pairs, where those are slow or refused."""
     return [name for name in RECIPES if name not in PAIRS or set(name) <= {*PARTS_OF[model], " "}]
 
 

@@ -1,7 +1,7 @@
-"""Record the golden results again, after a change that is meant to change them: `python tests/record_golden.py [model ...]`.
+"""Record the golden results again, after a change that is meant to change them.
 
-`GOLDEN=folder python tests/record_golden.py` writes them elsewhere, and `GOLDEN=folder pytest tests/test_golden.py` compares with
-those: bit for bit on a machine of another kind, for a change that must not change anything.
+`python tests/record_golden.py [model ...]`. With `GOLDEN=folder` they are written elsewhere, and with
+the same `pytest tests/test_golden.py` compares with those: bit for bit on a machine of another kind.
 """
 
 from __future__ import annotations

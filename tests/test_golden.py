@@ -1,7 +1,8 @@
-"""Golden results: what recipes of every family gave when tests/golden was recorded, on embedded and tiny models.
+"""Golden results: what recipes of every family gave when tests/golden was recorded, on six models.
 
-On the machine that recorded them every tensor and every number is the same, bit for bit; on others numbers are close. With
-`GOLDEN_BITS=1` another machine fails instead of being skipped. `python tests/record_golden.py` records them again.
+On the machine that recorded them every tensor and number is the same, bit for bit; on others numbers are
+close. With `GOLDEN_BITS=1` another machine fails instead of being skipped. `python tests/record_golden.py`
+records them again.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from golden_points import FOLDER, Recorder, machine
 from golden_recipes import MODELS, recipes_of
 
-# How far numbers may lie apart on two machines, relative, and absolute below 1. Seen between the three sets of instructions
-# that torch has for x86, on 32 items: 1e-5 where weights are only cut, factored or rounded to nearest; 0.02 where they are rounded or
-# removed one after another (what one rounding changes is carried on); 0.12 where inputs are rounded or something is trained (one
-# rounding changes an answer, and an answer of 32 is 0.03).
+# How far numbers may lie apart on two machines: relative, and absolute below 1. Seen between the three sets
+# of instructions that torch has for x86, on 32 items: 1e-5 where weights are only cut, factored or rounded to
+# nearest; 0.02 where they are rounded or removed one after another (what one rounding changes is carried on);
+# 0.12 where inputs are rounded or something is trained (one rounding changes an answer; one of 32 is 0.03).
 CLOSE, CARRIED, TRAINED = 1e-3, 0.1, 0.3
 TRAINS = ("Distill", "QAT", "Transfer", "Activations", "KVCache", "train_steps")
 CARRIES = ("gptq", "hqq", "sparsegpt", "awq", "Repair")
@@ -101,7 +102,7 @@ def test_this_is_the_machine_on_which_bits_were_recorded(model):
     other = unlike(model)
     if other and os.environ.get("GOLDEN_BITS", "0") != "0":
         pytest.fail(
-            f"{model} was recorded on another machine: {other}; record it here first, see tests/record_golden.py"
+            f"{model} was recorded on another machine: {other}; record it here, see tests/record_golden.py"
         )
     if other:
         pytest.skip(
