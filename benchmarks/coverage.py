@@ -43,8 +43,8 @@ from workbench.measuring import FEW_LONG, LOOKS
 from workbench.metrics.control_variates import Known
 from workbench.metrics.intervals import mean
 from workbench.metrics.quality import Quality, quality
+from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
-from workbench.tasks.base import Scores
 from workbench.util.device import describe
 from workbench.util.environment import versions
 

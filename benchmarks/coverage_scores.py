@@ -35,7 +35,8 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.evaluator import Evaluator
-from workbench.tasks.base import Scores, Task
+from workbench.metrics.scores import Scores
+from workbench.tasks.base import Task
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.device import describe, pick
 from workbench.zoo import load_task

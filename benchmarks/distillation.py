@@ -24,8 +24,8 @@ import torch
 import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.base import Scores
 from workbench.util.device import describe
 from workbench.util.environment import versions
 

@@ -31,8 +31,9 @@ import workbench as wb
 from workbench.compress import compress
 from workbench.measure.cuda_graphs import Graphs
 from workbench.measure.evaluator import Evaluator
+from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.base import Scores, Task
+from workbench.tasks.base import Task
 from workbench.util.device import describe, pick
 from workbench.util.environment import versions
 

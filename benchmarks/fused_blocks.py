@@ -30,7 +30,8 @@ from workbench.compress import compress
 from workbench.measure.cuda_graphs import Graphs
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.fused_blocks import FusedBlocks
-from workbench.tasks.base import Scores, Task
+from workbench.metrics.scores import Scores
+from workbench.tasks.base import Task
 from workbench.util.device import describe, pick
 from workbench.util.environment import versions
 

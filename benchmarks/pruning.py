@@ -26,8 +26,9 @@ import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.metrics.quality import Quality, quality
+from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.base import Scores, Task
+from workbench.tasks.base import Task
 from workbench.util.device import describe, pick
 from workbench.util.environment import versions
 from workbench.zoo import load_task

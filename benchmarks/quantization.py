@@ -30,7 +30,7 @@ from workbench.compress import Compressed, compress
 from workbench.errors import CompressionError
 from workbench.measure.size import sizes
 from workbench.metrics.quality import quality
-from workbench.tasks.base import Scores
+from workbench.metrics.scores import Scores
 from workbench.util.device import describe, pick
 from workbench.util.environment import versions
 from workbench.zoo import load_task

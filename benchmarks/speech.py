@@ -38,8 +38,9 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.metrics.bootstrap import word_error_rates
 from workbench.metrics.estimate import Estimate
+from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.base import Items, Task
 from workbench.tasks.likelihood import likelihoods
 from workbench.tasks.speech_recognition import SpeechRecognition, encode, greedy, longest
 from workbench.tasks.transcripts import spoken_scores

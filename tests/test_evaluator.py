@@ -23,10 +23,11 @@ from workbench.compress.quantization.activations import Activations
 from workbench.measure.chunked_head import Head, Headless, find_head
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.prefix_reuse import Kept, alike, find_chain
+from workbench.metrics.scores import Scores
 from workbench.modules.layer import find_layers
 from workbench.modules.substitution import with_stand_ins
 from workbench.tasks import score
-from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.base import Items, Task
 from workbench.tasks.likelihood import Unprojected
 
 ALL = sorted(structure_models.BUILDERS)

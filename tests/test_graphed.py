@@ -19,8 +19,9 @@ from workbench.compress.quantization.activations import Activations
 from workbench.measure import cuda_graphs
 from workbench.measure.cuda_graphs import Captured, Graphs, counterparts
 from workbench.measure.evaluator import Evaluator
+from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.base import Items, Task
 from workbench.tasks.likelihood import tally, token_loss
 
 VALUES = [

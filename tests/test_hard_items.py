@@ -14,7 +14,7 @@ from workbench.metrics.control_variates import Known
 from workbench.metrics.hard_items import MOST, hardness, widening
 from workbench.metrics.intervals import mean
 from workbench.metrics.quality import quality
-from workbench.tasks.base import Scores
+from workbench.metrics.scores import Scores
 
 LEVEL = 0.986  # of one of four looks that hold together at 95%
 

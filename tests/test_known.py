@@ -12,8 +12,8 @@ from scipy import stats
 
 from workbench.metrics.control_variates import Known
 from workbench.metrics.quality import mean, paired_proportions, proportion, quality
+from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
-from workbench.tasks.base import Scores
 
 TOTAL = 400
 COUNTS = (16, 64, 256, TOTAL)

@@ -10,8 +10,9 @@ from tiny_tasks import CLASSES, VOCABULARY, tiny_task
 from torch import nn
 
 from workbench.measure.length_sorting import ordered, text_spans, trimmed
+from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.base import Items, Task
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
 
 

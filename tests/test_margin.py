@@ -16,10 +16,10 @@ from workbench.measure.recent_scores import MOST, Neighbours
 from workbench.measure.summary import summary
 from workbench.metrics.control_variates import Known
 from workbench.metrics.quality import quality
+from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
 from workbench.recipe import Recipe
 from workbench.report.report import job_from
-from workbench.tasks.base import Scores
 
 RECIPE = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
 

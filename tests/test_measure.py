@@ -19,11 +19,11 @@ from workbench.measure.latency import measure_latency
 from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.size import file_content, sizes
 from workbench.metrics.quality import Estimate, flips, mean, paired_proportions, proportion, quality
+from workbench.metrics.scores import Scores
 from workbench.modules.packing import pack_model
 from workbench.recipe import Recipe
 from workbench.runtime.plan import realise
 from workbench.tasks import score
-from workbench.tasks.base import Scores
 
 
 def answers(correct: list[int], loss: list[float] | None = None) -> Scores:

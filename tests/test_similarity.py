@@ -16,9 +16,9 @@ import workbench as wb
 from workbench.errors import DataError, ModelError
 from workbench.metrics.bootstrap import average_ranks, paired, spearman
 from workbench.metrics.quality import flips, quality
+from workbench.metrics.scores import Scores
 from workbench.predict.predictor import Predictor
 from workbench.tasks import score
-from workbench.tasks.base import Scores
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY, SentenceSimilarity, cosines, prepared
 from workbench.zoo import load_task
 

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import nn
 
 from workbench.errors import DataError, ModelError
+from workbench.metrics.scores import Scores
 from workbench.tasks import KINDS, columns, data, kind_of, score, sources
-from workbench.tasks.base import Items, Scores
+from workbench.tasks.base import Items
 from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.data import Reading, Sizes
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION, PlainProcessor, grey_items

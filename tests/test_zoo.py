@@ -19,8 +19,8 @@ from tiny_tasks import llama
 
 from workbench.errors import ModelError
 from workbench.hub import wheel_archive
+from workbench.metrics.scores import Scores
 from workbench.tasks import score, sources
-from workbench.tasks.base import Scores
 from workbench.tasks.image_classification import PlainProcessor, image_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
 from workbench.zoo import Entry, load_task, local, models

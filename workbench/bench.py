@@ -23,6 +23,7 @@ from workbench.measure.recent_scores import Neighbours
 from workbench.measure.size import Sizes, sizes
 from workbench.measure.weight_histograms import WeightChange, weight_changes
 from workbench.measuring import Partial, early_looks
+from workbench.metrics.scores import Scores
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
 from workbench.modules.placement import place_task, placement_named
@@ -31,7 +32,7 @@ from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.scoring import Predicted
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
-from workbench.tasks.base import Scores, Task
+from workbench.tasks.base import Task
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.device import describe, pick
 from workbench.util.progress import Bar, Shown, Training

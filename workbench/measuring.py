@@ -18,11 +18,12 @@ from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.size import Sizes, counted_sizes, sizes
 from workbench.metrics.control_variates import Known
 from workbench.metrics.quality import flips, quality
+from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
 from workbench.modules.layer import Progress
 from workbench.modules.placement import untimed
 from workbench.runtime.plan import plan, realise
-from workbench.tasks.base import Items, Kind, Scores
+from workbench.tasks.base import Items, Kind
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.environment import git_revision, now, versions
 

@@ -18,10 +18,11 @@ from workbench.measure.fused_blocks import FusedBlocks, fused_blocks
 from workbench.measure.kl import Outputs, Sampler, has_distribution, scored
 from workbench.measure.length_sorting import in_place, ordered, text_spans, trimmed, trims
 from workbench.measure.prefix_reuse import Kept, Prefix
+from workbench.metrics.scores import Scores
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import streaming, streams_to
 from workbench.tasks import score
-from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.tasks.likelihood import tally
 from workbench.util.device import free_fraction

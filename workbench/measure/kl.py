@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.intervals import mean
+from workbench.metrics.scores import Scores
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import streaming
-from workbench.tasks.base import Items, Kind, Scores
+from workbench.tasks.base import Items, Kind
 from workbench.tasks.likelihood import Choosing, Unprojected, likelihoods
 from workbench.util.device import free_fraction
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workbench.tasks.base import Items, Kind, Scores
+from workbench.metrics.scores import Scores
+from workbench.tasks.base import Items, Kind
 
 MULTIPLE = 8  # tokens; a batch's length is a multiple, so that few shapes occur
 TRIED = 4  # items

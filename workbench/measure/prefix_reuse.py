@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.metrics.scores import Scores
 from workbench.modules.sharing import TABLES, holds_modules, sharing_copy
 from workbench.modules.substitution import Keeps, Shows, extras, first_tensor, same_bits, with_stand_ins
-from workbench.tasks.base import Items, Scores
+from workbench.tasks.base import Items
 
 Score = Callable[[nn.Module, Items], Scores]
 CLOSE = 1e-5  # of a loss: rounding in float32 makes about 1e-7 of it

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workbench.measure.kl import Each
+from workbench.metrics.scores import Scores
 from workbench.recipe import Recipe, Step
-from workbench.tasks.base import Scores
 
 MOST = 8  # recipes kept
 # How far apart two recipes are for each option that differs and is no slider: a slider's whole way is 1

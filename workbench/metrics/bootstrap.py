@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.metrics.estimate import Estimate
-from workbench.tasks.base import Scores
+from workbench.metrics.scores import Scores
 
 DRAWS = 2000
 CHUNK = 2**22  # numbers drawn at a time

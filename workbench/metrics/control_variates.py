@@ -48,7 +48,7 @@ from workbench.metrics.intervals import (
     student_quantile,
     variance,
 )
-from workbench.tasks.base import Scores
+from workbench.metrics.scores import Scores
 
 Triple = tuple[Estimate, Estimate, Estimate]  # of dense, of compressed, of the change
 

@@ -25,7 +25,7 @@ from workbench.metrics.estimate import Estimate
 from workbench.metrics.hard_items import widening
 from workbench.metrics.intervals import mean, paired_proportions, proportion
 from workbench.metrics.metrics import metric_named
-from workbench.tasks.base import Scores
+from workbench.metrics.scores import Scores
 
 __all__ = ["Estimate", "Quality", "exp", "flips", "mean", "paired_proportions", "proportion", "quality"]
 

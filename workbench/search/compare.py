@@ -16,8 +16,8 @@ from workbench.errors import RecipeError
 from workbench.measure.card import divergence_words, quality_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Quality, quality
+from workbench.metrics.scores import Scores
 from workbench.recipe import Recipe, Step
-from workbench.tasks.base import Scores
 from workbench.util.text import size
 
 if TYPE_CHECKING:

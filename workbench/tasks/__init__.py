@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from workbench.errors import ModelError
+from workbench.metrics.scores import Scores
 from workbench.modules.offload import streaming, streams_to
-from workbench.tasks.base import Items, Kind, Scores
+from workbench.tasks.base import Items, Kind
 from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING

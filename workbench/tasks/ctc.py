@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.tasks.base import Items, Scores
+from workbench.metrics.scores import Scores
+from workbench.tasks.base import Items
 from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.transcripts import spoken_scores
 

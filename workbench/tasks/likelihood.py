@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
 from workbench.kernels.block_ops import losses, losses_refused
-from workbench.tasks.base import Items, Scores
+from workbench.metrics.scores import Scores
+from workbench.tasks.base import Items
 
 CHUNK = 2**24  # logits made at a time: 64 MB in float32, enough rows for a matrix product at full speed
 # Of which so many are reduced at a time: 4 MB, so that what is computed of them stays in a processor's cache

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.errors import DataError, ModelError
+from workbench.metrics.scores import Scores
 from workbench.tasks import columns
-from workbench.tasks.base import Items, Scores
+from workbench.tasks.base import Items
 from workbench.tasks.lazy_items import Pool, Reading
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.sources import Raw

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import ModelError, RuntimeRefused
-from workbench.tasks.base import Items, Scores
+from workbench.metrics.scores import Scores
+from workbench.tasks.base import Items
 from workbench.tasks.likelihood import Choosing, likelihoods
 from workbench.tasks.transcripts import Writing, spoken_scores
 

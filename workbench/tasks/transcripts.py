@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import DataError, ModelError
-from workbench.tasks.base import Scores
+from workbench.metrics.scores import Scores
 
 EXTRA = "install it with: pip install 'compression-workbench[speech]'"
 

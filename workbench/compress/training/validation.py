@@ -9,8 +9,9 @@ from torch import nn
 
 from workbench.compress.core.context import Work
 from workbench.metrics.quality import quality
+from workbench.metrics.scores import Scores
 from workbench.modules.offload import device_of
-from workbench.tasks.base import Items, Scores, Task
+from workbench.tasks.base import Items, Task
 from workbench.util.progress import Look
 
 MOST = 256  # items held out
