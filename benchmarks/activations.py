@@ -47,7 +47,9 @@ def measured(bench, recipe, dense) -> dict:
     kind = bench.task.kind
     found = {
         one.metric: one
-        for one in quality(kind.primary, dense, score(kind, made.model, bench.evaluation), bench.confidence)
+        for one in quality(
+            kind.primary, dense, score(kind, made.model, bench.evaluation), bench.setting.confidence
+        )
     }
     main = found[kind.primary]
     row = {
@@ -257,7 +259,7 @@ def main() -> None:
         "items": len(bench.evaluation),
         "metric": some["metric"],
         "dense": some["dense"],
-        "confidence": bench.confidence,
+        "confidence": bench.setting.confidence,
         "device": describe(bench.device),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),

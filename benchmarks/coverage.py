@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.measuring import FEW_LONG, LOOKS
+from workbench.measure.setting import FEW_LONG, LOOKS
 from workbench.metrics.control_variates import Known
 from workbench.metrics.intervals import mean
 from workbench.metrics.quality import Quality, quality

@@ -39,7 +39,9 @@ def measured(bench, recipe, dense) -> dict | None:
     kind = bench.task.kind
     found = {
         one.metric: one
-        for one in quality(kind.primary, dense, score(kind, made.model, bench.evaluation), bench.confidence)
+        for one in quality(
+            kind.primary, dense, score(kind, made.model, bench.evaluation), bench.setting.confidence
+        )
     }
     main, loss = found[kind.primary], found.get("loss", found[kind.primary])
     row = {
@@ -195,7 +197,7 @@ def main() -> None:
         "items": len(bench.evaluation),
         "metric": some["metric"],
         "dense": some["dense"],
-        "confidence": bench.confidence,
+        "confidence": bench.setting.confidence,
         "device": describe(bench.device),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),

@@ -50,7 +50,7 @@ def recipes(count: int) -> dict[str, list[wb.Recipe]]:
 
 def moved(bench: wb.Bench, name: str, recipe: wb.Recipe, again: int) -> tuple[dict[str, object], list[float]]:
     """Return the seconds of one move with what was forecast, and the quality at each look."""
-    told = forecast(bench, recipe, bench.first_look)
+    told = forecast(bench.setting, bench.pace, recipe, bench.setting.first_look)
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -94,7 +94,7 @@ def bench_rows(
         bench = wb.Bench(
             task, device=str(device), placement=placement, ledger=f"{folder}/points.journal", progress=False
         )
-        bench.evaluator.fused = False
+        bench.setting.evaluator.fused = False
         if (streams_to(bench.task.model) is None) != (placement in {"device", "spread"}):
             raise SystemExit(
                 f"asked for placement={placement!r}, but the model ({model_bytes(task.model):,} bytes) fits:"

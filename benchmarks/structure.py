@@ -47,7 +47,7 @@ def parameters(model: torch.nn.Module) -> int:
 
 def multiply_adds(model: torch.nn.Module, bench: wb.Bench, compressed: Compressed | None = None) -> int:
     """Return the multiply-adds of all products for one item, attention's scores left out."""
-    places = positions(bench)
+    places = positions(bench.task, bench.evaluation)
     if compressed is not None:  # blocks have moved: their weights go by the names that they have now
         places = {layer.name: places[layer.origin] for layer in compressed.layers if layer.origin in places}
     return Outline.of(model, places).multiply_adds()

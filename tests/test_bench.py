@@ -152,7 +152,7 @@ def test_a_point_says_everything_that_was_asked_for(sort, device, tmp_path):
     assert point.layers == made.report
     assert point.complete
     assert point.missing == {}
-    assert point.latency.batch == point.context.latency_batch == len(bench.latency_items)
+    assert point.latency.batch == point.context.latency_batch == len(bench.setting.latency_items)
     assert min(point.peak_memory_bytes, point.dense_peak_memory_bytes) > 0
     assert (point.provenance.calibration_items, point.provenance.training_items) == (24, 40)
     assert {"compression-workbench", "torch", "transformers", "python"} <= set(point.provenance.versions)
@@ -166,7 +166,7 @@ def test_cancelling_leaves_nothing_behind_and_the_bench_usable(bench, monkeypatc
     recipe = Recipe(*RECIPE, wb.Distill(temperature=2, steps=3, distill_batch=8))
     before = weights(bench.task.model)
     reached: list[str] = []
-    plain = bench.statistics_with
+    plain = bench.setting.statistics_with
     now = {"what": ""}
 
     class Watching:
@@ -185,7 +185,7 @@ def test_cancelling_leaves_nothing_behind_and_the_bench_usable(bench, monkeypatc
     assert len(bench.ledger) == len(Ledger(bench.ledger.where)) == 0
     assert same(weights(bench.task.model), before)
     assert not any(module._forward_pre_hooks for module in bench.task.model.modules())
-    assert plain == bench.statistics_with
+    assert plain == bench.setting.statistics_with
     assert bench.measure(recipe).complete
     assert len(Ledger(bench.ledger.where)) == 1
 

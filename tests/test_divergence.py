@@ -197,7 +197,7 @@ def test_a_destroyed_model_is_infinitely_far(ledger):
     model = copy.deepcopy(task.model)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    found = measured(task, model, bench.evaluator)
+    found = measured(task, model, bench.setting.evaluator)
     assert found.kl.value == found.kl.low == found.kl.high == math.inf
     point = dataclasses.replace(bench.measure(RECIPE), kl=found.kl)
     assert Measurement.from_json(point.to_json()).kl == found.kl
@@ -471,7 +471,7 @@ def test_streamed_models_give_the_same(name, device, tmp_path):
         for where in ("device", "streamed")
     ]
     for bench in benches:
-        bench.evaluator.fused = False  # as a streamed model is run
+        bench.setting.evaluator.fused = False  # as a streamed model is run
     points = [bench.measure(RECIPE) for bench in benches]
     assert points[0].kl.value > 0
     assert [(point.kl, point.kl_items, point.kl_answers) for point in points] == 2 * [

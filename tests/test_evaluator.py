@@ -382,10 +382,10 @@ def test_a_stand_in_answers_for_its_module():
 def test_the_sensitivity_of_layers_is_what_it_was_without_shortcuts(tmp_path):
     task = structure_models.task_of("grouped")
     quick, slow = (wb.Bench(task, ledger=tmp_path / f"{i}.journal", progress=False) for i in range(2))
-    slow.evaluator = evaluator_of(task, budget=0)
+    slow.setting = dataclasses.replace(slow.setting, evaluator=evaluator_of(task, budget=0))
     recipe = wb.Recipe(wb.Quantize(weight_bits=3, group_size=8))
     assert list(quick.sensitivity(recipe)) == list(slow.sensitivity(recipe))
-    assert quick.evaluator.prefix.kept.states
+    assert quick.setting.evaluator.prefix.kept.states
 
 
 # --- the benchmark

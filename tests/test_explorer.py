@@ -34,7 +34,6 @@ from widgets.session.state import Live, thin
 from workbench.cli.serve import lab_command, write_settings
 from workbench.errors import CompressionError, ModelError
 from workbench.ledger.pareto import fastest_within, smallest_within
-from workbench.predict.predictor import Predictor
 
 ZEROS = wb.Recipe(wb.Prune(sparsity=0.5))
 
@@ -169,7 +168,7 @@ def test_other_errors_say_their_kind_and_text_is_escaped():
 
 
 def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
-    guess = Predictor(bench).predict(ZEROS)
+    guess = bench.predictor().predict(ZEROS)
     before = strip(Live(ZEROS, guess, None, "measuring"))
     assert "wb-measured'" not in before
     assert before.count("predicted") >= 3
@@ -208,7 +207,7 @@ def test_records_become_traces(bench, point):
     assert sorted(keys) == sorted(row.key for row in rows)
     assert list(changes[FRONT]["customdata"]) == [p.key for p in record.points if p.standing == "front"]
     assert len(live_figure().data) == 8
-    guess = Predictor(bench).predict(ZEROS)
+    guess = bench.predictor().predict(ZEROS)
     shown = live_changes(Live(ZEROS, guess, None, "measuring"), rows[-1], PlotChoice())
     assert shown[PREDICTED]["x"] == [guess.file_bytes / 1e6]
     assert shown[MEASURED]["x"] == []

@@ -19,7 +19,8 @@ BENCH = """
             bench.measure(wb.Recipe(step))
         wb.sweep(bench, trials=2)
         bench.ledger.pareto()
-        return [weakref.ref(part) for part in (bench, bench.task.model, bench.statistics, bench.evaluator)]
+        parts = bench, bench.task.model, bench.statistics, bench.setting.evaluator
+        return [weakref.ref(part) for part in parts]
 
     parts = [part for sort in ("vit", "llama") for part in measured(sort)]
 """

@@ -34,7 +34,7 @@ def bench(tmp_path) -> Bench:
 def counted(bench: Bench, monkeypatch) -> list[int]:
     """Note how many items each call of the evaluator adds to the compressed model's scores."""
     added: list[int] = []
-    plain = bench.evaluator.scores
+    plain = bench.setting.evaluator.scores
 
     def watched(model, parts, count, *rest, **named):
         before = sum(map(len, parts))
@@ -43,7 +43,7 @@ def counted(bench: Bench, monkeypatch) -> list[int]:
             added.append(sum(map(len, parts)) - before)
         return found
 
-    monkeypatch.setattr(bench.evaluator, "scores", watched)
+    monkeypatch.setattr(bench.setting.evaluator, "scores", watched)
     return added
 
 
@@ -118,9 +118,9 @@ def test_early_looks_use_the_dense_model_and_the_nearest_complete_point(bench):
     near = Recipe(wb.Prune(sparsity=0.49), wb.Quantize(weight_bits=3))
     bench.measure(near)
     for point in bench.stream(RECIPE):
-        dense, close = bench.all_dense_scores(), bench.neighbours.complete[near]
+        dense, close = bench.reference.all_scores(), bench.neighbours.complete[near]
         assert dense is not None
-        mine = bench.evaluator.scores(bench.compress(RECIPE).model, [], point.items)
+        mine = bench.setting.evaluator.scores(bench.compress(RECIPE).model, [], point.items)
         level = joint_level((16, 64, 256, 300), 0.95)
         expected = quality(
             "accuracy", dense.first(point.items), mine, looks=4, level=level, known=Known(dense, close)

@@ -44,7 +44,6 @@ from workbench.ledger.pareto import (
     shades,
     tradeoff,
 )
-from workbench.predict.predictor import Predictor
 
 RECIPES = (
     wb.Recipe(),
@@ -196,7 +195,7 @@ def test_a_box_names_the_points_of_all_traces(rows):
 
 def test_only_the_live_traces_are_written_during_a_drag(view, rows, bench, monkeypatch):
     view.show_history(rows)
-    guess = Predictor(bench)
+    guess = bench.predictor()
     view.show_live(Live(RECIPES[1], guess.predict(RECIPES[1]), None, "measuring"))
     sent = []
     monkeypatch.setattr(
@@ -218,7 +217,7 @@ def test_the_star_and_the_live_points_lie_in_the_window(view, bench, cost, quali
     view.show_history(rows)
     view.bar.choice = PlotChoice(cost, metric, change, "bits", cost != "latency")
     recipe = RECIPES[2]
-    view.show_live(Live(recipe, Predictor(bench).predict(recipe), None, "measuring"))
+    view.show_live(Live(recipe, bench.predictor().predict(recipe), None, "measuring"))
     predicted = view.figure.data[PREDICTED]
     assert bool(predicted.x) is (cost in {"file_bytes", "latency"} and metric == "")
     view.show_live(Live(recipe, None, rows[2], "measured"))
@@ -237,7 +236,7 @@ def test_the_star_and_the_live_points_lie_in_the_window(view, bench, cost, quali
 
 
 def test_a_prediction_is_shown_as_a_change_against_the_dense_model(rows, bench):
-    guess = Predictor(bench).predict(RECIPES[1])
+    guess = bench.predictor().predict(RECIPES[1])
     live = Live(RECIPES[1], guess, None, "measuring")
     plain, change = (
         live_changes(live, rows[-1], PlotChoice(change=c))[PREDICTED]["y"][0] for c in (False, True)

@@ -19,7 +19,7 @@ from workbench.measure.evaluator import Evaluator
 from workbench.measure.size import sizes
 from workbench.predict.history import Spot, history
 from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
-from workbench.predict.predictor import Predictor, coordinates, spot_of
+from workbench.predict.predictor import coordinates, spot_of
 from workbench.predict.prior import KINDS, Link, prior_of
 from workbench.recipe import METHODS, Step, configuration
 from workbench.shapes.outline import Outline
@@ -88,7 +88,7 @@ def bench(ledger):
 
 
 def test_nothing_is_known_at_first_and_the_prediction_says_so(bench):
-    guess = Predictor(bench).predict(wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)))
+    guess = bench.predictor().predict(wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)))
     assert guess.quality is None
     assert guess.wide
     assert any(note.startswith("quality is a guess: only ") for note in guess.notes)
@@ -99,7 +99,7 @@ def test_nothing_is_known_at_first_and_the_prediction_says_so(bench):
 
 
 def test_points_make_the_interval_narrow(bench):
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
     first = predictor.predict(wb.Recipe(wb.Prune(sparsity=0.52)))
     assert first.wide
@@ -119,13 +119,13 @@ def test_points_of_other_models_do_not_count(bench):
         point, key="other", context=dataclasses.replace(point.context, model_fingerprint="other")
     )
     bench.ledger.points["other"] = other
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     predictor.refresh()
     assert predictor.rows == [point]
 
 
 def test_low_rank_speed_is_predicted_from_multiply_adds_until_it_is_measured(bench):
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     guess = predictor.predict(wb.Recipe(wb.LowRank(rank_ratio=0.2)))
     assert guess.speedup.value > 1.3
     assert guess.speedup.low == 1.0
@@ -152,7 +152,7 @@ class Shake(Step):
 def test_a_method_without_rules_is_unknown_not_guessed(bench):
     METHODS.register(Shake)(lambda step, work: None)
     try:
-        guess = Predictor(bench).predict(wb.Recipe(Shake(shake=0.5)))
+        guess = bench.predictor().predict(wb.Recipe(Shake(shake=0.5)))
         assert guess.file_bytes is None
         assert any("file size unknown" in note for note in guess.notes)
         assert any("speed unknown" in note for note in guess.notes)
@@ -316,7 +316,7 @@ def test_points_without_a_table_leave_the_prediction_to_the_sliders():
 @pytest.mark.parametrize("sort", tiny_tasks.SORTS)
 def test_preparing_gives_a_prior_and_changes_nothing_before(sort, ledger):
     made = wb.Bench(tiny_tasks.tiny_task(sort), ledger=ledger, progress=False, device="cpu")
-    predictor, recipe = Predictor(made), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
+    predictor, recipe = made.predictor(), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
     made.measure(wb.Recipe())
     before = predictor.predict(recipe)
     assert any(note.startswith("quality is a guess") for note in before.notes)
@@ -334,7 +334,7 @@ def test_preparing_gives_a_prior_and_changes_nothing_before(sort, ledger):
 
 def test_a_model_that_is_too_large_is_predicted_as_before(bench, monkeypatch):
     monkeypatch.setattr("workbench.predict.prior.MOST_WEIGHTS", {"cpu": 100})
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     assert not predictor.prepare(wb.Recipe(wb.Prune()))
     assert "too large" in predictor.no_prior
     assert predictor.prior is None
@@ -351,7 +351,7 @@ def test_a_prediction_takes_less_than_50_ms_of_a_processor_with_5000_points(ledg
             wb.Prune(sparsity=round(0.0001 * index, 5)), wb.Quantize(weight_bits=2 + index % 7)
         )
         ledger.points[f"key {index}"] = dataclasses.replace(point, key=f"key {index}", recipe=recipe)
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     predictor.predict(wb.Recipe())
     times = []
     for index in range(30):

@@ -17,7 +17,6 @@ from workbench.cli.points import points
 from workbench.measure.measurement import Measurement
 from workbench.measure.summary import summary
 from workbench.metrics.estimate import Estimate
-from workbench.predict.predictor import Predictor
 from workbench.predict.scoring import Predicted, score, told, words_of
 
 
@@ -42,7 +41,7 @@ def predicted(point, value, half, *, wide=False, speed=(1.0, 1.0, 1.0)):
 
 
 def test_a_point_keeps_what_was_predicted_before_it(bench):
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     bench.predicts = predictor.record
     assert bench.measure(wb.Recipe()).predicted is None  # the dense model is no prediction
     first = wb.Recipe(wb.Prune(sparsity=0.4))
@@ -109,7 +108,7 @@ def test_the_score_is_said_with_predictions_points_and_reports(bench, point):
         bench.ledger.add(made)
     said = "of the last 6 predictions 6 held"
     assert any(
-        note.startswith(said) for note in Predictor(bench).predict(wb.Recipe(wb.Prune(sparsity=0.33))).notes
+        note.startswith(said) for note in bench.predictor().predict(wb.Recipe(wb.Prune(sparsity=0.33))).notes
     )
     listed = CliRunner().invoke(points, [bench.task.model_name, "--ledger", bench.ledger.where])
     assert listed.exit_code == 0, listed.output
@@ -133,7 +132,7 @@ def test_the_panel_prepares_predictions_while_nothing_is_measured(bench):
         on_not_loaded=failures.append,
     )
     try:
-        session.bench, session.predictor = bench, Predictor(bench)
+        session.bench, session.predictor = bench, bench.predictor()
         session.run(wb.Recipe(wb.Prune(sparsity=0.5)))
         limit = time.monotonic() + 60
         while session.predictor.prior is None and time.monotonic() < limit:

@@ -120,7 +120,12 @@ def test_a_whole_runtime_that_fails_falls_back_for_both_models(monkeypatch, tmp_
     bench = bench_of(tmp_path, runtime="onnx")
     compressed = compress(bench.task, Recipe(wb.Prune(sparsity=0.5)))
     run = realise(
-        compressed, "cpu", "onnx", dense=bench.task.model, kind=bench.task.kind, items=bench.latency_items
+        compressed,
+        "cpu",
+        "onnx",
+        dense=bench.task.model,
+        kind=bench.task.kind,
+        items=bench.setting.latency_items,
     )
     assert run.model is compressed.model
     assert run.dense is bench.task.model
@@ -278,9 +283,8 @@ def test_limits_are_measured_once_and_plausible():
 
 
 def test_a_prediction_says_what_the_model_waits_for(tmp_path):
-    from workbench.predict.predictor import Predictor
 
-    predictor = Predictor(bench_of(tmp_path))
+    predictor = bench_of(tmp_path).predictor()
     dense = predictor.predict(Recipe())
     assert dense.roof.ratio == pytest.approx(1.0)
     low = predictor.predict(Recipe(wb.LowRank(rank_ratio=0.2)))

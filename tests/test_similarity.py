@@ -17,7 +17,6 @@ from workbench.errors import DataError, ModelError
 from workbench.metrics.bootstrap import average_ranks, paired, spearman
 from workbench.metrics.quality import flips, quality
 from workbench.metrics.scores import Scores
-from workbench.predict.predictor import Predictor
 from workbench.tasks import score
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY, SentenceSimilarity, cosines, prepared
 from workbench.zoo import load_task
@@ -323,7 +322,7 @@ def test_a_point_of_an_encoder(alike, tmp_path):
     assert not point.missing
     assert point.latency.real_time_factors is None
     assert 0 < point.flips.value < 1
-    guess = Predictor(bench).predict(recipe)
+    guess = bench.predictor().predict(recipe)
     assert guess.metric == "rank correlation"
     assert guess.quality.value == pytest.approx(point.primary.compressed.value, abs=0.02)
     assert guess.file_bytes >= point.sizes.file_bytes

@@ -18,7 +18,6 @@ import workbench as wb
 from workbench.errors import DataError, ModelError
 from workbench.hub.debian import unpacked
 from workbench.metrics.quality import quality
-from workbench.predict.predictor import Predictor
 from workbench.tasks import audio, score, transcripts
 from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.speech_recognition import encode, greedy
@@ -498,7 +497,7 @@ def test_a_point_of_speech(spoken, tmp_path):
         point.latency.median_ms / 1000 / spoken.kind.audio_seconds(spoken.evaluation[:1])
     )
     assert type(point).from_json(point.to_json()) == point
-    guess = Predictor(bench).predict(point.recipe)
+    guess = bench.predictor().predict(point.recipe)
     assert (guess.metric, guess.bytes_exact or guess.file_bytes >= point.sizes.file_bytes) == (
         "word error rate",
         True,

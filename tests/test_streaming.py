@@ -133,7 +133,7 @@ def test_measured_points_are_the_same_and_say_what_is_missing(sort, device, tmp_
         for where in ("device", "streamed")
     ]
     for bench in benches:
-        bench.evaluator.fused = False  # as a streamed model is run
+        bench.setting.evaluator.fused = False  # as a streamed model is run
     for one, other in zip(*(list(bench.stream(recipe)) for bench in benches), strict=True):
         assert (one.quality, one.flips, one.sizes, one.dense_sizes) == (
             other.quality,
@@ -505,7 +505,7 @@ def test_over_two_gpus_the_answers_are_the_same(name, tmp_path):
     ]
     places = {parameter.device for parameter in benches[1].task.model.parameters()}
     assert places == {torch.device("cuda", 0), torch.device("cuda", 1)}
-    benches[0].evaluator.fused = False  # as a model over several GPUs is run
+    benches[0].setting.evaluator.fused = False  # as a model over several GPUs is run
     one, other = (bench.measure(RECIPES[name]) for bench in benches)
     if "repair" in name:  # products of fewer layers at once round otherwise
         assert other.primary.compressed.value == pytest.approx(one.primary.compressed.value, rel=1e-3)

@@ -35,7 +35,7 @@ def test_the_forecast_counts_passes(tmp_path, monkeypatch):
         "workbench.predict.offload_forecast.speed_to", lambda _: 1e3
     )  # so slow that arithmetic is nothing beside it
     one = size / 1e3
-    plain = forecast(bench, RECIPES["magnitude"], 16)
+    plain = forecast(bench.setting, bench.pace, RECIPES["magnitude"], 16)
     assert plain.pass_seconds == pytest.approx(one, rel=0.01)
     assert plain.once_seconds == 0
     assert plain.compress_seconds == pytest.approx(6 * one)
@@ -50,18 +50,18 @@ def test_the_forecast_counts_passes(tmp_path, monkeypatch):
         if not layer.table
     }
     home = sum(4 * width**2 for _, width in inputs) / 1e2
-    assert forecast(bench, RECIPES["awq"], 16).once_seconds == pytest.approx(
+    assert forecast(bench.setting, bench.pace, RECIPES["awq"], 16).once_seconds == pytest.approx(
         2 * (one + home), rel=0.01
     )  # 24 calibration items in batches of 16
     list(bench.looks(RECIPES["awq"], (16,), again=True, cancelled=None))
-    after = forecast(bench, RECIPES["awq"], 16)
+    after = forecast(bench.setting, bench.pace, RECIPES["awq"], 16)
     assert after.once_seconds == 0  # second moments are there
     assert after.all_seconds == pytest.approx(
         after.compress_seconds + 3 * after.pass_seconds
     )  # and so are the dense scores
     assert "0.02 MB a pass" in after.words()
     resident = wb.Bench(tiny_tasks.tiny_task("llama"), ledger=tmp_path / "resident.journal", progress=False)
-    assert forecast(resident, RECIPES["awq"], 16) is None
+    assert forecast(resident.setting, resident.pace, RECIPES["awq"], 16) is None
 
 
 def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
@@ -76,12 +76,12 @@ def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
     assert not bench.pace.warm  # the dense model took no memory for compressed weights
     assert bench.pace.compress == 1.0
     list(bench.stream(RECIPES["magnitude"]))
-    first = forecast(bench, RECIPES["magnitude"], 16)
+    first = forecast(bench.setting, bench.pace, RECIPES["magnitude"], 16)
     assert first.known
     assert bench.pace.compress == 1.0  # the first move takes memory, which says nothing of the next
     assert "as the move before this one went" in first.words()
     bench.pace.learn(first, 3 * first.compress_seconds, 2 * (first.first_seconds - first.compress_seconds))
-    then = forecast(bench, RECIPES["magnitude"], 16)
+    then = forecast(bench.setting, bench.pace, RECIPES["magnitude"], 16)
     assert then.compress_seconds == pytest.approx(3 * first.compress_seconds)
     assert then.pass_seconds == pytest.approx(2 * first.pass_seconds)
     assert then.first_seconds == pytest.approx(
@@ -90,7 +90,7 @@ def test_the_next_forecast_learns_from_the_last_move(tmp_path, monkeypatch):
     bench.pace.learn(
         then, then.compress_seconds, then.first_seconds - then.compress_seconds
     )  # as forecast: nothing changes
-    assert forecast(bench, RECIPES["magnitude"], 16) == then
+    assert forecast(bench.setting, bench.pace, RECIPES["magnitude"], 16) == then
     pace = Pace(warm=True)
     pace.learn(Forecast(1, 1.0, 1.0, 5.0, 2.0, 9.0, 9.0), 40.0, 2.0)  # second moments were in it
     assert (pace.compress, pace.read) == (1.0, 1.0)
@@ -103,7 +103,7 @@ def test_the_way_home_is_timed(tmp_path):
         ledger=tmp_path / "points.journal",
         progress=False,
     )
-    assert 1e8 < speed_home(bench, 2**22) < 1e12  # bytes a second, not a millisecond
+    assert 1e8 < speed_home(bench.setting, 2**22) < 1e12  # bytes a second, not a millisecond
 
 
 def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_reads_them_once(monkeypatch):

@@ -20,7 +20,6 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.export import export
 from workbench.measure.size import sizes
-from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
 from workbench.shapes.outline import Outline
 from workbench.shapes.structured import Anatomy
@@ -136,7 +135,7 @@ def test_targets_count_in_the_prediction():
 
 def test_the_prediction_of_speed_follows_the_multiply_adds(tmp_path):
     bench = Bench(task_of("vit"), device="cpu", ledger=tmp_path / "points.journal", progress=False)
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     prediction = predictor.predict(Recipe(wb.Prune(pattern="layers")))
     assert prediction.bytes_exact
     assert prediction.no_kernel == ()  # nothing is multiplied by zero

@@ -15,7 +15,6 @@ from widgets.panes.verdict_strip import badge
 from widgets.session.session import Session
 from widgets.session.state import Live
 from workbench.errors import RecipeError
-from workbench.predict.predictor import Predictor
 from workbench.report.temperature_lesson import softened
 from workbench.util.progress import Look
 
@@ -170,7 +169,7 @@ def session(tmp_path):
         on_error=errors.append,
         on_not_loaded=errors.append,
     )
-    made.bench, made.predictor = bench, Predictor(bench)
+    made.bench, made.predictor = bench, bench.predictor()
     yield made
     made.close()
     assert errors == []

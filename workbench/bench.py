@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
 from workbench.calibration.disk_cache import disk_cache
 from workbench.calibration.memory_cache import cache_of
 from workbench.calibration.statistics import Statistics
@@ -20,19 +22,20 @@ from workbench.measure.evaluator import Evaluator
 from workbench.measure.kl import Reference
 from workbench.measure.measurement import Context, Measurement
 from workbench.measure.recent_scores import Neighbours
-from workbench.measure.size import Sizes, sizes
+from workbench.measure.setting import Setting
 from workbench.measure.weight_histograms import WeightChange, weight_changes
-from workbench.measuring import Partial, early_looks
-from workbench.metrics.scores import Scores
+from workbench.measuring import Partial
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
 from workbench.modules.placement import place_task, placement_named
 from workbench.modules.placement import words as placed
 from workbench.predict.offload_forecast import Pace, forecast
+from workbench.predict.predictor import Predictor
 from workbench.predict.scoring import Predicted
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
-from workbench.tasks.base import Task
+from workbench.runtime.names import Runtime
+from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.device import describe, pick
 from workbench.util.progress import Bar, Shown, Training
@@ -102,18 +105,18 @@ class Bench:
         from workbench.zoo import load_task
 
         given = device_of(model.model) if isinstance(model, Task) else None
-        self.device = given if device is None and given is not None else pick(device)
-        self.runtime = chosen(runtime)
-        if reason := why_not(self.runtime, self.device.type):
-            raise RuntimeRefused(f"runtime={runtime!r} cannot be used on {self.device.type}: {reason}")
-        self.show_progress = progress
-        self.task = (
-            place_task(model, self.device, placement_named(placement))
+        place = given if device is None and given is not None else pick(device)
+        engine = chosen(runtime)
+        if reason := why_not(engine, place.type):
+            raise RuntimeRefused(f"runtime={runtime!r} cannot be used on {place.type}: {reason}")
+        self.show_progress, self.margin = progress, checked_margin(margin)
+        task = (
+            place_task(model, place, placement_named(placement))
             if isinstance(model, Task)
             else load_task(
                 model,
                 data,
-                device=str(self.device),
+                device=str(place),
                 offline=offline,
                 evaluation_items=evaluation_items,
                 calibration_items=calibration_items,
@@ -124,31 +127,44 @@ class Bench:
                 placement=placement_named(placement),
             )
         )
-        self.evaluation = self.task.evaluation.to(self.device)
-        self.evaluator = Evaluator(self.task, self.evaluation)
-        self.confidence, self.margin = confidence, checked_margin(margin)
-        self.latency_items = self.evaluation[: latency_batch or self.task.kind.latency_items]
-        self.context = Context(
-            self.task.model_name,
-            self.task.model_fingerprint,
-            self.task.data_name,
-            self.task.data_fingerprint,
-            self.device.type,
-            ", ".join(filter(None, (describe(self.device), placed(self.task.model)))),
-            len(self.latency_items),
-            confidence,
-            importlib.metadata.version("compression-workbench"),
-            self.runtime,
-        )
+        self.setting = setting_of(task, place, engine, latency_batch, confidence)
         self.ledger = (
-            ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(self.task.model_name))
+            ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(task.model_name))
         )
+        self.reference = Reference(self.setting.evaluator, self.setting.statistics)
         self.neighbours, self.pace = Neighbours(), Pace()
-        self.statistics = Statistics(self.task, cache=cache_of(self.task, disk_cache(self.task)))
-        self.reference = Reference(self.evaluator, self.statistics)
         self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: (
             None
         )  # a Predictor's `record`, kept with what is then measured
+
+    @property
+    def task(self) -> Task:
+        """The model with its data and metric."""
+        return self.setting.task
+
+    @property
+    def evaluation(self) -> Items:
+        """The evaluation items, on the device."""
+        return self.setting.evaluation
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.setting.device
+
+    @property
+    def statistics(self) -> Statistics:
+        """What is computed once for the task."""
+        return self.setting.statistics
+
+    @property
+    def context(self) -> Context:
+        """What a measurement depends on besides the recipe."""
+        return self.setting.context
+
+    def predictor(self) -> Predictor:
+        """Return a predictor that learns from this bench's ledger."""
+        return Predictor(self.setting, self.ledger, self.pace)
 
     def measure(
         self,
@@ -160,9 +176,9 @@ class Bench:
     ) -> Measurement:
         """Return the complete measurement of a recipe; one that the ledger has already is returned at once.
 
-        With a margin, reading stops at a look (see `early`) if the main change is known well enough; such a
-        point says so (`margin`, `items` of `items_total`), is kept, and goes on where it stopped when more is
-        asked for.
+        With a margin, reading stops at a look (see `early_looks`) where the main change is known well enough;
+        such a point says so (`margin`, `items` of `items_total`), is kept, and goes on where it stopped when
+        more is asked for.
 
         Args:
             recipe: what to do; `Recipe()` is the dense model itself.
@@ -178,7 +194,7 @@ class Bench:
         """
         enough = self.margin if margin is None else checked_margin(margin)
         *_, last = self.looks(
-            recipe, self.early() if enough else (), again=again, cancelled=cancelled, margin=enough
+            recipe, self.setting.early() if enough else (), again=again, cancelled=cancelled, margin=enough
         )
         return last
 
@@ -204,7 +220,7 @@ class Bench:
         enough = self.margin if margin is None else checked_margin(margin)
         return self.looks(
             recipe,
-            self.early(),
+            self.setting.early(),
             again=again,
             cancelled=cancelled,
             on_compressed=on_compressed,
@@ -212,18 +228,6 @@ class Bench:
             margin=enough,
             working=working,
         )
-
-    def early(self) -> tuple[int, ...]:
-        """Return the numbers of items that are looked at before all are read.
-
-        See `workbench.measuring.early_looks`.
-        """
-        return early_looks(self.task.kind, self.evaluation)
-
-    @property
-    def first_look(self) -> int:
-        """Return after how many items there is something measured."""
-        return (*self.early(), len(self.evaluation))[0]
 
     def looks(
         self,
@@ -247,26 +251,31 @@ class Bench:
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(both(bar, working), cancelled)
             predicted = self.predicts(recipe)
-            ahead = (
-                ()
-                if (told := forecast(self, recipe, early[0] if early else len(self.evaluation))) is None
-                else (told.words(),)
-            )
+            first = early[0] if early else len(self.evaluation)
+            told = forecast(self.setting, self.pace, recipe, first)
+            ahead = () if told is None else (told.words(),)
             for words in ahead:
                 progress(words, 0, 1)
             start = time.perf_counter()
             compressed = compress(
-                self.task, recipe, self.statistics_with(progress), progress, shared=True, training=training
+                self.task,
+                recipe,
+                self.setting.statistics_with(progress),
+                progress,
+                shared=True,
+                training=training,
             )
             compressed = dataclasses.replace(compressed, warnings=(*compressed.warnings, *ahead))
             if on_compressed is not None:
                 on_compressed(compressed)
             partial = Partial(
-                self,
+                self.setting,
+                self.reference,
+                self.neighbours,
                 compressed,
                 (*early, len(self.evaluation)),
-                progress,
-                time.perf_counter() - start,
+                progress=progress,
+                compress_seconds=time.perf_counter() - start,
                 margin=margin,
                 resume=not again,
             )
@@ -289,15 +298,10 @@ class Bench:
         except LedgerError as error:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
-    def statistics_with(self, progress: Progress) -> Statistics:
-        """Return the statistics, reporting to `progress` if they have to be computed now."""
-        self.statistics.progress = progress
-        return self.statistics
-
     def compress(self, recipe: Recipe) -> Compressed:
         """Return the compressed model of a recipe, not measured."""
         with Bar(recipe.label(), shown=self.show_progress) as bar:
-            return compress(self.task, recipe, self.statistics_with(bar), bar)
+            return compress(self.task, recipe, self.setting.statistics_with(bar), bar)
 
     def behaviour(
         self,
@@ -320,10 +324,10 @@ class Bench:
             progress = stoppable(bar, cancelled)
             if compressed is None or compressed.recipe != recipe:
                 compressed = compress(
-                    self.task, recipe, self.statistics_with(progress), progress, shared=True
+                    self.task, recipe, self.setting.statistics_with(progress), progress, shared=True
                 )
             if self.task.labels:
-                return behaviour(self.task, compressed.model, self.confidence, progress)
+                return behaviour(self.task, compressed.model, self.setting.confidence, progress)
             if isinstance(self.task.kind, LanguageModelling):
                 return continuations(self.task, compressed.model)
             return told_apart(self.task, compressed.model, progress=progress)
@@ -341,7 +345,9 @@ class Bench:
         """
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(bar, cancelled)
-            compressed = compress(self.task, recipe, self.statistics_with(progress), progress, shared=True)
+            compressed = compress(
+                self.task, recipe, self.setting.statistics_with(progress), progress, shared=True
+            )
             for done, change in enumerate(weight_changes(self.task.model, compressed, first)):
                 progress("weights", done, len(compressed.report))
                 yield change
@@ -364,7 +370,7 @@ class Bench:
         from workbench.sensitivity import sensitivities
 
         with Bar(recipe.label(), shown=self.show_progress) as bar:
-            yield from sensitivities(self, recipe, items, stoppable(bar, cancelled))
+            yield from sensitivities(self.setting, self.reference, recipe, items, stoppable(bar, cancelled))
 
     def export(self, recipe: Recipe, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Measure the recipe, write the compressed model, manifest and card to `directory`, and return it.
@@ -379,27 +385,29 @@ class Bench:
         point = self.measure(recipe)
         return export(self.task, self.compress(recipe), point, Path(directory), overwrite=overwrite)
 
-    def dense_scores(self, count: int, progress: Progress = no_progress) -> Scores:
-        """Return the dense model's scores on the first `count` evaluation items, computed once."""
-        return self.evaluator.scores(
-            self.task.model,
-            self.statistics.once("dense scores", list),
-            count,
-            progress,
-            self.reference.reading(),
-        )
 
-    def all_dense_scores(self) -> Scores | None:
-        """Return the dense model's scores on all evaluation items, if they have been read.
-
-        Nothing is computed.
-        """
-        parts: list[Scores] = self.statistics.once("dense scores", list)
-        return parts[0] if parts and len(parts[0]) == len(self.evaluation) else None
-
-    def dense_sizes(self) -> Sizes:
-        """Return the dense model's sizes, computed once."""
-        return self.statistics.once("dense sizes", lambda: sizes(self.task.model))
+def setting_of(
+    task: Task, device: torch.device, runtime: Runtime, latency_batch: int | None, confidence: float
+) -> Setting:
+    """Return what every measurement of a task shares; nothing is read or computed yet."""
+    evaluation = task.evaluation.to(device)
+    latency_items = evaluation[: latency_batch or task.kind.latency_items]
+    context = Context(
+        task.model_name,
+        task.model_fingerprint,
+        task.data_name,
+        task.data_fingerprint,
+        device.type,
+        ", ".join(filter(None, (describe(device), placed(task.model)))),
+        len(latency_items),
+        confidence,
+        importlib.metadata.version("compression-workbench"),
+        runtime,
+    )
+    statistics = Statistics(task, cache=cache_of(task, disk_cache(task)))
+    return Setting(
+        task, evaluation, Evaluator(task, evaluation), statistics, device, runtime, latency_items, context
+    )
 
 
 def checked_margin(margin: float | None) -> float | None:

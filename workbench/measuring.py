@@ -6,15 +6,17 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from workbench.compress import Compressed
 from workbench.errors import DataError
-from workbench.measure.kl import WHAT, Divergence, Outputs, divergence
+from workbench.measure.kl import WHAT, Divergence, Outputs, Reference, divergence
 from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
 from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
+from workbench.measure.recent_scores import Neighbours
+from workbench.measure.setting import Setting
 from workbench.measure.size import Sizes, counted_sizes, sizes
 from workbench.metrics.control_variates import Known
 from workbench.metrics.quality import flips, quality
@@ -23,34 +25,10 @@ from workbench.metrics.sequential_looks import joint_level
 from workbench.modules.layer import Progress
 from workbench.modules.placement import untimed
 from workbench.runtime.plan import plan, realise
-from workbench.tasks.base import Items, Kind
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.environment import git_revision, now, versions
 
-if TYPE_CHECKING:
-    from workbench.bench import Bench
-
 T = TypeVar("T")
-
-LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
-LONG = 32  # labels of an item from which on a few of them say something, and take a CPU seconds
-FEW_LONG = 4
-
-
-def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:
-    """Return the numbers of items that are looked at before all are read, items being on the device that
-    reads them.
-
-    Of a language model on a CPU the first look is at 4 windows instead of 16: its interval is three to four
-    times as wide (half of that if a recipe next to this one was measured before), and it is there after a
-    third of the time. The looks after it widen by 5 to 10%.
-    """
-    slow = (
-        items.labels.device.type == "cpu"
-        and isinstance(kind, LanguageModelling)
-        and items.labels.shape[1] >= LONG
-    )
-    return tuple(count for count in ((FEW_LONG, *LOOKS) if slow else LOOKS) if count < len(items))
 
 
 class Partial:
@@ -64,35 +42,32 @@ class Partial:
 
     def __init__(
         self,
-        bench: Bench,
+        setting: Setting,
+        reference: Reference,
+        neighbours: Neighbours,
         compressed: Compressed,
         counts: tuple[int, ...],
+        *,
         progress: Progress,
         compress_seconds: float,
-        *,
         margin: float | None = None,
         resume: bool = False,
     ) -> None:
         """Find which kernels there are. With `resume`, begin where a point that stopped early did."""
-        self.bench, self.compressed, self.counts, self.progress, self.margin = (
-            bench,
-            compressed,
-            counts,
-            progress,
-            margin,
-        )
+        self.setting, self.reference, self.neighbours = setting, reference, neighbours
+        self.compressed, self.counts, self.progress, self.margin = compressed, counts, progress, margin
         self.compress_seconds = compress_seconds
         self.start = time.perf_counter()
-        begun = bench.neighbours.begun.get(bench.context.key(compressed.recipe)) if resume else None
+        begun = neighbours.begun.get(setting.context.key(compressed.recipe)) if resume else None
         self.scores: list[Scores] = [] if begun is None else [begun.scores]
         self.earlier = None if begun is None else begun.divergences
-        self.outputs = bench.evaluator.outputs()
+        self.outputs = setting.evaluator.outputs()
         self.last: Measurement | None = None  # the last look
-        self.level = bench.statistics.once(
-            ("joint level", counts, bench.confidence), lambda: joint_level(counts, bench.confidence)
+        self.level = setting.statistics.once(
+            ("joint level", counts, setting.confidence), lambda: joint_level(counts, setting.confidence)
         )
-        self.neighbour = bench.neighbours.nearest(compressed.recipe)
-        self.plan = plan(compressed, bench.device.type, bench.runtime)
+        self.neighbour = neighbours.nearest(compressed.recipe)
+        self.plan = plan(compressed, setting.device.type, setting.runtime)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -114,14 +89,14 @@ class Partial:
 
     def known(self) -> Known | None:
         """Return what is known of all evaluation items; None until the dense model has read them."""
-        dense = self.bench.all_dense_scores()
+        dense = self.reference.all_scores()
         return None if dense is None else Known(dense, self.neighbour)
 
     def look(self, count: int) -> Measurement:
         """Return the measurement after the first `count` evaluation items, without latency."""
-        bench = self.bench
-        dense = bench.dense_scores(count, self.progress)
-        mine = bench.evaluator.scores(
+        setting = self.setting
+        dense = self.reference.scores(count, self.progress)
+        mine = setting.evaluator.scores(
             self.compressed.model,
             self.scores,
             count,
@@ -129,29 +104,29 @@ class Partial:
             self.outputs,
             meanwhile=lambda: self.sizes,
         )
-        task = bench.task
+        task = setting.task
         return Measurement(
-            key=bench.context.key(self.compressed.recipe),
+            key=setting.context.key(self.compressed.recipe),
             recipe=self.compressed.recipe,
-            context=bench.context,
+            context=setting.context,
             quality=quality(
                 task.kind.primary,
                 dense,
                 mine,
-                bench.confidence,
+                setting.confidence,
                 len(self.counts),
                 level=self.level,
                 known=self.known(),
             ),
-            flips=flips(dense, mine, bench.confidence, len(self.counts), level=self.level),
+            flips=flips(dense, mine, setting.confidence, len(self.counts), level=self.level),
             items=count,
-            items_total=len(bench.evaluation),
+            items_total=len(setting.evaluation),
             sizes=self.sizes,
-            dense_sizes=bench.dense_sizes(),
+            dense_sizes=setting.dense_sizes(),
             layers=self.compressed.report,
             provenance=Provenance(
-                bench.statistics.once("versions", versions),
-                bench.statistics.once("git revision", git_revision),
+                setting.statistics.once("versions", versions),
+                setting.statistics.once("git revision", git_revision),
                 now(),
                 self.compress_seconds,
                 time.perf_counter() - self.start,
@@ -170,11 +145,11 @@ class Partial:
 
         Quality that has been read survives a failing timer.
         """
-        bench, kind, missing = self.bench, self.bench.task.kind, dict[str, str]()
+        setting, kind, missing = self.setting, self.setting.task.kind, dict[str, str]()
         assert self.last is not None  # noqa: S101  for the type checker: `looks` comes first
         packed = sizes(self.compressed.model, self.compressed.layers)  # not only counted
         point = self.with_divergence(self.remembered(dataclasses.replace(self.last, sizes=packed)), missing)
-        dense, items = bench.task.model, bench.latency_items
+        dense, items = setting.task.model, setting.latency_items
         if reason := untimed(dense):
             cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
             return dataclasses.replace(
@@ -183,12 +158,12 @@ class Partial:
         self.progress("prepare", 0, 1)
         run = realise(
             self.compressed,
-            bench.device.type,
-            bench.runtime,
+            setting.device.type,
+            setting.runtime,
             dense=dense,
             kind=kind,
             items=items,
-            once=bench.statistics.once,
+            once=setting.statistics.once,
         )
         latency = attempt(
             "latency",
@@ -198,7 +173,7 @@ class Partial:
         dense_peak = attempt(
             "peak memory",
             missing,
-            lambda: bench.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)),
+            lambda: setting.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)),
         )
         peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
         cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
@@ -220,9 +195,9 @@ class Partial:
         Return the point, saying why it stopped.
         """
         if point.items == point.items_total:
-            self.bench.neighbours.keep(point.recipe, self.scores[0])
+            self.neighbours.keep(point.recipe, self.scores[0])
             return point
-        self.bench.neighbours.begin(point.key, self.scores[0])
+        self.neighbours.begin(point.key, self.scores[0])
         return dataclasses.replace(point, margin=self.margin)
 
     def with_divergence(self, point: Measurement, missing: dict[str, str]) -> Measurement:
@@ -232,7 +207,7 @@ class Partial:
             return point
         found = attempt(WHAT, missing, lambda: self.divergence(outputs, point.items, missing))
         if found is not None and point.items < point.items_total:
-            self.bench.neighbours.begin(point.key, self.scores[0], found.each)
+            self.neighbours.begin(point.key, self.scores[0], found.each)
         return (
             point
             if found is None
@@ -243,11 +218,11 @@ class Partial:
         """Return the KL divergence of what the model said, None with the reason in `missing` where too little
         of it is kept.
         """
-        bench = self.bench
+        setting = self.setting
         try:
             return divergence(
-                bench.evaluator,
-                bench.reference,
+                setting.evaluator,
+                self.reference,
                 self.compressed.model,
                 outputs,
                 count,
@@ -262,8 +237,8 @@ class Partial:
 
     def cache(self) -> CacheBytes:
         """Return the bytes that both models keep of the tokens of one window."""
-        bench, window = self.bench, self.bench.evaluation[:1]
-        dense = bench.statistics.once("dense cache", lambda: cache_bytes(bench.task.model, window))
+        setting, window = self.setting, self.setting.evaluation[:1]
+        dense = setting.statistics.once("dense cache", lambda: cache_bytes(setting.task.model, window))
         return CacheBytes(context_of(window), dense, cache_bytes(self.compressed.model, window))
 
 

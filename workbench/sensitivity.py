@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from workbench.compress import compress
 from workbench.errors import CompressionError, RecipeError
+from workbench.measure.kl import Reference
+from workbench.measure.setting import Setting
 from workbench.measure.size import sizes
 from workbench.metrics.quality import Estimate, quality
 from workbench.modules.layer import Progress, find_layers, output_head
@@ -24,8 +26,6 @@ from workbench.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from workbench.bench import Bench
 
 ITEMS = 256  # evaluation items read for each layer
 WHOLE = {"distill", "qat", "transfer", "kvcache"}  # steps that make no sense on one layer alone
@@ -78,7 +78,7 @@ def layers_of(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
 
 
 def sensitivities(
-    bench: Bench, recipe: Recipe, items: int | None, progress: Progress
+    setting: Setting, reference: Reference, recipe: Recipe, items: int | None, progress: Progress
 ) -> Iterator[LayerSensitivity]:
     """Yield the sensitivity of each layer that `recipe` works on.
 
@@ -87,33 +87,36 @@ def sensitivities(
     Raises:
         RecipeError: the recipe works on no layer, or see `alone`; `items` below 2.
     """
-    count = min(len(bench.evaluation), items or COUNTS.get(bench.task.kind.primary, ITEMS))
+    count = min(len(setting.evaluation), items or COUNTS.get(setting.task.kind.primary, ITEMS))
     if count < 2:
         raise RecipeError(
-            f"items={items!r} is refused: an interval needs at least 2 of the {len(bench.evaluation)}"
+            f"items={items!r} is refused: an interval needs at least 2 of the {len(setting.evaluation)}"
             " evaluation items"
         )
-    parts = layers_of(bench.task.model, recipe)
+    parts = layers_of(setting.task.model, recipe)
     if not parts:
         raise RecipeError(f"{recipe!r} compresses no layer: turn a slider on first")
     for index, (name, part) in enumerate(parts.items()):
         progress("sensitivity", index, len(parts))
-        yield bench.statistics.once(
-            ("sensitivity", part, count), partial(measured, bench, name, part, count, progress)
+        yield setting.statistics.once(
+            ("sensitivity", part, count),
+            partial(measured, setting, reference, name, part, count=count, progress=progress),
         )
     progress("sensitivity", len(parts), len(parts))
 
 
-def measured(bench: Bench, name: str, part: Recipe, count: int, progress: Progress) -> LayerSensitivity:
+def measured(
+    setting: Setting, reference: Reference, name: str, part: Recipe, *, count: int, progress: Progress
+) -> LayerSensitivity:
     """Return the sensitivity of one layer: compress it alone, and score it on the first `count` items."""
-    task = bench.task
+    task = setting.task
     try:
-        compressed = compress(task, part, bench.statistics_with(progress), progress, shared=True)
+        compressed = compress(task, part, setting.statistics_with(progress), progress, shared=True)
     except CompressionError as error:
         return LayerSensitivity(name, part, task.kind.primary, count, None, None, 0, str(error))
-    dense = bench.dense_scores(count, progress)
-    mine = bench.evaluator.scores(compressed.model, [], count, progress)
-    found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, bench.confidence)}
+    dense = reference.scores(count, progress)
+    mine = setting.evaluator.scores(compressed.model, [], count, progress)
+    found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, setting.confidence)}
     main = found[task.kind.primary]
     loss = (
         found["loss"].change
@@ -122,7 +125,7 @@ def measured(bench: Bench, name: str, part: Recipe, count: int, progress: Progre
         if main.metric == "perplexity"
         else None
     )
-    saved = bench.dense_sizes().file_bytes - sizes(compressed.model, compressed.layers).file_bytes
+    saved = setting.dense_sizes().file_bytes - sizes(compressed.model, compressed.layers).file_bytes
     return LayerSensitivity(name, part, main.metric, count, main.drop, loss, saved)
 
 

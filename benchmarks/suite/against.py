@@ -224,7 +224,7 @@ class Ours:
         Its second setting will be `recipe`, the others differ in bits.
         """
         bench = wb.Bench(task, ledger=f"{folder}/{time.monotonic_ns()}.journal", progress=False)
-        predictor = Predictor(bench)
+        predictor = bench.predictor()
         predictor.predict(wb.Recipe())
         (step,) = recipe
         bits = (step.weight_bits - 1, step.weight_bits, 5, 6)  # type: ignore[attr-defined]

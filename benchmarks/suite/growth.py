@@ -18,7 +18,6 @@ from benchmarks.suite.record import Options, Record, synchronise
 from workbench.ledger.pareto import tradeoff
 from workbench.measure.measurement import Measurement
 from workbench.metrics.estimate import Estimate
-from workbench.predict.predictor import Predictor
 from workbench.tasks.base import Task
 
 WHAT = (
@@ -180,7 +179,7 @@ def ledger_of(bench: wb.Bench, path: Path, row: Measurement) -> dict[str, float]
     more = [dataclasses.replace(row, key=f"a{index:015x}") for index in range(ROUNDS)]
     times["add_ms"] = statistics.median(took(partial(bench.ledger.add, one)) for one in more)
     times |= both("pareto", bench.ledger.pareto) | both("record", lambda: tradeoff(bench.ledger.rows()))
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     guesses = [
         took(partial(predictor.predict, wb.Recipe(wb.Prune(sparsity=0.41 + 0.01 * index))))
         for index in range(1 + ROUNDS)

@@ -90,14 +90,14 @@ def look(bench: wb.Bench, recipe: wb.Recipe) -> tuple[int, int]:
     promised = unique_bytes(tensors([(layer.mask, layer.grid) for layer in made.layers]))
     model = made.model
     del made
-    bench.evaluator.scores(model, [], len(bench.evaluation))
+    bench.setting.evaluator.scores(model, [], len(bench.evaluation))
     own = {id(p) for p in bench.task.model.parameters()}
     return unique_bytes(p for p in model.parameters() if id(p) not in own), promised
 
 
 def budget_of(bench: wb.Bench) -> int:
     """Return what the caches may hold on the device: what is computed once, hidden states, a graph's copy."""
-    budget, prefix = bench.statistics.kept.limits, bench.evaluator.prefix
+    budget, prefix = bench.statistics.kept.limits, bench.setting.evaluator.prefix
     graphs = (
         cuda_graphs.SHARE * torch.cuda.get_device_properties(bench.device).total_memory
         if bench.device.type == "cuda"
@@ -108,10 +108,12 @@ def budget_of(bench: wb.Bench) -> int:
 
 def cached_bytes(bench: wb.Bench) -> int:
     """Return what is kept beside the model and its data, on the model's device."""
-    known = {tensor.data_ptr() for tensor in tensors([bench.task, bench.evaluation, bench.latency_items])}
+    known = {
+        tensor.data_ptr() for tensor in tensors([bench.task, bench.evaluation, bench.setting.latency_items])
+    }
     return unique_bytes(
         tensor
-        for tensor in tensors([bench.statistics.kept, bench.evaluator])
+        for tensor in tensors([bench.statistics.kept, bench.setting.evaluator])
         if tensor.device == bench.device and tensor.data_ptr() not in known
     )
 

@@ -124,7 +124,7 @@ class Session:
                 evaluation_items=choice.evaluation_items,
                 **self.settings,
             )
-            predictor = Predictor(bench)
+            predictor = bench.predictor()
             predictor.predict(Recipe())  # the first one is slow: libraries warm up
             bench.predicts = predictor.record
             yield choice, bench, predictor

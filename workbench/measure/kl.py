@@ -186,7 +186,8 @@ class Divergence:
 
 @dataclass
 class Reference:
-    """The dense model's outputs: kept while it is scored, then within the budget of what is computed once.
+    """The dense model's scores, and its outputs: kept while it is scored, then within the budget of what is
+    computed once.
 
     Mutable.
 
@@ -197,6 +198,19 @@ class Reference:
     statistics: Statistics
     live: Outputs | None = None
     handed: bool = False
+
+    def scores(self, count: int, progress: Progress = no_progress) -> Scores:
+        """Return the dense model's scores on the first `count` evaluation items, computed once."""
+        parts: list[Scores] = self.statistics.once("dense scores", list)
+        return self.evaluator.scores(self.evaluator.task.model, parts, count, progress, self.reading())
+
+    def all_scores(self) -> Scores | None:
+        """Return the dense model's scores on all evaluation items, if they have been read.
+
+        Nothing is computed.
+        """
+        parts: list[Scores] = self.statistics.once("dense scores", list)
+        return parts[0] if parts and len(parts[0]) == len(self.evaluator.items) else None
 
     def reading(self) -> Outputs | None:
         """Return where its outputs are put while it is scored.

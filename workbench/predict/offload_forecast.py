@@ -6,19 +6,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
 
 import torch
 
+from workbench.measure.setting import Setting
 from workbench.modules.layer import find_layers
 from workbench.modules.offload import HOST, blocks_of, fetched, streams_to
 from workbench.modules.placement import gigabytes, model_bytes
+from workbench.recipe import Recipe
 from workbench.runtime.roofline import best, limits_of
+from workbench.shapes.positions import positions
 from workbench.util.device import Clock
-
-if TYPE_CHECKING:
-    from workbench.bench import Bench
-    from workbench.recipe import Recipe
 
 SAMPLE = 2**26  # bytes at most that a way is timed with
 STEP_PASSES = 3  # a step fetches the layers it changes, takes them home, and they are fetched to be checked
@@ -92,32 +90,31 @@ def seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else f"{value / 60:.0f} min"
 
 
-def forecast(bench: Bench, recipe: Recipe, first: int) -> Forecast | None:
+def forecast(setting: Setting, pace: Pace, recipe: Recipe, first: int) -> Forecast | None:
     """Return how long a recipe will take until a look at the `first` items and until all.
 
     None where nothing is streamed.
 
     What was computed before (second moments, scores of the dense model) is not counted again.
     """
-    task, kept = bench.task, bench.statistics
+    task, kept = setting.task, setting.statistics
     device = streams_to(task.model)
     if device is None:
         return None
-    speed = kept.once("bytes a second to the device", lambda: speed_to(bench))
+    speed = kept.once("bytes a second to the device", lambda: speed_to(setting))
     size = model_bytes(task.model)
     one = size / speed
-    pace = bench.pace
-    pass_seconds = pass_time(one, bench, device) * pace.read
-    once = moment_seconds(bench, recipe, pass_seconds)
+    pass_seconds = pass_time(one, setting, device) * pace.read
+    once = moment_seconds(setting, recipe, pass_seconds)
     compress = (STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)) * one * pace.compress + (
-        0.0 if pace.warm or not len(recipe) else home_seconds(bench, size)
+        0.0 if pace.warm or not len(recipe) else home_seconds(setting, size)
     )
     known = sum(map(len, kept.once("dense scores", list)))
 
     def reading(items: int) -> float:
         return pass_seconds * (ceil(items / task.batch_size) + ceil(max(0, items - known) / task.batch_size))
 
-    start, everything = once + compress, len(bench.evaluation)
+    start, everything = once + compress, len(setting.evaluation)
     return Forecast(
         size,
         speed,
@@ -130,61 +127,60 @@ def forecast(bench: Bench, recipe: Recipe, first: int) -> Forecast | None:
     )
 
 
-def home_seconds(bench: Bench, size: int) -> float:
+def home_seconds(setting: Setting, size: int) -> float:
     """Return how long it takes to get `size` bytes of host memory that a GPU writes to, measured once with
     those of a block; 0 where that is ordinary memory.
     """
-    if bench.device.type != "cuda" or not next(bench.task.model.parameters()).is_pinned():
+    if setting.device.type != "cuda" or not next(setting.task.model.parameters()).is_pinned():
         return 0.0
-    largest = max(map(model_bytes, blocks_of(bench.task.model)), default=size)
+    largest = max(map(model_bytes, blocks_of(setting.task.model)), default=size)
 
     def measured() -> float:
         return Clock(HOST).time_ms(lambda: torch.empty(largest, dtype=torch.uint8, pin_memory=True)) / 1000
 
-    return bench.statistics.once("seconds to pin a block", measured) * size / largest
+    return setting.statistics.once("seconds to pin a block", measured) * size / largest
 
 
-def speed_to(bench: Bench) -> float:
+def speed_to(setting: Setting) -> float:
     """Return the bytes a second at which the model's largest block reaches the device, measured as it is
     fetched.
     """
-    model, device = bench.task.model, bench.device
+    model, device = setting.task.model, setting.device
     block = max(blocks_of(model), key=model_bytes, default=model)
     tensors = list(block.parameters())
     took = best(Clock(device), lambda: [fetched(tensor, device) for tensor in tensors], rounds=3)
     return sum(tensor.nbytes for tensor in tensors) / took
 
 
-def pass_time(transfer: float, bench: Bench, device: torch.device) -> float:
+def pass_time(transfer: float, setting: Setting, device: torch.device) -> float:
     """Return the seconds of one pass with a full batch: the way or the arithmetic, whichever is longer.
 
     On a CPU one after the other.
     """
     limits = limits_of(str(device))
     arithmetic = (
-        bench.task.batch_size
-        * item_products(bench)
+        setting.task.batch_size
+        * item_products(setting)
         / limits.multiply_adds_per_s[max(limits.multiply_adds_per_s)]
     )
     return max(transfer, arithmetic) if device.type == "cuda" else transfer + arithmetic
 
 
-def item_products(bench: Bench) -> int:
+def item_products(setting: Setting) -> int:
     """Return the multiply-adds of one evaluation item, from one pass of it; kept."""
-    from workbench.predict.predictor import positions
 
     def count() -> int:
-        used = positions(bench)
+        used = positions(setting.task, setting.evaluation)
         return sum(
             layer.parameter.numel() * used.get(name, 0)
-            for name, layer in find_layers(bench.task.model)[0].items()
+            for name, layer in find_layers(setting.task.model)[0].items()
             if not layer.table or layer.others
         )
 
-    return bench.statistics.once("multiply-adds of an item", count)
+    return setting.statistics.once("multiply-adds of an item", count)
 
 
-def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float) -> float:
+def moment_seconds(setting: Setting, recipe: Recipe, pass_seconds: float) -> float:
     """Return the seconds for the second moments, 0 if the recipe reads none or they are there: passes, and
     each batch's moments taken home.
     """
@@ -192,9 +188,9 @@ def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float) -> float:
         any(getattr(step, choice, "") in BY_INPUTS for step in recipe for choice in CHOICES)
         or recipe.main("repair") is not None
     )
-    if not reads or "second moments" in bench.statistics.kept:
+    if not reads or "second moments" in setting.statistics.kept:
         return 0.0
-    task = bench.task
+    task = setting.task
     batches = ceil(len(task.calibration) / task.batch_size)
     inputs = {
         (name.rpartition(".")[0], layer.parameter.shape[-1])
@@ -202,13 +198,13 @@ def moment_seconds(bench: Bench, recipe: Recipe, pass_seconds: float) -> float:
         if not layer.table
     }
     sizes = [4 * columns**2 for _, columns in inputs]
-    home = bench.statistics.once("bytes a second home", lambda: speed_home(bench, max(sizes, default=4)))
+    home = setting.statistics.once("bytes a second home", lambda: speed_home(setting, max(sizes, default=4)))
     return batches * (pass_seconds + sum(sizes) / home)
 
 
-def speed_home(bench: Bench, size: int) -> float:
+def speed_home(setting: Setting, size: int) -> float:
     """Return the bytes a second at which results reach the host, into memory that is new to it, which takes
     longer than the way.
     """
-    result = torch.empty(max(1, min(size, SAMPLE)), dtype=torch.uint8, device=streams_to(bench.task.model))
-    return result.nbytes / best(Clock(bench.device), lambda: result.to(HOST, copy=True), rounds=3)
+    result = torch.empty(max(1, min(size, SAMPLE)), dtype=torch.uint8, device=streams_to(setting.task.model))
+    return result.nbytes / best(Clock(setting.device), lambda: result.to(HOST, copy=True), rounds=3)

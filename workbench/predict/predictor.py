@@ -15,9 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import islice
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from workbench.errors import CompressionError
 from workbench.metrics.metrics import metric_named
@@ -25,19 +23,20 @@ from workbench.metrics.quality import Estimate, Quality
 from workbench.modules.layer import Progress, no_progress
 from workbench.predict.history import History, Spot, history
 from workbench.predict.local_fit import LEVEL, Guess
-from workbench.predict.offload_forecast import forecast
+from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.prior import Link, Prior, fits, prior_of
 from workbench.predict.scoring import FEWEST, Predicted, PredictionScore, score
 from workbench.recipe import METHODS, Recipe, Step
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
 from workbench.shapes.outline import Outline
+from workbench.shapes.positions import positions
 from workbench.shapes.structured import Anatomy
-from workbench.util.hooks import of_this_thread
 
 if TYPE_CHECKING:
-    from workbench.bench import Bench
+    from workbench.ledger.ledger import Ledger
     from workbench.measure.measurement import Context, Measurement
+    from workbench.measure.setting import Setting
 
 # Comparable points that predictions learn from: with all of 100,000 they would take seconds after each new
 # one
@@ -82,17 +81,19 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts recipes for one bench; cheap to make, holds shapes and nothing heavy."""
+    """Predicts recipes in one setting; cheap to make, holds shapes and nothing heavy."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, setting: Setting, ledger: Ledger, pace: Pace) -> None:
         """Read the shapes of the model, and run one item through it once to see how often each weight is
         used.
         """
-        self.bench = bench
+        self.setting, self.ledger, self.pace = setting, ledger, pace
         self.outline = Outline.of(
-            bench.task.model, positions(bench), Anatomy.of(bench.task, bench.statistics)
+            setting.task.model,
+            positions(setting.task, setting.evaluation),
+            Anatomy.of(setting.task, setting.statistics),
         )
-        self.limits = limits_of(str(bench.device))
+        self.limits = limits_of(str(setting.device))
         self.dense_quality: Quality | None = None
         self.size = -1
         self.rows: list[Measurement] = []
@@ -110,10 +111,10 @@ class Predictor:
 
     def refresh(self) -> None:
         """Read new points of the ledger."""
-        if len(self.bench.ledger) == self.size:
+        if len(self.ledger) == self.size:
             return
-        self.size = len(self.bench.ledger)
-        self.rows = comparable(self.bench.ledger.rows(), self.bench.context, NEWEST)
+        self.size = len(self.ledger)
+        self.rows = comparable(self.ledger.rows(), self.setting.context, NEWEST)
         self.histories.clear()
         for row in self.rows:
             self.learn(row)
@@ -129,7 +130,7 @@ class Predictor:
         there already is not done again. `progress` is called between batches and layers; it may raise to
         stop.
         """
-        statistics = self.bench.statistics
+        statistics = self.setting.statistics
         if not self.no_prior and not fits(statistics):
             self.no_prior = "the model is too large for gradients of all weights beside it"
         if self.no_prior:
@@ -190,7 +191,7 @@ class Predictor:
             notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
         if outline is None:
             notes.append("file size unknown before it is measured: a method without a size rule")
-        if (told := forecast(self.bench, recipe, self.bench.first_look)) is not None:
+        if (told := forecast(self.setting, self.pace, recipe, self.setting.first_look)) is not None:
             notes.append(told.words())
         if self.score is not None and self.score.quality is not None and self.score.quality.count >= FEWEST:
             notes.append(self.score.words())
@@ -214,10 +215,10 @@ class Predictor:
         return reasons_for(
             zeros,
             bits,
-            self.bench.device.type,
+            self.setting.device.type,
             group_size=getattr(stored, "group_size", 0),
             inputs=getattr(rounded, "rounding", None),
-            runtime=self.bench.runtime,
+            runtime=self.setting.runtime,
         )
 
     def roof(self, recipe: Recipe, outline: Outline) -> Roof:
@@ -227,12 +228,12 @@ class Predictor:
         wide = max(self.limits.multiply_adds_per_s)
         rounded = recipe.main("activations") is not None
         narrow, passes = (
-            (8, 1 if self.bench.runtime == "onnx" else PASSES[self.bench.device.type])
+            (8, 1 if self.setting.runtime == "onnx" else PASSES[self.setting.device.type])
             if rounded
             else (wide, 0)
         )
         kernels = {bits: narrow if not self.reasons(recipe, None, [bits]) else 0 for bits in widths(outline)}
-        items = len(self.bench.latency_items)
+        items = len(self.setting.latency_items)
         before, after = (
             products(self.outline, items, lambda _: 0),
             products(outline, items, lambda bits: kernels.get(bits, 0), passes),
@@ -241,7 +242,7 @@ class Predictor:
 
     def quality(self, recipe: Recipe) -> tuple[Estimate | None, Guess]:
         """Return the predicted quality of the compressed model."""
-        metric = metric_named(self.bench.task.kind.primary)
+        metric = metric_named(self.setting.task.kind.primary)
         guess = self.guess(
             "quality",
             recipe,
@@ -332,7 +333,7 @@ class Predictor:
         metric, dense = metric_named(self.dense_quality.metric), self.dense_quality.dense.value
         if metric.ratio:
             return Link.usual(LARGEST_RATIO, ratio=True)
-        chance = 1 / len(self.bench.task.labels) if self.bench.task.labels else 0.0
+        chance = 1 / len(self.setting.task.labels) if self.setting.task.labels else 0.0
         return Link.usual(max(0.1, dense - chance if metric.higher else 1 - dense), ratio=False)
 
 
@@ -354,32 +355,6 @@ def comparable(rows: list[Measurement], context: Context, most: int | None = Non
     return list(
         islice((row for row in reversed(rows) if row.complete and same(row.context) == wanted), most)
     )[::-1]
-
-
-def positions(bench: Bench) -> dict[str, int]:
-    """Return how often each weight is applied to one evaluation item: one forward pass with hooks."""
-    found: dict[str, int] = {}
-
-    def watch(name: str) -> Callable[[Any, Any, torch.Tensor], None]:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ARG001  torch calls it so
-            channels = output.shape[1] if output.ndim == 4 else output.shape[-1]
-            found[name] = output.numel() // channels
-
-        return hook
-
-    from workbench.modules.layer import find_layers
-
-    handles = [
-        layer.module.register_forward_hook(of_this_thread(watch(name)))
-        for name, layer in find_layers(bench.task.model)[0].items()
-    ]
-    try:
-        with torch.inference_mode():
-            bench.task.kind.logits(bench.task.model, bench.evaluation[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def coordinates(recipe: Recipe) -> list[float]:

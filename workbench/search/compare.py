@@ -323,11 +323,11 @@ def paired_test(
         progress = stoppable(bar, cancelled)
 
         def scores(recipe: Recipe) -> Scores:
-            compressed = compress(bench.task, recipe, bench.statistics_with(progress), progress)
-            return bench.evaluator.scores(compressed.model, [], len(bench.evaluation), progress)
+            compressed = compress(bench.task, recipe, bench.setting.statistics_with(progress), progress)
+            return bench.setting.evaluator.scores(compressed.model, [], len(bench.evaluation), progress)
 
         base = scores(first)
         return tuple(
-            quality(bench.task.kind.primary, base, scores(recipe), bench.confidence, len(others))[0]
+            quality(bench.task.kind.primary, base, scores(recipe), bench.setting.confidence, len(others))[0]
             for recipe in others
         )

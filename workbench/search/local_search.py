@@ -52,7 +52,7 @@ def descend(
             f"descend(drop={drop!r}, trials={trials!r}) is refused: drop is a fraction such as 0.01, trials"
             " is at least 1"
         )
-    predictor = Predictor(bench)
+    predictor = bench.predictor()
     if not comparable(bench.ledger.rows(), bench.context):
         bench.measure(Recipe(), cancelled=cancelled)
     best = smallest_within(comparable(bench.ledger.rows(), bench.context), drop)

@@ -1,0 +1,78 @@
+"""What every measurement of one bench shares: handed down in place of the bench itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from workbench.calibration.statistics import Statistics
+from workbench.measure.evaluator import Evaluator
+from workbench.measure.measurement import Context
+from workbench.measure.size import Sizes, sizes
+from workbench.modules.layer import Progress
+from workbench.runtime.names import Runtime
+from workbench.tasks.base import Items, Kind, Task
+from workbench.tasks.language_modelling import LanguageModelling
+
+LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
+LONG = 32  # labels of an item from which on a few of them say something, and take a CPU seconds
+FEW_LONG = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One task on one device, with what is computed once for it. Frozen: what grows while points are measured
+    (scores of other recipes, the pace of a streamed model, the dense model's outputs) is passed beside it.
+
+    `evaluation` are the task's evaluation items on `device`, `latency_items` those of them that are timed;
+    `runtime` is how both models are run then.
+    """
+
+    task: Task
+    evaluation: Items
+    evaluator: Evaluator
+    statistics: Statistics
+    device: torch.device
+    runtime: Runtime
+    latency_items: Items
+    context: Context
+
+    @property
+    def confidence(self) -> float:
+        """The confidence of every quality interval."""
+        return self.context.confidence
+
+    def early(self) -> tuple[int, ...]:
+        """Return the numbers of items that are looked at before all are read; see `early_looks`."""
+        return early_looks(self.task.kind, self.evaluation)
+
+    @property
+    def first_look(self) -> int:
+        """After how many items there is something measured."""
+        return (*self.early(), len(self.evaluation))[0]
+
+    def statistics_with(self, progress: Progress) -> Statistics:
+        """Return the statistics, reporting to `progress` if they have to be computed now."""
+        self.statistics.progress = progress
+        return self.statistics
+
+    def dense_sizes(self) -> Sizes:
+        """Return the dense model's sizes, computed once."""
+        return self.statistics.once("dense sizes", lambda: sizes(self.task.model))
+
+
+def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:
+    """Return the numbers of items that are looked at before all are read, items being on the device that
+    reads them.
+
+    Of a language model on a CPU the first look is at 4 windows instead of 16: its interval is three to four
+    times as wide (half of that if a recipe next to this one was measured before), and it is there after a
+    third of the time. The looks after it widen by 5 to 10%.
+    """
+    slow = (
+        items.labels.device.type == "cpu"
+        and isinstance(kind, LanguageModelling)
+        and items.labels.shape[1] >= LONG
+    )
+    return tuple(count for count in ((FEW_LONG, *LOOKS) if slow else LOOKS) if count < len(items))
