@@ -175,7 +175,7 @@ def scored_neighbours(task: Task, kept: dict[str, np.ndarray], count: int, seed:
     texts: list[str] = []
     start = time.perf_counter()
     for text in kept["recipes"][:count]:
-        recipe = moved(wb.Recipe.from_json(str(text)), draw)
+        recipe = moved(wb.METHODS.from_json(str(text)), draw)
         texts.append(recipe.to_json())
         rows.append(
             arrays(

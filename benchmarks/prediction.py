@@ -28,6 +28,7 @@ import numpy as np
 
 import workbench as wb
 from workbench.calibration.statistics import Statistics
+from workbench.compress.registry import METHODS
 from workbench.predict.history import Spot, history
 from workbench.predict.local_fit import LEVEL, Guess, local_fit
 from workbench.predict.predictor import spot_of
@@ -116,7 +117,7 @@ def summary(rows: list[dict[str, float]], recipes: int) -> dict[str, float]:
 def measured(model: str, path: Path, orders: int) -> dict:
     """Return the results of one model."""
     kept = np.load(path)
-    recipes = [Recipe.from_json(str(text)) for text in kept["recipes"]]
+    recipes = [METHODS.from_json(str(text)) for text in kept["recipes"]]
     dense = float(kept["dense_correct"].mean())
     drops = dense - kept["correct"].mean(1)
     statistics = Statistics(load_task(model, device="cpu", offline=True, progress=False))

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from workbench import cli
+from workbench.compress.registry import METHODS
 from workbench.ledger.ledger import Ledger
-from workbench.recipe import METHODS
 from workbench.report.gates import Gates
 
 

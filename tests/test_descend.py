@@ -12,12 +12,12 @@ import workbench as wb
 from widgets.explorer import Explorer
 from widgets.form.controls import scale as slider_scale
 from widgets.form.controls import side, tick_marks
+from workbench.compress.registry import METHODS
 from workbench.errors import Cancelled, RecipeError
 from workbench.ledger.pareto import smallest_within
 from workbench.metrics.quality import Estimate
 from workbench.modules.input_quantizer import InputFormat
 from workbench.predict.predictor import Prediction
-from workbench.recipe import METHODS
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.schemes import KernelTick, kernels_for
 from workbench.search.local_search import descend, rank

@@ -22,6 +22,7 @@ from tiny_tasks import tiny_task
 
 import workbench as wb
 from workbench.bench import Bench
+from workbench.compress.registry import METHODS
 from workbench.errors import ExportError
 from workbench.export import check_target
 from workbench.recipe import Recipe
@@ -287,7 +288,7 @@ def test_tied_weights_are_stored_once_and_come_back_tied(exported):
 
 def test_an_export_says_how_it_was_made(exported):
     manifest = json.loads((exported / "compression.json").read_text())
-    assert Recipe.from_json(json.dumps(manifest["recipe"])) == Recipe(
+    assert METHODS.from_json(json.dumps(manifest["recipe"])) == Recipe(
         wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)
     )
     assert (

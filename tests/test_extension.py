@@ -14,9 +14,10 @@ from test_cli import run
 from tiny_tasks import tiny_task
 
 from workbench.bench import Bench
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.ledger.ledger import Ledger
-from workbench.recipe import METHODS, Recipe
+from workbench.recipe import Recipe
 from workbench.report.report import job_from
 from workbench.search.sweep import around
 
@@ -71,7 +72,7 @@ def test_from_python(plugin, tmp_path):
     bench = Bench(task, device="cpu", ledger=tmp_path / "points.journal", progress=False)
     recipe = Recipe(shrink(shrinkage=0.25, targets=("re:fc1",)))
     assert repr(recipe) == "Recipe(Shrink(targets=('re:fc1',), shrinkage=0.25))"
-    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert METHODS.from_json(recipe.to_json()) == recipe
     point = bench.measure(recipe)
     rows = {row.name: row for row in point.layers}
     assert rows["vit.layers.0.mlp.fc1"].outcome == "shrunk by 0.25"
@@ -121,7 +122,7 @@ def test_without_the_plugin_its_options_are_unknown():
     with pytest.raises(RecipeError, match="unknown parameter 'shrinkage'"):
         job_from({"model": "fashion-cnn", "shrinkage": 0.1})
     with pytest.raises(RecipeError, match="unknown step 'shrink'"):
-        Recipe.from_json('[{"step": "shrink", "shrinkage": 0.1}]')
+        METHODS.from_json('[{"step": "shrink", "shrinkage": 0.1}]')
 
 
 def test_a_report_sweeps_it(plugin):

@@ -11,8 +11,9 @@ from pydantic import Field
 import workbench as wb
 from widgets.form.controls import bounds, decimals, nice_step, scale
 from widgets.form.recipe_form import RecipeForm
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Recipe, Step, configuration
+from workbench.recipe import Recipe, Step, configuration
 
 
 class Clock:

@@ -216,7 +216,7 @@ def test_a_table_comes_back_from_csv_as_it_was(tmp_path, bench, rows):
         assert frame["accuracy_change_fraction_low"][index] == row.primary.change.low
         assert frame["speedup_ratio_high"][index] == row.latency.speedup.high
         assert frame["file_bytes"][index] == row.sizes.file_bytes
-        assert wb.Recipe.from_json(again["recipe_json"][index]) == row.recipe
+        assert wb.METHODS.from_json(again["recipe_json"][index]) == row.recipe
     assert again["note"][0] == NOTE
     assert again["key"].tolist() == [row.key for row in rows]
     assert bench.ledger.frame().shape == frame.shape

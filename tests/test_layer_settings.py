@@ -191,7 +191,7 @@ def test_whatever_is_done_each_layer_stands_as_it_was_put_last(actions):
             assert found.mode(name)[0] == mode
             assert mode == "out" or found.mode(name)[1].sparsity == own
             assert sum(step.takes(name) for step in form.recipe) == (mode != "out")
-        assert wb.Recipe.from_json(form.recipe.to_json()) == form.recipe
+        assert wb.METHODS.from_json(form.recipe.to_json()) == form.recipe
 
 
 def test_controls_change_the_recipe_and_show_what_was_refused(form):

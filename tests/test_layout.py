@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import workbench
-from workbench.recipe import METHODS
+from workbench.compress.registry import METHODS
 from workbench.report.gates import Gates
 from workbench.report.report import PLAIN
 

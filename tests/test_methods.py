@@ -16,10 +16,11 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import Sizes, counted_sizes, file_content, sizes
 from workbench.modules.packing import pack_model
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 from workbench.tasks import score
 
 FIRST = wb.Prune(sparsity=0.3)  # what there is to recover for a method that cannot come first

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from workbench.cli import workbench
-from workbench.recipe import METHODS
+from workbench.compress.registry import METHODS
 from workbench.report.methods_table import markdown, method_rows
 
 README = Path(__file__).parents[1] / "README.md"

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 
 KINDS = ("lowrank", "prune", "transfer", "activations", "quantize", "kvcache", "repair", "qat", "distill")
 
@@ -86,7 +87,7 @@ def test_json_gives_back_the_same_step(kind, data):
         "transfer": (wb.Prune(sparsity=0.5, targets=("z",)),),
     }
     recipe = Recipe(*before.get(kind, ()), step)
-    again = Recipe.from_json(recipe.to_json())
+    again = METHODS.from_json(recipe.to_json())
     assert again == recipe
     assert hash(again) == hash(recipe)
     assert again.key == recipe.key
@@ -294,18 +295,18 @@ def test_a_regular_expression_that_is_none_is_refused(target):
 )
 def test_text_that_is_no_recipe_is_refused(text):
     with pytest.raises(RecipeError):
-        Recipe.from_json(text)
+        METHODS.from_json(text)
 
 
 def test_json_with_a_bad_value_is_refused_like_python():
     with pytest.raises(RecipeError, match=r"Prune\(sparsity=2\) is refused"):
-        Recipe.from_json('[{"step": "prune", "sparsity": 2}]')
+        METHODS.from_json('[{"step": "prune", "sparsity": 2}]')
     with pytest.raises(RecipeError, match=r"unknown step 'prunes'; nearest: prune"):
-        Recipe.from_json('[{"step": "prunes"}]')
+        METHODS.from_json('[{"step": "prunes"}]')
     with pytest.raises(RecipeError, match=r"Prune has no option 'bits'"):
-        Recipe.from_json('[{"step": "prune", "bits": 2}]')
+        METHODS.from_json('[{"step": "prune", "bits": 2}]')
     with pytest.raises(RecipeError, match="Prune cannot follow Quantize"):
-        Recipe.from_json('[{"step": "quantize"}, {"step": "prune"}]')
+        METHODS.from_json('[{"step": "quantize"}, {"step": "prune"}]')
 
 
 LOW, PRUNE, QUANTIZE, DISTILL = (

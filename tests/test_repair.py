@@ -13,10 +13,11 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.low_rank.repair import best_term, same_budget
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import counted_sizes, sizes
 from workbench.modules.factored import Repaired
-from workbench.recipe import METHODS, Recipe
+from workbench.recipe import Recipe
 from workbench.shapes.outline import Outline
 
 PRUNE, QUANTIZE = wb.Prune(sparsity=0.5, pattern="2:4"), wb.Quantize(weight_bits=3, grid="symmetric")
@@ -312,4 +313,4 @@ def test_the_slider_stands_between_quantize_and_distill():
     flat = METHODS.recipe({"sparsity": 0.5, "repair_ratio": 0.1, "weight_bits": 4, "temperature": 2})
     assert [step.kind() for step in flat] == ["prune", "quantize", "repair", "distill"]
     assert flat.label() == "50% sparse + W4 + repair 10% + distilled T2"
-    assert Recipe.from_json(flat.to_json()) == flat
+    assert METHODS.from_json(flat.to_json()) == flat

@@ -14,8 +14,9 @@ from workbench.calibration.memory_cache import Budget, Cache
 from workbench.calibration.statistics import Statistics
 from workbench.compress import Compressed, compress
 from workbench.compress.prefix_cache import MOST
+from workbench.compress.registry import METHODS
 from workbench.errors import Cancelled, CompressionError, RecipeError
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 
 QUICK = {
     "distill": {"steps": 2, "distill_batch": 8},

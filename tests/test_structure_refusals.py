@@ -152,7 +152,7 @@ def test_targets_choose_blocks_and_names_stay_those_of_the_dense_model():
 
 
 def test_from_flat_options_structure_goes_before_low_rank_and_zeros_after_it():
-    from workbench.recipe import METHODS
+    from workbench.compress.registry import METHODS
 
     flat = {"sparsity": 0.5, "rank_ratio": 0.4, "weight_bits": 4}
     assert METHODS.recipe({**flat, "pattern": "heads"}) == Recipe(

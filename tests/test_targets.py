@@ -16,9 +16,9 @@ import workbench as wb
 from widgets.panes.code_view import command
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import sizes
-from workbench.recipe import METHODS
 from workbench.shapes.outline import Outline
 
 NAMES = ("a", "a.0", "a.1", "b", "b.fc1", "head")
@@ -49,7 +49,7 @@ def reference(targets: tuple[str, ...], name: str) -> bool:
 def test_a_layer_is_taken_if_a_target_picks_it_and_none_leaves_it_out(targets, name):
     step = wb.Prune(targets=tuple(targets))
     assert step.takes(name) is reference(step.targets, name)
-    assert wb.Recipe.from_json(wb.Recipe(step).to_json()).steps == (step,)
+    assert wb.METHODS.from_json(wb.Recipe(step).to_json()).steps == (step,)
     assert step.takes(name, head=True) is (
         step.takes(name)
         and any(t != "*" and t[0] != "!" and wb.Prune(targets=(t,)).takes(name) for t in targets)

@@ -218,14 +218,14 @@ sys.path.insert(0, {tests!r})
 from tiny_tasks import tiny_task
 import workbench as wb
 from workbench.compress import compress
+from workbench.compress.registry import METHODS
 from workbench.util.progress import Training
-from workbench.recipe import Recipe
 
 def watch(curve, steps):
     if len(curve) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-compress(tiny_task({sort!r}), Recipe.from_json(sys.argv[1]), training=Training(watch))
+compress(tiny_task({sort!r}), METHODS.from_json(sys.argv[1]), training=Training(watch))
 """
 
 

@@ -29,19 +29,20 @@ if TYPE_CHECKING:
         Transfer,
         compress,
     )
+    from workbench.compress.registry import METHODS
     from workbench.export import load
     from workbench.ledger.ledger import Ledger
     from workbench.ledger.pareto import pareto, tradeoff
     from workbench.measure.card import verdict
     from workbench.measure.measurement import Measurement
-    from workbench.recipe import METHODS, Recipe, Step, configuration
+    from workbench.recipe import Recipe, Step, configuration
     from workbench.report.report import report
     from workbench.search.sweep import sweep
     from workbench.zoo import models
 
 PLACES = {
     "Activations": "workbench.compress",
-    "METHODS": "workbench.recipe",
+    "METHODS": "workbench.compress.registry",
     "Bench": "workbench.bench",
     "Distill": "workbench.compress",
     "KVCache": "workbench.compress",

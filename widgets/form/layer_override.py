@@ -11,7 +11,8 @@ import ipywidgets as ipw
 from widgets.form.controls import scale, slider, title
 from widgets.form.layer_steps import LayerSteps, Line, Mode
 from widgets.form.recipe_form import RecipeForm
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.compress.registry import METHODS
+from workbench.recipe import Recipe, Step
 
 MODES: tuple[tuple[str, Mode], ...] = (
     ("follow slider", "follow"),

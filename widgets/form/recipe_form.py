@@ -17,8 +17,9 @@ import traitlets
 
 from widgets.form.layer_steps import LayerSteps, Line
 from widgets.form.step_form import StepForm
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 
 MERGE_SECONDS = 1.0  # moves of one slider that follow each other faster are one step of undo
 

@@ -8,7 +8,8 @@ from html import escape
 
 import ipywidgets as ipw
 
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.compress.registry import METHODS
+from workbench.recipe import Recipe, Step
 
 
 class CodeView(ipw.HTML):

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError, WorkbenchError
-from workbench.recipe import METHODS, Recipe
+from workbench.recipe import Recipe
 
 
 @dataclass(frozen=True)

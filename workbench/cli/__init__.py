@@ -14,9 +14,9 @@ import click
 
 from workbench.cli.cache import cache
 from workbench.cli.points import annotate, compare, points
+from workbench.compress.registry import METHODS
 from workbench.errors import WorkbenchError
 from workbench.modules.placement import Placement
-from workbench.recipe import METHODS
 from workbench.report.gates import Gates
 from workbench.report.report import load_plugins
 from workbench.runtime.names import Runtime

@@ -25,11 +25,12 @@ from workbench.compress.quantization.activations import Activations
 from workbench.compress.quantization.kv_cache import KVCache
 from workbench.compress.quantization.qat import QAT
 from workbench.compress.quantization.quantize import Quantize
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
 from workbench.modules.layer import Layer, Progress, no_progress
 from workbench.modules.placement import refuse
 from workbench.modules.sharing import can_share, own_parameters, sharing_copy, twin
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 from workbench.tasks.base import Task
 from workbench.util.progress import Look, Training
 

@@ -36,7 +36,7 @@ def points_frame(
 
         frame = bench.ledger.frame()      # the same with this ledger's notes and pins
 
-    `_low` and `_high` are the ends of an interval at `confidence`. `recipe_json` is what `Recipe.from_json`
+    `_low` and `_high` are the ends of an interval at `confidence`. `recipe_json` is what `METHODS.from_json`
     and the option `--recipe` take; `key` is the ledger's (read it back as text: `pandas.read_csv(path,
     dtype={"key": str})`).
     """

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, T
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from workbench.compress.core.layer_report import LayerReport
+from workbench.compress.registry import METHODS
 from workbench.ledger.journal import CREATE_TRIAL, parsed
 from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
@@ -23,7 +24,7 @@ from workbench.util.progress import Look
 
 RecipeField = Annotated[
     InstanceOf[Recipe],
-    BeforeValidator(lambda v: Recipe.from_json(v) if isinstance(v, str) else v),
+    BeforeValidator(lambda v: METHODS.from_json(v) if isinstance(v, str) else v),
     PlainSerializer(lambda r: r.to_json()),
 ]
 
@@ -209,7 +210,7 @@ class Measurement:
 
         Raises:
             pydantic.ValidationError: the trial holds no measurement.
-            RecipeError: its recipe cannot be read, see `Recipe.from_json`.
+            RecipeError: its recipe cannot be read, see `METHODS.from_json`.
             ValueError: the line is no JSON.
         """
         short = cut(line)

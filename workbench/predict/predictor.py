@@ -17,6 +17,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
@@ -26,7 +27,7 @@ from workbench.predict.local_fit import LEVEL, Guess
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.prior import Link, Prior, fits, prior_of
 from workbench.predict.scoring import FEWEST, Predicted, PredictionScore, score
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
 from workbench.shapes.outline import Outline

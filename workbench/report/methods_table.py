@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.recipe import METHODS
+from workbench.compress.registry import METHODS
 
 COLUMNS = ("step", "choice", "source", "computed once", "a move of the slider", "what it does not do")
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from workbench.compress.registry import METHODS, PLAIN
 from workbench.errors import GateFailed, LedgerError, RecipeError, WorkbenchError
-from workbench.recipe import METHODS, PLAIN, Recipe
+from workbench.recipe import Recipe
 from workbench.report.gates import Gates
 from workbench.util.text import nearest
 
@@ -127,7 +128,7 @@ def chosen_recipe(whole_recipe: Any, options: Mapping[str, Any], seed: int) -> R
             f"recipe={str(whole_recipe)[:80]!r} is given together with {', '.join(both)}: give the whole"
             " recipe, or single options"
         )
-    return whole_recipe if isinstance(whole_recipe, Recipe) else Recipe.from_json(str(whole_recipe))
+    return whole_recipe if isinstance(whole_recipe, Recipe) else METHODS.from_json(str(whole_recipe))
 
 
 def notebook_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.ledger.pareto import smallest_within
 from workbench.metrics.metrics import metric_named
 from workbench.predict.predictor import Prediction, Predictor, comparable
-from workbench.recipe import METHODS, Recipe
+from workbench.recipe import Recipe
 from workbench.search.sweep import around
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
-from workbench.recipe import METHODS, Recipe, Step
+from workbench.recipe import Recipe, Step
 
 if TYPE_CHECKING:
     from workbench.bench import Bench

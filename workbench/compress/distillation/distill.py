@@ -25,10 +25,11 @@ from workbench.compress.distillation.hidden_states import (
 )
 from workbench.compress.distillation.losses import Divergence, divergence_loss
 from workbench.compress.distillation.teacher_outputs import Allowance, Asked, Teacher, check_finite
+from workbench.compress.registry import METHODS
 from workbench.compress.training.trainer import Drawn, Plan, Trained, identity, train
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.layer import Layer
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 from workbench.tasks.base import Items, Kind, Losses
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.sentence_similarity import SentenceSimilarity

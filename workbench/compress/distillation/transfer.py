@@ -25,10 +25,11 @@ from workbench.compress.distillation.lora import Adapted, Adapters, mean_of, wit
 from workbench.compress.distillation.projection import DISTANCES, Fit
 from workbench.compress.distillation.teacher_outputs import Allowance, Asked, Teacher
 from workbench.compress.distillation.teachers import DENSE, loaded, names_of, showing, together
+from workbench.compress.registry import METHODS
 from workbench.compress.training.trainer import Drawn, Plan, Trained, identity, train
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.layer import Layer
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 from workbench.tasks.base import Items
 
 

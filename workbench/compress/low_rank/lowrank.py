@@ -23,6 +23,7 @@ from workbench.compress.low_rank.rank_allocation import (
     slopes,
     spatial_energies,
 )
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.factored import (
     Factors,
@@ -38,7 +39,7 @@ from workbench.modules.factored import (
 )
 from workbench.modules.layer import Layer, replace_module
 from workbench.modules.offload import settle
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 
 
 @configuration

@@ -13,11 +13,12 @@ from workbench.compress.core.batch import Batch, grouped
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
 from workbench.compress.low_rank.decompose import factors, leading, one_by_one
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.modules.factored import Repaired, copies_of, repaired_like
 from workbench.modules.layer import Layer, find_layers, replace_module
 from workbench.modules.offload import settle, visiting
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 
 
 @configuration

@@ -14,11 +14,12 @@ from workbench.compress.core.context import Work
 from workbench.compress.pruning import allocation, magnitude_histogram, sparsegpt
 from workbench.compress.pruning.criteria import Evidence, evidence_for, importance, input_norms
 from workbench.compress.pruning.schedule import rounds
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.kernels import weight_passes
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.layer import Layer
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 
 __all__ = ["STRUCTURES", "Prune", "prune"]
 

@@ -13,10 +13,11 @@ from workbench.compress.core.batch import Batch
 from workbench.compress.core.context import Work
 from workbench.compress.low_rank.lowrank import of_one_shape
 from workbench.compress.quantization.observers import Ranges, called_layers, ranges_now
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs, quantized_class, quantized_like
 from workbench.modules.layer import Layer, can_hold, replace_module
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 
 LEAST_SMOOTHING = 1e-5  # as in the paper's code: no weight is divided by less
 

@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from workbench.compress.core.context import Work
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.kv_cache import CacheFormat
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 from workbench.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:

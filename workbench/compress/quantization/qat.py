@@ -12,11 +12,12 @@ from torch import Tensor
 from workbench.compress.core.batch import Batch
 from workbench.compress.core.context import Work
 from workbench.compress.low_rank.repair import what_is_left
+from workbench.compress.registry import METHODS
 from workbench.compress.training.trainer import Plan, train
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.stored_forms import HALVES, Cast
 from workbench.modules.layer import Layer, find_layers
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 from workbench.tasks.base import Items
 
 

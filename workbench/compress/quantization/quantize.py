@@ -28,12 +28,13 @@ from workbench.compress.quantization.scales import (
     ranges,
     ranges_in_place,
 )
+from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import HALVES, Form, split
 from workbench.kernels import weight_passes
 from workbench.modules.layer import Layer
-from workbench.recipe import METHODS, About, Step, configuration
+from workbench.recipe import About, Step, configuration
 
 __all__ = ["SHRINKS", "Quantize", "fit_grids", "quantize"]
 

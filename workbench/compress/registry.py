@@ -1,0 +1,192 @@
+"""The methods that exist, and the recipes that can be read with them: from JSON and from flat options.
+
+Importing this module imports `workbench.compress` first, which registers the built-in methods.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from workbench.errors import RecipeError
+from workbench.recipe import Recipe, Step, Targets
+from workbench.util.text import nearest
+
+T = TypeVar("T")
+
+PLAIN = (
+    "model",
+    "data",
+    "device",
+    "seed",
+    "ledger",
+    "offline",
+    "evaluation_items",
+    "margin",
+    "runtime",
+    "placement",
+    "progress",
+    "slider_minutes",
+    "plugins",
+    "recipe",
+)  # parameters of a job besides recipe and gates
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
+RESERVED = {
+    *PLAIN,
+    "targets",
+    "again",
+    "export",
+    "overwrite",
+    "output",
+    "name",
+    "plugin",
+    "quiet",
+    "help",
+}  # and every name that begins as a gate's
+
+
+class Methods:
+    """The methods that exist: step classes by kind, with the function that carries each out."""
+
+    def __init__(self) -> None:
+        """Start with none; `workbench.compress` registers the built-in ones."""
+        self.functions: dict[type[Step], Callable[..., Step | None]] = {}
+
+    def register(self, step: type[Step]) -> Callable[[T], T]:
+        """Return a decorator that makes `function(step, work)` the way to carry out `step`.
+
+        Raises:
+            RecipeError: the kind or one of the option names is taken, or the slider names no field.
+
+        """
+        if step.slider not in step.options():
+            raise RecipeError(
+                f"{step.__name__}.slider is {step.slider!r}, which is none of its options:"
+                f" {', '.join(step.options())}"
+            )
+        taken = sorted(
+            name for name in step.options() if name in RESERVED or name.startswith(("max_", "min_"))
+        )
+        if taken:
+            raise RecipeError(
+                f"{step.__name__} cannot be registered: the workbench itself uses {', '.join(taken)} (and"
+                " max_, min_ for gates); rename it"
+            )
+        for other in self.functions:
+            shared = set(step.options()) & set(other.options())
+            if other.kind() == step.kind() or shared:
+                raise RecipeError(
+                    f"{step.__name__} cannot be registered: {other.__name__} already has"
+                    f" {', '.join(sorted(shared)) or 'this name'}"
+                )
+
+        def keep(function: T) -> T:
+            self.functions[step] = function  # type: ignore[assignment]
+            return function
+
+        return keep
+
+    def unregister(self, step: type[Step]) -> None:
+        """Forget a method (for tests and for reloading a plugin)."""
+        self.functions.pop(step, None)
+
+    def steps(self) -> list[type[Step]]:
+        """Return every step class, in the order in which flat options are applied."""
+        return sorted(self.functions, key=lambda step: step.position)
+
+    def step(self, kind: str) -> type[Step]:
+        """Return the step class of this kind, or raise `RecipeError` with the nearest names."""
+        found = next((step for step in self.functions if step.kind() == kind), None)
+        if found is None:
+            raise RecipeError(
+                f"unknown step {kind!r}; {nearest(kind, [step.kind() for step in self.steps()])}"
+            )
+        return found
+
+    def options(self) -> dict[str, type[Step]]:
+        """Return every flat option name, such as `sparsity` or `prune_targets`, with the step that it belongs
+        to.
+        """
+        found: dict[str, type[Step]] = {}
+        for step in self.steps():
+            found.update(dict.fromkeys([*step.options(), f"{step.kind()}_targets"], step))
+        return found
+
+    def from_json(self, text: str) -> Recipe:
+        """Return the recipe that `Recipe.to_json` wrote.
+
+        Raises:
+            RecipeError: not JSON, not a list of steps, an unknown step, or a value out of range.
+
+        """
+        try:
+            items = json.loads(text)
+            kinds = [str(item.pop("step")) for item in items]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise RecipeError(
+                f"not a recipe in JSON: {text[:80]!r}; expected a list such as {Recipe().to_json()!r} or"
+                " [{'step': 'prune', 'sparsity': 0.5}]"
+            ) from None
+        return Recipe(*(self.step(kind)(**item) for kind, item in zip(kinds, items, strict=True)))
+
+    def recipe(self, options: Mapping[str, Any], seed: int = 0) -> Recipe:
+        """Return the recipe of flat options, as `steps_from` reads them.
+
+        Raises `RecipeError` also for steps that do not combine.
+        """
+        return Recipe(*self.steps_from(options, seed))
+
+    def steps_from(self, options: Mapping[str, Any], seed: int = 0) -> list[Step]:
+        """Return the steps of flat options; None means not given, and a step is on when its slider is given.
+
+        A target such as `classifier=8` gives that layer its own value of the slider, in a step of its own.
+
+        Raises:
+            RecipeError: an unknown option, a bad value, or a choice given without its slider.
+
+        """
+        known = self.options()
+        for name in options:
+            if name not in known:
+                raise RecipeError(f"unknown option {name!r}; {nearest(name, known)}")
+        steps: list[Step] = []
+        for step in self.steps():
+            given = {name: options[name] for name in step.options() if options.get(name) is not None}
+            targets = options.get(f"{step.kind()}_targets")
+            own: dict[str, str] = {}
+            if targets:
+                given["targets"], own = own_values(
+                    targets.split(",") if isinstance(targets, str) else targets
+                )
+            if step.slider in given:
+                steps.append(step(seed=seed, **given))
+                steps += [
+                    step(seed=seed, **{**given, step.slider: value, "targets": (target,)})
+                    for target, value in own.items()
+                ]
+            elif given:
+                raise RecipeError(
+                    f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave"
+                    " them out"
+                )
+        return sorted(steps, key=lambda step: step.order)
+
+
+def own_values(targets: Iterable[str]) -> tuple[Targets, dict[str, str]]:
+    """Return the targets of the main step, and the slider's own value of each target written as
+    `name=value`.
+    """
+    main: list[str] = []
+    own: dict[str, str] = {}
+    for given in targets:
+        target = given
+        name, _, value = given.rpartition("=")
+        if name and NUMBER.fullmatch(value):
+            own[name], target = value, f"!{name}"
+        main.append(target)
+    return tuple(main), own
+
+
+METHODS = Methods()
