@@ -177,7 +177,7 @@ def test_an_independent_reader_finds_the_accuracy_and_the_bytes_that_were_measur
     model.load_state_dict(
         merged(rebuilt(out), json.loads((out / "compression.json").read_text())["low_rank"])
     )
-    with np.load(ROOT / "workbench" / "zoo" / "embedded" / "fashion-mnist-slice.npz") as arrays:
+    with np.load(ROOT / "workbench" / "tasks" / "pictures" / "fashion-mnist-slice.npz") as arrays:
         images, labels = arrays["evaluation_images"], arrays["evaluation_labels"]
     assert images.shape == (2000, 28, 28)
     pixels = (torch.from_numpy(images).float() / 255 - 0.286) / 0.353  # as preprocessor_config.json says

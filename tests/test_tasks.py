@@ -20,6 +20,7 @@ from workbench.tasks import KINDS, columns, data, kind_of, score, sources
 from workbench.tasks.base import Items
 from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.data import Reading, Sizes
+from workbench.tasks.fashion_mnist import SLICE
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION, PlainProcessor, grey_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING, window_items, windows
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
@@ -397,7 +398,7 @@ def test_a_given_dataset_with_class_names():
             "test": made(["neg", "pos"]).map(lambda _: {"label": -1}),
         }
     )
-    assert columns.held_out(sources.Raw("x", dict(hidden))) == "validation"
+    assert columns.held_out(columns.Raw("x", dict(hidden))) == "validation"
 
 
 # --- bad data
@@ -453,7 +454,7 @@ def test_data_that_do_not_fit_the_task(tmp_path):
             r" classification"
         ),
     ):
-        load(TEXT_CLASSIFICATION, BERT, sources.SLICE)
+        load(TEXT_CLASSIFICATION, BERT, SLICE)
     with pytest.raises(
         DataError, match=r"columns words, label; expected texts|columns words, points; expected texts"
     ):

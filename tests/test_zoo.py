@@ -20,7 +20,7 @@ from tiny_tasks import llama
 from workbench.errors import ModelError
 from workbench.hub import wheel_archive
 from workbench.metrics.scores import Scores
-from workbench.tasks import score, sources
+from workbench.tasks import fashion_mnist, score
 from workbench.tasks.image_classification import PlainProcessor, image_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
 from workbench.zoo import Entry, load_task, local, models
@@ -58,7 +58,7 @@ def test_the_preprocessor_file_does_what_the_slice_does():
     task = load_task("fashion-cnn", evaluation_items=20, progress=False)
     assert "preprocessor_config.json" in task.files
     processor = local.load_processor(EMBEDDED / "fashion-cnn", task.kind, {})
-    arrays = sources.slice_arrays()
+    arrays = fashion_mnist.slice_arrays()
     by_pixels = {image.tobytes(): i for i, image in enumerate(arrays["evaluation_images"])}
     assert len(by_pixels) > 1990
     order = np.random.default_rng(0).permutation(2000)[:20]

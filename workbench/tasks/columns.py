@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from workbench.errors import DataError
-
-if TYPE_CHECKING:
-    from workbench.tasks.sources import Raw
 
 TEXT_NAMES = ("text", "sentence", "content", "document", "review")
 IMAGE_NAMES = ("image", "img", "picture")
 LABEL_NAMES = ("label", "labels", "class", "category")
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Rows as they were found: `datasets.Dataset` by split name."""
+
+    name: str
+    splits: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def classes(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import torch
 from workbench.errors import DataError
 from workbench.tasks import columns, sources
 from workbench.tasks.base import Items
+from workbench.tasks.fashion_mnist import LABELS, MEAN, SLICE, STD, slice_arrays
 from workbench.tasks.image_classification import ImageClassification, grey_items, image_items
 from workbench.tasks.language_modelling import CONTEXT, LanguageModelling, window_items, windows
 from workbench.tasks.lazy_items import Pool, Reading, Sizes
@@ -66,9 +67,10 @@ def load(
         DataError: no such data, data that do not fit the task, labels outside the model's classes, or too few
             items.
     """
-    if str(data) == sources.SLICE:
+    if str(data) == SLICE:
         return replace(
-            _cut(sources.SLICE, *_slice_pools(reading), sizes, seed), labels=columns.classes(reading.config)
+            _cut(SLICE, *_slice_pools(reading), sizes, seed),
+            labels=columns.classes(reading.config),
         )
     read = (
         sources.DEFAULTS[reading.kind.name]
@@ -84,7 +86,7 @@ def load(
     )
 
 
-def _pools(reading: Reading, raw: sources.Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
+def _pools(reading: Reading, raw: columns.Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
     """Return the items to train on, those to evaluate on if they are held out, and notes, as the kind reads
     rows.
     """
@@ -162,8 +164,6 @@ def _slice_pools(reading: Reading) -> tuple[Pool, Pool]:
     """Return the embedded Fashion-MNIST slice: 5,000 training and 2,000 test images, both balanced and in
     random order.
     """
-    from workbench.zoo.train import LABELS, MEAN, STD
-
     size, channels, classes = (
         reading.config.get("image_size", 28),
         reading.config.get("num_channels"),
@@ -175,11 +175,11 @@ def _slice_pools(reading: Reading) -> tuple[Pool, Pool]:
         len(LABELS),
     ):
         raise DataError(
-            f"data {sources.SLICE!r} are grey images of 28x28 in {len(LABELS)} classes for image"
+            f"data {SLICE!r} are grey images of 28x28 in {len(LABELS)} classes for image"
             f" classification; this model does {reading.kind.name} (image size {size}, channels {channels},"
             f" {len(classes)} classes)"
         )
-    arrays = sources.slice_arrays()
+    arrays = slice_arrays()
 
     def pool(split: str) -> Pool:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -192,7 +192,7 @@ def _slice_pools(reading: Reading) -> tuple[Pool, Pool]:
     return pool("training"), pool("evaluation")
 
 
-def _row_pools(reading: Reading, raw: sources.Raw) -> tuple[Pool, Pool | None, tuple[str, ...]]:
+def _row_pools(reading: Reading, raw: columns.Raw) -> tuple[Pool, Pool | None, tuple[str, ...]]:
     """Return classified images or texts, one item a row, after checking every label."""
     find = columns.image_columns if isinstance(reading.kind, ImageClassification) else columns.text_columns
     held_out_name = columns.held_out(raw)
@@ -229,7 +229,7 @@ def _encode(reading: Reading, rows: Any, item: str, labels: list[int], index: Se
 
 
 def _window_pools(
-    reading: Reading, raw: sources.Raw, sizes: Sizes
+    reading: Reading, raw: columns.Raw, sizes: Sizes
 ) -> tuple[Pool, Pool | None, tuple[str, ...]]:
     """Return windows of running text."""
     context = reading.context or min(

@@ -20,9 +20,9 @@ from workbench.errors import DataError, ModelError
 from workbench.metrics.scores import Scores
 from workbench.tasks import columns
 from workbench.tasks.base import Items
+from workbench.tasks.columns import Raw
 from workbench.tasks.lazy_items import Pool, Reading
 from workbench.tasks.likelihood import Choosing
-from workbench.tasks.sources import Raw
 
 MAX_TOKENS = 128
 MULTIPLE = 8  # texts are padded to such a number of tokens

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from workbench.errors import DataError, ModelError
+from workbench.tasks.columns import Raw
+from workbench.tasks.fashion_mnist import SLICE
+from workbench.tasks.utterances import PROMPTS, asterisk_prompts, audio_folder
 from workbench.util.text import nearest
 
-SLICE = "fashion-mnist-slice"
 PYTHON_DOCS = "python-docs"
 WIKITEXT = "wikitext-2"
 WIKITEXT_HUB = "Salesforce/wikitext:wikitext-2-raw-v1"
 WORDSIM = "wordsim353"
 STSB = "sts-b"
 STSB_HUB = "sentence-transformers/stsb"
-PROMPTS = "asterisk-prompts"
 HUB_NAMES = {WIKITEXT: WIKITEXT_HUB, STSB: STSB_HUB}
 NAMES_FOR = {  # by the kind of task
     "image classification": (SLICE,),
@@ -38,34 +36,6 @@ BUILDERS = {
     ".txt": "text",
 }
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Rows as they were found: `datasets.Dataset` by split name."""
-
-    name: str
-    splits: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-
-
-def slice_arrays() -> dict[str, np.ndarray]:
-    """Return the embedded slice: evaluation_images [2000, 28, 28] and training_images [5000, 28, 28] uint8,
-    and *_labels [N].
-
-    Raises:
-        DataError: the file is not in the package.
-    """
-    from workbench.zoo.catalogue import EMBEDDED
-
-    path = EMBEDDED / f"{SLICE}.npz"
-    if not path.is_file():
-        raise DataError(
-            f"the embedded data {path} are missing: install the package again, or make them with"
-            " workbench.zoo.train"
-        )
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
 
 
 def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True) -> Raw:
@@ -216,8 +186,6 @@ def _local(path: Path, *, progress: bool) -> dict[str, Any]:
         return _build(
             path, {split: str(file) for split, file in files.items()}, suffixes.pop(), progress=progress
         )
-    from workbench.tasks.utterances import audio_folder
-
     spoken = audio_folder(path)
     if spoken is not None:
         return dict(spoken)
@@ -271,13 +239,6 @@ def _load(builder: str, shown: str, *, progress: bool, **options: Any) -> dict[s
     finally:
         if bars:
             datasets.enable_progress_bars()
-
-
-def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:
-    """Return the telephone prompts of `workbench.tasks.utterances`."""
-    from workbench.tasks import utterances
-
-    return utterances.asterisk_prompts(offline=offline, progress=progress)
 
 
 FETCHED: Mapping[str, Callable[..., Raw]] = {

@@ -20,15 +20,16 @@ from workbench.errors import DataError
 from workbench.hub import debian
 from workbench.tasks import audio, columns
 from workbench.tasks.base import Items
+from workbench.tasks.columns import Raw
 from workbench.tasks.ctc import FrameRecognition
 from workbench.tasks.lazy_items import Pool, Reading, Sizes
-from workbench.tasks.sources import PROMPTS, Raw
 from workbench.tasks.transcripts import Writing
 
 MOST_SECONDS = 30.0
 READ_AHEAD = 2  # utterances listened to for each one wanted, so that some may be left out
 AUDIO_NAMES = ("audio", "file", "file_name", "path", "speech", "sound")
 WORD_NAMES = ("text", "transcription", "transcript", "sentence", "normalized_text", "words")
+PROMPTS = "asterisk-prompts"
 PACKAGE = "asterisk-core-sounds-en-wav"
 PROMPTS_FOLDER = "usr/share/asterisk/sounds/en_US_f_Allison"
 PROMPTS_SHA256 = (  # of all 106 files, one after the other

@@ -15,11 +15,12 @@ from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
 from workbench.tasks import kind_of
 from workbench.tasks.base import Kind, Task
+from workbench.tasks.fashion_mnist import SLICE
 from workbench.tasks.image_classification import ImageClassification
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.tasks.lazy_items import Reading, Sizes
 from workbench.tasks.sentence_similarity import SentenceSimilarity, prepared, spare_pooler
-from workbench.tasks.sources import DEFAULTS, SLICE
+from workbench.tasks.sources import DEFAULTS
 from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.text_classification import TextClassification
 from workbench.util.device import pick

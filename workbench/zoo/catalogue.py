@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.hub.wheel_archive import MINILM, SMOLLM2, WHISPER_BASE, WHISPER_TINY_EN, Archive
+from workbench.tasks.fashion_mnist import SLICE
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
-from workbench.tasks.sources import PROMPTS, SLICE
 from workbench.tasks.speech_recognition import SPEECH_RECOGNITION
+from workbench.tasks.utterances import PROMPTS
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

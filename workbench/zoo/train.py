@@ -26,19 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MEAN, STD = 0.2860, 0.3530  # of the training images, grey levels in [0, 1]
-LABELS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+from workbench.tasks.fashion_mnist import FILE, LABELS, MEAN, STD
+
 EPOCHS = {"fashion-cnn": 80, "fashion-vit": 200}
 EVALUATION_ITEMS, CALIBRATION_ITEMS, TRAINING_ITEMS = 2000, 512, 5000
 
@@ -227,6 +216,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--slice", type=Path, default=FILE, help="where a slice of the data is written")
     parser.add_argument("--epochs-scale", type=float, default=1.0, help="1.0 is the full schedule")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -245,7 +235,7 @@ def main() -> None:
     held_out = stratified(raw["t10k"][1], EVALUATION_ITEMS, seed=0)
     kept = stratified(raw["train"][1], TRAINING_ITEMS, seed=1)
     np.savez_compressed(
-        options.out / "fashion-mnist-slice.npz",
+        options.slice,
         evaluation_images=raw["t10k"][0][held_out],
         evaluation_labels=raw["t10k"][1][held_out],
         training_images=raw["train"][0][kept],
