@@ -13,9 +13,8 @@ report: $(VENV)/installed
 	$(BIN)/workbench report fashion-vit --sparsity 0.5 --criterion wanda --weight-bits 4 --output reports
 
 test: $(VENV)/installed-dev
-	$(BIN)/python tests/browser.py
-	$(TESTS)
-	XDG_STATE_HOME=$$(mktemp -d) $(TESTS) --nbval-lax notebooks
+	@.ci/each "browser: $(BIN)/python tests/browser.py" "tests: $(TESTS)" \
+		"notebooks: XDG_STATE_HOME=$$(mktemp -d) $(TESTS) --nbval-lax notebooks"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -47,6 +50,34 @@ def test_readme_first_screen_names_targets_that_exist() -> None:
     assert "make VENV" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_every_part_runs_and_the_end_says_how_each_went() -> None:
+    parts = ("first: echo seen", "second: exit 3", "third: NAME='a: b' sh -c 'echo $NAME'")
+    found = subprocess.run([ROOT / ".ci" / "each", *parts], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert {"seen", "a: b"} < set(found.stdout.splitlines())
+    summary = ["=== all parts", "first: passed", "second: FAILED, exit code 3", "third: passed"]
+    assert found.stdout.splitlines()[-4:] == summary
+    assert (
+        subprocess.run(
+            [ROOT / ".ci" / "each", *parts[::2]], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_test_runs_its_three_parts_through_that() -> None:
+    told = subprocess.run(
+        ["make", "--dry-run", "--assume-old=.venv/installed-dev", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ".ci/each" in told
+    assert re.findall(r'"(\w+): ', told) == ["browser", "tests", "notebooks"]
+
+
 def test_embedded_weights_stay_small() -> None:
     weights = list((ROOT / "workbench" / "zoo" / "embedded").rglob("*.safetensors"))
     assert len(weights) == 2
@@ -55,9 +86,6 @@ def test_embedded_weights_stay_small() -> None:
 
 @pytest.mark.slow
 def test_wheel_carries_models_page_and_notebooks(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     subprocess.run(
         [
             sys.executable,
