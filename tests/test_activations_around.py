@@ -16,6 +16,7 @@ from workbench.measure.size import counted_sizes, sizes
 from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.layer import replace_module
 from workbench.recipe import Recipe
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.tasks import score
 
@@ -74,7 +75,7 @@ def test_every_promise_holds_together_and_the_export_gives_the_same_bits(sort, d
         layer.check()
     assert rounding_modules(once.model)
     assert counted_sizes(once.model, once.layers) == sizes(once.model, once.layers)
-    predicted = Outline.of(task.model).after(recipe)
+    predicted = after(Outline.of(task.model), recipe)
     actual = sizes(once.model, once.layers).file_bytes
     assert (
         predicted.file_bytes() == actual

@@ -23,6 +23,7 @@ from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel
 from workbench.predict.predictor import coordinates, spot_of
 from workbench.predict.prior import KINDS, Link, prior_of
 from workbench.recipe import Step, configuration
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 EXACT = {
@@ -58,7 +59,7 @@ def test_file_bytes_against_the_real_file(sort, name, statistics):
     task = statistics[sort].task
     compressed = wb.compress(task, recipe, statistics[sort])
     real = sizes(compressed.model, compressed.layers).file_bytes
-    outline = Outline.of(task.model).after(recipe)
+    outline = after(Outline.of(task.model), recipe)
     assert outline is not None
     if name in EXACT:
         assert outline.exact()
@@ -78,7 +79,7 @@ def test_targets_and_the_output_head_are_respected(statistics):
     ):
         compressed = wb.compress(task, recipe, statistics["vit"])
         assert (
-            Outline.of(task.model).after(recipe).file_bytes()
+            after(Outline.of(task.model), recipe).file_bytes()
             == sizes(compressed.model, compressed.layers).file_bytes
         )
 

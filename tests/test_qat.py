@@ -24,6 +24,7 @@ from workbench.measure.size import sizes
 from workbench.modules.layer import find_layers
 from workbench.recipe import Recipe
 from workbench.sensitivity import layers_of
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.util.progress import Training
 
@@ -318,8 +319,8 @@ def test_the_export_gives_the_same_bits_and_packing_is_real(steps, tmp_path):
     made = bench.compress(recipe)
     loaded = load(bench.export(recipe, tmp_path / "out"))
     assert same(weights(loaded), weights(made.model))
-    predicted = Outline.of(task.model).after(recipe)
-    assert predicted.file_bytes() == Outline.of(task.model).after(Recipe(*steps)).file_bytes()
+    predicted = after(Outline.of(task.model), recipe)
+    assert predicted.file_bytes() == after(Outline.of(task.model), Recipe(*steps)).file_bytes()
     assert sizes(made.model, made.layers).file_bytes <= predicted.file_bytes()
 
 

@@ -99,7 +99,7 @@ def test_every_way_combines_with_every_other_step(sort, device, way, around):
     assert real.file_bytes == len(file_content(packed))
     state = unpack_state(packed.tensors, packed.manifest())
     assert all(torch.equal(state[name], value.cpu()) for name, value in made.model.state_dict().items())
-    predicted = Outline.of(task.model).after(recipe)
+    predicted = after(Outline.of(task.model), recipe)
     kinds = {packed.encodings[f"{layer.name}.weight"].kind for layer in gridded}
     if not way.mixed and not before and kinds <= {"grid", "dense"}:
         assert predicted.file_bytes() == real.file_bytes

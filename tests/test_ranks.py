@@ -19,6 +19,7 @@ from workbench.errors import RecipeError
 from workbench.measure.size import sizes
 from workbench.modules.factored import Form, Shape, cost, most_rank
 from workbench.recipe import Recipe
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 
@@ -49,7 +50,7 @@ def test_the_budget_is_that_of_uniform_ranks_and_no_layer_falls_below_half(sort,
             assert row.outcome.startswith(f"lowrank skipped: whole, it is worth its weights by {share}")
             assert row.weights == row.shape[0] * row.shape[1]
     assert len({row.rank for row in made.report if row.name in taken}) > 1
-    outline = Outline.of(task.model).after(made.recipe)
+    outline = after(Outline.of(task.model), made.recipe)
     assert not outline.exact()
     assert outline.file_bytes() >= sizes(made.model, made.layers).file_bytes
 

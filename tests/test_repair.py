@@ -18,6 +18,7 @@ from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import counted_sizes, sizes
 from workbench.modules.factored import Repaired
 from workbench.recipe import Recipe
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 PRUNE, QUANTIZE = wb.Prune(sparsity=0.5, pattern="2:4"), wb.Quantize(weight_bits=3, grid="symmetric")
@@ -147,12 +148,12 @@ def test_masks_grids_and_bytes(sort, device):
     assert packed == counted_sizes(made.model, made.layers)
     assert packed.packed_bytes - sizes(plain.model, plain.layers).packed_bytes == more
     assert packed.theoretical_bytes - sizes(plain.model, plain.layers).theoretical_bytes == more
-    predicted = Outline.of(task.model).after(recipe)
+    predicted = after(Outline.of(task.model), recipe)
     assert predicted.file_bytes() >= packed.file_bytes
     only = Recipe(PRUNE, wb.Repair(repair_ratio=0.1))
     pruned = compress(task, only)
-    assert Outline.of(task.model).after(only).exact()
-    assert Outline.of(task.model).after(only).file_bytes() == sizes(pruned.model, pruned.layers).file_bytes
+    assert after(Outline.of(task.model), only).exact()
+    assert after(Outline.of(task.model), only).file_bytes() == sizes(pruned.model, pruned.layers).file_bytes
 
 
 def test_the_module_adds_what_it_says(sort, device):

@@ -21,8 +21,9 @@ from workbench.compress import compress
 from workbench.export import export
 from workbench.measure.size import sizes
 from workbench.recipe import Recipe
+from workbench.shapes.anatomy import Anatomy
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
-from workbench.shapes.structured import Anatomy
 
 CASES = [(name, pattern) for name, patterns in ALL.items() for pattern in (*patterns, "+".join(patterns))]
 REPAIRED = (wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4), wb.Repair(repair_ratio=0.1))
@@ -100,7 +101,7 @@ def test_the_bytes_are_known_before_it_runs(name, patterns, later):
     task = task_of(name)
     statistics = Statistics(task)
     recipe = Recipe(*steps(patterns), *later)
-    outline = Outline.of(task.model, None, Anatomy.of(task, statistics)).after(recipe)
+    outline = after(Outline.of(task.model, None, Anatomy.of(task, statistics)), recipe)
     made = compress(task, recipe, statistics)
     if name == "bottleneck" and "layers" in patterns:
         assert outline is None  # two blocks may go, of two sizes: shapes do not say which does
@@ -116,9 +117,9 @@ def test_the_bytes_are_known_before_it_runs(name, patterns, later):
 def test_what_shapes_do_not_say_is_unknown():
     task = task_of("vit")
     recipe = Recipe(wb.Prune(pattern="neurons", allocation="global"))
-    assert Outline.of(task.model, None, Anatomy.of(task, Statistics(task))).after(recipe) is None
+    assert after(Outline.of(task.model, None, Anatomy.of(task, Statistics(task))), recipe) is None
     assert (
-        Outline.of(task.model).after(Recipe(wb.Prune(pattern="heads"))) is None
+        after(Outline.of(task.model), Recipe(wb.Prune(pattern="heads"))) is None
     )  # nobody told it where the heads are
 
 
@@ -128,7 +129,7 @@ def test_targets_count_in_the_prediction():
         recipe = Recipe(wb.Prune(pattern="neurons", targets=targets))
         made = compress(task, recipe)
         assert (
-            Outline.of(task.model, None, Anatomy.of(task, Statistics(task))).after(recipe).file_bytes()
+            after(Outline.of(task.model, None, Anatomy.of(task, Statistics(task))), recipe).file_bytes()
             == sizes(made.model, made.layers).file_bytes
         )
 
@@ -141,7 +142,7 @@ def test_the_prediction_of_speed_follows_the_multiply_adds(tmp_path):
     assert prediction.no_kernel == ()  # nothing is multiplied by zero
     dense, less = (
         predictor.outline.multiply_adds(),
-        predictor.outline.after(Recipe(wb.Prune(pattern="layers"))).multiply_adds(),
+        after(predictor.outline, Recipe(wb.Prune(pattern="layers"))).multiply_adds(),
     )
     assert prediction.speedup.value == pytest.approx(dense / less)
     point = bench.measure(Recipe(wb.Prune(pattern="layers"), wb.Prune(sparsity=0.5)))

@@ -19,6 +19,7 @@ from workbench.compress import compress
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import sizes
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 NAMES = ("a", "a.0", "a.1", "b", "b.fc1", "head")
@@ -174,7 +175,7 @@ def test_predicted_bytes_follow_exclusions_and_own_values(statistics):
         ),
     ]
     for recipe in recipes:
-        made, outline = compress(task, recipe, statistics), Outline.of(task.model).after(recipe)
+        made, outline = compress(task, recipe, statistics), after(Outline.of(task.model), recipe)
         assert outline.exact()
         assert outline.file_bytes() == sizes(made.model, made.layers).file_bytes
 

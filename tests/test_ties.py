@@ -15,6 +15,7 @@ from workbench.modules.factored import Factors
 from workbench.modules.layer import find_layers
 from workbench.modules.packing import pack_model, unpack_state
 from workbench.recipe import Recipe
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 TIED = [("llama", "model.embed_tokens"), ("gpt2", "transformer.wte")]
@@ -67,7 +68,7 @@ def test_it_stays_dense_unless_it_is_named_and_then_stays_tied(sort, embedding, 
     measured = sizes(made.model, made.layers)
     assert measured == counted_sizes(made.model, made.layers)
     assert measured.packed_bytes < sizes(task.model).packed_bytes
-    outline = Outline.of(task.model).after(recipe)
+    outline = after(Outline.of(task.model), recipe)
     assert outline.file_bytes() >= measured.file_bytes
     if outline.exact():
         assert outline.file_bytes() == measured.file_bytes
@@ -190,7 +191,7 @@ def test_an_embedding_of_low_rank_is_a_narrower_one_and_a_product(device):
     assert row.relative_error == pytest.approx(float((now - dense).norm() / dense.norm()), rel=1e-4)
     measured = sizes(made.model, made.layers)
     assert measured == counted_sizes(made.model, made.layers)
-    assert Outline.of(task.model).after(recipe).file_bytes() == measured.file_bytes
+    assert after(Outline.of(task.model), recipe).file_bytes() == measured.file_bytes
 
 
 def test_looking_up_costs_no_multiply_adds():

@@ -14,7 +14,8 @@ from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import Cast, InputScaled, OffsetGrid
 from workbench.modules.layer import Layer
 from workbench.modules.packing import Packed, pack_model
-from workbench.shapes.outline import DTYPES, Entry, Outline, Weight, ceil8, file_length, total
+from workbench.modules.weight_shapes import DTYPES, Entry, Weight, ceil8, file_length, total
+from workbench.shapes.outline import Outline
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from workbench.predict.scoring import FEWEST, Predicted, PredictionScore, score
 from workbench.recipe import Recipe, Step
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
+from workbench.shapes.anatomy import Anatomy
+from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.shapes.positions import positions
-from workbench.shapes.structured import Anatomy
 
 if TYPE_CHECKING:
     from workbench.ledger.ledger import Ledger
@@ -177,7 +178,7 @@ class Predictor:
 
     def predicted(self, recipe: Recipe) -> Prediction:
         """Return the prediction of a recipe from what is known now."""
-        outline = self.outline.after(recipe)
+        outline = after(self.outline, recipe)
         quality, guess = self.quality(recipe)
         speed, note = self.speed(recipe, outline)
         notes = [note] if note else []

@@ -5,10 +5,10 @@ alone.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from workbench.shapes.outline import Entry, Outline
+from workbench.modules.weight_shapes import Entry
+from workbench.shapes.outline import Outline
 
 BUFFERS = (
     "smooth",
@@ -19,8 +19,6 @@ BUFFERS = (
 
 def after_activations(outline: Outline, step: Any) -> Outline:
     """Return the outline with the tensors that an Activations step adds."""
-    from workbench.shapes.outline import Entry
-
     added: list[Entry] = []
     for weight in outline.weights:
         if weight.table or not outline.takes(weight, step):

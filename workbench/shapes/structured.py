@@ -9,39 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from workbench.compress.pruning.prunable_units import Found, Space, find_blocks, removed_count
-from workbench.compress.pruning.structured import find_spaces
-
-if TYPE_CHECKING:
-    from workbench.calibration.statistics import Statistics
-    from workbench.compress.pruning.prune import Prune
-    from workbench.shapes.outline import Entry, Outline, Weight
-    from workbench.tasks.base import Task
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where the dense model has units: `spaces(step)` for heads, neurons and channels, and its lists of
-    blocks.
-    """
-
-    spaces: Callable[[Prune], Found]
-    blocks: dict[str, list[int]]
-
-    @classmethod
-    def of(cls, task: Task, statistics: Statistics) -> Anatomy:
-        """Read a task's model.
-
-        Channels are followed when they are first asked for, and kept with the statistics.
-        """
-        return cls(
-            lambda step: find_spaces(step, task.model, task, statistics, pristine=True),
-            find_blocks(task.model),
-        )
+from workbench.compress.pruning.prunable_units import Space, removed_count
+from workbench.modules.weight_shapes import Entry, Weight
+from workbench.shapes.outline import Outline
 
 
 def after_structure(outline: Outline, step: Any) -> Outline | None:
