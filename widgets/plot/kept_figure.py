@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import plotly.graph_objects as go
+
+from widgets.plot.plotly_internals import drawn, set_config, set_silently
 
 CONFIG = {
     "displaylogo": False,
@@ -46,12 +47,7 @@ def kept_figure(figure: go.Figure) -> go.FigureWidget:
         def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
             """Return the state; the full one is what a page asks for when it is loaded again."""
             if key is None and self.comm is not None:
-                now = {
-                    "_widget_data": copy.deepcopy(self._data),
-                    "_widget_layout": copy.deepcopy(self._layout_obj._props),  # noqa: SLF001
-                }
-                # Not set as traits: what a page asks for need not be sent to it twice
-                self._trait_values |= now
+                set_silently(self, drawn(self))  # what a page asks for need not be sent to it twice
             state: dict[str, Any] = super().get_state(key, drop_defaults)
             return state
 
@@ -65,5 +61,5 @@ def kept_figure(figure: go.Figure) -> go.FigureWidget:
             return []
 
     made = KeptFigure(figure)
-    made._config = CONFIG  # noqa: SLF001  a widget has no other way to set it
+    set_config(made, **CONFIG)
     return made

@@ -24,6 +24,7 @@ from widgets.plot.live_figure import (
 )
 from widgets.plot.plot_bar import PlotBar
 from widgets.plot.plot_choice import PlotChoice
+from widgets.plot.plotly_internals import send_unmarked, set_config
 from widgets.session.state import Live, thin
 from workbench.ledger.pareto import Tradeoff, tradeoff
 from workbench.measure.measurement import Measurement
@@ -57,11 +58,7 @@ class TradeoffView(ipw.VBox):
         self.boxed = False
         self.drawing = threading.RLock()
         self.figure = kept_figure(live_figure())
-        self.figure._config = {  # noqa: SLF001
-            **self.figure._config,  # noqa: SLF001
-            "responsive": True,
-            "displaylogo": False,
-        }
+        set_config(self.figure, responsive=True)
         for index in HISTORY:
             self.figure.data[index].on_click(self.clicked)
             self.figure.data[index].on_selection(self.selected)
@@ -104,10 +101,7 @@ class TradeoffView(ipw.VBox):
         """
         if self.boxed:
             self.boxed = False
-            self.figure._send_restyle_msg(  # noqa: SLF001
-                {"selectedpoints": [None]}, trace_indexes=list(range(len(self.figure.data)))
-            )
-            self.figure._send_relayout_msg({"selections": []})  # noqa: SLF001
+            send_unmarked(self.figure)
 
     def show_history(self, rows: Sequence[Measurement]) -> None:
         """Draw the past anew."""

@@ -22,6 +22,7 @@ from workbench.modules.layer import Layer, Progress, find_layers, no_progress, p
 from workbench.modules.offload import HOST, device_of, fetched, moved, streams_to
 from workbench.modules.sharing import sharing_copy
 from workbench.util.hooks import of_this_thread
+from workbench.util.library_internals import changes_in_place
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Items, Task
@@ -219,7 +220,7 @@ class Products:
 
     def of(self, module: nn.Module, given: Tensor) -> tuple[Tensor, int, Tensor]:
         """Return (product [inputs, inputs], rows that it is of, whether all are finite)."""
-        key = id(given), given._version  # noqa: SLF001  counts changes in place
+        key = id(given), changes_in_place(given)
         if key not in self.found or isinstance(module, nn.Conv2d):
             rows = patches(module, given)
             product = rows.t() @ rows

@@ -77,9 +77,9 @@ class Ledger:
         with uncollected():
             try:
                 self.sifted = None if "://" in self.where else Sifted(Path(self.where))
-                self.book = open_study(self.where if self.sifted is None else self.sifted, study)
-                # The study gives it in no other way
-                self.number = self.book._storage.get_study_id_from_name(study)  # noqa: SLF001
+                storage = storage_of(self.where if self.sifted is None else self.sifted)
+                self.book = load_or_create(storage, study)
+                self.number = storage.get_study_id_from_name(study)
                 self.refresh()
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 raise LedgerError(
@@ -89,7 +89,7 @@ class Ledger:
     @property
     def study(self) -> optuna.Study:
         """Return the Optuna study with all its trials, read anew."""
-        return open_study(self.where, self.name)
+        return load_or_create(storage_of(self.where), self.name)
 
     def refresh(self) -> None:
         """Take over what other processes have added since the last time."""
@@ -270,17 +270,16 @@ def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
     )
 
 
-def open_study(where: str | Journal, study: str) -> optuna.Study:
-    """Open or create an Optuna study in a journal, at its path or at a storage URL."""
+def storage_of(where: str | Journal) -> optuna.storages.BaseStorage:
+    """Return Optuna's storage in a journal, at its path or at a storage URL."""
     import_apart(*OPTUNA)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if isinstance(where, str) and "://" in where:
-        return load_or_create(optuna.storages.get_storage(where), study)
+        return optuna.storages.get_storage(where)
     journal = where if isinstance(where, Journal) else Journal(Path(where))
-    # # see Journal
-    return load_or_create(optuna.storages.JournalStorage(journal), study)  # type: ignore[arg-type]
+    return optuna.storages.JournalStorage(journal)  # type: ignore[arg-type]  # see Journal
 
 
 def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:

@@ -16,6 +16,7 @@ from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.substitution import PassesOn, Sees, same_bits, with_stand_ins
 from workbench.tasks.base import Items
 from workbench.tasks.likelihood import Unprojected
+from workbench.util.library_internals import is_watched
 
 TOKENS = 32  # of one window, to try on
 
@@ -57,8 +58,7 @@ def by_rows(head: nn.Module) -> bool:
     for module in head.modules():
         if isinstance(module, QuantizesInputs) and module.dynamic and not module.per_token:
             return False
-        # There is no public way to see them
-        if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
+        if is_watched(module):
             return False
     return True
 

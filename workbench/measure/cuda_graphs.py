@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from workbench.kernels.graph_capture import one_sequence_each
 from workbench.measure.kl import Sampler
-from workbench.modules.sharing import TABLES, holds_modules, own_parameters, twin
+from workbench.modules.sharing import holds_modules, own_parameters, twin
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.likelihood import Choosing, token_loss
 from workbench.util.device import free_fraction
+from workbench.util.library_internals import TABLES, children_of, copy_each
 
 SHARE = 0.05  # of a GPU's memory that the copy may take: larger models keep a GPU busy without a graph
 # Of batches that are captured, looks of few items among them; texts of many lengths are run as they are
@@ -124,9 +125,7 @@ class Graphs:
         ]
         if moved:
             with torch.inference_mode():
-                torch._foreach_copy_(
-                    [self.slots[index] for index in moved], [values[index] for index in moved]
-                )
+                copy_each([self.slots[index] for index in moved], [values[index] for index in moved])
         for index in moved:
             self.pristine[index] = values[index] is self.own[index]
         self.holds = weakref.ref(model)
@@ -248,9 +247,12 @@ def counterparts(dense: nn.Module, model: nn.Module) -> list[Tensor] | None:
                 if own is not None
             ):
                 return None
-        # This is walked at every move, and torch's own ways take several times as long
-        children = theirs._modules  # noqa: SLF001
-        pairs += [(child, children[name]) for name, child in ours._modules.items() if child is not None]  # type: ignore[misc]  # noqa: SLF001
+        children = children_of(theirs)
+        pairs += [
+            (child, other)
+            for name, child in children_of(ours).items()
+            if child is not None and (other := children[name]) is not None
+        ]
     return list(found.values())
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from workbench.modules.substitution import PassesOn, StandIn, with_stand_ins
 from workbench.util.device import why_no_triton
+from workbench.util.library_internals import children_of, is_watched
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files name it
 NEAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2e-6}  # of a number: two roundings
@@ -159,7 +160,7 @@ class FusedBlocks:
         """
         children = {
             name: made
-            for name, child in module._modules.items()  # noqa: SLF001
+            for name, child in children_of(module).items()
             if child is not None and (made := self.within(child)) is not None
         }
         held = with_stand_ins(module, children) if children else None
@@ -180,7 +181,7 @@ class FusedBlocks:
 
     def maker(self, module: nn.Module) -> Make | None:
         """Return what makes a stand-in for modules that look like this one."""
-        kind, children = type(module), module._modules  # noqa: SLF001  as above
+        kind, children = type(module), children_of(module)
         if not children:
             norm = (
                 kind.__name__.endswith("RMSNorm")
@@ -222,7 +223,7 @@ class FusedBlocks:
         """Return whether an operation makes what a module makes of some numbers: the bits of rotations, to
         rounding of norms and products.
         """
-        children = module._modules  # noqa: SLF001  as above
+        children = children_of(module)
         if not children:
             weight, eps = cast("Tensor", module.weight), cast("float", module.variance_epsilon)
             given = numbers(1, TOKENS, *weight.shape)
@@ -316,12 +317,8 @@ def untouched(module: nn.Module) -> bool:
     """Return whether a module and its parts run their class's own code, and nobody watches them: a stand-in
     passes by what is in the module's way.
     """
-    # There is no public way to see them
-    parts = [part for part in (module, module._modules.get("act_fn")) if part is not None]  # noqa: SLF001
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)  # noqa: SLF001
-        for part in parts
-    )
+    parts = [part for part in (module, children_of(module).get("act_fn")) if part is not None]
+    return not any(is_watched(part) or "forward" in vars(part) for part in parts)
 
 
 def is_silu(module: nn.Module | None) -> bool:

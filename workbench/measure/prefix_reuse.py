@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from workbench.metrics.scores import Scores
-from workbench.modules.sharing import TABLES, holds_modules, sharing_copy
+from workbench.modules.sharing import holds_modules, sharing_copy
 from workbench.modules.substitution import Keeps, Shows, extras, first_tensor, same_bits, with_stand_ins
 from workbench.tasks.base import Items
+from workbench.util.library_internals import TABLES, is_watched
 
 Score = Callable[[nn.Module, Items], Scores]
 CLOSE = 1e-5  # of a loss: rounding in float32 makes about 1e-7 of it
@@ -176,10 +177,7 @@ def find_chain(model: nn.Module, score: Score, items: Items) -> Chain | None:
     if any(holds_modules(module) for module in model.modules()):
         return None
     watched, watch = sharing_copy(model), Watch(members(model))
-    if not watch.listed or any(
-        module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001
-        for module in model.modules()
-    ):
+    if not watch.listed or any(is_watched(module) for module in model.modules()):
         return None
     handles = watch.on(watched)
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workbench.errors import BrokenPromiseError, CompressionError
 from workbench.modules.input_quantizer import smoothing_of
+from workbench.util.library_internals import parameters_of
 
 if TYPE_CHECKING:
     from workbench.formats.stored_forms import Form
@@ -108,8 +109,7 @@ class Layer:
     @property
     def parameter(self) -> nn.Parameter:
         """Return the weight as the module holds it."""
-        # Torch's own way takes ten times as long, and this is asked for thousands of times a move
-        weight = self.module._parameters.get("weight")  # noqa: SLF001
+        weight = parameters_of(self.module).get("weight")
         if not isinstance(weight, nn.Parameter):
             raise CompressionError(f"layer {self.name!r} holds no plain weight")
         return weight
@@ -170,7 +170,7 @@ class Layer:
         """
         for module in (self.module, *self.others.values()):
             # Where it already is: torch's own way looks for it everywhere first
-            module._parameters["weight"] = parameter  # noqa: SLF001
+            parameters_of(module)["weight"] = parameter
         self.pristine = self.finite = False
 
     def check(self) -> None:
@@ -246,7 +246,7 @@ def holders_of(model: nn.Module) -> dict[str, nn.Module]:
     order.
     """
     weights = (
-        (name, module, module._parameters.get("weight"))  # noqa: SLF001
+        (name, module, parameters_of(module).get("weight"))
         for name, module in model.named_modules(remove_duplicate=False)
     )
     return {name: module for name, module, weight in weights if weight is not None and weight.ndim >= 2}

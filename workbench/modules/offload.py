@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from workbench.util.library_internals import buffers_of, parameters_of
+
 if TYPE_CHECKING:
     from workbench.modules.layer import Layer
 
@@ -67,10 +69,7 @@ def mark(model: nn.Module) -> None:
 
 def tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a module's own parameters and buffers by name, to be read and replaced."""
-    return (
-        module._parameters,  # noqa: SLF001
-        module._buffers,  # noqa: SLF001
-    )
+    return parameters_of(module), buffers_of(module)
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:

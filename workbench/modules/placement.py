@@ -21,6 +21,7 @@ from torch import nn
 from workbench.errors import CompressionError, DeviceError
 from workbench.modules.offload import HOST, attach, blocks_of, moved, outside, streams_to
 from workbench.util.device import free_bytes, host_bytes
+from workbench.util.library_internals import buffers_of
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe, Step
@@ -304,7 +305,7 @@ def attach_spread(model: nn.Module, devices: Mapping[str, torch.device], first: 
         if buffer.device == HOST and first != HOST:  # outside the map: what belongs to the root
             owner, _, tensor = buffer_name.rpartition(".")
             # register_buffer would forget whether it is saved
-            model.get_submodule(owner)._buffers[tensor] = buffer.to(first)  # noqa: SLF001
+            buffers_of(model.get_submodule(owner))[tensor] = buffer.to(first)
     model.spread_over = tuple(dict.fromkeys(devices.values()))  # type: ignore[assignment]
     model.carries_to = first  # type: ignore[assignment]
     model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.modules.offload import mark
-
-TABLES = ("_parameters", "_buffers", "_modules")  # of names; the tables are copied, what they hold is not
+from workbench.modules.offload import mark, tables
+from workbench.util.library_internals import COMPILED_CALL, TABLES, children_of
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -50,13 +49,12 @@ def twin(model: nn.Module, *, evaluating: bool = False) -> nn.Module:
         for name in own_tables(tuple(inside)):
             if inside[name].__class__ is not bool:  # transformers has a flag with such a name
                 mine[name] = inside[name].copy()
-        mine.pop("_compiled_call_impl", None)
+        mine.pop(COMPILED_CALL, None)
         if evaluating:
             mine["training"] = False
     for copied in made.values():
-        copied._modules.update(  # noqa: SLF001
-            {name: made[id(child)] for name, child in copied._modules.items() if child is not None}  # noqa: SLF001
-        )
+        children = children_of(copied)
+        children.update({name: made[id(child)] for name, child in children.items() if child is not None})
     return made[id(model)]
 
 
@@ -100,10 +98,7 @@ def own_parameters(model: nn.Module) -> None:
     """
     clones: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for table in (
-            module._parameters,  # noqa: SLF001
-            module._buffers,  # noqa: SLF001
-        ):
+        for table in tables(module):
             for name, tensor in table.items():
                 if tensor is not None:
                     if id(tensor) not in clones:
@@ -113,5 +108,5 @@ def own_parameters(model: nn.Module) -> None:
                             if isinstance(tensor, nn.Parameter)
                             else clone
                         )
-                    table[name] = clones[id(tensor)]  # type: ignore[assignment]
+                    table[name] = clones[id(tensor)]
     mark(model)

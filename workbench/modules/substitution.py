@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.util.library_internals import COMPILED_CALL, children_of
+
 
 class StandIn(nn.Module):
     """Base of what takes a module's place.
@@ -86,8 +88,8 @@ def with_stand_ins(model: nn.Module, places: Mapping[str, nn.Module]) -> nn.Modu
     """
     made = model.__class__.__new__(model.__class__)
     made.__dict__.update(vars(model))
-    made.__dict__.pop("_compiled_call_impl", None)
-    children = dict(model._modules)  # noqa: SLF001  as torch's own copies do
+    made.__dict__.pop(COMPILED_CALL, None)
+    children = dict(children_of(model))
     below: dict[str, dict[str, nn.Module]] = {}
     for name, module in places.items():
         child, _, rest = name.partition(".")
@@ -97,7 +99,7 @@ def with_stand_ins(model: nn.Module, places: Mapping[str, nn.Module]) -> nn.Modu
             children[child] = module
     for child, inner in below.items():
         children[child] = with_stand_ins(model.get_submodule(child), inner)
-    made.__dict__["_modules"] = children
+    vars(made)["_modules"] = children
     return made
 
 

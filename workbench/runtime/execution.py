@@ -17,6 +17,7 @@ from workbench.kernels.graph_capture import as_if_captured, one_sequence_each
 from workbench.modules.sharing import sharing_copy
 from workbench.runtime.engines import ModelEngine, Once, model_engines
 from workbench.runtime.names import Runtime
+from workbench.util.library_internals import compilations
 
 if TYPE_CHECKING:
     from workbench.modules.layer import Layer
@@ -172,7 +173,7 @@ class Compiled(nn.Module):
         """Return the model's outputs."""
         with (
             warnings.catch_warnings(),
-            torch._dynamo.config.patch(recompile_limit=VARIANTS),  # noqa: SLF001
+            compilations(VARIANTS),
         ):
             warnings.simplefilter("ignore")
             return self.model(**given)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from workbench.modules.input_quantizer import InputFormat
 from workbench.runtime.int8 import integer_weight, plain, why_not_int8, wide_bytes
+from workbench.util.library_internals import byte_product
 
 if TYPE_CHECKING:
     from workbench.modules.layer import Layer
@@ -21,8 +22,8 @@ class TorchInt8:
     exactly, scaled.
 
     `torch.ao.quantization.quantize_dynamic` does the same, and its quantized tensors are deprecated (torch
-    2.13); this uses plain tensors and `torch._int_mm`, which oneDNN serves. Rounding the inputs costs passes
-    over them, which ONNX Runtime fuses.
+    2.13); this uses plain tensors and torch's product of bytes, which oneDNN serves. Rounding the inputs
+    costs passes over them, which ONNX Runtime fuses.
     """
 
     name: str = "torch int8"
@@ -99,7 +100,7 @@ class Int8Linear(nn.Module):
         else:
             scale, zero = self.about.parameters(*self.extremes(rows))
         codes = torch.div(rows, scale).round_().add_(zero).clamp_(*self.about.codes).to(torch.int8)
-        made = torch._int_mm(codes, self.codes).float()  # noqa: SLF001  torch has no public product of bytes
+        made = byte_product(codes, self.codes).float()
         if self.sums is not None:
             made -= zero.reshape(-1, 1) * self.sums
         if self.zero is not None:

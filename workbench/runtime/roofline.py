@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from workbench.util.device import Clock
+from workbench.util.library_internals import byte_product
 
 if TYPE_CHECKING:
     from workbench.shapes.outline import Outline
@@ -157,8 +158,7 @@ def limits_of(device: str) -> Limits:
     rates = {8 * wide.itemsize: side**3 / best(clock, lambda: left @ right)}
     try:
         codes = torch.randint(-127, 127, (side, side), dtype=torch.int8, device=place)
-        # Torch has no public product of bytes
-        rates[8] = side**3 / best(clock, lambda: torch._int_mm(codes, codes.t()))  # noqa: SLF001
+        rates[8] = side**3 / best(clock, lambda: byte_product(codes, codes.t()))
     except RuntimeError:  # this device has none: nothing is said about 8 bits
         pass
     return Limits(2 * source.nbytes / best(clock, lambda: target.copy_(source)), rates)

@@ -18,6 +18,7 @@ from workbench.formats.stored_forms import FloatGrid
 from workbench.modules.input_quantizer import FLOAT8, FLOAT8_MOST, QuantizedLinear, QuantizesInputs
 from workbench.runtime.int8 import integer_weight, plain
 from workbench.util.device import launching
+from workbench.util.library_internals import byte_product
 
 if TYPE_CHECKING:
     from workbench.modules.layer import Layer
@@ -193,7 +194,7 @@ class ScaledLinear(nn.Module):
         """Return the scaled product, [count, outputs]."""
         from workbench.kernels import triton_scaled as kernels
 
-        sums = torch._int_mm(codes, self.codes)  # noqa: SLF001  torch has no public product of bytes
+        sums = byte_product(codes, self.codes)
         out = torch.empty(count, sums.shape[1], dtype=dtype, device=codes.device)
         with launching(out.device):
             kernels.rescale[(count, -(-sums.shape[1] // 1024))](

@@ -5,7 +5,6 @@ every frame of sound.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks.base import Items
 from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.transcripts import spoken_scores
+from workbench.util.library_internals import frames_of
 
 RATE = 16_000
 NEVER = -1e4  # a logit
@@ -44,11 +44,8 @@ class FrameRecognition(SpeechRecognition):
             {"attention_mask": mask} if getattr(self.writes.features, "return_attention_mask", False) else {}
         )
         logits: Tensor = model(input_values=items.inputs["input_values"].to(dtype), **told).logits
-        # The only place that knows the strides
-        count: Any = model._get_feat_extract_output_lengths  # noqa: SLF001
-        beyond = torch.arange(logits.shape[1], device=logits.device) >= count(mask.sum(1)).unsqueeze(
-            1
-        )  # [N, frames]
+        frames = frames_of(model, mask.sum(1)).unsqueeze(1)  # [N, 1]
+        beyond = torch.arange(logits.shape[1], device=logits.device) >= frames  # [N, frames]
         silent = torch.full_like(logits[0, 0], NEVER)
         silent[blank] = 0.0
         return torch.where(beyond.unsqueeze(-1), silent, logits)

@@ -17,6 +17,7 @@ from workbench.kernels import weight_passes
 from workbench.modules.layer import Layer
 from workbench.modules.offload import streams_to, visiting
 from workbench.util.device import allowed_bytes
+from workbench.util.library_internals import copy_each
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
@@ -93,9 +94,7 @@ class Batch:
             torch.empty_like(layer.parameter, device=stack.device, memory_format=torch.contiguous_format)
             for layer in self.layers
         ]
-        torch._foreach_copy_(
-            fresh, [layer.as_stored(matrix) for layer, matrix in zip(self.layers, stack, strict=True)]
-        )
+        copy_each(fresh, [layer.as_stored(matrix) for layer, matrix in zip(self.layers, stack, strict=True)])
         for layer, values in zip(self.layers, fresh, strict=True):
             layer.put(nn.Parameter(values, requires_grad=False))
 

@@ -18,6 +18,7 @@ from workbench.compress.distillation.losses import attention_loss, state_loss
 from workbench.errors import CompressionError, RecipeError
 from workbench.tasks.base import Items, Kind
 from workbench.util.hooks import of_this_thread
+from workbench.util.library_internals import attention_of
 
 STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 MAPS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
@@ -76,7 +77,7 @@ def showing_attention(*models: nn.Module) -> Iterator[None]:
     What was set before comes back.
     """
     configs: list[Any] = [getattr(model, "config", None) for model in models]
-    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    before = [attention_of(config) for config in configs]
     try:
         for model in models:
             switch(model, "eager")

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from workbench.compress.core.batch import Batch, grouped
 from workbench.modules.layer import Layer
 from workbench.tasks.base import Items, Kind
+from workbench.util.library_internals import parameters_of
 
 
 class Adapters(nn.Module):
@@ -118,13 +119,11 @@ def without_gradients(model: nn.Module) -> None:
     """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for (
-            name,
-            parameter,
-        ) in module._parameters.items():  # noqa: SLF001
+        parameters = parameters_of(module)
+        for name, parameter in parameters.items():
             # no public way replaces a parameter by one that is tied
             if parameter is not None and parameter.requires_grad:
-                module._parameters[name] = made.setdefault(  # noqa: SLF001
+                parameters[name] = made.setdefault(
                     id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)
                 )
 

@@ -12,6 +12,7 @@ from workbench.compress.core.batch import Batch, grouped
 from workbench.compress.training.lsq import gradients, steps_of, with_steps
 from workbench.formats.stored_forms import Form, InputScaled, split
 from workbench.modules.layer import Layer
+from workbench.util.library_internals import copy_each
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Hidden:
             )
         self.form = self.form.snap(self.values)
         parameters = [layer.parameter.data for layer in self.batch.layers]
-        torch._foreach_copy_(
+        copy_each(
             parameters,
             [
                 layer.as_stored(matrix)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.compress.training.shadow_weights import Hidden
 from workbench.modules.layer import Layer
+from workbench.util.library_internals import largest_of_each
 
 
 @dataclass
@@ -75,9 +76,7 @@ class Moving:
             if tensor.grad is not None and tensor.numel()
         ]
         return (
-            torch.stack([norm.float() for norm in torch._foreach_norm(found, ord=torch.inf)]).max()  # noqa: SLF001
-            if found
-            else torch.zeros(())
+            torch.stack([norm.float() for norm in largest_of_each(found)]).max() if found else torch.zeros(())
         )
 
     def finite(self) -> bool:
