@@ -13,7 +13,7 @@ from workbench.bench import Bench
 from workbench.compress import compress
 from workbench.errors import Cancelled, DataError, DeviceError, RecipeError
 from workbench.ledger.ledger import Ledger
-from workbench.measure.kl import scored as keeping
+from workbench.measure.outputs import scored as keeping
 from workbench.measure.size import sizes
 from workbench.measure.summary import summary
 from workbench.metrics.quality import flips, quality

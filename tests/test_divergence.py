@@ -24,11 +24,13 @@ from workbench.compress import compress
 from workbench.errors import DataError
 from workbench.ledger.table import points_frame
 from workbench.measure import kl as module
+from workbench.measure import outputs as outputs_module
 from workbench.measure.card import card, divergence_words
 from workbench.measure.cuda_graphs import Captured, Graphs
 from workbench.measure.evaluator import Evaluator
-from workbench.measure.kl import Each, Outputs, Reference, Sampler, divergence, kl_of_logits, spread
+from workbench.measure.kl import Each, Reference, divergence, kl_of_logits
 from workbench.measure.measurement import Measurement
+from workbench.measure.outputs import Outputs, Sampler, spread
 from workbench.measure.summary import summary
 from workbench.tasks.base import Items, Task
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
@@ -210,7 +212,9 @@ def test_what_is_kept_stays_within_its_budget(fused, monkeypatch):
     model = compress(task, RECIPE).model
     evaluator = evaluator_of(task)
     width = 16 if fused else VOCABULARY
-    monkeypatch.setattr(module, "HOST_BYTES", 48 * 3 * width * 4 + 10)  # 3 of 7 tokens of each of 48 windows
+    monkeypatch.setattr(
+        outputs_module, "HOST_BYTES", 48 * 3 * width * 4 + 10
+    )  # 3 of 7 tokens of each of 48 windows
     if not fused:
         evaluator.heads[type(task.model)] = None
     found = measured(task, model, evaluator)
@@ -222,7 +226,7 @@ def test_what_is_kept_stays_within_its_budget(fused, monkeypatch):
 def test_beyond_the_budget_the_first_items_are_used(monkeypatch):
     task = tiny_task("vit")
     model = compress(task, RECIPE).model
-    monkeypatch.setattr(module, "HOST_BYTES", 20 * 4 * 4)  # 4 classes
+    monkeypatch.setattr(outputs_module, "HOST_BYTES", 20 * 4 * 4)  # 4 classes
     found = measured(task, model, evaluator_of(task))
     assert (found.items, found.answers) == (20, 20)
     near(found, items_kl(task, model)[:20].mean(1))
@@ -231,19 +235,19 @@ def test_beyond_the_budget_the_first_items_are_used(monkeypatch):
 def test_few_logits_take_some_tokens_of_every_window(monkeypatch):
     task = structure_models.task_of("gpt2")
     model = compress(task, RECIPE).model
-    monkeypatch.setattr(module, "LOGITS", 48 * 2 * VOCABULARY)
+    monkeypatch.setattr(outputs_module, "LOGITS", 48 * 2 * VOCABULARY)
     monkeypatch.setattr(module, "CHUNK", 3 * VOCABULARY)
     found = measured(task, model, evaluator_of(task))
     assert (found.items, found.answers) == (48, 96)
     near(found, items_kl(task, model)[:, spread(7, 2).tolist()].mean(1))
-    monkeypatch.setattr(module, "LOGITS", 10 * VOCABULARY)
+    monkeypatch.setattr(outputs_module, "LOGITS", 10 * VOCABULARY)
     few = measured(task, model, evaluator_of(task))
     assert (few.items, few.answers) == (10, 10)
     near(few, items_kl(task, model)[:10, 3])
 
 
 def test_no_room_is_said(monkeypatch, ledger):
-    monkeypatch.setattr(module, "HOST_BYTES", 20)
+    monkeypatch.setattr(outputs_module, "HOST_BYTES", 20)
     point = Bench(tiny_task("vit"), device="cpu", ledger=ledger, progress=False).measure(RECIPE)
     assert point.kl is None
     assert (
@@ -390,7 +394,7 @@ def test_dense_outputs_that_were_thrown_out_are_read_again():
 
 
 def test_kinds_without_a_distribution_have_none(tmp_path):
-    from workbench.measure.kl import has_distribution
+    from workbench.measure.outputs import has_distribution
     from workbench.tasks import KINDS
 
     assert [kind.name for kind in KINDS if has_distribution(kind)] == [

@@ -21,7 +21,8 @@ from widgets.panes.compare_view import CompareView
 from widgets.panes.history_view import HistoryView, arranged, line_of
 from widgets.panes.keep_bar import WAIT, KeepBar
 from workbench.errors import LedgerError, RecipeError
-from workbench.ledger.ledger import Annotation, Ledger
+from workbench.ledger.annotation import Annotation
+from workbench.ledger.ledger import Ledger
 from workbench.ledger.table import points_frame, save_points
 from workbench.measure.measurement import Measurement
 from workbench.search.compare import Apart, choices_of, comparison, facts, paired_test

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import workbench as wb
+from workbench.ledger.annotation import Annotation
 
 pytestmark = [pytest.mark.browser, pytest.mark.notebook, pytest.mark.slow]
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "explore.ipynb"
@@ -100,7 +101,7 @@ def test_a_pin_and_a_note_reach_the_ledger_the_plot_and_the_lists(panel, folder)
     field.press("Enter")
     point = shown(panel, folder)
     lab.wait_for(
-        lambda: ledger(folder).annotations().get(point.key) == wb.ledger.Annotation(NOTE, pinned=True),
+        lambda: ledger(folder).annotations().get(point.key) == Annotation(NOTE, pinned=True),
         10,
         ledger(folder).annotations,
     )

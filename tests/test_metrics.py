@@ -19,7 +19,7 @@ from widgets.plot.live_axes import y_range
 from widgets.plot.live_figure import DENSE, dense_changes
 from widgets.plot.plot_choice import PlotChoice
 from widgets.session.state import Live
-from workbench.ledger.ledger import Annotation
+from workbench.ledger.annotation import Annotation
 from workbench.ledger.table import flat
 from workbench.measure.card import card, quality_words
 from workbench.measure.summary import summary

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 import workbench as wb
 from widgets.session.session import Session
 from workbench.cli.points import points
-from workbench.measure.measurement import Measurement
-from workbench.measure.summary import summary
+from workbench.measure.measurement import Measurement, Predicted
+from workbench.measure.summary import summary, told
 from workbench.metrics.estimate import Estimate
-from workbench.predict.scoring import Predicted, score, told, words_of
+from workbench.predict.scoring import score, words_of
 
 
 @pytest.fixture

@@ -24,14 +24,15 @@ from workbench.modules.input_quantizer import InputFormat
 from workbench.recipe import Recipe
 from workbench.runtime import engines, execution
 from workbench.runtime import plan as module
-from workbench.runtime.engines import layer_engines, model_engines
+from workbench.runtime.engine_list import layer_engines, model_engines
 from workbench.runtime.execution import WORDS, Captured, Compiled, chosen, repeated, runner, why_not
 from workbench.runtime.int8 import wide_bytes
 from workbench.runtime.int8_torch import Int8Linear
 from workbench.runtime.onnx_engine import Session
 from workbench.runtime.plan import plan, realise, reasons_for
-from workbench.runtime.probes import probe, runtime_rows
+from workbench.runtime.probes import probe
 from workbench.runtime.roofline import Limits, Product, Roof, limits_of, roof
+from workbench.runtime.runtime_table import runtime_rows
 
 W8A8 = Recipe(Activations(), wb.Quantize(weight_bits=8))
 vnni = pytest.mark.skipif(not wide_bytes(), reason="this CPU has no VNNI")

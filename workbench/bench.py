@@ -20,7 +20,7 @@ from workbench.ledger.ledger import Ledger, default_path
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.kl import Reference
-from workbench.measure.measurement import Context, Measurement
+from workbench.measure.measurement import Context, Measurement, Predicted
 from workbench.measure.recent_scores import Neighbours
 from workbench.measure.setting import Setting
 from workbench.measure.weight_histograms import WeightChange, weight_changes
@@ -31,7 +31,6 @@ from workbench.modules.placement import place_task, placement_named
 from workbench.modules.placement import words as placed
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.predictor import Predictor
-from workbench.predict.scoring import Predicted
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
 from workbench.runtime.names import Runtime

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from workbench.ledger.ledger import Annotation
+from workbench.ledger.annotation import Annotation
 from workbench.measure.card import quality_words
 from workbench.metrics.quality import Quality
 from workbench.search.compare import Comparison, Fact, LayerErrors, Setting, facts

@@ -10,7 +10,7 @@ import ipywidgets as ipw
 from widgets.figures.compare_html import comparison_html, paired_html
 from widgets.panes.history_view import MOST, NO_NOTES, arranged, line_of
 from workbench.errors import RecipeError
-from workbench.ledger.ledger import Annotation
+from workbench.ledger.annotation import Annotation
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Quality
 from workbench.search.compare import comparison

@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as ipw
 
 from widgets.figures.tables import table
-from workbench.ledger.ledger import Annotation
+from workbench.ledger.annotation import Annotation
 from workbench.measure.card import quality_words
 from workbench.measure.measurement import Measurement
 from workbench.util.text import size

@@ -13,7 +13,8 @@ from urllib.parse import quote
 import ipywidgets as ipw
 
 from widgets.session.report_run import ReportState
-from workbench.ledger.ledger import LONGEST_NOTE, Annotation
+from workbench.ledger.annotation import Annotation
+from workbench.ledger.ledger import LONGEST_NOTE
 from workbench.measure.measurement import Measurement
 
 WAIT = "measure the point to its end first"

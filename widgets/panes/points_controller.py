@@ -17,7 +17,8 @@ from widgets.session.session import Session
 from widgets.session.state import Live
 from widgets.session.worker import Stale
 from workbench.errors import ModelError, RecipeError
-from workbench.ledger.ledger import Annotation, Ledger
+from workbench.ledger.annotation import Annotation
+from workbench.ledger.ledger import Ledger
 from workbench.ledger.table import save_points
 from workbench.measure.measurement import Measurement
 from workbench.search.compare import paired_test

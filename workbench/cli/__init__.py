@@ -14,6 +14,7 @@ import click
 
 from workbench.cli.cache import cache
 from workbench.cli.points import annotate, compare, points
+from workbench.cli.printing import show, show_point
 from workbench.compress.registry import METHODS
 from workbench.errors import WorkbenchError
 from workbench.modules.placement import Placement
@@ -164,8 +165,8 @@ def runtimes(device: str | None, quick: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from workbench.runtime.probes import runtime_rows
     from workbench.runtime.roofline import limits_of
+    from workbench.runtime.runtime_table import runtime_rows
     from workbench.util.device import describe, pick
 
     place = pick(device)
@@ -288,34 +289,6 @@ for command in (points, annotate, compare, cache):
 
 for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defined]
     report.params.append(click.Option([flag(gate)], metavar="VALUE", help=f"gate: {about.description}"))
-
-
-def show(table: Any) -> None:
-    """Print a rich table, wide where the output is no terminal."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def show_point(point: Any) -> None:
-    """Print a point: verdict, everything measured, every layer."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from workbench.measure.card import verdict
-    from workbench.measure.summary import layer_rows, summary
-
-    click.echo(verdict(point))
-    table = Table("", "dense", "compressed")
-    for row in summary(point):
-        table.add_row(*map(escape, row))
-    show(table)
-    layers = Table(*layer_rows(point)[0])
-    for cells in layer_rows(point):
-        layers.add_row(*map(escape, cells.values()))
-    show(layers)
-    for warning in point.warnings:
-        click.echo(f"note: {warning}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from workbench.cli.printing import show
 from workbench.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    from workbench.cli import show
     from workbench.ledger.table import save_points
     from workbench.measure.card import quality_words
     from workbench.predict.scoring import words_of as predictions
@@ -95,7 +95,6 @@ def compare(model: str, keys: tuple[str, ...], where: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from workbench.cli import show
     from workbench.search.compare import comparison, facts
 
     ledger = opened(model, where)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import unicodedata
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from workbench.errors import LedgerError, RecipeError
+from workbench.ledger.annotation import Annotation
 from workbench.ledger.journal import Journal, Sifted
 from workbench.measure.measurement import Measurement
 from workbench.util.garbage import import_apart, uncollected
@@ -37,14 +37,6 @@ DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = (
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
 LONGEST_NOTE = 500  # characters
 OPTUNA = ("optuna", "optuna.distributions", "optuna.samplers", "optuna.storages", "optuna.trial")
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """What a user said about a point."""
-
-    note: str = ""
-    pinned: bool = False
 
 
 def default_path(name: str) -> Path:

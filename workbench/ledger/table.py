@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import LedgerError
-from workbench.ledger.ledger import Annotation
+from workbench.ledger.annotation import Annotation
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Estimate, Quality
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from workbench.measure.chunked_head import Head, find_head
 from workbench.measure.cuda_graphs import Graphs, Read
 from workbench.measure.fused_blocks import FusedBlocks, fused_blocks
-from workbench.measure.kl import Outputs, Sampler, has_distribution, scored
 from workbench.measure.length_sorting import in_place, ordered, text_spans, trimmed, trims
+from workbench.measure.outputs import Outputs, Sampler, has_distribution, scored
 from workbench.measure.prefix_reuse import Kept, Prefix
 from workbench.metrics.scores import Scores
 from workbench.modules.layer import Progress, no_progress

@@ -18,7 +18,6 @@ from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.size import Sizes
 from workbench.metrics.quality import Estimate, Quality
-from workbench.predict.scoring import Predicted
 from workbench.recipe import Recipe
 from workbench.util.progress import Look
 
@@ -75,6 +74,22 @@ class Provenance:
     evaluate_seconds: float
     calibration_items: int
     training_items: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted of a point before it was measured; `level` is that of both intervals.
+
+    `quality` is in the task's metric. `wide` says that too few points were near for an interval of their own;
+    `points` were. `speedup` is against the dense model.
+    """
+
+    metric: str
+    quality: Estimate
+    speedup: Estimate
+    level: float
+    points: int
+    wide: bool
 
 
 class Figures(NamedTuple):

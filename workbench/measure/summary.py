@@ -5,7 +5,6 @@ from __future__ import annotations
 from workbench.measure.card import divergence_words, speed_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
-from workbench.predict.scoring import told
 from workbench.util.text import size
 
 
@@ -138,3 +137,16 @@ def provenance_rows(point: Measurement) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
         ("git revision", made.git_revision or "not in a git work tree"),
     ]
+
+
+def told(row: Measurement) -> str:
+    """Return what was predicted of a point and whether it held, "" if nothing was."""
+    if row.predicted is None:
+        return ""
+    metric, guess = metric_named(row.predicted.metric), row.predicted.quality
+    held = guess.low <= row.primary.compressed.value <= guess.high
+    return (
+        f"{metric.words(guess.value)} [{metric.words(guess.low)},"
+        f" {metric.words(guess.high)}]{' (a guess)' if row.predicted.wide else ''}:"
+        f" {'held' if held else 'did not hold'}"
+    )

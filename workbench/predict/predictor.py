@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
+from workbench.measure.measurement import Context, Measurement, Predicted
+from workbench.measure.setting import Setting
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
 from workbench.modules.layer import Progress, no_progress
@@ -26,7 +28,7 @@ from workbench.predict.history import History, Spot, history
 from workbench.predict.local_fit import LEVEL, Guess
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.prior import Link, Prior, fits, prior_of
-from workbench.predict.scoring import FEWEST, Predicted, PredictionScore, score
+from workbench.predict.scoring import FEWEST, PredictionScore, score
 from workbench.recipe import Recipe, Step
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
@@ -37,8 +39,6 @@ from workbench.shapes.positions import positions
 
 if TYPE_CHECKING:
     from workbench.ledger.ledger import Ledger
-    from workbench.measure.measurement import Context, Measurement
-    from workbench.measure.setting import Setting
 
 # Comparable points that predictions learn from: with all of 100,000 they would take seconds after each new
 # one

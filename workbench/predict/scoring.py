@@ -11,32 +11,13 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from workbench.measure.measurement import Measurement
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.metrics import metric_named
 
-if TYPE_CHECKING:
-    from workbench.measure.measurement import Measurement
-
 LAST = 100  # predictions that a score looks back on
 FEWEST = 5  # of them before anything is said in passing
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What was predicted of a point before it was measured; `level` is that of both intervals.
-
-    `quality` is in the task's metric. `wide` says that too few points were near for an interval of their own;
-    `points` were. `speedup` is against the dense model.
-    """
-
-    metric: str
-    quality: Estimate
-    speedup: Estimate
-    level: float
-    points: int
-    wide: bool
 
 
 @dataclass(frozen=True)
@@ -132,19 +113,6 @@ def words_of(rows: Iterable[Measurement]) -> str:
     """Return one sentence on what was predicted of these points, "" if nothing was."""
     found = score(rows)
     return "" if found is None else found.words()
-
-
-def told(row: Measurement) -> str:
-    """Return what was predicted of a point and whether it held, "" if nothing was."""
-    if row.predicted is None:
-        return ""
-    metric, guess = metric_named(row.predicted.metric), row.predicted.quality
-    held = guess.low <= row.primary.compressed.value <= guess.high
-    return (
-        f"{metric.words(guess.value)} [{metric.words(guess.low)},"
-        f" {metric.words(guess.high)}]{' (a guess)' if row.predicted.wide else ''}:"
-        f" {'held' if held else 'did not hold'}"
-    )
 
 
 def tally(pairs: Sequence[tuple[Estimate, Estimate]], *, logarithmic: bool) -> Tally:

@@ -1,20 +1,19 @@
 """What can run a compressed model: kernels for one layer, and runtimes for a whole model.
 
 An engine is a small frozen record. It says why it cannot run here (`here`), why it does not take a layer
-(`serves`), and makes the module that runs it (`build`). Engines are listed by two functions below, best
-first; `realise` takes the first that serves.
+(`serves`), and makes the module that runs it (`build`). `engine_list` names
+them, best first; `realise` takes the first that serves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from workbench.modules.layer import Layer
-    from workbench.tasks.base import Items, Kind
+from workbench.modules.layer import Layer
+from workbench.tasks.base import Items, Kind
 
 Once = Callable[
     [Hashable, Callable[[], Any]], Any
@@ -90,19 +89,3 @@ class ModelEngine(Protocol):
 
         `once` keeps what costs time.
         """
-
-
-def layer_engines() -> tuple[LayerEngine, ...]:
-    """Return every engine for layers, best first."""
-    from workbench.runtime.int8_torch import TorchInt8
-    from workbench.runtime.packed_triton import PackedTriton
-    from workbench.runtime.scaled_matmul import ScaledProduct
-
-    return PackedTriton(), ScaledProduct(), TorchInt8()
-
-
-def model_engines() -> tuple[ModelEngine, ...]:
-    """Return every engine for whole models."""
-    from workbench.runtime.onnx_engine import OnnxRuntime
-
-    return (OnnxRuntime(),)

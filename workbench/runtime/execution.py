@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from workbench.errors import RuntimeRefused
 from workbench.kernels.graph_capture import as_if_captured, one_sequence_each
 from workbench.modules.sharing import sharing_copy
-from workbench.runtime.engines import ModelEngine, Once, model_engines
+from workbench.runtime.engine_list import model_engines
+from workbench.runtime.engines import ModelEngine, Once
 from workbench.runtime.names import Runtime
 from workbench.util.library_internals import compilations
 

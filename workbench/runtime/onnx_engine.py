@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from workbench.errors import RuntimeRefused
 from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.layer import Layer, replace_module
 from workbench.modules.sharing import sharing_copy
+from workbench.runtime.engines import Once
 from workbench.runtime.int8 import slow_integers, why_not_int8
 from workbench.runtime.onnx_export import Graph, baked, export, filled, recorded, signature
 from workbench.runtime.onnx_layers import (
@@ -27,9 +28,6 @@ from workbench.runtime.onnx_layers import (
     why_not_packed,
 )
 from workbench.tasks.base import Items, Kind
-
-if TYPE_CHECKING:
-    from workbench.runtime.engines import Once
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -21,10 +21,12 @@ from workbench.errors import RuntimeRefused
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs
 from workbench.modules.layer import Layer, replace_module
 from workbench.modules.sharing import sharing_copy
-from workbench.runtime.engines import LayerEngine, ModelEngine, Once, layer_engines, model_engines
+from workbench.runtime.engine_list import layer_engines, model_engines
+from workbench.runtime.engines import LayerEngine, ModelEngine, Once
 from workbench.runtime.execution import runner, whole, why_not
 from workbench.runtime.names import Runtime
 from workbench.runtime.packed_linear import join_siblings
+from workbench.runtime.probes import probe
 
 if TYPE_CHECKING:
     from workbench.compress import Compressed
@@ -371,8 +373,6 @@ def reasons_for(
 
     Every engine is asked about a layer of 1,024 by 1,024 that exists as shapes only.
     """
-    from workbench.runtime.probes import probe
-
     layers = [probe(bits, group_size, inputs) for bits in widths] or (
         [probe(0, 0, inputs)] if inputs is not None else []
     )
