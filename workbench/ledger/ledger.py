@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from workbench.errors import LedgerError, RecipeError
+from workbench.errors import DataError, LedgerError, RecipeError
 from workbench.ledger.annotation import Annotation
 from workbench.ledger.journal import Journal, Sifted
 from workbench.measure.measurement import Measurement
@@ -114,7 +114,7 @@ class Ledger:
         """
         try:
             point = read()
-        except (ValidationError, RecipeError):
+        except (ValidationError, RecipeError, DataError):
             self.unreadable += 1
             return
         if point is not None:

@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import LedgerError
 from workbench.ledger.annotation import Annotation
 from workbench.measure.measurement import Measurement
+from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NAMES = {  # metric: (its column, the column of its paired change)
-    "accuracy": ("accuracy_fraction", "accuracy_change_fraction"),
-    "next-token accuracy": ("next_token_accuracy_fraction", "next_token_accuracy_change_fraction"),
-    "loss": ("loss_nats", "loss_change_nats"),
-    "perplexity": ("perplexity", "perplexity_change_ratio"),
-    "word error rate": ("word_error_rate_fraction", "word_error_rate_change_fraction"),
-}
 FORMATS = (".csv", ".jsonl")
 
 
@@ -103,8 +97,7 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
 
 def flat_quality(quality: Quality) -> dict[str, Any]:
     """Return one metric of both models and its paired change."""
-    plain = quality.metric.replace(" ", "_").replace("-", "_")
-    value, change = NAMES.get(quality.metric, (plain, f"{plain}_change"))
+    value, change = metric_named(quality.metric).columns
     return (
         spread(value, quality.compressed)
         | spread(f"dense_{value}", quality.dense)

@@ -1,94 +1,116 @@
-"""What is known about each metric of quality: which way is better, and how its values and changes are
-written.
+"""The built-in metrics of quality, and how each is computed.
+
+Accuracy of single answers: Wilson's interval (1927); its paired change: Bonett and Price's adjusted Wald
+interval (2012), which stays honest with few items and few flips. Averages over tokens: Student's t on
+per-item differences, weighted by tokens (a ratio estimator), for losses widened by what the dense model's say
+of the items that are missing (`workbench.metrics.hard_items`); perplexity is the exponential of the mean loss
+and of the ends of its interval. Rank correlation and word error rate: paired bootstrap
+(`workbench.metrics.bootstrap`), which has no use for what is known of other items.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 
-from workbench.metrics.estimate import Estimate
+from workbench.metrics.bootstrap import rank_correlations, word_error_rates
+from workbench.metrics.control_variates import Known, Triple
+from workbench.metrics.hard_items import widening
+from workbench.metrics.intervals import mean, paired_proportions, proportion
+from workbench.metrics.metric import Estimator, Metric, Metrics
+from workbench.metrics.scores import Scores
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One metric. `higher` is better; `percent` means a fraction, shown in percent, its change in points.
+def losses(
+    dense: Scores, compressed: Scores, level: float, known: Known | None, *, likely: bool = True
+) -> Triple:
+    """Return the mean loss of both, which no interval takes below 0, and its change.
 
-    `ratio` means that its change is a ratio minus 1, shown in percent; `logarithmic` that a positive value
-    has no upper end, so that a logarithmic axis suits it. `low` and `high` are the ends of its range. `unit`
-    is that of its change where it is neither in points nor in percent.
+    Unless they are `likely` (negative log-likelihoods) with Student's intervals as they are.
     """
-
-    name: str
-    higher: bool = False
-    percent: bool = False
-    ratio: bool = False
-    logarithmic: bool = False
-    low: float = 0.0
-    high: float = float("inf")
-    unit: str = ""
-
-    @property
-    def scale(self) -> float:
-        """Return the factor from a value to how it is shown."""
-        return 100.0 if self.percent else 1.0
-
-    @property
-    def change_scale(self) -> float:
-        """Return the factor from a change to how it is shown."""
-        return 100.0 if self.percent or self.ratio else 1.0
-
-    @property
-    def change_unit(self) -> str:
-        """Return the unit of a change as it is shown, "" for a plain number."""
-        return "points" if self.percent else "%" if self.ratio else self.unit
-
-    def words(self, value: float) -> str:
-        """Return a value in words, such as `93.1%`."""
-        return f"{value:.1%}" if self.percent else f"{value:.3f}" if self.high == 1.0 else f"{value:.4g}"
-
-    def interval(self, estimate: Estimate) -> str:
-        """Return a value with its interval, such as `93.1% [92.0%, 94.1%]`."""
-        return f"{self.words(estimate.value)} [{self.words(estimate.low)}, {self.words(estimate.high)}]"
-
-    def change_words(self, change: Estimate) -> str:
-        """Return a change with its interval, such as `-0.8 points, -1.3 to -0.3`, or `+1.2%, +0.9% to +1.5%`
-        of a ratio.
-        """
-        value, low, high = (self.change_scale * number for number in (change.value, change.low, change.high))
-        if self.ratio:
-            return f"{value:+.1f}%, {low:+.1f}% to {high:+.1f}%"
-        if self.percent:
-            return f"{value:+.1f} points, {low:+.1f} to {high:+.1f}"
-        return f"{value:+.3g}{self.unit and f' {self.unit}'}, {low:+.3g} to {high:+.3g}"
-
-    def amount(self, value: float) -> str:
-        """Return how large a change is, without its sign, such as `0.87 points`, `1 point`, `1.25%`,
-        `0.0123`.
-        """
-        shown = f"{self.change_scale * value:.4g}"
-        unit = "%" if self.ratio else f" {self.change_unit}" if self.change_unit else ""
-        return f"{shown} point" if unit == " points" and shown == "1" else f"{shown}{unit}"
-
-    def change_digits(self) -> int:
-        """Return how many digits a shown change has after the point."""
-        return 1 if self.change_scale > 1 else 3
-
-    def changed(self, dense: float, change: float) -> float:
-        """Return the value that a change leads to."""
-        return dense * (1 + change) if self.ratio else dense + change
+    whole = dense if known is None else known.dense
+    wide, wider = (widening(read.loss, whole.loss) if likely else 1.0 for read in (whole, dense))
+    base = mean(whole.loss, whole.weight, level, wide)
+    if known is not None:
+        _, mine, change = known.means("loss", compressed, level, wider)
+    else:
+        mine, change = (
+            mean(compressed.loss, dense.weight, level, wider),
+            mean(compressed.loss - dense.loss, dense.weight, level, wider),
+        )
+    return base.within(0.0), mine.within(0.0), change
 
 
-METRICS = (
-    Metric("accuracy", higher=True, percent=True, high=1.0),
-    Metric("next-token accuracy", higher=True, percent=True, high=1.0),
-    Metric("loss", logarithmic=True, unit="nats"),
-    Metric("perplexity", ratio=True, logarithmic=True),
-    Metric("rank correlation", higher=True, low=-1.0, high=1.0),
-    Metric("squared error"),
-    Metric("word error rate", percent=True),
+def rights(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
+    """Return the share of right answers of both and its change: of single answers, or of the tokens of
+    windows.
+    """
+    before, after, weight = dense.correct, compressed.correct, dense.weight
+    whole = dense if known is None else known.dense
+    if bool((whole.weight == 1).all() and ((whole.correct == 0) | (whole.correct == 1)).all()):
+        plain = proportion(before, level), proportion(after, level), paired_proportions(before, after, level)
+        return plain if known is None else known.answers(compressed, level)
+    if known is not None:
+        base, mine, change = known.means("correct", compressed, level)
+    else:
+        base, mine, change = (
+            mean(before, weight, level),
+            mean(after, weight, level),
+            mean(after - before, weight, level),
+        )
+    return base.within(0.0, 1.0), mine.within(0.0, 1.0), change.within(-1.0, 1.0)
+
+
+def perplexities(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
+    """Return the exponential of the mean loss of both, and their ratio minus 1."""
+    before, after, change = losses(dense, compressed, level, known)
+    return before.mapped(exp), after.mapped(exp), change.mapped(lambda x: exp(x) - 1)
+
+
+def other_losses(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
+    """Return the mean loss of both and its change, of losses that are no likelihoods."""
+    return losses(dense, compressed, level, known, likely=False)
+
+
+def resampled(statistic: Callable[[Scores, Scores, float], Triple]) -> Estimator:
+    """Return the estimator of a bootstrap, which reads the scores at hand alone."""
+    return lambda dense, compressed, level, _: statistic(dense, compressed, level)
+
+
+def exp(x: float) -> float:
+    """Return e^x, infinite where it overflows: a destroyed model has no perplexity to speak of."""
+    return math.exp(x) if x < 700 else math.inf
+
+
+METRICS = Metrics()
+METRICS.register(Metric("loss", losses, higher=False, logarithmic=True, unit="nats"))
+METRICS.register(Metric("accuracy", rights, higher=True, beside="loss", percent=True, high=1.0))
+METRICS.register(Metric("next-token accuracy", rights, higher=True, percent=True, high=1.0))
+METRICS.register(
+    Metric(
+        "perplexity", perplexities, higher=False, beside="next-token accuracy", ratio=True, logarithmic=True
+    )
+)
+METRICS.register(Metric("squared error", other_losses, higher=False))
+METRICS.register(
+    Metric(
+        "rank correlation",
+        resampled(rank_correlations),
+        higher=True,
+        beside="squared error",
+        low=-1.0,
+        high=1.0,
+    )
+)
+METRICS.register(
+    Metric("word error rate", resampled(word_error_rates), higher=False, beside="loss", percent=True)
 )
 
 
 def metric_named(name: str) -> Metric:
-    """Return what is known about a metric; of an unknown one, that it is a number of which less is better."""
-    return next((metric for metric in METRICS if metric.name == name), Metric(name))
+    """Return what is known about a metric.
+
+    Raises:
+        DataError: nothing is.
+    """
+    return METRICS.named(name)

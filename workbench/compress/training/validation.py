@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from workbench.compress.core.context import Work
+from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import quality
 from workbench.metrics.scores import Scores
 from workbench.modules.offload import device_of
@@ -37,12 +38,12 @@ class HeldOut:
         main, *others = quality(
             kind.primary, self.dense, scores(self.task, model, self.items), looks=self.planned
         )
-        loss = next((one.compressed.value for one in others if one.metric in {"loss", "squared error"}), None)
         found = main.compressed
-        loss = loss if loss is not None else found.value  # perplexity is a loss itself
+        losses = (one for one in (*others, main) if not metric_named(one.metric).higher)
+        chosen_by = next((one.compressed.value for one in losses), -found.value)
         return Look(
             step,
-            loss,
+            chosen_by,
             main.metric,
             main.dense.value,
             found.value,
