@@ -22,7 +22,9 @@ from workbench.bench import Bench
 from workbench.errors import LedgerError
 from workbench.ledger.journal import Journal
 from workbench.ledger.ledger import Ledger
+from workbench.ledger.stored_points import point_in
 from workbench.measure.measurement import ADAPTER, Measurement
+from workbench.measure.stored_layers import StoredLayers
 from workbench.recipe import Recipe
 
 
@@ -47,13 +49,25 @@ def test_the_layers_of_a_stored_point_are_read_late_and_are_the_same(tmp_path, m
     where = tmp_path / "points.journal"
     Ledger(where).add(measured)
     (row,) = Ledger(where).rows()
-    assert "layers" not in vars(row)
+    assert isinstance(row.layers, StoredLayers)
     assert row.to_json() == measured.to_json()
-    assert "layers" not in vars(row)
+    assert row.layers.unread
     assert row.layers == measured.layers == everything(measured).layers
+    assert not row.layers.unread
     assert len(row.layers) > 1
-    with pytest.raises(AttributeError, match="a Measurement has no 'layer'"):
-        row.layer  # noqa: B018  asking is the test
+    assert row.layers[0] == measured.layers[0]
+    assert list(row.layers[1:]) == list(measured.layers)[1:]
+
+
+def test_a_stored_point_is_as_frozen_as_any_other_and_reading_it_changes_no_field(measured):
+    row = Measurement.from_json(measured.to_json())
+    before = {field.name: id(getattr(row, field.name)) for field in dataclasses.fields(row)}
+    assert row.layers == measured.layers
+    assert row.figures == measured.figures
+    assert {field.name: id(getattr(row, field.name)) for field in dataclasses.fields(row)} == before
+    for name in ("layers", "items", "stored"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(row, name, ())
 
 
 @pytest.mark.parametrize(
@@ -73,9 +87,7 @@ def test_a_point_read_late_is_like_any_other(measured, again):
         assert measured == same
         assert repr(same) == repr(measured)
         assert hash(same.layers) == hash(measured.layers)
-        assert dataclasses.asdict(dataclasses.replace(same, recipe=Recipe())) == dataclasses.asdict(
-            dataclasses.replace(measured, recipe=Recipe())
-        )
+        assert dataclasses.replace(same, recipe=Recipe()) == dataclasses.replace(measured, recipe=Recipe())
     assert json.loads(dataclasses.replace(Measurement.from_json(measured.to_json()), items=7).to_json()) == {
         **json.loads(measured.to_json()),
         "items": 7,
@@ -122,10 +134,10 @@ def test_no_text_in_a_point_is_taken_for_the_marks_around_its_layers(measured, t
         ).encode()
         + b"\n"
     )
-    late = Measurement.from_line(line, 0)
+    late = point_in(line, 0)
     assert late == point
     assert late.to_json() == point.to_json()
-    assert Measurement.from_line(line, 1) is None
+    assert point_in(line, 1) is None
 
 
 def test_figures_are_what_the_point_says_also_of_a_changed_copy(measured):

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from workbench.errors import DataError, LedgerError, RecipeError
 from workbench.ledger.annotation import Annotation
 from workbench.ledger.journal import Journal, Sifted
+from workbench.ledger.stored_points import point_in
 from workbench.measure.measurement import Measurement
 from workbench.util.garbage import import_apart, uncollected
 
@@ -102,7 +103,7 @@ class Ledger:
         while lines:
             line = lines.popleft()
             try:
-                self.take(partial(Measurement.from_line, line, self.number))
+                self.take(partial(point_in, line, self.number))
             except BaseException:
                 lines.appendleft(line)
                 raise

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from functools import cache, cached_property
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from workbench.compress.core.layer_report import LayerReport
 from workbench.compress.registry import METHODS
-from workbench.ledger.journal import CREATE_TRIAL, parsed
 from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.size import Sizes
+from workbench.measure.stored_layers import Layers, StoredLayers
 from workbench.metrics.quality import Estimate, Quality
 from workbench.recipe import Recipe
 from workbench.util.progress import Look
@@ -28,9 +26,6 @@ RecipeField = Annotated[
 ]
 
 LAYERS = '"layers":[', '],"provenance":{'  # what stands before and after the layers of a stored point
-QUOTED = tuple(
-    json.dumps(mark)[1:-1].encode() for mark in LAYERS
-)  # the same where the point is a string in a line of JSON
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class Measurement:
     items_total: int
     sizes: Sizes
     dense_sizes: Sizes
-    layers: tuple[LayerReport, ...]
+    layers: Layers  # of a stored point `StoredLayers`, which reads them when they are asked for
     provenance: Provenance
     latency: Latency | None = None
     peak_memory_bytes: int | None = None
@@ -143,23 +138,9 @@ class Measurement:
     kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
     kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """Read the layers of a stored point when they are first asked for, and find its figures then."""
-            if name == "figures":
-                self.__dict__["figures"] = figures = self.found_figures()
-                return figures
-            if name != "layers" or "stored" not in self.__dict__:
-                raise AttributeError(f"a Measurement has no {name!r}")
-            self.__dict__["layers"] = found = ADAPTER().validate_json(self.to_json()).layers
-            return found
-
-    else:
-        figures: ClassVar[Figures]
-
-    def found_figures(self) -> Figures:
-        """Return what `figures` keeps."""
+    @cached_property
+    def figures(self) -> Figures:
+        """Return what a trade-off plot reads of this point, found once."""
         quality, context = self.quality[0], self.context
         change = quality.change
         return Figures(
@@ -194,73 +175,31 @@ class Measurement:
         return self.dense_sizes.file_bytes / self.sizes.file_bytes
 
     def to_json(self) -> str:
-        """Return the measurement as one line of JSON: a stored point as it was stored."""
-        stored: str | bytes | None = self.__dict__.get("stored")
-        if stored is None:
-            return ADAPTER().dump_json(self).decode()
-        return stored if isinstance(stored, str) else str(parsed(stored)["user_attrs"]["measurement"])
+        """Return the measurement as one line of JSON."""
+        return ADAPTER().dump_json(self).decode()
 
     @staticmethod
-    def from_json(text: str) -> Measurement:
-        """Return the measurement that `to_json` wrote; raises `pydantic.ValidationError` if it is none.
+    def from_json(text: str, layers: StoredLayers | None = None) -> Measurement:
+        """Return the measurement that `to_json` wrote.
 
-        The layers are most of the text and wait in it until they are asked for: with thousands of points they
-        are most of the time and memory. An unescaped quote ends a string of JSON, so that the marks around
-        them stand nowhere else.
-        """
-        start = text.find(LAYERS[0])
-        end = text.rfind(LAYERS[1])
-        if not 0 < start < end:
-            whole: Measurement = ADAPTER().validate_json(text)
-            return whole
-        return Measurement.without_layers(f"{text[:start]}{LAYERS[0]}{text[end:]}", text)
+        The layers wait in their text until they are asked for. An unescaped quote ends a string of JSON, so
+        that the marks around them stand nowhere else.
 
-    @staticmethod
-    def from_line(line: bytes, study: int) -> Measurement | None:
-        """Return the measurement in a line of a journal that makes a trial of a study by number, None if the
-        line does something else.
-
-        The line waits as it is for when its layers are asked for; what stands around them is all that is read
-        of it.
+        Args:
+            text: of `to_json`.
+            layers: those of a text that had them cut out: its list of layers is empty.
 
         Raises:
-            pydantic.ValidationError: the trial holds no measurement.
+            pydantic.ValidationError: the text is no measurement.
             RecipeError: its recipe cannot be read, see `METHODS.from_json`.
-            ValueError: the line is no JSON.
         """
-        short = cut(line)
-        log = parsed(short)
-        if log["op_code"] != CREATE_TRIAL or log["study_id"] != study:
-            return None
-        text = log.get("user_attrs", {}).get("measurement", "")
-        return Measurement.from_json(text) if short is line else Measurement.without_layers(text, line)
-
-    @staticmethod
-    def without_layers(text: str, stored: str | bytes) -> Measurement:
-        """Return the measurement of a text whose layers were cut out, which are in `stored`: the whole text,
-        or a journal's line.
-        """
-        made: Measurement = ADAPTER().validate_json(text)
-        del made.__dict__["layers"]
-        made.__dict__["stored"] = stored
-        made.__dict__["figures"] = made.found_figures()  # while all of it is at hand
-        return made
-
-
-def cut(line: bytes) -> bytes:
-    """Return a journal's line without the layers of the measurement in it, itself where they are not found
-    for certain.
-
-    Within a string of JSON every quote follows a backslash: what looks like the end of a string and the
-    beginning of the next is just that, and no text in a point has the marks.
-    """
-    begin = line.find(b'"measurement":"')
-    start, end = line.find(QUOTED[0], begin), line.rfind(QUOTED[1])
-    if not 0 < begin < start < end or any(
-        line.find(edge, begin + 15, end) >= 0 for edge in (b'","', b'"},"')
-    ):
-        return line
-    return line[: start + len(QUOTED[0])] + line[end:]
+        if layers is None:
+            start, end = text.find(LAYERS[0]) + len(LAYERS[0]), text.rfind(LAYERS[1])
+            if len(LAYERS[0]) <= start < end:
+                layers = StoredLayers(text[start - 1 : end + 1])
+                text = f"{text[:start]}{text[end:]}"
+        read: Measurement = ADAPTER().validate_json(text, context=layers)
+        return read
 
 
 @cache
