@@ -31,7 +31,7 @@ from workbench.modules.input_quantizer import QuantizesInputs, described, from_d
 from workbench.modules.layer import replace_module
 from workbench.modules.packing import pack_model, unpack_state
 from workbench.tasks import KINDS
-from workbench.zoo.local import quiet
+from workbench.util.quiet import quiet
 
 if TYPE_CHECKING:
     from workbench.compress import Compressed

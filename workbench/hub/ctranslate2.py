@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import ModelError
+from workbench.util.quiet import quiet
 
 TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 END = "<|endoftext|>"
@@ -120,8 +121,6 @@ def convert_whisper(weights: Path, folder: Path) -> None:
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
     )
-
-    from workbench.zoo.local import quiet
 
     source = read(weights)
     said = json.loads((weights.parent / "config.json").read_text())

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from workbench.errors import ModelError
 from workbench.hub.hub import file_sha256
+from workbench.util.quiet import quiet
 
 SUBPROCESS_SECONDS = 3600
 
@@ -320,8 +321,6 @@ def convert_gguf(weights: Path, folder: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from workbench.zoo.local import quiet
 
     with quiet():
         try:

@@ -23,3 +23,8 @@ def size(count: float | None) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message without line breaks, at most 300 characters."""
+    return " ".join(str(error).split())[:300]

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ from workbench.tasks.ctc import FrameRecognition
 from workbench.tasks.image_classification import ImageClassification, PlainProcessor
 from workbench.tasks.speech_recognition import SpeechRecognition
 from workbench.tasks.transcripts import Writing, whisper_writing
+from workbench.util.quiet import quiet
+from workbench.util.text import one_line
 
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.bin", "*.pkl")
 CONVERT = (
@@ -187,14 +187,14 @@ def load_model(
             )
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
             raise ModelError(
-                f"{directory} cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+                f"{directory} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from None
     _check_complete(directory, kind, info)
     _check_finite(directory, model)
     try:
         return place(model.eval(), torch.device(device), placement)
     except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f"device {str(device)!r} cannot hold the model: {_one_line(error)}") from None
+        raise DeviceError(f"device {str(device)!r} cannot hold the model: {one_line(error)}") from None
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -304,7 +304,7 @@ def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> An
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
             raise ModelError(
                 f"{directory}: its {'preprocessor' if images else 'tokenizer'} "
-                f"cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+                f"cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from None
     return processor
 
@@ -328,7 +328,7 @@ def _writing(directory: Path, kind: SpeechRecognition, config: Mapping[str, Any]
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
             raise ModelError(
                 f"{directory}: its tokenizer or feature extractor cannot be loaded: {type(error).__name__}:"
-                f" {_one_line(error)}"
+                f" {one_line(error)}"
             ) from None
     if not isinstance(kind, FrameRecognition):
         return whisper_writing(directory, tokenizer, features)
@@ -369,34 +369,3 @@ def _plain_processor(config: Mapping[str, Any]) -> PlainProcessor:
 def exported_files(directory: Path) -> dict[str, bytes]:
     """Return the tokenizer and preprocessor files that an export takes along, by file name."""
     return {name: (directory / name).read_bytes() for name in EXPORTED_FILES if (directory / name).is_file()}
-
-
-ONE_AT_A_TIME = threading.RLock()  # for the process, as what it guards
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let transformers load something: one thread at a time, and without its report and bars (the checks here
-    say the same).
-
-    While it loads, transformers replaces functions of torch and of its own for the whole process
-    (`tie_weights` by nothing). Two threads at it would put the replacement back instead of the original, and
-    weights would stay untied from then on.
-    """
-    from transformers.utils import logging
-
-    with ONE_AT_A_TIME:
-        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity(50)  # critical
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(level)
-            if bars:
-                logging.enable_progress_bar()
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an exception's message without line breaks, at most 300 characters."""
-    return " ".join(str(error).split())[:300]
