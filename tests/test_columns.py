@@ -14,6 +14,7 @@ from workbench.compress.pruning import sparsegpt
 from workbench.compress.quantization import gptq
 from workbench.compress.quantization.scales import Spec, fit, form_of
 from workbench.kernels import column_solver
+from workbench.kernels.column_loops import Factor
 from workbench.modules.layer import Layer
 
 SHAPES = [(2, 5, 7), (1, 33, 128), (2, 40, 200)]  # the last takes two programs and two blocks
@@ -134,7 +135,7 @@ def test_whole_layers_are_rounded_and_pruned_as_without_it(place, monkeypatch):
     moments = (inputs.transpose(1, 2) @ inputs / 400).to(place)
     layers = [Layer(name, name, torch.nn.Linear(1, 1)) for name in "ab"]
     upper, places, _ = gptq.factorise(moments, layers, damping=0.01, by_activation=True)
-    spec, factor = Spec(3, 32), sparsegpt.Factor(*sparsegpt.factorise(moments, layers)[:2])
+    spec, factor = Spec(3, 32), Factor(*sparsegpt.factorise(moments, layers)[:2])
     scales, found, launched = fit(stack, spec), [], []
     run = column_solver.work_through
     monkeypatch.setattr(column_solver, "work_through", lambda *given: launched.append(1) or run(*given))

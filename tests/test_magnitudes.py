@@ -12,6 +12,7 @@ from workbench.compress import compress
 from workbench.compress.core.batch import Batch
 from workbench.compress.pruning import magnitude_histogram
 from workbench.errors import CompressionError
+from workbench.kernels import magnitudes
 from workbench.kernels.selection import BLOCK, first_true
 from workbench.modules.layer import Layer
 from workbench.recipe import Recipe
@@ -52,7 +53,7 @@ def test_a_looked_up_threshold_keeps_what_sorting_keeps(device, dtype, shape):
             range(len(values)), key=lambda i, values=values: (-values[i], i)
         )  # the largest first, ties in order
         for removed in (0, 1, len(values) // 3, len(values) - 1, len(values)):
-            kept = magnitude_histogram.keep(batch.stored().flatten(1), below, [removed]).flatten().tolist()
+            kept = magnitudes.keep(batch.stored().flatten(1), below, [removed]).flatten().tolist()
             assert [i for i, stays in enumerate(kept) if stays] == sorted(order[: len(values) - removed]), (
                 scale,
                 removed,
@@ -84,11 +85,9 @@ def test_recipes_give_the_same_bits_as_with_a_search(monkeypatch, sort, device, 
 def test_counts_are_kept_for_the_next_sparsity(monkeypatch):
     task = tiny_task("llama", "cpu", torch.bfloat16)
     statistics, times = Statistics(task), []
-    keys = magnitude_histogram.keys
+    keys = magnitudes.keys
     compress(task, Recipe(wb.Prune(sparsity=0.3)), statistics)
-    monkeypatch.setattr(
-        magnitude_histogram, "keys", lambda stored: times.append(stored.shape) or keys(stored)
-    )
+    monkeypatch.setattr(magnitudes, "keys", lambda stored: times.append(stored.shape) or keys(stored))
     once = len({id(layer) for layer in compress(task, Recipe(wb.Prune(sparsity=0.4)), statistics).layers})
     assert 0 < len(times) <= once  # each batch's weights are read for the mask alone
 

@@ -16,11 +16,10 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.compress.core.invariants import check_all, look_over
 from workbench.compress.core.layer_report import changes
-from workbench.compress.pruning import magnitude_histogram
 from workbench.compress.quantization.scales import Spec, fit, fit_in_place, form_of, ranges
 from workbench.errors import BrokenPromiseError, CompressionError
 from workbench.formats.affine import Grid
-from workbench.kernels import weight_passes
+from workbench.kernels import magnitudes, weight_passes
 from workbench.measure.fused_blocks import fused_blocks
 from workbench.measure.size import counted_sizes
 from workbench.modules.layer import find_layers
@@ -77,16 +76,14 @@ def test_pruning_keeps_the_largest_and_of_equal_ones_the_first(shape, share, dty
     below = (
         torch.stack(
             [
-                torch.bincount(
-                    magnitude_histogram.keys(weight.flatten()).long(), minlength=magnitude_histogram.VALUES
-                )
+                torch.bincount(magnitudes.keys(weight.flatten()).long(), minlength=magnitudes.VALUES)
                 for weight in weights
             ]
         )
         .cumsum(1)
         .int()
     )
-    pruned, masks = weight_passes.prune(weights, *magnitude_histogram.thresholds(below, removed))
+    pruned, masks = weight_passes.prune(weights, *magnitudes.thresholds(below, removed))
     for weight, count, made, mask in zip(weights, removed, pruned, masks, strict=True):
         expected, kept = plainly_pruned(weight, count)
         assert torch.equal(mask.cpu(), kept)

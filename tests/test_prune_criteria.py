@@ -117,8 +117,8 @@ def test_sparsegpt_is_the_paper_column_by_column(sort, device, setting):
 @pytest.mark.parametrize("group", [None, (3, 5)])
 def test_more_columns_than_a_block(group):
     """200 inputs: two blocks, and groups of five that do not divide 128."""
-    from workbench.compress.pruning.sparsegpt import Factor as Built
     from workbench.compress.pruning.sparsegpt import factorise, solve
+    from workbench.kernels.column_loops import Factor as Built
     from workbench.modules.layer import Layer
 
     generator = torch.Generator().manual_seed(1)

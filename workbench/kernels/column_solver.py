@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from workbench.kernels.column_loops import Columns, Factor, remove_columns, round_columns
 from workbench.util.device import launching, why_no_triton
 
 BLOCK = 128  # columns worked through before the rest of the matrix hears of them
@@ -103,10 +104,6 @@ def trial(device: torch.device) -> str:
     """Return what is wrong, "" if nothing is: small layers rounded and pruned by the kernel and by the plain
     loops.
     """
-    from workbench.compress.pruning import sparsegpt  # which come here themselves
-    from workbench.compress.quantization import gptq
-    from workbench.compress.quantization.scales import Spec
-
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(2, 40, 96, generator=draw).to(device)
     upper = (0.1 * torch.randn(2, 96, 96, generator=draw)).triu(1).to(device) + torch.eye(96, device=device)
@@ -118,14 +115,12 @@ def trial(device: torch.device) -> str:
     for zeros, masks in ((zero, None), (None, kept)):
         rounded, plain = torch.empty_like(weights), torch.empty_like(weights)
         errors = work_through(weights, upper, rounded, 0, Target(masks, scale, zeros, 3))
-        expected = gptq.work_through(
-            weights.clone(), upper, plain, gptq.Columns(scale, zeros, masks, Spec(3))
-        )
+        expected = round_columns(weights.clone(), upper, plain, Columns(scale, zeros, masks, 3, "integer"))
         if not (alike(rounded, plain) and alike(errors, expected)):
             return "rounding columns gives other weights than the plain loop"
     block = weights.clone()
     errors = work_through(weights, upper, rounded, 0, Target(kept))
-    expected = sparsegpt.work_through(block, sparsegpt.Factor(upper, kept[:, 0]), kept, None)
+    expected = remove_columns(block, Factor(upper, kept[:, 0]), kept, None)
     return (
         ""
         if alike(rounded, block * kept) and alike(errors, expected)

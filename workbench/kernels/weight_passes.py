@@ -2,7 +2,7 @@
 each read once.
 
 Every function takes contiguous weights of one shape and dtype, wherever they lie, and gives the bits of the
-plain operations of `magnitudes`, `runtime.grid` and `report` (sums of squares: those up to their last
+plain operations of `magnitudes`, `formats.affine` and `layer_report` (sums of squares: those up to their last
 digits). Whether the kernels do so on this device is tried once, before they are used; where they do not, or
 Triton is missing, the plain operations are.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from workbench.formats.affine import Grid
+from workbench.kernels import magnitudes
 from workbench.kernels.selection import keep_fewer, spread
 from workbench.util.device import launching, placed, why_no_triton
 
@@ -140,17 +141,11 @@ def trial_of_rows(weights: Tensor) -> str:
 
 def trial_of_masks(weights: Tensor) -> str:
     """Return what is wrong with pruning by counted magnitudes, "" if nothing is."""
-    from workbench.compress.pruning import magnitude_histogram  # which reads batches, and these may come here
-
-    keys = magnitude_histogram.keys(weights.flatten(1)).long()
-    below = (
-        torch.stack([torch.bincount(row, minlength=magnitude_histogram.VALUES) for row in keys])
-        .cumsum(1)
-        .int()
-    )
+    keys = magnitudes.keys(weights.flatten(1)).long()
+    below = torch.stack([torch.bincount(row, minlength=magnitudes.VALUES) for row in keys]).cumsum(1).int()
     removed = [weights[0].numel() // 3, 0]
-    kept = magnitude_histogram.keep(weights.flatten(1), below, removed).view_as(weights)
-    pruned, masks = prune(list(weights.unbind()), *magnitude_histogram.thresholds(below, removed))
+    kept = magnitudes.keep(weights.flatten(1), below, removed).view_as(weights)
+    pruned, masks = prune(list(weights.unbind()), *magnitudes.thresholds(below, removed))
     if torch.equal(masks, kept) and torch.equal(
         torch.stack(pruned).view(torch.int16), (weights * kept).view(torch.int16)
     ):

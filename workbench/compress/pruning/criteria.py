@@ -13,7 +13,8 @@ from workbench.calibration.statistics import Gradients, Statistics
 from workbench.compress.core.batch import Batch
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of, smoothed, source_of
-from workbench.compress.pruning.sparsegpt import inverse_factors, saliency
+from workbench.compress.pruning.sparsegpt import inverse_factors
+from workbench.kernels.column_loops import saliency
 from workbench.modules.layer import Layer
 
 if TYPE_CHECKING:

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch, grouped, matrices_in_place
 from workbench.formats.stored_forms import HALVES
-from workbench.kernels.selection import first_true
+from workbench.kernels import magnitudes
+from workbench.kernels.magnitudes import VALUES
 from workbench.modules.layer import Layer
-from workbench.util.device import placed
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
     from workbench.compress.pruning.prune import Prune
 
-VALUES = 2**15  # of |w|, infinity and NaN among them
 MOST = 2**31 - 1  # weights of a layer: what the counts can hold
 
 
@@ -42,11 +41,6 @@ def countable(step: Prune, layers: Sequence[Layer]) -> bool:
         and formats <= set(HALVES.values())
         and fit
     )
-
-
-def keys(stored: Tensor) -> Tensor:
-    """Return integers that are ordered as the magnitudes of 16-bit numbers, int16."""
-    return stored.view(torch.int16) & (VALUES - 1)
 
 
 def counts(batch: Batch, statistics: Statistics) -> Tensor:
@@ -69,40 +63,10 @@ def counted(batch: Batch) -> Tensor:
     """Return what `counts` does, of a batch that may be copied."""
     number = len(batch.layers)
     found = (
-        keys(batch.stored().flatten(1)).int()
+        magnitudes.keys(batch.stored().flatten(1)).int()
         + VALUES * torch.arange(number, dtype=torch.int32, device=batch.layers[0].parameter.device)[:, None]
     )
     return torch.bincount(found.flatten(), minlength=number * VALUES).view(number, VALUES).cumsum(1).int()
-
-
-def keep(stored: Tensor, below: Tensor, removed: Sequence[int]) -> Tensor:
-    """Return a mask (bool, [layers, weights]) that keeps the largest of each layer but for `removed[layer]`.
-
-    Ties go to the first.
-
-    Args:
-        stored: finite 16-bit weights [layers, weights].
-        below: what `counts` returns of them.
-        removed: how many go from each layer.
-    """
-    threshold, stay = thresholds(below, removed)
-    found, edge = keys(stored), threshold.to(torch.int16)
-    return (found > edge) | first_true(found == edge, stay)
-
-
-def thresholds(below: Tensor, removed: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return (the magnitude of each layer above which weights stay, how many of those equal to it stay), int
-    [layers, 1].
-
-    Args:
-        below: what `counts` returns.
-        removed: how many go from each layer.
-    """
-    gone = placed(removed, torch.int32, below.device)[:, None]
-    place = torch.searchsorted(below, gone, right=True).clamp_(
-        max=VALUES - 1
-    )  # the last stands for "above all"
-    return place, below.gather(1, place) - gone
 
 
 def below_threshold(

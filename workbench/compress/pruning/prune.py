@@ -16,7 +16,7 @@ from workbench.compress.pruning.criteria import Evidence, evidence_for, importan
 from workbench.compress.pruning.schedule import rounds
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
-from workbench.kernels import weight_passes
+from workbench.kernels import magnitudes, weight_passes
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.layer import Layer
 from workbench.recipe import About, Step, configuration
@@ -425,14 +425,14 @@ def rows_fit(step: Prune, layers: Sequence[Layer]) -> bool:
 def zeroed(batch: Batch, below: Tensor, counts: list[int]) -> Tensor:
     """Set the smallest counted magnitudes to zero; return which weights stay.
 
-    `below`: see `magnitudes.counts`.
+    `below`: see `magnitude_histogram.counts`.
     """
     if (weights := batch.in_place()) is not None:
-        pruned, kept = weight_passes.prune(weights, *magnitude_histogram.thresholds(below, counts))
+        pruned, kept = weight_passes.prune(weights, *magnitudes.thresholds(below, counts))
         batch.put(pruned)
         return kept
     matrices = batch.finite()
-    kept = magnitude_histogram.keep(matrices.flatten(1), below, counts).view_as(matrices)
+    kept = magnitudes.keep(matrices.flatten(1), below, counts).view_as(matrices)
     batch.write(matrices.mul_(kept))
     return kept
 

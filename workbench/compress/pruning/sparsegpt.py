@@ -16,8 +16,9 @@ from workbench.calibration.statistics import full_precision
 from workbench.compress.core.moments import by_source
 from workbench.errors import CompressionError
 from workbench.kernels import column_solver
+from workbench.kernels.column_loops import Factor, remove_columns, saliency
 from workbench.kernels.column_solver import BLOCK
-from workbench.kernels.selection import keep_fewer, keep_of_groups, spread
+from workbench.kernels.selection import keep_fewer, spread
 from workbench.modules.layer import Layer
 
 if TYPE_CHECKING:
@@ -28,21 +29,6 @@ DAMPING = (
     0.1,
     1.0,
 )  # times the mean of the diagonal; the next only where a matrix cannot be inverted with the last
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The upper Cholesky factor U of (E[x x^T] + damping)^-1 of some layers, [layers, inputs, inputs], and
-    which inputs are ever non-zero.
-    """
-
-    upper: Tensor
-    alive: Tensor
-
-    @property
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of U, [layers, inputs]."""
-        return self.upper.diagonal(dim1=-2, dim2=-1)
 
 
 def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
@@ -181,43 +167,8 @@ def solve(
                     stack, factor.upper, stack, start, column_solver.Target(masks)
                 )
             else:
-                errors = work_through(block, part, kept, group)
+                errors = remove_columns(block, part, kept, group)
                 stack[:, :, start:end] = block * kept
             if end < inputs:
                 stack[:, :, end:] -= errors @ factor.upper[:, start:end, end:]
     return stack, masks
-
-
-def work_through(block: Tensor, factor: Factor, kept: Tensor, group: tuple[int, int] | None) -> Tensor:
-    """Zero the columns of a block one after the other, each made up for by those that follow.
-
-    Changes `block`, and `kept` for n:m.
-
-    Returns what was removed of each column over the factor's diagonal, [layers, outputs, columns]: what later
-    blocks make up for.
-    """
-    errors = torch.empty_like(block)
-    for column in range(block.shape[2]):
-        if group is not None and column % group[1] == 0:
-            chosen = slice(column, column + group[1])
-            part = Factor(factor.upper[:, chosen, chosen], factor.alive[:, chosen])
-            kept[:, :, chosen] = keep_of_groups(
-                saliency(block[:, :, chosen], part, kept[:, :, chosen]), *group
-            )
-        error = torch.where(kept[:, :, column], 0, block[:, :, column]).div_(factor.diagonal[:, column, None])
-        block[:, :, column:].addcmul_(
-            error.unsqueeze(2), factor.upper[:, column : column + 1, column:], value=-1
-        )
-        errors[:, :, column] = error
-    return errors
-
-
-def saliency(weights: Tensor, factor: Factor, kept: Tensor) -> Tensor:
-    """Return w^2 / d^2, what removing a weight costs once the columns after it are adjusted.
-
-    0 for inputs never read, -1 for weights gone before.
-
-    weights, kept: [layers, outputs, columns]; the factor's diagonal is that of these columns.
-    """
-    costs = (weights / factor.diagonal.unsqueeze(1)).square_().mul_(factor.alive.unsqueeze(1))
-    return costs.masked_fill_(~kept, -1.0)

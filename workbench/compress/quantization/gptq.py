@@ -19,8 +19,8 @@ from workbench.compress.core.moments import by_source, second_moment_of
 from workbench.compress.pruning.sparsegpt import damped, listed
 from workbench.compress.quantization.scales import Scales, Spec
 from workbench.errors import CompressionError
-from workbench.formats.stored_forms import decode_float, encode_float
 from workbench.kernels import column_solver
+from workbench.kernels.column_loops import Columns, round_columns
 from workbench.kernels.column_solver import BLOCK
 from workbench.modules.layer import Layer
 
@@ -176,7 +176,7 @@ def solve(stack: Tensor, scales: Scales, order: Order, spec: Spec, masks: Tensor
                     weights, order.upper, rounded, start, column_solver.Target(kept, scale, zero, spec.bits)
                 )
             else:
-                errors = work_through(
+                errors = round_columns(
                     weights[:, :, part].clone(),
                     order.upper[:, part, part],
                     rounded[:, :, part],
@@ -184,7 +184,8 @@ def solve(stack: Tensor, scales: Scales, order: Order, spec: Spec, masks: Tensor
                         scale[:, :, part],  # type: ignore[index]
                         None if zero is None else zero[:, :, part],
                         None if kept is None else kept[:, :, part],
-                        spec,
+                        spec.bits,
+                        spec.number_format,
                     ),
                 )
             if start + BLOCK < stack.shape[2]:
@@ -199,50 +200,3 @@ def in_order(part: Tensor, columns: Tensor, spec: Spec) -> Tensor:
     if part.shape[2] == 1:
         return part.expand(*part.shape[:2], columns.shape[2])
     return part.gather(2, columns // spec.group_size)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a block's columns are rounded to: scales and zero points (None: symmetric) [layers, outputs or 1,
-    columns], and what stays.
-    """
-
-    scale: Tensor
-    zero: Tensor | None
-    kept: Tensor | None
-    spec: Spec
-
-    def bounds(self) -> tuple[Tensor, Tensor] | None:
-        """Return the least and the largest multiple of the scale, for an integer grid."""
-        if self.spec.number_format != "integer":
-            return None
-        below = (
-            torch.full_like(self.scale, -(1 << (self.spec.bits - 1)))
-            if self.zero is None
-            else self.zero.float().neg_()
-        )
-        return below, below + self.spec.levels
-
-
-def work_through(block: Tensor, upper: Tensor, rounded: Tensor, to: Columns) -> Tensor:
-    """Round the columns of a block one after the other, into `rounded`; changes `block`.
-
-    Returns the errors [layers, outputs, columns].
-
-    Few kernels a column: on a GPU the loop waits for their launches, not for their work.
-    """
-    errors = torch.empty_like(block)
-    bounds = to.bounds()
-    for column in range(block.shape[2]):
-        weights, scale = block[:, :, column], to.scale[:, :, column]
-        steps = weights / scale
-        if bounds is None:
-            steps = decode_float(encode_float(steps, to.spec.number_format), to.spec.number_format)
-        else:
-            steps.round_().clamp_(bounds[0][:, :, column], bounds[1][:, :, column])
-        values = torch.mul(steps, scale, out=rounded[:, :, column])
-        if to.kept is not None:
-            values.mul_(to.kept[:, :, column])
-        error = torch.sub(weights, values, out=errors[:, :, column])
-        block[:, :, column:].addcmul_(error.unsqueeze(2), upper[:, column : column + 1, column:], value=-1)
-    return errors
