@@ -4,8 +4,8 @@ is its turn.
 A streamed model is an ordinary one whose tensors lie in host memory (pinned where there is room) and know the
 device that they are computed on. Two hooks at its root are all that it carries, so copies that share its
 tensors are streamed too: a call moves its inputs and whatever lies outside the blocks to the device, then
-each block just before it runs, the next one copied while it does. Compressing takes the same way: `visiting`
-brings some layers to the device and takes what became of them home.
+each block just before it runs, the next one copied while it does. Compressing takes the same way:
+`workbench.modules.visiting` brings some layers to the device and takes what became of them home.
 
 The arithmetic is that of the resident model on the same device, in the same order: the same bits come out.
 """
@@ -15,17 +15,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from workbench.util.library_internals import buffers_of, parameters_of
 
-if TYPE_CHECKING:
-    from workbench.modules.layer import Layer
-
-FIELDS = ("mask", "grid", "rows", "columns")  # of a layer: what else of it takes memory
 HOST = torch.device("cpu")
 
 
@@ -313,70 +309,11 @@ def moved(value: Any, device: torch.device, *, pinned: bool = False) -> Any:
     return value
 
 
-@contextmanager
-def visiting(layers: Sequence[Layer]) -> Iterator[None]:
-    """Within, streamed layers are on the device, masks and stored forms with them.
-
-    After, whatever has become of them is at home.
-
-    Layers that are not streamed, or are visiting already, are left where they are.
-    """
-    away = [layer for layer in layers if streams_to(layer.parameter) is not None]
-    if not away:
-        yield
-        return
-    device, pinned = cast("torch.device", streams_to(away[0].parameter)), away[0].parameter.is_pinned()
-    bring(modules_of(away), device)
-    before = [{name: getattr(layer, name) for name in FIELDS} for layer in away]
-    there = [{name: moved(value, device) for name, value in fields.items()} for fields in before]
-    for layer, fields in zip(away, there, strict=True):
-        vars(layer).update(fields)
-    modules = modules_of(away)
-    try:
-        yield
-    finally:
-        send_home([*modules, *modules_of(away)], pinned=pinned)
-        for layer, home, fields in zip(away, before, there, strict=True):
-            vars(layer).update(
-                {
-                    name: (
-                        home[name]
-                        if getattr(layer, name) is fields[name]
-                        else moved(getattr(layer, name), HOST, pinned=pinned)
-                    )
-                    for name in FIELDS
-                }
-            )
-
-
-def settle(model: nn.Module, made: Iterable[Layer]) -> None:
-    """Take home the layers that a step made in the place of visiting ones, if the model is streamed."""
-    if streams_to(model) is None:
-        return
-    layers, pinned = (
-        list(made),
-        next((tensor.is_pinned() for tensor in model.parameters() if streams_to(tensor) is not None), False),
-    )
-    send_home(modules_of(layers), pinned=pinned)
-    for layer in layers:
-        vars(layer).update({name: moved(getattr(layer, name), HOST, pinned=pinned) for name in FIELDS})
-
-
 def identity(tensor: Tensor) -> int:
     """Return what tells tensors apart that are kept: of a copy on the device, which may be gone tomorrow, the
     tensor at home counts.
     """
     return id(getattr(tensor, "home", tensor))
-
-
-def modules_of(layers: Iterable[Layer]) -> list[nn.Module]:
-    """Return the modules that hold layers' weights, and their parts."""
-    return [
-        part
-        for layer in layers
-        for module in (layer.module, *layer.others.values())
-        for part in module.modules()
-    ]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -20,7 +20,7 @@ from workbench.formats.bit_packing import pack, unpack
 from workbench.formats.serialization import Codes, codes_of, format_of, restored, side_tensors
 from workbench.formats.stored_forms import Cast, Form
 from workbench.modules.layer import Layer
-from workbench.modules.offload import visiting
+from workbench.modules.visiting import visiting
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workbench.calibration.statistics import Statistics
+from workbench.compress.pruning.options import Prune
 from workbench.compress.pruning.prunable_units import Found, find_blocks
-from workbench.compress.pruning.prune import Prune
 from workbench.compress.pruning.structured import find_spaces
 from workbench.tasks.base import Task
 

@@ -15,7 +15,8 @@ from workbench.errors import CompressionError
 from workbench.formats.stored_forms import Form, kind_of, stacked
 from workbench.kernels import weight_passes
 from workbench.modules.layer import Layer
-from workbench.modules.offload import streams_to, visiting
+from workbench.modules.offload import streams_to
+from workbench.modules.visiting import visiting
 from workbench.util.device import allowed_bytes
 from workbench.util.library_internals import copy_each
 

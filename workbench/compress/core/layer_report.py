@@ -17,7 +17,7 @@ from workbench.kernels.weight_passes import Change
 from workbench.modules.factored import kind_of, product
 from workbench.modules.input_quantizer import acting_weight
 from workbench.modules.layer import Layer, can_hold
-from workbench.modules.offload import visiting
+from workbench.modules.visiting import visiting
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work

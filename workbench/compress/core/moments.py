@@ -12,7 +12,7 @@ from workbench.errors import CompressionError
 from workbench.modules.factored import carried, shape_of
 from workbench.modules.input_quantizer import acting_weight
 from workbench.modules.layer import Layer
-from workbench.modules.offload import visiting
+from workbench.modules.visiting import visiting
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work

@@ -38,7 +38,7 @@ from workbench.modules.factored import (
     shape_of,
 )
 from workbench.modules.layer import Layer, replace_module
-from workbench.modules.offload import settle
+from workbench.modules.visiting import settle
 from workbench.recipe import About, Step, configuration
 
 

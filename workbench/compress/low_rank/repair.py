@@ -17,7 +17,7 @@ from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.modules.factored import Repaired, copies_of, repaired_like
 from workbench.modules.layer import Layer, find_layers, replace_module
-from workbench.modules.offload import settle, visiting
+from workbench.modules.visiting import settle, visiting
 from workbench.recipe import About, Step, configuration
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch, grouped
 from workbench.compress.pruning import magnitude_histogram
-from workbench.compress.pruning.criteria import Evidence, comparable, importance
+from workbench.compress.pruning.criteria import comparable, importance
+from workbench.compress.pruning.evidence import Evidence
 from workbench.errors import CompressionError
 from workbench.kernels.selection import keep_fewer, spread
 from workbench.modules.layer import Layer
 
 if TYPE_CHECKING:
-    from workbench.compress.pruning.prune import Prune
+    from workbench.compress.pruning.options import Prune
 
 CANDIDATES = 9  # sparsities between the least and the most that a layer may get
 BINS = 2**16

@@ -19,7 +19,7 @@ from workbench.errors import CompressionError
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
-    from workbench.compress.pruning.prune import Prune
+    from workbench.compress.pruning.options import Prune
     from workbench.modules.layer import Layer
 
 

@@ -17,7 +17,7 @@ from workbench.compress.pruning.surgery import count, count_heads, own_config
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
-    from workbench.compress.pruning.prune import Prune
+    from workbench.compress.pruning.options import Prune
 
 WIDTHS = (
     "intermediate_size",

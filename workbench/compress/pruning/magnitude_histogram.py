@@ -23,7 +23,7 @@ from workbench.modules.layer import Layer
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
-    from workbench.compress.pruning.prune import Prune
+    from workbench.compress.pruning.options import Prune
 
 MOST = 2**31 - 1  # weights of a layer: what the counts can hold
 

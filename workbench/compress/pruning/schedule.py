@@ -16,7 +16,7 @@ from workbench.compress.training.trainer import Plan, train
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
-    from workbench.compress.pruning.prune import Prune
+    from workbench.compress.pruning.options import Prune
     from workbench.modules.layer import Layer
     from workbench.tasks.base import Items
 

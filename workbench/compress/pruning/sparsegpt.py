@@ -22,7 +22,7 @@ from workbench.kernels.selection import keep_fewer, spread
 from workbench.modules.layer import Layer
 
 if TYPE_CHECKING:
-    from workbench.compress.pruning.criteria import Evidence
+    from workbench.compress.pruning.evidence import Evidence
 
 DAMPING = (
     0.01,

@@ -34,7 +34,7 @@ from workbench.modules.layer import Layer, output_head
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
     from workbench.compress.core.context import Work
-    from workbench.compress.pruning.prune import Prune
+    from workbench.compress.pruning.options import Prune
     from workbench.tasks.base import Task
 
 BELONGS = {"heads": "attention", "neurons": "MLP", "channels": "group of channels", "layers": "block"}

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from workbench.compress.core.batch import Batch, grouped
-from workbench.compress.pruning.criteria import Evidence, evidence_for, raw_importance
+from workbench.compress.pruning.criteria import raw_importance
+from workbench.compress.pruning.evidence import Evidence, evidence_for
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
+    from workbench.compress.pruning.options import Prune
     from workbench.compress.pruning.prunable_units import Space
-    from workbench.compress.pruning.prune import Prune
 
 SQUARED = {"magnitude", "wanda"}  # criteria like a norm: squares are added, and the root is taken of the sum
 
