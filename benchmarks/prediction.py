@@ -31,9 +31,9 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress.registry import METHODS
 from workbench.predict.history import Spot, history
 from workbench.predict.local_fit import LEVEL, Guess, local_fit
-from workbench.predict.predictor import spot_of
 from workbench.predict.prior import Link, prior_of
 from workbench.predict.scoring import wilson
+from workbench.predict.spots import spot_of
 from workbench.recipe import Recipe
 from workbench.util.device import describe, pick
 from workbench.util.environment import versions

@@ -20,8 +20,8 @@ from workbench.measure.evaluator import Evaluator
 from workbench.measure.size import sizes
 from workbench.predict.history import Spot, history
 from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
-from workbench.predict.predictor import coordinates, spot_of
 from workbench.predict.prior import KINDS, Link, prior_of
+from workbench.predict.spots import coordinates, spot_of
 from workbench.recipe import Step, configuration
 from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,33 +10,28 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from workbench.calibration.disk_cache import disk_cache
-from workbench.calibration.memory_cache import cache_of
 from workbench.calibration.statistics import Statistics
 from workbench.compress import Compressed, compress
-from workbench.errors import Cancelled, DataError, LedgerError, RuntimeRefused
+from workbench.errors import LedgerError, RuntimeRefused
 from workbench.ledger.ledger import Ledger, default_path
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
-from workbench.measure.evaluator import Evaluator
 from workbench.measure.kl import Reference
 from workbench.measure.measurement import Context, Measurement, Predicted
 from workbench.measure.recent_scores import Neighbours
-from workbench.measure.setting import Setting
+from workbench.measure.setting import Setting, checked_margin
 from workbench.measure.weight_histograms import WeightChange, weight_changes
 from workbench.measuring import Partial
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
 from workbench.modules.placement import place_task, placement_named
-from workbench.modules.placement import words as placed
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
-from workbench.runtime.names import Runtime
 from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
-from workbench.util.device import describe, pick
-from workbench.util.progress import Bar, Shown, Training
+from workbench.util.device import pick
+from workbench.util.progress import Bar, Shown, Training, both, stoppable
 
 if TYPE_CHECKING:
     from workbench.sensitivity import LayerSensitivity
@@ -126,7 +120,7 @@ class Bench:
                 placement=placement_named(placement),
             )
         )
-        self.setting = setting_of(task, place, engine, latency_batch, confidence)
+        self.setting = Setting.of(task, place, engine, latency_batch=latency_batch, confidence=confidence)
         self.ledger = (
             ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(task.model_name))
         )
@@ -383,60 +377,3 @@ class Bench:
         check_target(Path(directory), overwrite=overwrite)
         point = self.measure(recipe)
         return export(self.task, self.compress(recipe), point, Path(directory), overwrite=overwrite)
-
-
-def setting_of(
-    task: Task, device: torch.device, runtime: Runtime, latency_batch: int | None, confidence: float
-) -> Setting:
-    """Return what every measurement of a task shares; nothing is read or computed yet."""
-    evaluation = task.evaluation.to(device)
-    latency_items = evaluation[: latency_batch or task.kind.latency_items]
-    context = Context(
-        task.model_name,
-        task.model_fingerprint,
-        task.data_name,
-        task.data_fingerprint,
-        device.type,
-        ", ".join(filter(None, (describe(device), placed(task.model)))),
-        len(latency_items),
-        confidence,
-        importlib.metadata.version("compression-workbench"),
-        runtime,
-    )
-    statistics = Statistics(task, cache=cache_of(task, disk_cache(task)))
-    return Setting(
-        task, evaluation, Evaluator(task, evaluation), statistics, device, runtime, latency_items, context
-    )
-
-
-def checked_margin(margin: float | None) -> float | None:
-    """Return a margin, or refuse it with `DataError`."""
-    if margin is not None and not 0 <= margin < float("inf"):
-        raise DataError(
-            f"margin={margin!r} is refused: give half the width that an interval may have, such as 0.01, or 0"
-            " to read all items"
-        )
-    return margin
-
-
-def both(one: Progress, other: Progress) -> Progress:
-    """Return what tells both."""
-
-    def report(what: str, done: int, total: int) -> None:
-        one(what, done, total)
-        other(what, done, total)
-
-    return report
-
-
-def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progress:
-    """Return `progress` that raises `Cancelled` when `cancelled()` says so."""
-    if cancelled is None:
-        return progress
-
-    def report(what: str, done: int, total: int) -> None:
-        if cancelled():
-            raise Cancelled(f"cancelled during {what}, {done} of {total}")
-        progress(what, done, total)
-
-    return report

@@ -19,9 +19,10 @@ from widgets.session.worker import Stale, Worker
 from workbench.bench import Bench
 from workbench.compress import Compressed, Distill
 from workbench.errors import Cancelled, DataError, ModelError, RecipeError
+from workbench.ledger.comparable import comparable
 from workbench.measure.measurement import Measurement
 from workbench.modules.layer import Progress
-from workbench.predict.predictor import Predictor, comparable
+from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
 from workbench.report.temperature_lesson import softened
 from workbench.search.local_search import Trial, descend

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 
 import torch
 
+from workbench.calibration.disk_cache import disk_cache
+from workbench.calibration.memory_cache import cache_of
 from workbench.calibration.statistics import Statistics
+from workbench.errors import DataError
 from workbench.measure.evaluator import Evaluator
 from workbench.measure.measurement import Context
 from workbench.measure.size import Sizes, sizes
 from workbench.modules.layer import Progress
+from workbench.modules.placement import words as placed
 from workbench.runtime.names import Runtime
 from workbench.tasks.base import Items, Kind, Task
 from workbench.tasks.language_modelling import LanguageModelling
+from workbench.util.device import describe
 
 LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
 LONG = 32  # labels of an item from which on a few of them say something, and take a CPU seconds
@@ -37,6 +43,36 @@ class Setting:
     runtime: Runtime
     latency_items: Items
     context: Context
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        device: torch.device,
+        runtime: Runtime,
+        *,
+        latency_batch: int | None,
+        confidence: float,
+    ) -> Setting:
+        """Return what every measurement of a task shares; nothing is read or computed yet."""
+        evaluation = task.evaluation.to(device)
+        latency_items = evaluation[: latency_batch or task.kind.latency_items]
+        context = Context(
+            task.model_name,
+            task.model_fingerprint,
+            task.data_name,
+            task.data_fingerprint,
+            device.type,
+            ", ".join(filter(None, (describe(device), placed(task.model)))),
+            len(latency_items),
+            confidence,
+            importlib.metadata.version("compression-workbench"),
+            runtime,
+        )
+        statistics = Statistics(task, cache=cache_of(task, disk_cache(task)))
+        return cls(
+            task, evaluation, Evaluator(task, evaluation), statistics, device, runtime, latency_items, context
+        )
 
     @property
     def confidence(self) -> float:
@@ -76,3 +112,13 @@ def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:
         and items.labels.shape[1] >= LONG
     )
     return tuple(count for count in ((FEW_LONG, *LOOKS) if slow else LOOKS) if count < len(items))
+
+
+def checked_margin(margin: float | None) -> float | None:
+    """Return a margin, or refuse it with `DataError`."""
+    if margin is not None and not 0 <= margin < float("inf"):
+        raise DataError(
+            f"margin={margin!r} is refused: give half the width that an interval may have, such as 0.01, or 0"
+            " to read all items"
+        )
+    return margin

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from itertools import islice
-from operator import attrgetter
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
-from workbench.measure.measurement import Context, Measurement, Predicted
+from workbench.ledger.comparable import comparable
+from workbench.ledger.ledger import Ledger
+from workbench.measure.measurement import Measurement, Predicted
 from workbench.measure.setting import Setting
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
@@ -29,7 +27,8 @@ from workbench.predict.local_fit import LEVEL, Guess
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.prior import Link, Prior, fits, prior_of
 from workbench.predict.scoring import FEWEST, PredictionScore, score
-from workbench.recipe import Recipe, Step
+from workbench.predict.spots import spot_of
+from workbench.recipe import Recipe
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
 from workbench.shapes.anatomy import Anatomy
@@ -37,25 +36,11 @@ from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.shapes.positions import positions
 
-if TYPE_CHECKING:
-    from workbench.ledger.ledger import Ledger
-
 # Comparable points that predictions learn from: with all of 100,000 they would take seconds after each new
 # one
 NEWEST = 2000
 # Nats that a destroyed language model loses, about: from a good one to guessing among its tokens
 LARGEST_RATIO = 8.0
-COORDINATES: dict[str, Callable[[float], float]] = {  # 0 is off; about 1 is as strong as it gets
-    "sparsity": lambda s: s,
-    "rank_ratio": lambda r: 1 - r,
-    "weight_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
-    "activation_bits": lambda b: min(1.0, (2.0 ** (4 - b)) ** 0.5),
-    "kv_bits": lambda b: min(1.0, (2.0 ** (2 - b)) ** 0.5),
-    "repair_ratio": lambda r: min(1.0, (4 * r) ** 0.5),
-    "qat_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
-    "transfer_steps": lambda n: min(1.0, 0.25 * math.log10(1 + n)),
-    "temperature": lambda t: 0.5 + 0.05 * math.log2(t),
-}
 
 
 @dataclass(frozen=True)
@@ -337,58 +322,6 @@ class Predictor:
             return Link.usual(LARGEST_RATIO, ratio=True)
         chance = 1 / len(self.setting.task.labels) if self.setting.task.labels else 0.0
         return Link.usual(max(0.1, dense - chance if metric.higher else 1 - dense), ratio=False)
-
-
-def spot_of(recipe: Recipe, prior: Prior | None) -> Spot:
-    """Return where a recipe stands."""
-    return Spot(
-        tuple(coordinates(recipe)),
-        tuple(choices(recipe)),
-        None if prior is None else prior.contributions(recipe),
-    )
-
-
-def comparable(rows: list[Measurement], context: Context, most: int | None = None) -> list[Measurement]:
-    """Return the complete rows of the same model, data and device, whatever version of the workbench measured
-    them; the newest `most`, None all.
-    """
-    same = attrgetter(*(field.name for field in fields(context) if field.name != "workbench_version"))
-    wanted = same(context)
-    return list(
-        islice((row for row in reversed(rows) if row.complete and same(row.context) == wanted), most)
-    )[::-1]
-
-
-def coordinates(recipe: Recipe) -> list[float]:
-    """Return one number a method: 0 where it is off, larger where its slider is stronger."""
-    return [
-        0.0 if (step := recipe.main(kind.kind())) is None else coordinate(step) for kind in METHODS.steps()
-    ]
-
-
-def coordinate(step: Step) -> float:
-    """Return where a slider stands; a method without a rule here goes by its place among its stops."""
-    value = float(getattr(step, step.slider))
-    rule = COORDINATES.get(step.slider)
-    if rule is not None:
-        return rule(value)
-    low, high = (min(step.stops), max(step.stops)) if step.stops else (0.0, 1.0)
-    return 0.25 + 0.75 * (value - low) / (high - low or 1.0)
-
-
-def choices(recipe: Recipe) -> list[int]:
-    """Return a mark of each method's other choices, 0 where it is off."""
-    marks = []
-    for kind in METHODS.steps():
-        main = recipe.main(kind.kind())
-        own = [step for step in recipe if step.kind() == kind.kind() and step is not main]
-        other = (
-            None
-            if main is None
-            else [[getattr(main, name) for name in ("targets", *main.options()) if name != main.slider], *own]
-        )
-        marks.append(0 if other is None else hash(repr(other)) or 1)
-    return marks
 
 
 def pattern(recipe: Recipe) -> str | None:

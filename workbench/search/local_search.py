@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
+from workbench.ledger.comparable import comparable
 from workbench.ledger.pareto import smallest_within
 from workbench.metrics.metrics import metric_named
-from workbench.predict.predictor import Prediction, Predictor, comparable
+from workbench.predict.predictor import Prediction, Predictor
 from workbench.recipe import Recipe
 from workbench.search.sweep import around
 

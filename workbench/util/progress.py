@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from workbench.errors import Cancelled
+
+Report = Callable[[str, int, int], None]  # report(what, done, total)
 Curve = Sequence[tuple[int, float]]  # (training step, loss)
 Shown = bool | Literal["lines"]  # a bar, nothing, or now and then a line on stderr
 EVERY_S = 10.0  # between two lines
@@ -100,3 +103,26 @@ class Bar:
 def say(words: str) -> None:
     """Write a line on stderr at once."""
     print(words, file=sys.stderr, flush=True)  # noqa: T201  progress for people
+
+
+def both(one: Report, other: Report) -> Report:
+    """Return what tells both."""
+
+    def report(what: str, done: int, total: int) -> None:
+        one(what, done, total)
+        other(what, done, total)
+
+    return report
+
+
+def stoppable(progress: Report, cancelled: Callable[[], bool] | None) -> Report:
+    """Return `progress` that raises `Cancelled` when `cancelled()` says so."""
+    if cancelled is None:
+        return progress
+
+    def report(what: str, done: int, total: int) -> None:
+        if cancelled():
+            raise Cancelled(f"cancelled during {what}, {done} of {total}")
+        progress(what, done, total)
+
+    return report
