@@ -20,7 +20,7 @@ from workbench.compress.distillation.distill import Distill
 from workbench.compress.distillation.transfer import Transfer
 from workbench.compress.low_rank.lowrank import LowRank
 from workbench.compress.low_rank.repair import Repair
-from workbench.compress.pruning.options import Prune
+from workbench.compress.pruning.prune import Prune
 from workbench.compress.quantization.activations import Activations
 from workbench.compress.quantization.kv_cache import KVCache
 from workbench.compress.quantization.qat import QAT

@@ -20,6 +20,8 @@ from workbench.kernels import magnitudes, weight_passes
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.layer import Layer
 
+__all__ = ["Prune", "prune"]
+
 
 @METHODS.register(Prune)
 def prune(step: Prune, work: Work) -> None:
