@@ -22,7 +22,7 @@ from workbench.errors import RuntimeRefused
 from workbench.ledger.ledger import Ledger
 from workbench.modules.input_quantizer import InputFormat
 from workbench.recipe import Recipe
-from workbench.runtime import engines, execution
+from workbench.runtime import execution
 from workbench.runtime import plan as module
 from workbench.runtime.engine_list import layer_engines, model_engines
 from workbench.runtime.execution import WORDS, Captured, Compiled, chosen, repeated, runner, why_not
@@ -371,7 +371,7 @@ def test_a_compiled_model_can_be_captured():
 def test_names_are_checked_wherever_they_come_from():
     assert chosen(None) == "auto"
     assert chosen("onnx") == "onnx"
-    assert engines.model_engines()[0].name == "ONNX Runtime"
+    assert model_engines()[0].name == "ONNX Runtime"
     shown = CliRunner().invoke(command, ["measure", "fashion-cnn", "--runtime", "fast"])
     assert shown.exit_code == 2
     assert "'fast' is not one of" in shown.output

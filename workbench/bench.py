@@ -6,13 +6,13 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from workbench.calibration.statistics import Statistics
 from workbench.compress import Compressed, compress
 from workbench.errors import LedgerError, RuntimeRefused
+from workbench.export import check_target, export
 from workbench.ledger.ledger import Ledger, default_path
 from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
 from workbench.measure.kl import Reference
@@ -28,15 +28,11 @@ from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
+from workbench.sensitivity import LayerSensitivity, sensitivities
 from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.device import pick
 from workbench.util.progress import Bar, Shown, Training, both, stoppable
-
-if TYPE_CHECKING:
-    from workbench.sensitivity import LayerSensitivity
-
-T = TypeVar("T")
 
 
 class Bench:
@@ -360,8 +356,6 @@ class Bench:
             RecipeError: the recipe compresses no layer, or `items` is below 2.
             Cancelled: `cancelled` returned True.
         """
-        from workbench.sensitivity import sensitivities
-
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             yield from sensitivities(self.setting, self.reference, recipe, items, stoppable(bar, cancelled))
 
@@ -372,8 +366,6 @@ class Bench:
             ExportError: the directory holds something that is no export, or cannot be written.
 
         """
-        from workbench.export import check_target, export
-
         check_target(Path(directory), overwrite=overwrite)
         point = self.measure(recipe)
         return export(self.task, self.compress(recipe), point, Path(directory), overwrite=overwrite)

@@ -314,8 +314,7 @@ def paired_test(
         RecipeError: nothing to compare with.
         Cancelled: `cancelled` returned True.
     """
-    from workbench.bench import stoppable
-    from workbench.util.progress import Bar
+    from workbench.util.progress import Bar, stoppable
 
     if not others:
         raise RecipeError("a paired test needs at least two recipes; got one")
