@@ -148,7 +148,7 @@ def test_whatever_is_torn_off_the_last_point_all_earlier_ones_come_back(tmp_path
         os.truncate(torn, offset)
         found = keys(torn)
         assert found in ([1, 2], [1, 2, 3])
-        assert (found == [1, 2, 3]) == (offset == size), offset
+        assert (found == [1, 2, 3]) == (offset >= size - 1), offset  # its line's end alone may be missing
         again = Ledger(torn)
         again.add(numbered(measured, 4))
         assert keys(torn) == [*found, 4]
@@ -296,10 +296,10 @@ def test_points_of_a_method_that_is_not_loaded_are_counted_and_kept(tmp_path, me
             measured.sizes,
         )
 
-        def to_json(self) -> str:
-            return (
-                numbered(measured, 2).to_json().replace('\\"step\\": \\"prune\\"', '\\"step\\": \\"shrink\\"')
-            )
+        def to_stored(self) -> dict[str, str]:
+            stored = numbered(measured, 2).to_stored()
+            foreign = stored["measurement"].replace('\\"step\\": \\"prune\\"', '\\"step\\": \\"shrink\\"')
+            return stored | {"measurement": foreign}
 
     ledger.add(Foreign())
     again = Ledger(where)

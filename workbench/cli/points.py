@@ -65,6 +65,11 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     show(table)
     if words := predictions(rows):
         click.echo(words)
+    if ledger.unreadable:
+        click.echo(
+            f"{ledger.unreadable} points or lines of the ledger cannot be read here (by a plugin that is not"
+            " loaded, or damaged); they stay in it"
+        )
 
 
 @click.command()

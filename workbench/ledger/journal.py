@@ -1,20 +1,15 @@
 """A journal file of Optuna, one JSON object a line, that survives what happens to a laptop.
 
-Optuna's own file backend (`JournalFileBackend`) reads and writes the same files. This one differs in three
+Optuna's own file backend (`JournalFileBackend`) reads and writes the same files. This one differs in four
 ways. Its lock is released by the system when its holder dies, while Optuna's stays behind after kill -9. What
-was not written to its end is cut off before anyone appends, while Optuna refuses the whole file. And lines
-are read in a third of the time.
-
-A ledger needs neither Optuna's objects of its points nor what most of a line says: `Sifted` shows Optuna the
-studies alone.
+was not written to its end is cut off before anyone appends, and a line that is no JSON is left out and
+counted, while Optuna refuses the whole file. And lines are read in half the time.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +20,7 @@ from pydantic_core import from_json
 from workbench.errors import LedgerError
 
 MAGIC = b'{"op_code":'  # how a journal begins
-OPERATION = re.compile(rb'\{"op_code":\s*(\d+)')
 READ = 2**20  # bytes at once: a line may have tens of thousands
-CREATE_TRIAL = 4  # Optuna's operations from here on are on trials, those before on studies
 
 
 class Journal:
@@ -49,17 +42,29 @@ class Journal:
         check(path)
         self.path = path
         self.lock = FileLock(f"{path}.lock")
-        self.ends = [0]  # byte offsets: where the line of each number begins
+        self.begins = [0]  # byte offsets: where the line of each number begins
+        self.broken: set[int] = set()  # where lines begin that say nothing
         with self.lock:
             path.open("ab").close()
             repair(path)
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yield the lines from a number on; one that is being written is left for the next time."""
-        del self.ends[log_number_from + 1 :]
-        for line in self.lines(self.ends[log_number_from]):
-            self.ends.append(self.ends[-1] + len(line))
-            yield parsed(line)
+        """Yield what the lines say, from a number on; one that is being written is left for the next time.
+
+        Numbers count no blank and no broken lines.
+        """
+        del self.begins[log_number_from + 1 :]
+        place = self.begins[log_number_from]
+        for line in self.lines(place):
+            log = parsed(line)
+            if log is None and line.strip():
+                self.broken.add(place)
+            place += len(line)
+            if log is None:
+                self.begins[-1] = place
+            else:
+                self.begins.append(place)
+                yield log
 
     def lines(self, start: int) -> Iterator[bytes]:
         """Yield the lines that were written to their end, from a place in the file on."""
@@ -75,10 +80,6 @@ class Journal:
 
         If that fails, the file is as it was before.
         """
-        self.append(logs)
-
-    def append(self, logs: list[dict[str, Any]]) -> int:
-        """Write lines as `append_logs` does; return where in the file the first one begins."""
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
         with self.lock:
             repair(self.path)
@@ -91,84 +92,41 @@ class Journal:
             except BaseException:
                 os.truncate(self.path, size)
                 raise
-        return size
 
 
-class Sifted(Journal):
-    """A journal of which Optuna reads the studies and what this process writes.
-
-    The lines of all other trials wait in `aside`.
-
-    A study that Optuna loads from it has no trials but those that were added to it, and their numbers count
-    these alone: to write points and to keep attributes, not to be read as a study. With a hundred thousand
-    points that takes a third of the time.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open or create a file; raises as `Journal`."""
-        super().__init__(path)
-        self.aside: deque[bytes] = deque()
-        self.own: set[int] = set()  # where lines begin that this process wrote
-        self.sifted = 0  # up to where trials were set aside
-
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yield what is not set aside, from a number on: numbers do not count the rest."""
-        del self.ends[log_number_from + 1 :]
-        start = self.ends[-1]
-        for line in self.lines(start):
-            end = start + len(line)
-            shown = start in self.own or operation(line) < CREATE_TRIAL
-            if not shown and start >= self.sifted:
-                self.aside.append(line)
-            self.sifted = max(self.sifted, end)
-            if shown:
-                self.ends.append(end)
-                yield parsed(line)
-            else:
-                self.ends[-1] = end
-            start = end
-
-    def append(self, logs: list[dict[str, Any]]) -> int:
-        """Write lines as `append_logs` does, and remember where."""
-        start = super().append(logs)
-        self.own.add(start)
-        return start
-
-
-def operation(line: bytes) -> int:
-    """Return which of Optuna's operations a line holds."""
-    found = OPERATION.match(line)
-    return int(parsed(line)["op_code"] if found is None else found[1])
-
-
-def parsed(line: bytes) -> dict[str, Any]:
-    """Return a line as Optuna reads it.
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """Return a line as Optuna reads it, None if it says nothing.
 
     Half of a surrogate pair, which other tools may write, only the slower parser takes.
     """
     try:
-        found = from_json(line)
+        log = from_json(line)
     except ValueError:
-        found = json.loads(line)
-    return dict(found)
+        try:
+            log = json.loads(line)
+        except ValueError:
+            return None
+    return log if isinstance(log, dict) and isinstance(log.get("op_code"), int) else None
 
 
 def check(path: Path) -> None:
     """Refuse a file that is no journal before anything in it is touched.
 
     Raises:
-        LedgerError: its first bytes are not those of a journal.
+        LedgerError: it does not begin as a journal does, or its first line, which names the study, is broken.
 
     """
     if path.is_file():
         with path.open("rb") as file:
-            start = file.read(len(MAGIC))
-        if not MAGIC.startswith(start):
+            first = file.readline()
+        if not MAGIC.startswith(first[: len(MAGIC)]):
             raise LedgerError("the file is there already and is no ledger: give another path")
+        if first.endswith(b"\n") and parsed(first) is None:
+            raise LedgerError(f"the first line of the file is broken: {first[:60]!r}")
 
 
 def repair(path: Path) -> None:
-    """Cut off a last line that was not written to its end."""
+    """Cut off a last line that was not written to its end; end one that lacks its end alone."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         tail = b""
@@ -177,5 +135,9 @@ def repair(path: Path) -> None:
             end -= step
             file.seek(end)
             tail = file.read(step) + tail
-        if not tail.endswith(b"\n"):
-            file.truncate(end + tail.rfind(b"\n") + 1)
+        last = tail[tail.rfind(b"\n") + 1 :]
+        if last and parsed(last) is not None:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        elif last:
+            file.truncate(end + len(tail) - len(last))

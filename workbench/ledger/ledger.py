@@ -9,24 +9,19 @@ is touched.
 from __future__ import annotations
 
 import unicodedata
-from collections import deque
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from workbench.errors import DataError, LedgerError, RecipeError
 from workbench.ledger.annotation import Annotation
-from workbench.ledger.journal import Journal, Sifted
-from workbench.ledger.stored_points import point_in
+from workbench.ledger.journal import Journal
 from workbench.measure.measurement import Measurement
 from workbench.util.garbage import import_apart, uncollected
 
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
+    from optuna.storages.journal import BaseJournalBackend
 
     from workbench.ledger.pareto import Cost, TradeoffPoint
 
@@ -62,64 +57,44 @@ class Ledger:
             LedgerError: the place cannot be read or written.
 
         """
-        self.where, self.name = str(where), study
-        self.unreadable = 0
+        self.where = str(where)
+        self.refused = 0
         self.unsaved: list[Measurement] = []
         self.points: dict[str, Measurement] = {}
-        self.read = 0
+        self.read = 0  # trials of the study
         with uncollected():
             try:
-                self.sifted = None if "://" in self.where else Sifted(Path(self.where))
-                storage = storage_of(self.where if self.sifted is None else self.sifted)
-                self.book = load_or_create(storage, study)
-                self.number = storage.get_study_id_from_name(study)
+                self.journal = None if "://" in self.where else Journal(Path(self.where))
+                self.study = open_study(self.journal or self.where, study)
                 self.refresh()
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 raise LedgerError(
                     f"cannot open the ledger {self.where!r}: {' '.join(str(error).split())}"
                 ) from None
 
-    @property
-    def study(self) -> optuna.Study:
-        """Return the Optuna study with all its trials, read anew."""
-        return load_or_create(storage_of(self.where), self.name)
-
     def refresh(self) -> None:
         """Take over what other processes have added since the last time."""
-        trials = self.book.get_trials(deepcopy=False)
+        trials = self.study.get_trials(deepcopy=False)
         with uncollected():
-            if self.sifted is not None:
-                self.refresh_from(self.sifted.aside)
-                return
-            new, self.read = trials[self.read :], len(trials)
-            for trial in new:
-                self.take(partial(Measurement.from_json, trial.user_attrs.get("measurement") or ""))
+            for trial in trials[self.read :]:
+                self.take(trial.user_attrs)
+        self.read = len(trials)
 
-    def refresh_from(self, lines: deque[bytes]) -> None:
-        """Take over the points in lines of a journal.
-
-        A line that is broken stays, and raises `ValueError`.
-        """
-        while lines:
-            line = lines.popleft()
-            try:
-                self.take(partial(point_in, line, self.number))
-            except BaseException:
-                lines.appendleft(line)
-                raise
-
-    def take(self, read: Callable[[], Measurement | None]) -> None:
-        """Keep one stored point.
-
-        One that this version cannot read (a plugin that is not loaded) is counted, not lost.
-        """
+    def take(self, stored: dict[str, Any]) -> None:
+        """Keep one stored point; one that this version cannot read is counted, not lost."""
         try:
-            point = read()
-        except (ValidationError, RecipeError, DataError):
-            self.unreadable += 1
-            return
-        if point is not None:
+            point = Measurement.from_json(str(stored.get("measurement", "")), stored.get("layers"))
+        except (ValueError, RecipeError, DataError):
+            self.refused += 1
+        else:
             self.points[point.key] = point
+
+    @property
+    def unreadable(self) -> int:
+        """Return how many points and lines this version cannot read (a plugin that is not loaded, a line that
+        something else wrote); they stay where they are.
+        """
+        return self.refused + (0 if self.journal is None else len(self.journal.broken))
 
     def __len__(self) -> int:
         """Return the number of points."""
@@ -171,7 +146,7 @@ class Ledger:
         for name, value in given.items():
             if value is not None:
                 try:
-                    self.book.set_user_attr(name, value)
+                    self.study.set_user_attr(name, value)
                 except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                     raise LedgerError(
                         f"cannot write the {name.split()[0]} on {key!r} to {self.where!r}:"
@@ -181,7 +156,7 @@ class Ledger:
 
     def annotations(self) -> dict[str, Annotation]:
         """Return what is said about points, by key; a point that is neither pinned nor noted is left out."""
-        found = self.book.user_attrs
+        found = self.study.user_attrs
         keys = dict.fromkeys(
             name.partition(" ")[2] for name in found if name.startswith(("note ", "pinned "))
         )
@@ -211,7 +186,7 @@ class Ledger:
         self.unsaved.append(point)
         while self.unsaved:
             try:
-                self.book.add_trial(as_trial(self.unsaved[0]))
+                self.study.add_trial(as_trial(self.unsaved[0]))
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 raise LedgerError(
                     f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}:"
@@ -257,22 +232,22 @@ def as_trial(point: Measurement) -> optuna.trial.FrozenTrial:
         float(point.sizes.file_bytes),
         relative if relative == relative else WORST,  # noqa: PLR0124
     ]
-    attributes = {"key": point.key, "recipe": repr(point.recipe), "measurement": point.to_json()}
+    attributes = {"key": point.key, "recipe": repr(point.recipe), **point.to_stored()}
     return optuna.create_trial(
         params=params, distributions=distributions, values=values, user_attrs=attributes
     )
 
 
-def storage_of(where: str | Journal) -> optuna.storages.BaseStorage:
-    """Return Optuna's storage in a journal, at its path or at a storage URL."""
+def open_study(where: str | Journal, study: str) -> optuna.Study:
+    """Open or create an Optuna study in a journal or at a storage URL."""
     import_apart(*OPTUNA)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if isinstance(where, str) and "://" in where:
-        return optuna.storages.get_storage(where)
-    journal = where if isinstance(where, Journal) else Journal(Path(where))
-    return optuna.storages.JournalStorage(journal)  # type: ignore[arg-type]  # see Journal
+    if isinstance(where, str):
+        return load_or_create(optuna.storages.get_storage(where), study)
+    backend = cast("BaseJournalBackend", where)  # see Journal
+    return load_or_create(optuna.storages.JournalStorage(backend), study)
 
 
 def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:

@@ -229,34 +229,22 @@ def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = Non
         ValueError: none, or of several models.
 
     """
-    chosen = list(rows)
-    told = list(map(attrgetter("figures"), chosen))
-    if not all(one.complete for one in told):
-        chosen, told = (
-            [row for row, one in zip(chosen, told, strict=True) if one.complete],
-            [one for one in told if one.complete],
-        )
-    models = {one.data for one in told}
-    if metric is None and cost == "file_bytes":  # what most plots show lies together
-        drops, costs = (
-            turned([one.metric for one in told], ends(one.change for one in told)),
-            np.tile([float(one.file_bytes) for one in told], (3, 1)),
-        )
-    else:
-        spent_by = spending(cost)
-        known = [
-            (row, quality, spent)
-            for row in chosen
-            if (spent := spent_by(row)) is not None and (quality := quality_of(row, metric)) is not None
-        ]
-        chosen, drops, costs = [row for row, _, _ in known], drops_of(known), costs_of(known, cost)
-        models = {row.figures.data for row in chosen}
+    spent_by = spending(cost)
+    known = [
+        (row, quality, spent)
+        for row in rows
+        if row.complete
+        and (spent := spent_by(row)) is not None
+        and (quality := quality_of(row, metric)) is not None
+    ]
+    chosen = [row for row, _, _ in known]
+    models = {(row.context.model_fingerprint, row.context.data_fingerprint) for row in chosen}
     if len(models) != 1:
         raise ValueError(
             f"a trade-off needs points of one model on one data set; got {len(models)} in {len(chosen)}"
             " points"
         )
-    return Known(chosen, drops, costs)
+    return Known(chosen, drops_of(known), costs_of(known, cost))
 
 
 def drops_of(known: Sequence[tuple[Measurement, Quality, Any]]) -> Ends:

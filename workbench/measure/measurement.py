@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Annotated, Any, NamedTuple
+from functools import cache
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import from_json, to_json
 
 from workbench.compress.registry import METHODS
 from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.size import Sizes
-from workbench.measure.stored_layers import Layers, StoredLayers
+from workbench.measure.stored_layers import Layers, StoredLayers, layers_text
 from workbench.metrics.quality import Estimate, Quality
 from workbench.recipe import Recipe
 from workbench.util.progress import Look
@@ -24,8 +25,6 @@ RecipeField = Annotated[
     BeforeValidator(lambda v: METHODS.from_json(v) if isinstance(v, str) else v),
     PlainSerializer(lambda r: r.to_json()),
 ]
-
-LAYERS = '"layers":[', '],"provenance":{'  # what stands before and after the layers of a stored point
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,6 @@ class Predicted:
     wide: bool
 
 
-class Figures(NamedTuple):
-    """What a trade-off plot reads of a point, together: of a hundred thousand, finding it takes longer than
-    working with it.
-    """
-
-    complete: bool
-    data: tuple[str, str]  # fingerprints of the model and its data
-    metric: str
-    change: tuple[float, float, float]  # value, low, high
-    file_bytes: int
-
-
 @pydantic_dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="constants"))
 class Measurement:
     """One recipe measured. A figure that could not be measured is None, and `missing` says why.
@@ -138,19 +125,6 @@ class Measurement:
     kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
     kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
 
-    @cached_property
-    def figures(self) -> Figures:
-        """Return what a trade-off plot reads of this point, found once."""
-        quality, context = self.quality[0], self.context
-        change = quality.change
-        return Figures(
-            self.complete,
-            (context.model_fingerprint, context.data_fingerprint),
-            quality.metric,
-            (change.value, change.low, change.high),
-            self.sizes.file_bytes,
-        )
-
     @property
     def complete(self) -> bool:
         """Return whether every item that was asked for was read and the latency was tried."""
@@ -178,28 +152,36 @@ class Measurement:
         """Return the measurement as one line of JSON."""
         return ADAPTER().dump_json(self).decode()
 
+    def to_stored(self) -> dict[str, str]:
+        """Return the measurement as the two texts that a ledger keeps: JSON of all but the layers, and of
+        these.
+        """
+        return {
+            "measurement": ADAPTER().dump_json(self, exclude={"layers"}).decode(),
+            "layers": layers_text(self.layers),
+        }
+
     @staticmethod
-    def from_json(text: str, layers: StoredLayers | None = None) -> Measurement:
-        """Return the measurement that `to_json` wrote.
+    def from_json(text: str, layers: str | None = None) -> Measurement:
+        """Return the measurement that `to_json` wrote, or `to_stored` with `layers` apart.
 
-        The layers wait in their text until they are asked for. An unescaped quote ends a string of JSON, so
-        that the marks around them stand nowhere else.
-
-        Args:
-            text: of `to_json`.
-            layers: those of a text that had them cut out: its list of layers is empty.
+        The layers wait as text until they are asked for: with thousands of points they are most of the time
+        and memory.
 
         Raises:
-            pydantic.ValidationError: the text is no measurement.
+            ValueError: the text is no JSON of a measurement (`pydantic.ValidationError` where a field is
+                wrong).
             RecipeError: its recipe cannot be read, see `METHODS.from_json`.
         """
-        if layers is None:
-            start, end = text.find(LAYERS[0]) + len(LAYERS[0]), text.rfind(LAYERS[1])
-            if len(LAYERS[0]) <= start < end:
-                layers = StoredLayers(text[start - 1 : end + 1])
-                text = f"{text[:start]}{text[end:]}"
-        read: Measurement = ADAPTER().validate_json(text, context=layers)
-        return read
+        record = from_json(text)
+        if not isinstance(record, dict):
+            raise ValueError(f"no measurement: {text[:40]!r}")  # noqa: TRY004  as any other text that is none
+        if layers is None and "layers" in record:  # as one text
+            layers = to_json(record["layers"], inf_nan_mode="constants").decode()
+        if layers is not None:
+            record["layers"] = StoredLayers(layers)
+        made: Measurement = ADAPTER().validate_python(record)
+        return made
 
 
 @cache

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Annotated, Any, overload
+from typing import Annotated, overload
 
-from pydantic import TypeAdapter, ValidationInfo, ValidatorFunctionWrapHandler, WrapSerializer, WrapValidator
-from pydantic_core import from_json
+from pydantic import ConfigDict, PlainSerializer, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from workbench.compress.core.layer_report import LayerReport
 
@@ -20,27 +19,17 @@ class StoredLayers(Sequence[LayerReport]):
     With thousands of points their layers are most of the text, and reading them most of the time and memory.
     """
 
-    __slots__ = ("_reports", "_text")
+    __slots__ = ("_reports", "text")
 
-    def __init__(self, text: str | bytes) -> None:
+    def __init__(self, text: str) -> None:
         """Read nothing yet.
 
         Args:
-            text: a list of layers as JSON; bytes where it stands, escaped, within a string of JSON.
+            text: a list of layers as JSON.
 
         """
-        self._text = text
+        self.text = text
         self._reports: Reports | None = None
-
-    def read(self) -> Reports:
-        """Return the reports of the text, which are not kept.
-
-        Raises:
-            pydantic.ValidationError: the text holds no layers.
-
-        """
-        text = self._text if isinstance(self._text, str) else str(from_json(b'"' + self._text + b'"'))
-        return reports_adapter().validate_json(text)
 
     @property
     def unread(self) -> bool:
@@ -49,9 +38,9 @@ class StoredLayers(Sequence[LayerReport]):
 
     @property
     def reports(self) -> Reports:
-        """Return the reports, read once."""
+        """Return the reports, read once; raises `pydantic.ValidationError` if the text holds none."""
         if self._reports is None:
-            self._reports = self.read()
+            self._reports = reports_adapter().validate_json(self.text)
         return self._reports
 
     def __len__(self) -> int:
@@ -87,25 +76,24 @@ class StoredLayers(Sequence[LayerReport]):
         return repr(self.reports)
 
 
-def validated(
-    value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
-) -> Sequence[LayerReport]:
-    """Return layers as a point holds them: as they are where they are stored or wait beside the text that is
-    read (its `context`), else as a tuple.
-    """
-    if isinstance(value, StoredLayers):
-        return value
-    return info.context if isinstance(info.context, StoredLayers) else tuple(validate(value))
+def unread_or_checked(value: object, check: ValidatorFunctionWrapHandler) -> Sequence[LayerReport]:
+    """Return layers as a point holds them: stored ones as they are, others as a tuple."""
+    return value if isinstance(value, StoredLayers) else tuple(check(value))
 
 
-Layers = Annotated[
-    Sequence[LayerReport],
-    WrapValidator(validated),
-    WrapSerializer(lambda value, write: write(value.read() if isinstance(value, StoredLayers) else value)),
-]
+Layers = Annotated[Sequence[LayerReport], WrapValidator(unread_or_checked), PlainSerializer(tuple)]
+
+
+def layers_text(layers: Sequence[LayerReport]) -> str:
+    """Return layers as JSON, stored ones as they were stored."""
+    return (
+        layers.text
+        if isinstance(layers, StoredLayers)
+        else reports_adapter().dump_json(tuple(layers)).decode()
+    )
 
 
 @cache
 def reports_adapter() -> TypeAdapter[Reports]:
     """Return what reads them (built on first use, so that importing stays free)."""
-    return TypeAdapter(Reports)
+    return TypeAdapter(Reports, config=ConfigDict(ser_json_inf_nan="constants"))
