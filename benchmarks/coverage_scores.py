@@ -34,7 +34,7 @@ import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import CompressionError, RecipeError
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Task
 from workbench.tasks.language_modelling import LanguageModelling

@@ -29,8 +29,8 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.measure.cuda_graphs import Graphs
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.cuda_graphs import Graphs
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.metrics.scores import Scores
 from workbench.tasks import score
 from workbench.tasks.base import Task

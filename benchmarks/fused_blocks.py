@@ -27,9 +27,9 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.measure.cuda_graphs import Graphs
-from workbench.measure.evaluator import Evaluator
-from workbench.measure.fused_blocks import FusedBlocks
+from workbench.measure.evaluation.cuda_graphs import Graphs
+from workbench.measure.evaluation.evaluator import Evaluator
+from workbench.measure.evaluation.fused_blocks import FusedBlocks
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Task
 from workbench.util.device import describe, pick

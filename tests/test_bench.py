@@ -13,7 +13,7 @@ from workbench.bench import Bench
 from workbench.compress import compress
 from workbench.errors import Cancelled, DataError, DeviceError, RecipeError
 from workbench.ledger.ledger import Ledger
-from workbench.measure.outputs import scored as keeping
+from workbench.measure.evaluation.outputs import scored as keeping
 from workbench.measure.size import sizes
 from workbench.measure.summary import summary
 from workbench.metrics.quality import flips, quality
@@ -219,11 +219,11 @@ def test_again_measures_anew_and_keeps_one_point(bench):
 def test_what_does_not_depend_on_the_recipe_is_done_once(bench, monkeypatch):
     scored: list[bool] = []
     monkeypatch.setattr(
-        "workbench.measure.evaluator.score",
+        "workbench.measure.evaluation.evaluator.score",
         lambda kind, model, items: (scored.append(model is bench.task.model), score(kind, model, items))[1],
     )
     monkeypatch.setattr(
-        "workbench.measure.evaluator.scored",
+        "workbench.measure.evaluation.evaluator.scored",
         lambda kind, model, items, *kept: (
             scored.append(model is bench.task.model),
             keeping(kind, model, items, *kept),

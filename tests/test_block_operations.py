@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from workbench.kernels import block_ops
-from workbench.measure.fused_blocks import NEAR, FusedBlocks, Operations, near
+from workbench.measure.evaluation.fused_blocks import NEAR, FusedBlocks, Operations, near
 from workbench.tasks.likelihood import token_loss
 
 

@@ -24,13 +24,13 @@ from workbench.compress import compress
 from workbench.errors import DataError
 from workbench.ledger.table import points_frame
 from workbench.measure import kl as module
-from workbench.measure import outputs as outputs_module
 from workbench.measure.card import card, divergence_words
-from workbench.measure.cuda_graphs import Captured, Graphs
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation import outputs as outputs_module
+from workbench.measure.evaluation.cuda_graphs import Captured, Graphs
+from workbench.measure.evaluation.evaluator import Evaluator
+from workbench.measure.evaluation.outputs import Outputs, Sampler, spread
 from workbench.measure.kl import Each, Reference, divergence, kl_of_logits
 from workbench.measure.measurement import Measurement
-from workbench.measure.outputs import Outputs, Sampler, spread
 from workbench.measure.summary import summary
 from workbench.tasks.base import Items, Task
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
@@ -394,7 +394,7 @@ def test_dense_outputs_that_were_thrown_out_are_read_again():
 
 
 def test_kinds_without_a_distribution_have_none(tmp_path):
-    from workbench.measure.outputs import has_distribution
+    from workbench.measure.evaluation.outputs import has_distribution
     from workbench.tasks import KINDS
 
     assert [kind.name for kind in KINDS if has_distribution(kind)] == [

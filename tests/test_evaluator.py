@@ -20,9 +20,9 @@ from torch import nn
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.quantization.activations import Activations
-from workbench.measure.chunked_head import Head, Headless, find_head
-from workbench.measure.evaluator import Evaluator
-from workbench.measure.prefix_reuse import Kept, alike, find_chain
+from workbench.measure.evaluation.chunked_head import Head, Headless, find_head
+from workbench.measure.evaluation.evaluator import Evaluator
+from workbench.measure.evaluation.prefix_reuse import Kept, alike, find_chain
 from workbench.metrics.scores import Scores
 from workbench.modules.layer import find_layers
 from workbench.modules.substitution import with_stand_ins

@@ -12,9 +12,9 @@ from transformers.models.llama import modeling_llama
 
 import workbench as wb
 from workbench.compress import compress
-from workbench.measure.cuda_graphs import counterparts
-from workbench.measure.evaluator import Evaluator
-from workbench.measure.fused_blocks import (
+from workbench.measure.evaluation.cuda_graphs import counterparts
+from workbench.measure.evaluation.evaluator import Evaluator
+from workbench.measure.evaluation.fused_blocks import (
     NEAR,
     FusedBlocks,
     FusedGate,
@@ -325,7 +325,7 @@ def test_on_a_gpu_fused_blocks_that_are_left_out_change_no_bit():
 
 def test_models_that_are_moved_about_are_run_as_they_are(monkeypatch):
     plain = Plain()
-    monkeypatch.setattr("workbench.measure.evaluator.fused_blocks", lambda _: plain.blocks())
+    monkeypatch.setattr("workbench.measure.evaluation.evaluator.fused_blocks", lambda _: plain.blocks())
     task = tiny_task("llama")
     assert Evaluator(task, task.evaluation).fuse(task.model) is not task.model
     task.model.spread_over = (CPU, CPU)

@@ -16,9 +16,9 @@ from tiny_tasks import tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.quantization.activations import Activations
-from workbench.measure import cuda_graphs
-from workbench.measure.cuda_graphs import Captured, Graphs, counterparts
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation import cuda_graphs
+from workbench.measure.evaluation.cuda_graphs import Captured, Graphs, counterparts
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.metrics.scores import Scores
 from workbench.tasks import score
 from workbench.tasks.base import Items, Task
@@ -331,7 +331,8 @@ def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_wa
     task, events = structure_models.task_of("grouped"), []
     graphs, expected = graphs_of(task), evaluator_of(task).scores(task.model, [], 40)
     monkeypatch.setattr(
-        "workbench.measure.evaluator.tally", lambda *given: (events.append("waits"), tally(*given))[1]
+        "workbench.measure.evaluation.evaluator.tally",
+        lambda *given: (events.append("waits"), tally(*given))[1],
     )
     with graphs.loaded(task.model) as replay:
         found = evaluator_of(task).replay(

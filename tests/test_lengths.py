@@ -9,7 +9,7 @@ from test_evaluator import evaluator_of, plain, same
 from tiny_tasks import CLASSES, VOCABULARY, tiny_task
 from torch import nn
 
-from workbench.measure.length_sorting import ordered, text_spans, trimmed
+from workbench.measure.evaluation.length_sorting import ordered, text_spans, trimmed
 from workbench.metrics.scores import Scores
 from workbench.tasks import score
 from workbench.tasks.base import Items, Task
@@ -38,7 +38,7 @@ def test_padded_texts_score_the_same_to_rounding_in_their_own_order(monkeypatch)
     evaluator, shapes = evaluator_of(task), []
     evaluator.text_spans()
     monkeypatch.setattr(
-        "workbench.measure.evaluator.score",
+        "workbench.measure.evaluation.evaluator.score",
         lambda kind, model, items: (
             shapes.append(tuple(items.inputs["input_ids"].shape)),
             score(kind, model, items),

@@ -20,7 +20,7 @@ from workbench.compress.quantization.scales import Spec, fit, fit_in_place, form
 from workbench.errors import BrokenPromiseError, CompressionError
 from workbench.formats.affine import Grid
 from workbench.kernels import magnitudes, weight_passes
-from workbench.measure.fused_blocks import fused_blocks
+from workbench.measure.evaluation.fused_blocks import fused_blocks
 from workbench.measure.size import counted_sizes
 from workbench.modules.layer import find_layers
 

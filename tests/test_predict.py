@@ -16,7 +16,7 @@ from pydantic import Field
 import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress.registry import METHODS
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.size import sizes
 from workbench.predict.history import Spot, history
 from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit

@@ -11,8 +11,8 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
+from widgets.panes.static_snapshot import Still, still
 from widgets.plot.kept_figure import absent, kept_figure
-from widgets.plot.static_snapshot import Still, still
 from widgets.plot.static_svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, svg
 from widgets.session.state import Live
 

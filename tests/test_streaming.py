@@ -22,7 +22,7 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.compress.core.layer_report import LayerReport
 from workbench.errors import CompressionError, DeviceError
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.modules import offload, placement
 from workbench.modules.layer import find_layers
 from workbench.modules.offload import device_of, streams_to

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.modules import offload
 
 AWAY = torch.device("cpu", 0)  # another name of the CPU: to `streaming`, another device

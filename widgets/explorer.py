@@ -23,9 +23,9 @@ from widgets.panes.code_view import CodeView, line
 from widgets.panes.error_pane import ErrorPane, explain
 from widgets.panes.layer_view import LayerView
 from widgets.panes.points_controller import Keeping
+from widgets.panes.static_snapshot import Still
 from widgets.panes.training_view import TrainingView
 from widgets.panes.verdict_strip import HonestyStrip
-from widgets.plot.static_snapshot import Still
 from widgets.plot.tradeoff_view import TradeoffView
 from widgets.session.load_progress import Waiting
 from widgets.session.model_choice import Choice

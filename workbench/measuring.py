@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from workbench.compress import Compressed
 from workbench.errors import DataError
+from workbench.measure.evaluation.outputs import Outputs
 from workbench.measure.kl import WHAT, Divergence, Reference, divergence
 from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
 from workbench.measure.latency import measure_latency
 from workbench.measure.measurement import Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
-from workbench.measure.outputs import Outputs
 from workbench.measure.recent_scores import Neighbours
 from workbench.measure.setting import Setting
 from workbench.measure.size import Sizes, counted_sizes, sizes

@@ -27,7 +27,7 @@ from benchmarks.suite.record import Options, Record, synchronise
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.kernels import weight_passes
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.runtime.roofline import limits_of
 from workbench.tasks.base import Task
 from workbench.util.device import pick

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import workbench as wb
 from benchmarks.suite.record import Options, Record
 from workbench.compress import compress
-from workbench.measure import cuda_graphs
+from workbench.measure.evaluation import cuda_graphs
 from workbench.measure.memory import quiet_stderr, unique_bytes
 
 WHAT = (

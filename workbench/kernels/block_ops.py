@@ -2,8 +2,8 @@
 
 Sizes are chosen so that a thread holds 8 to 32 numbers.
 
-Whoever calls them tries them first: see `losses_refused`, and `workbench.measure.fused_blocks` for those of
-blocks.
+Whoever calls them tries them first: see `losses_refused`, and `workbench.measure.evaluation.fused_blocks` for
+those of blocks.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@ where no answer flipped.
 
 KL(dense || compressed) = sum over classes of p log(p / q), in nats, for every scored answer; the mean over
 items weighted by answers. Equal accuracy hides changes that this shows ("Accuracy is not all you need", Dutta
-et al. 2024). Both models' outputs are kept while items are scored (`workbench.measure.outputs`), so that
-nothing is run twice; logits are made of them piece by piece at the end. A point says how many items and
-answers its value is of. Of a point that stopped early the divergences of its items are kept, a number each,
-so that one that goes on is of all items as well.
+et al. 2024). Both models' outputs are kept while items are scored (`workbench.measure.evaluation.outputs`),
+so that nothing is run twice; logits are made of them piece by piece at the end. A point says how many items
+and answers its value is of. Of a point that stopped early the divergences of its items are kept, a number
+each, so that one that goes on is of all items as well.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from workbench.calibration.statistics import Statistics
 from workbench.errors import DataError
-from workbench.measure.evaluator import Evaluator
-from workbench.measure.outputs import Outputs
+from workbench.measure.evaluation.evaluator import Evaluator
+from workbench.measure.evaluation.outputs import Outputs
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.intervals import mean
 from workbench.metrics.scores import Scores

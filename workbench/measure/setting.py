@@ -11,7 +11,7 @@ from workbench.calibration.disk_cache import disk_cache
 from workbench.calibration.memory_cache import cache_of
 from workbench.calibration.statistics import Statistics
 from workbench.errors import DataError
-from workbench.measure.evaluator import Evaluator
+from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.measurement import Context
 from workbench.measure.size import Sizes, sizes
 from workbench.modules.layer import Progress

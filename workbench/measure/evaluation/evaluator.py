@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from workbench.measure.chunked_head import Head, find_head
-from workbench.measure.cuda_graphs import Graphs, Read
-from workbench.measure.fused_blocks import FusedBlocks, fused_blocks
-from workbench.measure.length_sorting import in_place, ordered, text_spans, trimmed, trims
-from workbench.measure.outputs import Outputs, Sampler, has_distribution, scored
-from workbench.measure.prefix_reuse import Kept, Prefix
+from workbench.measure.evaluation.chunked_head import Head, find_head
+from workbench.measure.evaluation.cuda_graphs import Graphs, Read
+from workbench.measure.evaluation.fused_blocks import FusedBlocks, fused_blocks
+from workbench.measure.evaluation.length_sorting import in_place, ordered, text_spans, trimmed, trims
+from workbench.measure.evaluation.outputs import Outputs, Sampler, has_distribution, scored
+from workbench.measure.evaluation.prefix_reuse import Kept, Prefix
 from workbench.metrics.scores import Scores
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import streaming, streams_to
@@ -44,9 +44,9 @@ class Evaluator:
     padded texts are read in batches of like length, and blocks that are the dense model's own start from its
     hidden states, of which at most `budget` bytes are kept (None: 256 MB on a CPU, a twentieth of a GPU's
     memory). On a GPU, models whose weights alone changed are replayed as one graph, unless `graphs` is False
-    (see `workbench.measure.cuda_graphs`). Where a model does not allow one of these, which is tried once, it
-    is run as it is. There too, norms, gated products and rotary embeddings are one kernel each, unless
-    `fused` is False (see `workbench.measure.fused_blocks`).
+    (see `workbench.measure.evaluation.cuda_graphs`). Where a model does not allow one of these, which is
+    tried once, it is run as it is. There too, norms, gated products and rotary embeddings are one kernel
+    each, unless `fused` is False (see `workbench.measure.evaluation.fused_blocks`).
     """
 
     task: Task

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.kernels.graph_capture import one_sequence_each
-from workbench.measure.outputs import Sampler
+from workbench.measure.evaluation.outputs import Sampler
 from workbench.modules.sharing import holds_modules, own_parameters, twin
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.likelihood import Choosing, token_loss

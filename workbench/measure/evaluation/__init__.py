@@ -1,0 +1,1 @@
+"""Evaluation items scored by a model: each once, and what is known not computed again."""
