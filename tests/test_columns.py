@@ -16,6 +16,7 @@ from workbench.compress.quantization.scales import Spec, fit, form_of
 from workbench.kernels import column_solver
 from workbench.kernels.column_loops import Factor
 from workbench.modules.layer import Layer
+from workbench.util.device import NEEDS_GPU
 
 SHAPES = [(2, 5, 7), (1, 33, 128), (2, 40, 200)]  # the last takes two programs and two blocks
 
@@ -199,4 +200,4 @@ def test_a_kernel_that_is_wrong_is_not_used(place, untried, monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton runs on the CPU here")
 def test_without_a_gpu_the_plain_loops_run():
-    assert column_solver.refused(torch.device("cpu")) == "Triton kernels need a CUDA GPU"
+    assert column_solver.refused(torch.device("cpu")) == NEEDS_GPU

@@ -23,6 +23,7 @@ from workbench.kernels import magnitudes, weight_passes
 from workbench.measure.evaluation.fused_blocks import fused_blocks
 from workbench.measure.size import counted_sizes
 from workbench.modules.layer import find_layers
+from workbench.util.device import NEEDS_GPU
 
 SHAPES = [(5, 7), (64, 64), (96, 128)]  # the last takes three programs a layer
 
@@ -340,7 +341,7 @@ def test_a_kernel_that_gives_other_bits_is_not_used(place, monkeypatch):
 @pytest.mark.usefixtures("untried")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of a GPU")
 def test_without_a_gpu_the_plain_operations_are_used():
-    assert weight_passes.refused(torch.device("cpu"), torch.float32) == "Triton kernels need a CUDA GPU"
+    assert weight_passes.refused(torch.device("cpu"), torch.float32) == NEEDS_GPU
     assert not weight_passes.suited([torch.ones(16)])
 
 

@@ -27,6 +27,8 @@ from workbench.compress.quantization.qat import QAT
 from workbench.compress.quantization.quantize import Quantize
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
+from workbench.kernels import weight_passes
+from workbench.kernels.weight_passes import WEIGHT_PASSES
 from workbench.modules.layer import Layer, Progress, no_progress
 from workbench.modules.placement import refuse
 from workbench.modules.sharing import can_share, own_parameters, sharing_copy, twin
@@ -103,6 +105,8 @@ def compress(
         work = Work(dense_copy(task, known), task, known, progress, training or Training())
         if known.task is task:
             know_finite(list(work.layers.values()), known)
+        for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
+            work.refusals.note(WEIGHT_PASSES, weight_passes.failed(device, dtype))
     else:
         work = begun.continued(task, known, progress, training or Training())
     done: list[Step] = [] if begun is None else list(begun.done)
@@ -130,7 +134,7 @@ def compress(
         tuple(work.layers.values()),
         layer_reports(work),
         tuple(work.curve),
-        tuple(work.warnings),
+        (*work.warnings, *work.refusals.words()),
         tuple(work.looks),
     )
 

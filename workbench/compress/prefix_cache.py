@@ -115,7 +115,7 @@ def twin_of(work: Work) -> Work | None:
     for name, value in vars(work).items():
         if name not in OWN and type(value) in {dict, list}:
             setattr(made, name, own_table(value))
-    made.model = model
+    made.model, made.refusals = model, copy.deepcopy(work.refusals)
     own_config(model, work)
     try:
         made.layers = {name: moved_layer(layer, places, model) for name, layer in work.layers.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.util.device import launching, why_no_triton
+from workbench.util.fast_path import FastPath, attempted, with_triton
 
 TILE = 4096  # numbers that one program takes together
 FLAT = 2048  # of a product, number by number
@@ -130,18 +131,32 @@ def losses_refused(device: torch.device, dtype: torch.dtype) -> str:
 
     Tried at the first call.
     """
-    if reason := why_no_triton(device):
-        return reason
+    return why_no_triton(device) or attempted(lambda: trial_of_losses(device, dtype))
+
+
+def losses_failed(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why `losses` is not used though this machine has it, "" else."""
+    return "" if why_no_triton(device) else losses_refused(device, dtype)
+
+
+def trial_of_losses(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what is wrong with `losses`, "" if nothing is."""
     logits = torch.randn(7, 5001, generator=torch.Generator().manual_seed(0)).mul_(4).to(device, dtype)
     labels = torch.tensor([0, 5000, 17, -100, 3, 4999, 4096], device=device)
     logits[1, 77], logits[1, 4200] = 99.0, 99.0  # two as large: the first is the answer
-    try:
-        loss, answers = losses(logits, labels)
-    except Exception as error:  # noqa: BLE001
-        # compilers and drivers raise what they like; the plain operations are there
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    loss, answers = losses(logits, labels)
     expected = F.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="none")
     right = torch.allclose(loss.double(), expected, rtol=1e-5, atol=1e-5) and torch.equal(
         answers.cpu(), logits.cpu().argmax(-1)
     )
     return "" if right else f"the losses of {dtype} logits are not those of the plain operations"
+
+
+LOSSES = FastPath(
+    "losses by one kernel (Triton)",
+    "reading logits of a large vocabulary on a GPU",
+    with_triton("workbench.kernels.triton_blocks"),
+    lambda device: next(
+        (reason for dtype in (torch.bfloat16, torch.float32) if (reason := losses_refused(device, dtype))), ""
+    ),
+)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workbench.kernels.column_loops import Columns, Factor, remove_columns, round_columns
 from workbench.util.device import launching, why_no_triton
+from workbench.util.fast_path import FastPath, attempted, with_triton
 
 BLOCK = 128  # columns worked through before the rest of the matrix hears of them
 ROWS = 32  # of a program
@@ -93,11 +94,12 @@ def refused(device: torch.device) -> str:
     """Return why the kernel is not used on a device, "" if it is; compiles and tries it at the first call."""
     if reason := why_no_triton(device):
         return reason
-    try:
-        return trial(device)
-    except Exception as error:  # noqa: BLE001
-        # compilers and drivers raise what they like; the plain loops are there
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return attempted(lambda: trial(device))
+
+
+def failed(device: torch.device) -> str:
+    """Return why the kernel is not used though this machine has it, "" else."""
+    return "" if why_no_triton(device) else refused(device)
 
 
 def trial(device: torch.device) -> str:
@@ -126,6 +128,14 @@ def trial(device: torch.device) -> str:
         if alike(rounded, block * kept) and alike(errors, expected)
         else "pruning columns gives other weights than the plain loop"
     )
+
+
+COLUMNS = FastPath(
+    "columns by one kernel (Triton)",
+    "GPTQ and SparseGPT on a GPU",
+    with_triton("workbench.kernels.triton_columns"),
+    refused,
+)
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:

@@ -22,6 +22,7 @@ from workbench.formats.affine import Grid
 from workbench.kernels import magnitudes
 from workbench.kernels.selection import keep_fewer, spread
 from workbench.util.device import launching, placed, why_no_triton
+from workbench.util.fast_path import FastPath, attempted, with_triton
 
 BLOCK = 4096  # weights that one program reads
 ROW = 1024  # of those that one warp searches for a threshold
@@ -29,6 +30,7 @@ WARPS = 8
 ALIGNED = 16  # bytes, so that many weights are read by one instruction
 WIDEST = 2**14  # inputs of a row that one program holds
 MOST = 2**31 - 2**13  # weights of a layer: places are 32-bit numbers
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,14 @@ def refused(device: torch.device, dtype: torch.dtype) -> str:
     """
     if reason := why_no_triton(device):
         return reason
-    if dtype not in {torch.bfloat16, torch.float16, torch.float32}:
+    if dtype not in DTYPES:
         return f"no kernel reads {dtype}"
-    try:
-        return trial(device, dtype)
-    except Exception as error:  # noqa: BLE001
-        # compilers and drivers raise what they like; the plain operations are there
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return attempted(lambda: trial(device, dtype))
+
+
+def failed(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the kernels are not used though this machine has them and they read the dtype, "" else."""
+    return "" if why_no_triton(device) or dtype not in DTYPES else refused(device, dtype)
 
 
 def trial(device: torch.device, dtype: torch.dtype) -> str:
@@ -151,6 +154,14 @@ def trial_of_masks(weights: Tensor) -> str:
     ):
         return ""
     return f"pruning {weights.dtype} weights gives other bits than the plain operations"
+
+
+WEIGHT_PASSES = FastPath(
+    "one pass over weights (Triton)",
+    "pruning, rounding and checking weights on a GPU",
+    with_triton("workbench.kernels.triton_weights"),
+    lambda device: next((reason for dtype in DTYPES if (reason := refused(device, dtype))), ""),
+)
 
 
 def table(tensors: Sequence[Tensor]) -> Tensor:

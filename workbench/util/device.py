@@ -14,6 +14,8 @@ import torch
 
 from workbench.errors import DeviceError
 
+NEEDS_GPU = "needs a CUDA GPU"
+
 
 def pick(wanted: str | None = None) -> torch.device:
     """Return the device asked for, or the first GPU, or the CPU.
@@ -54,7 +56,7 @@ def why_no_triton(device: torch.device) -> str:
     if os.environ.get("WORKBENCH_TRITON") == "off":
         return "WORKBENCH_TRITON is off"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton kernels need a CUDA GPU"
+        return NEEDS_GPU
     return (
         ""
         if importlib.util.find_spec("triton") is not None

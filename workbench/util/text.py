@@ -28,3 +28,8 @@ def size(count: float | None) -> str:
 def one_line(error: BaseException) -> str:
     """Return an exception's message without line breaks, at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+def kind_and_words(error: BaseException) -> str:
+    """Return an exception in one line: its kind and the first 200 characters of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -21,6 +21,7 @@ from workbench.modules.layer import (
     output_head,
 )
 from workbench.recipe import picks
+from workbench.util.fast_path import Refusals
 from workbench.util.progress import Look, Training
 from workbench.util.text import nearest
 
@@ -48,6 +49,7 @@ class Work:
     curve: list[tuple[int, float]] = field(default_factory=list)  # (training step, loss) of a Distill step
     looks: list[Look] = field(default_factory=list)  # at held-out items, steps counted along the curve
     warnings: list[str] = field(default_factory=list)
+    refusals: Refusals = field(default_factory=Refusals)  # fast paths that were switched off
     moved: dict[str, str | None] = field(
         default_factory=dict
     )  # blocks of the dense model that stand elsewhere now (None: removed)

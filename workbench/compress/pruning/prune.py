@@ -16,7 +16,8 @@ from workbench.compress.pruning.options import Prune
 from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.structured import remove_structure
 from workbench.compress.registry import METHODS
-from workbench.kernels import magnitudes, weight_passes
+from workbench.kernels import column_solver, magnitudes, weight_passes
+from workbench.kernels.column_solver import COLUMNS
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.layer import Layer
 
@@ -98,6 +99,8 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         matrices, kept = sparsegpt.solve(
             matrices, sparsegpt.inverse_factors(batch.layers, evidence), counts, group, kept
         )
+        if group is None:
+            evidence.work.refusals.note(COLUMNS, column_solver.failed(matrices.device))
     else:
         kept = chosen(step, importance(step, batch, matrices, evidence), counts, group)
         matrices.mul_(kept)

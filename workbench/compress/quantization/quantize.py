@@ -32,7 +32,8 @@ from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import HALVES, Form, split
-from workbench.kernels import weight_passes
+from workbench.kernels import column_solver, weight_passes
+from workbench.kernels.column_solver import COLUMNS
 from workbench.modules.layer import Layer
 from workbench.recipe import About, Step, configuration
 
@@ -364,6 +365,8 @@ def solved(
     if by_inputs:
         order = gptq.orders(batch.layers, work, damping=step.damping, by_activation=step.activation_order)
         stack = gptq.solve(stack, scales, order, spec, masks)
+        if spec.number_format == "integer":
+            work.refusals.note(COLUMNS, column_solver.failed(stack.device))
     return form_of(stack, scales, spec), scales.half
 
 
