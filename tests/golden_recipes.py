@@ -183,12 +183,12 @@ def pair(first: str, second: str) -> Callable[[], Steps]:
 PAIRS = {f"{first} {second}": pair(first, second) for first, second in itertools.permutations(PART, 2)}
 RECIPES = {**LOW_RANK, **PRUNE, **QUANTIZE, **AROUND, **TRAINING, **TOGETHER, **PAIRS}
 PARTS_OF = {  # K needs a language model, S neurons; pairs of the slowest models are fewer
-    "fashion-vit": "LPSQARTWD",
+    "fashion-vit": "LPSQARD",
     "fashion-cnn": "LPQARD",
     "llama": "LPSQAKRTWD",
     "gpt2": "LPSQAKRTWD",
     "resnet": "LPQARTWD",
-    "whisper": "LPQRD",
+    "whisper": "LPQR",
 }
 ITEMS = {"evaluation_items": 32, "calibration_items": 16, "training_items": 24}
 
