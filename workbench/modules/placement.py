@@ -9,7 +9,6 @@ that copies that share its tensors are spread too.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -20,12 +19,12 @@ from torch import nn
 
 from workbench.errors import CompressionError, DeviceError
 from workbench.modules.offload import HOST, attach, blocks_of, moved, outside, streams_to
+from workbench.modules.sharing import holds_modules, sharing_copy
 from workbench.util.device import free_bytes, host_bytes
 from workbench.util.library_internals import buffers_of
 
 if TYPE_CHECKING:
     from workbench.recipe import Recipe, Step
-    from workbench.tasks.base import Task
 
 Placement = Literal["auto", "device", "streamed", "spread"]
 COPIES = 2  # the dense model, and as much again for the compressed one
@@ -79,28 +78,21 @@ def place(model: nn.Module, device: torch.device, placement: Placement = "auto")
         ) from None
 
 
-def place_task(task: Task, device: torch.device, placement: Placement) -> Task:
-    """Return a ready task with its model placed; one that has to move is copied, the given one stays as it
+def placed(model: nn.Module, device: torch.device, placement: Placement) -> nn.Module:
+    """Return a model ready to run: the given one where it stays, else a copy, and the given one stays as it
     is. Raises as `place`.
     """
-    from workbench.modules.sharing import (  # compress() asks this page what it refuses
-        holds_modules,
-        sharing_copy,
-    )
-
-    here = next(itertools.chain(task.model.parameters(), task.model.buffers())).device
-    if is_placed(task.model):
-        return task
+    here = next(itertools.chain(model.parameters(), model.buffers())).device
+    if is_placed(model):
+        return model
     if placement in {"auto", "device"} and here == device:
-        return task
+        return model
     if placement == "device" or (
-        placement == "auto"
-        and (device.type == "cpu" or required_bytes(task.model, device) <= free_bytes(device))
+        placement == "auto" and (device.type == "cpu" or required_bytes(model, device) <= free_bytes(device))
     ):
-        return dataclasses.replace(task, model=copy.deepcopy(task.model).to(device))
-    streams = placement != "spread" and not any(holds_modules(module) for module in task.model.modules())
-    model = sharing_copy(task.model) if streams else copy.deepcopy(task.model).to(HOST)
-    return dataclasses.replace(task, model=place(model, device, placement))
+        return copy.deepcopy(model).to(device)
+    streams = placement != "spread" and not any(holds_modules(module) for module in model.modules())
+    return place(sharing_copy(model) if streams else copy.deepcopy(model).to(HOST), device, placement)
 
 
 def is_placed(model: nn.Module) -> bool:
@@ -202,20 +194,20 @@ def why_not(step: Step) -> str:
     return ""
 
 
-def refuse(recipe: Recipe, task: Task) -> None:
+def refuse(recipe: Recipe, model: nn.Module) -> None:
     """Refuse a recipe with a step that a streamed or spread model cannot take.
 
     Raises:
         CompressionError: names the step, the reason, and what would work.
 
     """
-    if not is_placed(task.model):
+    if not is_placed(model):
         return
     for step in recipe:
         if reason := why_not(step):
             raise CompressionError(
-                f"{step!r} does not work on a model that is {words(task.model)}"
-                f" ({gigabytes(model_bytes(task.model))}): {reason}"
+                f"{step!r} does not work on a model that is {words(model)}"
+                f" ({gigabytes(model_bytes(model))}): {reason}"
             )
 
 
