@@ -25,7 +25,6 @@ import workbench as wb
 from workbench import measuring
 from workbench.errors import WorkbenchError
 from workbench.modules.packing import pack_model
-from workbench.predict.predictor import Predictor
 from workbench.runtime.roofline import Limits
 
 FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).with_name("golden")))
@@ -65,7 +64,7 @@ class Recorder:
         self.name, self.task = name, task_named(name)
         self.bench = wb.Bench(self.task, device="cpu", ledger=folder / f"{name}.journal", progress=False)
         empty = wb.Bench(self.task, device="cpu", ledger=folder / f"{name}-empty.journal", progress=False)
-        self.predictor = Predictor(empty)
+        self.predictor = empty.predictor()
         self.predictor.limits = LIMITS
         self.predictor.learn(self.measured(wb.Recipe())[1])
 
