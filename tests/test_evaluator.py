@@ -20,15 +20,17 @@ from torch import nn
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.quantization.activations import Activations
+from workbench.measure.evaluation.block_chain import alike, find_chain
 from workbench.measure.evaluation.chunked_head import Head, Headless, find_head
 from workbench.measure.evaluation.evaluator import Evaluator
-from workbench.measure.evaluation.prefix_reuse import Kept, alike, find_chain
+from workbench.measure.evaluation.prefix_reuse import Kept
 from workbench.metrics.scores import Scores
 from workbench.modules.layer import find_layers
 from workbench.modules.substitution import with_stand_ins
 from workbench.tasks import score
 from workbench.tasks.base import Items, Task
 from workbench.tasks.likelihood import Unprojected
+from workbench.util.fast_path import Refusals
 
 ALL = sorted(structure_models.BUILDERS)
 LANGUAGE = ("llama", "gpt2", "untied", "grouped", "scaled")
@@ -123,7 +125,7 @@ def test_what_is_done_after_the_head_keeps_the_models_own_logits():
     task = tiny_task("llama")
     capped = Capped(task.model.config).eval()
     task = dataclasses.replace(task, model=spread(capped).requires_grad_(False))
-    assert find_head(task.model, task.evaluation) is None
+    assert find_head(task.model, task.evaluation, Refusals()) is None
     assert same(evaluator_of(task).scores(task.model, [], 48), plain(task, task.model))
 
 
@@ -143,7 +145,7 @@ def test_gemma_caps_its_logits():
         sliding_window=4,
     )
     task = tiny_task("llama", model=spread(Gemma2ForCausalLM(config)))
-    assert find_head(task.model, task.evaluation) is None
+    assert find_head(task.model, task.evaluation, Refusals()) is None
     name = next(name for name in find_layers(task.model)[0] if ".layers.3." in name)
     evaluator, model = evaluator_of(task), alone(task, name)
     assert evaluator.unchanged_blocks(model) == 3
@@ -222,7 +224,7 @@ def test_with_several_threads_the_same_to_rounding_is_enough(monkeypatch, thread
         runs.append(noise)
         return dataclasses.replace(found, loss=found.loss * (1 + noise * len(runs)))
 
-    assert (find_chain(task.model, noisy, task.evaluation[:1]) is not None) == left_out
+    assert (find_chain(task.model, noisy, task.evaluation[:1], Refusals()) is not None) == left_out
     assert len(runs) == 2
 
 
@@ -338,7 +340,7 @@ def test_only_a_plain_chain_is_cut(way, chained):
         torch.randint(CLASSES, (48,), generator=generator),
     )
     task = dataclasses.replace(tiny_task("vit"), model=model, evaluation=items)
-    found = find_chain(model, lambda other, some: score(task.kind, other, some), items[:1])
+    found = find_chain(model, lambda other, some: score(task.kind, other, some), items[:1], Refusals())
     assert (found is not None) is chained
     evaluator = evaluator_of(task)
     for _ in range(2):

@@ -136,7 +136,7 @@ class Partial:
             ),
             kernels=self.plan.kernels,
             no_kernel=self.plan.no_kernel,
-            warnings=(*task.notes, *self.compressed.warnings),
+            warnings=(*task.notes, *self.compressed.warnings, *setting.evaluator.slower()),
             curve=self.compressed.curve,
             held_out=self.compressed.looks,
         )

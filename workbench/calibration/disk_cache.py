@@ -37,6 +37,7 @@ from workbench.calibration.tensor_tree import (
 )
 from workbench.modules.offload import device_of
 from workbench.util.device import describe
+from workbench.util.fast_path import FastPath
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task
@@ -61,6 +62,20 @@ def folder() -> Path | None:
         if said
         else Path(platformdirs.user_cache_dir("compression-workbench")) / "statistics"
     )
+
+
+def here(device: torch.device) -> str:  # noqa: ARG001  it is the same on every device
+    """Return why nothing is kept on disk, "" if it is."""
+    place = folder()
+    if place is None:
+        return f"{WHERE} is {os.environ[WHERE]}"
+    there = next(path for path in (place, *place.parents) if path.exists())
+    return "" if os.access(there, os.W_OK) else f"{there} cannot be written"
+
+
+ON_DISK = FastPath(
+    "statistics on disk", "the next session with the same model: what took long is read, not computed", here
+)
 
 
 def disk_cache(task: Task) -> DiskCache | None:

@@ -21,8 +21,9 @@ from workbench.errors import CompressionError
 from workbench.modules.layer import Layer, Progress, find_layers, no_progress, patches
 from workbench.modules.offload import HOST, device_of, fetched, moved, streams_to
 from workbench.modules.sharing import sharing_copy
+from workbench.util.fast_path import FastPath
 from workbench.util.hooks import of_this_thread
-from workbench.util.library_internals import changes_in_place
+from workbench.util.library_internals import VERSION, changes_in_place, lacks
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Items, Task
@@ -202,6 +203,13 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+ONE_PRODUCT = FastPath(
+    "one product for layers with the same inputs",
+    "second moments of calibration data: queries, keys and values share theirs",
+    lambda _device: lacks(VERSION),
+)
 
 
 @dataclass

@@ -160,11 +160,12 @@ def methods() -> None:
 @click.option("--quick", is_flag=True, help="measure nothing")
 def runtimes(device: str | None, quick: bool) -> None:
     """List every runtime and kernel: what it takes, whether it runs on this machine or why not, and how fast
-    it was here, next to plain torch.
+    it was here, next to plain torch. Then every fast path: whether it is on here, or why not.
     """
     from rich.markup import escape
     from rich.table import Table
 
+    from workbench.fast_paths import fast_paths
     from workbench.runtime.roofline import limits_of
     from workbench.runtime.runtime_table import runtime_rows
     from workbench.util.device import describe, pick
@@ -180,6 +181,10 @@ def runtimes(device: str | None, quick: bool) -> None:
     for row in runtime_rows(str(place), measure=not quick):
         table.add_row(escape(row.name), escape(row.takes), escape(row.runs), escape(row.measured))
     show(table)
+    paths = Table("fast path", "makes faster", "here", title="Fast paths: the same results, sooner")
+    for path in fast_paths(str(place)):
+        paths.add_row(path.name, path.speeds_up, escape(f"off: {path.off}" if path.off else "on"))
+    show(paths)
     if not quick:
         click.echo(limits_of(str(place)).words())
 

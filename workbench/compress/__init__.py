@@ -31,7 +31,14 @@ from workbench.kernels import weight_passes
 from workbench.kernels.weight_passes import WEIGHT_PASSES
 from workbench.modules.layer import Layer, Progress, no_progress
 from workbench.modules.placement import refuse
-from workbench.modules.sharing import can_share, own_parameters, sharing_copy, twin
+from workbench.modules.sharing import (
+    SHARED_COPIES,
+    can_share,
+    own_parameters,
+    shares_none,
+    sharing_copy,
+    twin,
+)
 from workbench.recipe import Recipe, Step
 from workbench.tasks.base import Task
 from workbench.util.progress import Look, Training
@@ -105,6 +112,8 @@ def compress(
         work = Work(dense_copy(task, known), task, known, progress, training or Training())
         if known.task is task:
             know_finite(list(work.layers.values()), known)
+        if shares_none(work.model, task.model):
+            work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
         for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
             work.refusals.note(WEIGHT_PASSES, weight_passes.failed(device, dtype))
     else:

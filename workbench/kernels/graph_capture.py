@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from workbench.util.library_internals import MASKS
+
 
 @contextmanager
 def one_sequence_each() -> Iterator[None]:
@@ -20,11 +22,7 @@ def one_sequence_each() -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    own = {
-        name: getattr(masking_utils, name)
-        for name in ("find_packed_sequence_indices", "is_tracing")
-        if hasattr(masking_utils, name)
-    }
+    own = {name: getattr(masking_utils, name) for name in MASKS}
     instead = {
         "find_packed_sequence_indices": lambda position_ids: None,  # noqa: ARG005
         "is_tracing": lambda tensor=None: tensor is not None and own["is_tracing"](tensor),

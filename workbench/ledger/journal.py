@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from pydantic_core import from_json
 
 from workbench.errors import LedgerError
+from workbench.util.fast_path import FastPath
 
 MAGIC = b'{"op_code":'  # how a journal begins
 READ = 2**20  # bytes at once: a line may have tens of thousands
@@ -141,3 +144,27 @@ def repair(path: Path) -> None:
             file.write(b"\n")
         elif last:
             file.truncate(end + len(tail) - len(last))
+
+
+def tried(device: torch.device) -> str:  # noqa: ARG001  the form of a trial
+    """Return what is wrong where Optuna writes a study through this journal and reads it with its own, "" if
+    nothing is.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Journal(Path(folder) / "trial.journal")
+        optuna.create_study(storage=optuna.storages.JournalStorage(ours), study_name="trial")  # type: ignore[arg-type]
+        theirs = optuna.storages.journal.JournalFileBackend(str(ours.path))
+        alike = list(ours.read_logs(0)) == list(theirs.read_logs(0)) != []
+        check(ours.path)
+    return "" if alike else "Optuna reads other lines in it"
+
+
+JOURNAL = FastPath(
+    "our own journal file",
+    "ledgers of many points: lines are read in half the time of Optuna's own",
+    lambda _device: "",
+    tried,
+)

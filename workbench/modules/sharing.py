@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from workbench.modules.offload import mark, tables
-from workbench.util.library_internals import COMPILED_CALL, TABLES, children_of
+from workbench.util.fast_path import FastPath
+from workbench.util.library_internals import COMPILED_CALL, SHARED, TABLES, children_of, lacks
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -110,3 +111,27 @@ def own_parameters(model: nn.Module) -> None:
                         )
                     table[name] = clones[id(tensor)]
     mark(model)
+
+
+def tried(device: torch.device) -> str:
+    """Return why a small model cannot be copied around its tensors, "" if it can."""
+    model = nn.Sequential(nn.Linear(2, 2, device=device), nn.BatchNorm1d(2, device=device))
+    made = sharing_copy(model)
+    if shares_none(made, model):
+        return "its modules look as if they held others outside the module tree"
+    apart = made[0] is not model[0] and made.state_dict().keys() == model.state_dict().keys()  # type: ignore[index]
+    return "" if apart else "a copy is not a model of its own"
+
+
+def shares_none(made: nn.Module, model: nn.Module) -> bool:
+    """Return whether a copy was made whole, its tensors too."""
+    pairs = zip(made.parameters(), model.parameters(), strict=False)
+    return any(one is not two for one, two in pairs)
+
+
+SHARED_COPIES = FastPath(
+    "copies that share tensors",
+    "every move: nothing is copied but what a method changes",
+    lambda _device: lacks(SHARED),
+    tried,
+)

@@ -86,6 +86,10 @@ class Refusals:
         if reason:
             self.reasons.setdefault(path.name, reason)
 
+    def reason(self, path: FastPath) -> str:
+        """Return why a path is off, "" if nothing was noted of it."""
+        return self.reasons.get(path.name, "")
+
     def words(self) -> tuple[str, ...]:
         """Return a sentence for each path that is off, for a point's warnings."""
         return tuple(

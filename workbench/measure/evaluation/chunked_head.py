@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from workbench.compress.distillation.teacher_cache import output_layer
+from workbench.measure.evaluation.trials import small_llama
 from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.substitution import PassesOn, Sees, same_bits, with_stand_ins
 from workbench.tasks.base import Items
 from workbench.tasks.likelihood import Unprojected
-from workbench.util.library_internals import is_watched
+from workbench.util.fast_path import FastPath, Refusals
+from workbench.util.library_internals import SHARED, is_watched, lacks
+from workbench.util.text import kind_and_words
 
 TOKENS = 32  # of one window, to try on
 
@@ -64,7 +67,7 @@ def by_rows(head: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def find_head(model: nn.Module, items: Items) -> Head | None:
+def find_head(model: nn.Module, items: Items, refusals: Refusals) -> Head | None:
     """Return a model's output head, None if the model's logits are not exactly those that it makes of its
     inputs.
 
@@ -80,12 +83,25 @@ def find_head(model: nn.Module, items: Items) -> Head | None:
             **{key: tensor[:1, :TOKENS] for key, tensor in items.inputs.items()}, use_cache=False
         ).logits
         again = [head(states) for states in sees.given]
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # a model of another make: its own logits are read
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # a model of another make
+        refusals.note(CHUNKED_HEAD, kind_and_words(error))
         return None
-    exact = len(again) == 1 and same_bits(whole, again[0]) and sees.given[0].shape[-1] < whole.shape[-1]
-    return Head(name, int(whole.shape[-1])) if exact else None
+    if len(again) != 1 or not same_bits(whole, again[0]):
+        refusals.note(CHUNKED_HEAD, "the model's logits are not what its output head makes of its inputs")
+        return None
+    return Head(name, int(whole.shape[-1])) if sees.given[0].shape[-1] < whole.shape[-1] else None
+
+
+def tried(device: torch.device) -> str:
+    """Return why the head of a small Llama is not taken off, "" if it is."""
+    refusals = Refusals()
+    found = find_head(*small_llama(device), refusals)
+    return refusals.reason(CHUNKED_HEAD) or ("" if found else "no output head is found in a Llama")
+
+
+CHUNKED_HEAD = FastPath(
+    "output head by chunks",
+    "logits of a large vocabulary: made and reduced piece by piece, never all in memory",
+    lambda _device: lacks(SHARED),
+    tried,
+)

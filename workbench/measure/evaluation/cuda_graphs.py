@@ -24,11 +24,14 @@ from torch import Tensor, nn
 
 from workbench.kernels.graph_capture import one_sequence_each
 from workbench.measure.evaluation.outputs import Sampler
+from workbench.measure.evaluation.trials import small_llama
 from workbench.modules.sharing import holds_modules, own_parameters, twin
 from workbench.tasks.base import Items, Kind
+from workbench.tasks.language_modelling import LANGUAGE_MODELLING
 from workbench.tasks.likelihood import Choosing, token_loss
 from workbench.util.device import free_fraction
-from workbench.util.library_internals import TABLES, children_of, copy_each
+from workbench.util.fast_path import FastPath, Refusals, attempted, on_a_gpu
+from workbench.util.library_internals import MASKED, SHARED, TABLES, children_of, copy_each, lacks
 
 SHARE = 0.05  # of a GPU's memory that the copy may take: larger models keep a GPU busy without a graph
 # Of batches that are captured, looks of few items among them; texts of many lengths are run as they are
@@ -78,6 +81,7 @@ class Graphs:
     seen: set[object] = field(default_factory=set)  # shapes
     lock: threading.Lock = field(default_factory=threading.Lock)
     sampler: Sampler | None = None  # what is kept of the outputs of each batch
+    refusals: Refusals = field(default_factory=Refusals)
     sampled: Tensor | None = None  # of the batch that was read last, until the next one
 
     @contextmanager
@@ -164,11 +168,9 @@ class Graphs:
         due = shape in self.seen or len(items) == self.size
         self.seen.add(shape)
         if due and shape not in self.captured and len(self.captured) < SHAPES and not self.refused:
-            try:
-                self.captured[shape] = self.capture(items)
-            except Exception as error:  # noqa: BLE001
-                # drivers and models raise what they like; the point is measured without a graph
-                self.refused = f"capture failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failed = attempted(lambda: self.keep(shape, items))
+            self.refused = f"capture failed: {failed}" if failed else ""
+            self.refusals.note(GRAPHS, self.refused)
         found = self.captured.get(shape)
         if found is None:
             return self.evaluate(items)
@@ -178,6 +180,11 @@ class Graphs:
         found.graph.replay()
         self.sampled = self.sampled if found.sampled is None else found.sampled
         return found.loss.clone(), found.answers.clone()
+
+    def keep(self, shape: object, items: Items) -> str:
+        """Keep a graph for batches of a shape; raises what drivers and models raise."""
+        self.captured[shape] = self.capture(items)
+        return ""
 
     def evaluate(self, items: Items) -> tuple[Tensor, Tensor]:
         """Run the copy, step by step."""
@@ -282,3 +289,26 @@ def same_form(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) 
         and (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
         for one, two in pairs
     )
+
+
+def here(device: torch.device) -> str:
+    """Return what torch or transformers lack for graphs, or that there is no GPU; "" if they can be tried."""
+    return lacks(SHARED) or lacks(MASKED) or on_a_gpu(device)
+
+
+def tried(device: torch.device) -> str:
+    """Return why a small Llama cannot be replayed, "" if it can."""
+    model, items = small_llama(device)
+    graphs = Graphs(LANGUAGE_MODELLING, model, len(items), lambda one: one)
+    with graphs.loaded(model) as read:
+        if read is not None:
+            read(items)
+    return graphs.refused
+
+
+GRAPHS = FastPath(
+    "evaluation by CUDA graphs",
+    "models that do not keep a GPU busy: no time between kernels",
+    here,
+    tried,
+)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from workbench.kernels.block_ops import LOSSES, losses_failed
 from workbench.measure.evaluation.chunked_head import Head, find_head
 from workbench.measure.evaluation.cuda_graphs import Graphs, Read
-from workbench.measure.evaluation.fused_blocks import FusedBlocks, fused_blocks
+from workbench.measure.evaluation.fused_blocks import FUSED, FusedBlocks, fused_blocks
 from workbench.measure.evaluation.length_sorting import in_place, ordered, text_spans, trimmed, trims
 from workbench.measure.evaluation.outputs import Outputs, Sampler, has_distribution, scored
 from workbench.measure.evaluation.prefix_reuse import Kept, Prefix
@@ -24,8 +25,9 @@ from workbench.modules.offload import streaming, streams_to
 from workbench.tasks import score
 from workbench.tasks.base import Items, Task
 from workbench.tasks.language_modelling import LanguageModelling
-from workbench.tasks.likelihood import tally
+from workbench.tasks.likelihood import Choosing, tally
 from workbench.util.device import free_fraction
+from workbench.util.fast_path import Refusals
 
 HOST_BYTES = 256 * 2**20  # of hidden states kept in a CPU's memory
 GPU_SHARE = 0.05  # of a GPU's memory, and of what is free of it, for the same
@@ -64,6 +66,7 @@ class Evaluator:
     # The model that was read last, and its unchanged blocks
     last: tuple[weakref.ref[nn.Module], int] | None = None
     kept: Sampler | None = None  # which answers are compared as distributions
+    refusals: Refusals = field(default_factory=Refusals)  # fast paths that this model does not allow
 
     @property
     def sampler(self) -> Sampler:
@@ -71,6 +74,16 @@ class Evaluator:
         if self.kept is None:
             self.kept = Sampler.of(self.items)
         return self.kept
+
+    def slower(self) -> tuple[str, ...]:
+        """Return a sentence for each fast path that was switched off while models were scored."""
+        if isinstance(self.fused, FusedBlocks):
+            self.refusals.note(FUSED, self.fused.reason)
+        if isinstance(self.task.kind, Choosing):
+            dtype = next((one.dtype for one in self.task.model.parameters() if one.is_floating_point()), None)
+            device = self.items.labels.device
+            self.refusals.note(LOSSES, "" if dtype is None else losses_failed(device, dtype))
+        return self.refusals.words()
 
     def outputs(self) -> Outputs | None:
         """Return an empty place for a model's outputs, None for kinds without a distribution."""
@@ -161,6 +174,7 @@ class Evaluator:
                 self.task.batch_size,
                 self.prepared,
                 sampler=self.sampler if has_distribution(self.task.kind) else None,
+                refusals=self.refusals,
             )
         with self.graphs.loaded(model, again=again) as replay:
             yield replay
@@ -277,7 +291,7 @@ class Evaluator:
         """
         if make not in self.heads:
             tried = isinstance(self.task.kind, LanguageModelling) and make is type(self.task.model)
-            self.heads[make] = find_head(self.task.model, self.items) if tried else None
+            self.heads[make] = find_head(self.task.model, self.items, self.refusals) if tried else None
         return self.heads[make]
 
     def blocks(self, model: nn.Module, *, again: bool) -> int:
@@ -291,7 +305,8 @@ class Evaluator:
     def unchanged_blocks(self, model: nn.Module) -> int:
         """Return how many of a model's first blocks, and all before them, are the dense model's own."""
         if self.prefix is None:
-            self.prefix = Prefix(self.task.model, Kept(self.room() if self.budget is None else self.budget))
+            kept = Kept(self.room() if self.budget is None else self.budget)
+            self.prefix = Prefix(self.task.model, kept, refusals=self.refusals)
         return self.prefix.unchanged(model, self.run, self.items[:1])
 
     def room(self) -> int:
@@ -310,12 +325,9 @@ class Evaluator:
         they are.
         """
         if not self.spans:
-            spans = text_spans(self.items)
-            self.spans.append(
-                spans
-                if spans is not None and trims(self.task.kind, self.task.model, self.items, spans)
-                else None
-            )
+            spans, task = text_spans(self.items), self.task
+            cut = spans is not None and trims(task.kind, task.model, self.items, spans, self.refusals)
+            self.spans.append(spans if cut else None)
         return self.spans[0]
 
 

@@ -18,9 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from workbench.measure.evaluation.trials import small_llama
 from workbench.modules.substitution import PassesOn, StandIn, with_stand_ins
 from workbench.util.device import why_no_triton
+from workbench.util.fast_path import FastPath, attempted, with_triton
 from workbench.util.library_internals import children_of, is_watched
+from workbench.util.text import kind_and_words
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files name it
 NEAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2e-6}  # of a number: two roundings
@@ -55,7 +58,7 @@ class Operation:
             raise
         except Exception as error:  # noqa: BLE001
             # compilers and drivers raise what they like; the module's own code runs on
-            self.failed = reason(error)
+            self.failed = kind_and_words(error)
             return None
 
 
@@ -138,6 +141,11 @@ class FusedBlocks:
         )
 
     @property
+    def reason(self) -> str:
+        """Return why some modules are run as they are though there are kernels for their like, "" if none."""
+        return next(filter(None, (*self.refused.values(), *self.failed.values())), "")
+
+    @property
     def failed(self) -> dict[str, str]:
         """Return why operations are no longer used, by name."""
         return {
@@ -208,15 +216,12 @@ class FusedBlocks:
         def numbers(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=weight.device).mul_(2).to(weight.dtype)
 
-        try:
-            same = self.same(module, numbers)
-        except Exception as error:  # noqa: BLE001
-            # compilers, drivers and modules raise what they like; the module is run as it is
-            return reason(error)
-        return (
-            ""
-            if same
-            else f"{type(module).__name__} computes something else than the kernel for {weight.dtype}"
+        return attempted(
+            lambda: (
+                ""
+                if self.same(module, numbers)
+                else f"{type(module).__name__} computes something else than the kernel for {weight.dtype}"
+            )
         )
 
     def same(self, module: nn.Module, numbers: Callable[..., Tensor]) -> bool:
@@ -295,11 +300,6 @@ def rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return fits and q.dtype in NEAR and q.dtype == k.dtype == cos.dtype == sin.dtype
 
 
-def reason(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def near(expected: Tensor, found: Tensor) -> bool:
     """Return whether two tensors agree to two roundings of each number."""
     if expected.shape != found.shape or expected.dtype != found.dtype:
@@ -333,3 +333,20 @@ def fused_blocks(device: torch.device) -> FusedBlocks | None:
     from workbench.kernels import block_ops
 
     return FusedBlocks(Operations(block_ops.rms_norm, block_ops.gated, block_ops.rotary), device)
+
+
+def tried(device: torch.device) -> str:
+    """Return why the blocks of a small Llama are not fused, "" if all are."""
+    blocks = fused_blocks(device)
+    if blocks is None:
+        return "no kernels"
+    blocks.of(small_llama(device)[0])
+    return blocks.reason or ("" if len(blocks.refused) == 3 else "a Llama has no modules that are known")
+
+
+FUSED = FastPath(
+    "fused blocks (Triton)",
+    "norms, gated products and rotary embeddings of Llama-like models on a GPU",
+    with_triton("workbench.kernels.triton_blocks"),
+    tried,
+)

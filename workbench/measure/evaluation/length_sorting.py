@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from workbench.measure.evaluation.trials import small_bert
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Items, Kind
+from workbench.tasks.text_classification import TEXT_CLASSIFICATION
+from workbench.util.fast_path import FastPath, Refusals
 
 MULTIPLE = 8  # tokens; a batch's length is a multiple, so that few shapes occur
 TRIED = 4  # items
@@ -54,7 +57,7 @@ def trimmed(items: Items, spans: Tensor) -> Items:
 
 
 @torch.inference_mode()
-def trims(kind: Kind, model: nn.Module, items: Items, spans: Tensor) -> bool:
+def trims(kind: Kind, model: nn.Module, items: Items, spans: Tensor, refusals: Refusals) -> bool:
     """Return whether a model gives the same answers to rounding without the padding, tried on the shortest of
     some items (on its device).
     """
@@ -64,7 +67,9 @@ def trims(kind: Kind, model: nn.Module, items: Items, spans: Tensor) -> bool:
     some = items[short.to(items.labels.device)]
     whole, cut = kind.logits(model, some).float(), kind.logits(model, trimmed(some, spans[short])).float()
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    return whole.shape == cut.shape and bool((whole - cut).abs().max() <= tolerance * whole.abs().max())
+    alike = whole.shape == cut.shape and bool((whole - cut).abs().max() <= tolerance * whole.abs().max())
+    refusals.note(BY_LENGTH, "" if alike else "the model answers otherwise without the padding")
+    return alike
 
 
 def in_place(scores: Scores, order: Tensor) -> Scores:
@@ -77,3 +82,18 @@ def in_place(scores: Scores, order: Tensor) -> Scores:
         scores.answers[back],
         {name: values[back] for name, values in scores.details.items()},
     )
+
+
+def tried(device: torch.device) -> str:
+    """Return why padded texts of a small BERT are not cut, "" if they are."""
+    refusals, (model, items) = Refusals(), small_bert(device)
+    spans = text_spans(items)
+    if spans is None:
+        return "padding is not found in a mask"
+    trims(TEXT_CLASSIFICATION, model, items, spans, refusals)
+    return refusals.reason(BY_LENGTH)
+
+
+BY_LENGTH = FastPath(
+    "texts by length", "padded texts: a batch is as long as its longest", lambda _device: "", tried
+)
