@@ -39,12 +39,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.measure.setting import FEW_LONG, LOOKS
+from workbench.measure.setting import LOOKS
 from workbench.metrics.control_variates import Known
 from workbench.metrics.intervals import mean
 from workbench.metrics.quality import Quality, quality
 from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
+from workbench.tasks.language_modelling import FEW_LONG
 from workbench.util.device import describe
 from workbench.util.environment import versions
 

@@ -393,17 +393,6 @@ def test_dense_outputs_that_were_thrown_out_are_read_again():
     assert found[0] == found[1]
 
 
-def test_kinds_without_a_distribution_have_none(tmp_path):
-    from workbench.measure.evaluation.outputs import has_distribution
-    from workbench.tasks import KINDS
-
-    assert [kind.name for kind in KINDS if has_distribution(kind)] == [
-        "image classification",
-        "text classification",
-        "language modelling",
-    ]
-
-
 class Stepwise:
     """What a graph does, step by step: overwrites its own outputs."""
 

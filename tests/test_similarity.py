@@ -14,11 +14,12 @@ from scipy import stats
 
 import workbench as wb
 from workbench.errors import DataError, ModelError
+from workbench.measure.kl import WHAT
 from workbench.metrics.bootstrap import average_ranks, paired, spearman
 from workbench.metrics.quality import flips, quality
 from workbench.metrics.scores import Scores
 from workbench.tasks import score
-from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY, SentenceSimilarity, cosines, prepared
+from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY, SentenceSimilarity, cosines, pooled
 from workbench.zoo import load_task
 
 
@@ -124,17 +125,17 @@ def test_soft_loss_is_half_the_squared_distance():
 
 
 def test_pooling_is_read_from_the_model(tmp_path):
-    kind, notes = prepared(SENTENCE_SIMILARITY, tmp_path, None)
+    kind, notes = pooled(SENTENCE_SIMILARITY, tmp_path, None)
     assert (kind.pooling, len(notes)) == ("mean", 1)
     (tmp_path / "1_Pooling").mkdir()
     told = tmp_path / "1_Pooling" / "config.json"
     told.write_text(json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
-    assert prepared(SENTENCE_SIMILARITY, tmp_path, None) == (SentenceSimilarity(pooling="first"), ())
+    assert pooled(SENTENCE_SIMILARITY, tmp_path, None) == (SentenceSimilarity(pooling="first"), ())
     told.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(
         ModelError, match="pools by pooling_mode_max_tokens; built are pooling_mode_mean_tokens"
     ):
-        prepared(SENTENCE_SIMILARITY, tmp_path, None)
+        pooled(SENTENCE_SIMILARITY, tmp_path, None)
     (tmp_path / "modules.json").write_text(
         json.dumps(
             [
@@ -144,7 +145,7 @@ def test_pooling_is_read_from_the_model(tmp_path):
         )
     )
     with pytest.raises(ModelError, match="puts Dense after its encoder"):
-        prepared(SENTENCE_SIMILARITY, tmp_path, None)
+        pooled(SENTENCE_SIMILARITY, tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -239,14 +240,14 @@ def test_change_and_drop_of_a_rank_correlation():
 def test_flips_are_reversed_orders():
     generator = np.random.default_rng(0)
     before, after = generator.normal(size=(2, 30))
-    found = flips(scores(before, before), scores(after, before))
+    found = flips(scores(before, before), scores(after, before), by="cosine")
     reversed_pairs = np.mean(
         [(before[i] - before[j]) * (after[i] - after[j]) < 0 for i in range(30) for j in range(30) if i != j]
     )
     assert found.value == pytest.approx(reversed_pairs)
     assert found.value == pytest.approx((1 - stats.kendalltau(before, after).statistic) / 2)
     assert found.low < found.value < found.high
-    assert flips(scores(before, before), scores(2 * before, before)).value == 0
+    assert flips(scores(before, before), scores(2 * before, before), by="cosine").value == 0
 
 
 def test_bootstrap_is_that_of_a_loop():
@@ -319,7 +320,7 @@ def test_a_point_of_an_encoder(alike, tmp_path):
     recipe = wb.Recipe(wb.Prune(sparsity=0.7))
     *_, point = bench.stream(recipe)
     assert [q.metric for q in point.quality] == ["rank correlation", "squared error"]
-    assert not point.missing
+    assert list(point.missing) == [WHAT]  # there is no KL divergence, and the point says so
     assert point.latency.real_time_factors is None
     assert 0 < point.flips.value < 1
     guess = bench.predictor().predict(recipe)

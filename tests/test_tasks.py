@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +15,14 @@ from torch import nn
 
 from workbench.errors import DataError, ModelError
 from workbench.metrics.scores import Scores
-from workbench.tasks import KINDS, columns, data, kind_of, score, sources
+from workbench.tasks import columns, data, score, sources
 from workbench.tasks.base import Items
 from workbench.tasks.ctc import FRAME_RECOGNITION
 from workbench.tasks.data import Reading, Sizes
 from workbench.tasks.fashion_mnist import SLICE
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION, PlainProcessor, grey_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING, window_items, windows
+from workbench.tasks.registry import KINDS
 from workbench.tasks.sentence_similarity import SENTENCE_SIMILARITY
 from workbench.tasks.speech_recognition import SPEECH_RECOGNITION
 from workbench.tasks.text_classification import TEXT_CLASSIFICATION
@@ -73,8 +73,8 @@ def write_csv(path, rows, header=("text", "label")):
 
 
 def load(kind, config, named, *, sizes=(None, None, None), processor=None, **options):
-    reading = Reading(kind, config, processor or Words(), options.pop("context", None))
-    return data.load(reading, named, Sizes.of(kind, *sizes), progress=False, **options)
+    reading = Reading(config, processor or Words(), options.pop("context", None))
+    return data.load(kind, reading, named, kind.sizes.limited(*sizes), progress=False, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -99,13 +99,13 @@ def _own_cache(tmp_path, monkeypatch):
     ],
 )
 def test_kind_of_architecture(architecture, kind):
-    assert kind_of({"architectures": [architecture]}) is kind
+    assert KINDS.of({"architectures": [architecture]}) is kind
 
 
 def test_kinds_that_the_class_name_alone_does_not_say():
-    assert kind_of({"architectures": ["BertModel"], "model_type": "bert"}) is SENTENCE_SIMILARITY
+    assert KINDS.of({"architectures": ["BertModel"], "model_type": "bert"}) is SENTENCE_SIMILARITY
     assert (
-        kind_of(
+        KINDS.of(
             {
                 "architectures": ["WhisperForConditionalGeneration"],
                 "model_type": "whisper",
@@ -119,16 +119,16 @@ def test_kinds_that_the_class_name_alone_does_not_say():
 def test_kind_of_a_transformers_config():
     from transformers import ViTConfig
 
-    assert kind_of(ViTConfig(architectures=["ViTForImageClassification"])) is IMAGE_CLASSIFICATION
+    assert KINDS.of(ViTConfig(architectures=["ViTForImageClassification"])) is IMAGE_CLASSIFICATION
 
 
 def test_kind_of_model_type_alone_when_only_one_fits():
-    assert kind_of({"model_type": "resnet"}) is IMAGE_CLASSIFICATION
+    assert KINDS.of({"model_type": "resnet"}) is IMAGE_CLASSIFICATION
     with pytest.raises(
         ModelError,
         match="names no architecture, and model type 'gpt2' can do text classification, language modelling",
     ):
-        kind_of({"model_type": "gpt2"})
+        KINDS.of({"model_type": "gpt2"})
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,7 @@ def test_kind_of_model_type_alone_when_only_one_fits():
 )
 def test_other_tasks_are_refused(config, message):
     with pytest.raises(ModelError, match=message):
-        kind_of(config)
-
-
-def test_kinds_have_distinct_names():
-    assert len({kind.auto_class for kind in KINDS}) == len(KINDS) == 6
-    assert {kind.name for kind in KINDS} == {*data.sources.NAMES_FOR, "text classification"}
+        KINDS.of(config)
 
 
 # --- scores
@@ -510,7 +505,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_sizes():
-    assert Sizes.of(LANGUAGE_MODELLING) == Sizes(64, 32, 256)
-    assert Sizes.of(IMAGE_CLASSIFICATION, evaluation=7) == replace(Sizes(2000, 512, 5000), evaluation=7)
+    assert LANGUAGE_MODELLING.sizes.limited() == Sizes(64, 32, 256)
+    assert IMAGE_CLASSIFICATION.sizes.limited(evaluation=7) == Sizes(7, 512, 5000)
     with pytest.raises(DataError, match="calibration_items=0: give at least 1"):
-        Sizes.of(IMAGE_CLASSIFICATION, calibration=0)
+        IMAGE_CLASSIFICATION.sizes.limited(calibration=0)

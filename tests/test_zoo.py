@@ -57,7 +57,7 @@ def test_embedded_models_load_offline_and_are_as_good_as_their_card(name):
 def test_the_preprocessor_file_does_what_the_slice_does():
     task = load_task("fashion-cnn", evaluation_items=20, progress=False)
     assert "preprocessor_config.json" in task.files
-    processor = local.load_processor(EMBEDDED / "fashion-cnn", task.kind, {})
+    processor = task.kind.processor(EMBEDDED / "fashion-cnn", {})
     arrays = fashion_mnist.slice_arrays()
     by_pixels = {image.tobytes(): i for i, image in enumerate(arrays["evaluation_images"])}
     assert len(by_pixels) > 1990

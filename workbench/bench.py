@@ -14,7 +14,7 @@ from workbench.compress import Compressed, compress
 from workbench.errors import LedgerError, RuntimeRefused
 from workbench.export import check_target, export
 from workbench.ledger.ledger import Ledger, default_path
-from workbench.measure.behaviour import Behaviour, Continuation, behaviour, continuations, told_apart
+from workbench.measure.behaviour import Behaviour, Continuation, differences
 from workbench.measure.kl import Reference
 from workbench.measure.measurement import Context, Measurement, Predicted
 from workbench.measure.recent_scores import Neighbours
@@ -30,7 +30,6 @@ from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
 from workbench.sensitivity import LayerSensitivity, sensitivities
 from workbench.tasks.base import Items, Task
-from workbench.tasks.language_modelling import LanguageModelling
 from workbench.tasks.placing import place_task
 from workbench.util.device import pick
 from workbench.util.progress import Bar, Shown, Training, both, stoppable
@@ -307,7 +306,8 @@ class Bench:
         again.
 
         Raises:
-            DataError: a language model without its tokenizer.
+            DataError: a language model without its tokenizer, classes without names, or a kind of task that
+                does not say how changed answers are shown.
             Cancelled: `cancelled` returned True.
         """
         with Bar(recipe.label(), shown=self.show_progress) as bar:
@@ -316,11 +316,7 @@ class Bench:
                 compressed = compress(
                     self.task, recipe, self.setting.statistics_with(progress), progress, shared=True
                 )
-            if self.task.labels:
-                return behaviour(self.task, compressed.model, self.setting.confidence, progress)
-            if isinstance(self.task.kind, LanguageModelling):
-                return continuations(self.task, compressed.model)
-            return told_apart(self.task, compressed.model, progress=progress)
+            return differences(self.task, compressed.model, self.setting.confidence, progress)
 
     def weights(
         self, recipe: Recipe, first: str = "", *, cancelled: Callable[[], bool] | None = None

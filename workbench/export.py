@@ -30,7 +30,7 @@ from workbench.modules.factored import Factors, Form, Repaired, factors_like, fo
 from workbench.modules.input_quantizer import QuantizesInputs, described, from_description
 from workbench.modules.layer import replace_module
 from workbench.modules.packing import pack_model, unpack_state
-from workbench.tasks import KINDS
+from workbench.tasks.registry import KINDS
 from workbench.util.quiet import quiet
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
     if manifest["auto_class"] not in classes:
         raise ExportError(
             f"{str(directory)!r} asks for the class {manifest['auto_class']!r}; known:"
-            f" {', '.join(sorted(classes))}"
+            f" {', '.join(sorted(classes))}; load the plugin whose kind of task this model"
+            " is for"
         )
     with quiet():
         config = transformers.AutoConfig.from_pretrained(

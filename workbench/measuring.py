@@ -14,7 +14,7 @@ from workbench.measure.evaluation.outputs import Outputs
 from workbench.measure.kl import WHAT, Divergence, Reference, divergence
 from workbench.measure.kv_cache import CacheBytes, cache_bytes, context_of
 from workbench.measure.latency import measure_latency
-from workbench.measure.measurement import Measurement, Provenance
+from workbench.measure.measurement import CHANGED, Measurement, Provenance
 from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.recent_scores import Neighbours
 from workbench.measure.setting import Setting
@@ -26,7 +26,6 @@ from workbench.metrics.sequential_looks import joint_level
 from workbench.modules.layer import Progress
 from workbench.modules.placement import untimed
 from workbench.runtime.plan import plan, realise
-from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.environment import git_revision, now, versions
 
 T = TypeVar("T")
@@ -119,7 +118,9 @@ class Partial:
                 level=self.level,
                 known=self.known(),
             ),
-            flips=flips(dense, mine, setting.confidence, len(self.counts), level=self.level),
+            flips=flips(
+                dense, mine, setting.confidence, len(self.counts), level=self.level, by=task.kind.flips_by
+            ),
             items=count,
             items_total=len(setting.evaluation),
             sizes=self.sizes,
@@ -150,9 +151,11 @@ class Partial:
         assert self.last is not None  # noqa: S101  for the type checker: `looks` comes first
         packed = sizes(self.compressed.model, self.compressed.layers)  # not only counted
         point = self.with_divergence(self.remembered(dataclasses.replace(self.last, sizes=packed)), missing)
+        if kind.flips_by is None:
+            missing[CHANGED] = f"answers of {kind.name} cannot be told apart"
         dense, items = setting.task.model, setting.latency_items
         if reason := untimed(dense):
-            cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+            cache = attempt("KV cache", missing, self.cache) if kind.kv_cache else None
             return dataclasses.replace(
                 point, cache=cache, missing={**missing, "latency": reason, "peak memory": reason}, kernels=()
             )
@@ -177,7 +180,7 @@ class Partial:
             lambda: setting.statistics.once("dense peak", lambda: peak_memory_bytes(kind, dense, items)),
         )
         peak = attempt("peak memory", missing, lambda: peak_memory_bytes(kind, run.held, items))
-        cache = attempt("KV cache", missing, self.cache) if isinstance(kind, LanguageModelling) else None
+        cache = attempt("KV cache", missing, self.cache) if kind.kv_cache else None
         warnings = (*point.warnings, *run.warnings)
         return dataclasses.replace(
             point,
@@ -205,6 +208,7 @@ class Partial:
         """Return the point with its KL divergence from the dense model, where its kind has one."""
         outputs, self.outputs = self.outputs, None
         if outputs is None:
+            missing[WHAT] = f"{self.setting.task.kind.name} gives no answer a distribution of probabilities"
             return point
         found = attempt(WHAT, missing, lambda: self.divergence(outputs, point.items, missing))
         if found is not None and point.items < point.items_total:

@@ -27,9 +27,7 @@ from workbench.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-ITEMS = 256  # evaluation items read for each layer
 WHOLE = {"distill", "qat", "transfer", "kvcache"}  # steps that make no sense on one layer alone
-COUNTS = {"perplexity": 16, "word error rate": 32}  # where items are whole windows of text, or utterances
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def sensitivities(
     Raises:
         RecipeError: the recipe works on no layer, or see `alone`; `items` below 2.
     """
-    count = min(len(setting.evaluation), items or COUNTS.get(setting.task.kind.primary, ITEMS))
+    count = min(len(setting.evaluation), items or setting.task.kind.sensitivity_items)
     if count < 2:
         raise RecipeError(
             f"items={items!r} is refused: an interval needs at least 2 of the {len(setting.evaluation)}"

@@ -9,7 +9,8 @@ import ipywidgets as ipw
 import traitlets
 
 from widgets.session.model_choice import Choice
-from workbench.tasks.sources import NAMES, NAMES_FOR
+from workbench.tasks.registry import KINDS
+from workbench.tasks.sources import NAMES
 from workbench.util.device import choices as devices
 from workbench.zoo import Entry, models
 
@@ -148,7 +149,7 @@ def data_names(entry: Entry | None) -> tuple[str, ...]:
     """Return the data that can be named for a model: those of its kind of task, or all where the kind is not
     known yet.
     """
-    return NAMES if entry is None else NAMES_FOR.get(entry.task, ())
+    return NAMES if entry is None else KINDS.named(entry.task).data_names
 
 
 def local_folders(start: Path, most: int = 50) -> tuple[str, ...]:

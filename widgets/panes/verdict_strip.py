@@ -9,7 +9,7 @@ from html import escape
 import ipywidgets as ipw
 
 from widgets.session.state import Live
-from workbench.measure.card import divergence_words
+from workbench.measure.card import changed_words, divergence_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
@@ -178,7 +178,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
                 " calibration"
             ),
         ),
-        ("answers changed", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        ("answers changed", changed_words(point)),
         *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
     ]
 

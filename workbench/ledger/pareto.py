@@ -143,7 +143,7 @@ def shade_of(point: Measurement, shade: Shade) -> float | None:
     if shade == "change":
         return point.primary.change.value
     if shade == "flips":
-        return point.flips.value
+        return None if point.flips is None else point.flips.value
     name = {"rank": "rank_ratio", "bits": "weight_bits"}.get(shade, shade)
     given = next((getattr(step, name) for step in point.recipe if step.slider == name), OFF.get(shade))
     return None if given is None else float(given)

@@ -18,7 +18,6 @@ from workbench.metrics.quality import Estimate, mean, paired_proportions
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
 from workbench.tasks.base import Items, Task
-from workbench.tasks.language_modelling import LanguageModelling
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,26 @@ class Continuation:
     prompt: str
     dense: str
     compressed: str
+
+
+def differences(
+    task: Task, compressed: nn.Module, confidence: float = 0.95, progress: Progress = no_progress
+) -> Behaviour | tuple[Continuation, ...]:
+    """Return what a compressed model does differently, as the task's kind shows it.
+
+    Raises:
+        DataError: nothing is known of how it could be shown, a classifier without names for its classes, or
+            a language model without its tokenizer.
+    """
+    if task.kind.behaviour == "classes":
+        return behaviour(task, compressed, confidence, progress)
+    if task.kind.behaviour == "continuations":
+        return continuations(task, compressed)
+    if task.kind.behaviour == "told apart":
+        return told_apart(task, compressed, progress=progress)
+    raise DataError(
+        f"{task.model_name} does {task.kind.name}, which does not say how changed answers could be shown"
+    )
 
 
 def behaviour(
@@ -149,7 +168,7 @@ def continuations(
         DataError: the task is not language modelling, or has no tokenizer.
 
     """
-    if not isinstance(task.kind, LanguageModelling) or task.processor is None:
+    if task.kind.behaviour != "continuations" or task.processor is None:
         raise DataError(
             f"{task.model_name} does {task.kind.name}: continuations need a language model with its tokenizer"
         )

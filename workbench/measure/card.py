@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.measure.measurement import Measurement
+from workbench.measure.measurement import CHANGED, Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Quality
 from workbench.util.text import size
@@ -24,17 +24,20 @@ def divergence_words(point: Measurement) -> str:
     """
     if point.kl is None:
         return ""
-    language = point.primary.metric == "perplexity"
-    answer, item = ("token", "window") if language else ("item", "item")
-    of = (
-        f"{point.kl_answers:,} tokens in {point.kl_items:,} {item}s"
-        if language
-        else f"{point.kl_items:,} {item}s"
-    )
-    return (
-        f"{point.kl.value:.3g} [{point.kl.low:.3g}, {point.kl.high:.3g}] nats {'a' if language else 'an'}"
-        f" {answer}, of {of}"
-    )
+    if point.primary.metric == "perplexity":
+        of = f"a token, of {point.kl_answers:,} tokens in {point.kl_items:,} windows"
+    elif point.kl_answers != point.kl_items:
+        of = f"an answer, of {point.kl_answers:,} answers in {point.kl_items:,} items"
+    else:
+        of = f"an item, of {point.kl_items:,} items"
+    return f"{point.kl.value:.3g} [{point.kl.low:.3g}, {point.kl.high:.3g}] nats {of}"
+
+
+def changed_words(point: Measurement) -> str:
+    """Return such as `1.2% (0.8% to 1.9%)`, or why it is not known how many answers changed."""
+    if point.flips is None:
+        return point.missing.get(CHANGED, "not known yet")
+    return f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"
 
 
 def speed_words(point: Measurement) -> str:
@@ -68,7 +71,7 @@ def card(point: Measurement) -> str:
     rows = [
         ("recipe", f"`{point.recipe!r}`"),
         *((q.metric, quality_words(q).removeprefix(f"{q.metric} ")) for q in point.quality),
-        ("changed answers", f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"),
+        ("changed answers", changed_words(point)),
         *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
         (
             "theoretical, packed, file bytes",

@@ -101,5 +101,5 @@ def measure_latency(
         len(items),
         shape,
         rounds,
-        kind.audio_seconds(items),
+        kind.audio_seconds(items) or 0.0,
     )

@@ -26,6 +26,8 @@ RecipeField = Annotated[
     PlainSerializer(lambda r: r.to_json()),
 ]
 
+CHANGED = "changed answers"  # as `missing` names them
+
 
 @dataclass(frozen=True)
 class Context:
@@ -99,7 +101,7 @@ class Measurement:
     recipe: RecipeField
     context: Context
     quality: tuple[Quality, ...]
-    flips: Estimate
+    flips: Estimate | None  # None for kinds whose answers cannot be told apart
     items: int
     items_total: int
     sizes: Sizes

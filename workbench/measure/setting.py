@@ -18,12 +18,9 @@ from workbench.modules.layer import Progress
 from workbench.modules.placement import words as placed
 from workbench.runtime.names import Runtime
 from workbench.tasks.base import Items, Kind, Task
-from workbench.tasks.language_modelling import LanguageModelling
 from workbench.util.device import describe
 
 LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
-LONG = 32  # labels of an item from which on a few of them say something, and take a CPU seconds
-FEW_LONG = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,18 +97,11 @@ class Setting:
 
 def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:
     """Return the numbers of items that are looked at before all are read, items being on the device that
-    reads them.
-
-    Of a language model on a CPU the first look is at 4 windows instead of 16: its interval is three to four
-    times as wide (half of that if a recipe next to this one was measured before), and it is there after a
-    third of the time. The looks after it widen by 5 to 10%.
+    reads them: on a CPU also those that the kind asks for there (a language model's first look is at 4
+    windows).
     """
-    slow = (
-        items.labels.device.type == "cpu"
-        and isinstance(kind, LanguageModelling)
-        and items.labels.shape[1] >= LONG
-    )
-    return tuple(count for count in ((FEW_LONG, *LOOKS) if slow else LOOKS) if count < len(items))
+    first = kind.cpu_looks(items) if items.labels.device.type == "cpu" else ()
+    return tuple(count for count in (*first, *LOOKS) if count < len(items))
 
 
 def checked_margin(margin: float | None) -> float | None:

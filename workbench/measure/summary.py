@@ -19,13 +19,9 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
         (f"paired change of {q.metric}", "", metric_named(q.metric).change_words(q.change))
         for q in point.quality
     ]
-    rows.append(
-        (
-            "answers that changed",
-            "",
-            f"{point.flips.value:.1%} [{point.flips.low:.1%}, {point.flips.high:.1%}]",
-        )
-    )
+    if point.flips is not None:
+        share = f"{point.flips.value:.1%} [{point.flips.low:.1%}, {point.flips.high:.1%}]"
+        rows.append(("answers that changed", "", share))
     if point.kl is not None:
         rows.append(("KL to dense", "", divergence_words(point)))
     rows += [

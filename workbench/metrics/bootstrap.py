@@ -113,11 +113,10 @@ def average_ranks(values: Tensor) -> Tensor:
     return (below + upto).double() / 2
 
 
-def reversals(dense: Scores, compressed: Scores) -> tuple[Tensor, Tensor]:
-    """Return, for each item, the fraction of others with which its order by cosine is reversed (float64 [n]),
-    and its weight.
+def reversals(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each item, the fraction of others with which its order by these values ([n]) is reversed
+    (float64 [n]), and its weight.
     """
-    before, after = dense.details["cosine"], compressed.details["cosine"]
     rows = [
         ((before[i] - before).sign() * (after[i] - after).nan_to_num(0.0).sign() < 0).double().sum()
         for i in range(len(before))

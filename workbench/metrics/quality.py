@@ -94,17 +94,25 @@ def quality(
 
 
 def flips(
-    dense: Scores, compressed: Scores, confidence: float = 0.95, looks: int = 1, *, level: float | None = None
-) -> Estimate:
+    dense: Scores,
+    compressed: Scores,
+    confidence: float = 0.95,
+    looks: int = 1,
+    *,
+    level: float | None = None,
+    by: str | None = "answers",
+) -> Estimate | None:
     """Return the fraction of answers that changed (equal accuracy can hide them), with its interval.
 
-    Arguments as `quality`.
-
-    Where items are ranked, an answer is which of two items comes first; of a transcript, all of its words.
+    Arguments as `quality`, and `by`: "answers" compares these (of a transcript, all of its words); the name
+    of one of the scores' details puts items in order by it, and an answer is which of two items comes first;
+    None, where answers cannot be told apart, returns None.
     """
     level = 1 - (1 - confidence) / looks if level is None else level
-    if "cosine" in dense.details:
-        return reversed_orders(*reversals(dense, compressed), level)
+    if by is None:
+        return None
+    if by != "answers":
+        return reversed_orders(*reversals(dense.details[by], compressed.details[by]), level)
     changed = (dense.answers != compressed.answers).double()
     return (
         proportion(changed, level)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from workbench.compress import compress
 from workbench.errors import RecipeError
-from workbench.measure.card import divergence_words, quality_words
+from workbench.measure.card import changed_words, divergence_words, quality_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Quality, quality
 from workbench.metrics.scores import Scores
@@ -158,8 +158,8 @@ def facts(record: Comparison) -> tuple[Fact, ...]:
         bars(
             "answers changed",
             points,
-            lambda p: p.flips.value,
-            lambda p: f"{p.flips.value:.1%} ({p.flips.low:.1%} to {p.flips.high:.1%})",
+            lambda p: p.flips.value if p.flips else None,
+            changed_words,
         ),
         *(
             [bars("KL to dense", points, lambda p: p.kl.value if p.kl else None, divergence_words)]

@@ -4,19 +4,26 @@ every frame of sound.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.errors import ModelError
 from workbench.metrics.scores import Scores
+from workbench.tasks.audio import RATE
 from workbench.tasks.base import Items
-from workbench.tasks.speech_recognition import SpeechRecognition
-from workbench.tasks.transcripts import spoken_scores
+from workbench.tasks.columns import Raw
+from workbench.tasks.lazy_items import Pools, Reading, Sizes
+from workbench.tasks.speech_recognition import SpeechRecognition, tokens_and_features
+from workbench.tasks.transcripts import Writing, spoken_scores
+from workbench.tasks.utterances import Frames, speech_pools
 from workbench.util.library_internals import frames_of
 
-RATE = 16_000
 NEVER = -1e4  # a logit
 
 
@@ -29,7 +36,27 @@ class FrameRecognition(SpeechRecognition):
     Characters that the model cannot write count as errors in what is wanted.
     """
 
-    auto_class: str = "AutoModelForCTC"
+    name = "speech recognition (CTC)"
+    auto_class = "AutoModelForCTC"
+    architectures = ("ForCTC",)
+
+    def why_not(self, config: Mapping[str, Any]) -> str:  # noqa: ARG002
+        """Return "": how a model hears is checked where its feature extractor is read."""
+        return ""
+
+    def processor(self, directory: Path, config: Mapping[str, Any]) -> Writing:
+        """Return how a model hears and writes: its feature extractor, its tokenizer and its blank."""
+        tokenizer, features = tokens_and_features(directory, self.name)
+        if features.model_input_names[0] != "input_values" or features.sampling_rate != RATE:
+            raise ModelError(
+                f"{directory} reads {features.model_input_names[0]} at {features.sampling_rate} Hz; of CTC"
+                f" models only those that read the wave at {RATE} Hz are built"
+            )
+        return Writing(tokenizer, features, end=int(config.get("pad_token_id") or 0))
+
+    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+        """Return utterances, one item a row."""
+        return speech_pools(raw, sizes, self.writes, lambda some: Frames.of(some, self.writes))
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, frames, letters] for `input_values` [N, samples].

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import DataError
+from workbench.tasks import columns
 from workbench.tasks.base import Items
+from workbench.tasks.fashion_mnist import SLICE
+from workbench.tasks.labelled_rows import labelled_pools, not_one_class
+from workbench.tasks.lazy_items import Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing
+from workbench.tasks.processors import FEATURE_FILES, load_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LARGE = 3 * 128 * 128  # numbers of a picture, from which on few are run at once
 Processor = Callable[..., Any]  # processor(images=[...], return_tensors="pt")["pixel_values"] is [N, C, H, W]
 
 
@@ -24,9 +31,56 @@ Processor = Callable[..., Any]  # processor(images=[...], return_tensors="pt")["
 class ImageClassification(Choosing):
     """One label per image; quality is accuracy."""
 
-    name: str = "image classification"
-    auto_class: str = "AutoModelForImageClassification"
-    primary: str = "accuracy"
+    name = "image classification"
+    auto_class = "AutoModelForImageClassification"
+    architectures = ("ForImageClassification", "ForImageClassificationWithTeacher")
+    type_mapping = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
+    primary = "accuracy"
+    distribution = "image"
+    sizes = Sizes(2000, 512, 5000)
+    latency_items = 16
+    sensitivity_items = 256
+    data_names = (SLICE,)
+    default_data = ()
+    files = FEATURE_FILES
+    kv_cache = False
+    behaviour = "classes"
+
+    def why_not(self, config: Mapping[str, Any]) -> str:
+        """Return why a head does not choose one class."""
+        return not_one_class(config)
+
+    def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:
+        """Return the image processor of a folder, a `PlainProcessor` where it has no
+        preprocessor_config.json.
+        """
+        if not (directory / "preprocessor_config.json").is_file():
+            return plain_processor(config)
+        from transformers.models.auto.image_processing_auto import (
+            AutoImageProcessor,  # at the top it may ask for torchvision
+        )
+
+        # The same pixels with and without torchvision
+        return load_from(directory, "preprocessor", AutoImageProcessor, backend="pil")
+
+    def pools(self, reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+        """Return images, one item a row, after checking every label."""
+        channels = int(reading.config.get("num_channels") or 3)
+
+        def make(images: list[Any], labels: list[int], rows: Sequence[int], column: str) -> Items:  # noqa: ARG001
+            return image_items(images, labels, reading.processor, channels)
+
+        return labelled_pools(raw, reading.config, columns.image_columns, make)
+
+    def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        return columns.classes(config)
+
+    def batch_size(self, evaluation: Items, *, on_cpu: bool) -> int:
+        """Return how many images are run at once."""
+        if evaluation.inputs["pixel_values"][0].numel() > LARGE:
+            return 16 if on_cpu else 64
+        return 128 if on_cpu else 512
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, classes] for `pixel_values` [N, C, H, W], which are cast to the type that the model
@@ -61,6 +115,13 @@ class PlainProcessor:
             for image in images
         ]
         return {"pixel_values": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()}
+
+
+def plain_processor(config: Mapping[str, Any]) -> PlainProcessor:
+    """Return the processor of a model that says nothing but its image size."""
+    given = config.get("image_size") or 224
+    height, width = given if isinstance(given, list | tuple) else (given, given)
+    return PlainProcessor(height=int(height), width=int(width))
 
 
 def grey_items(images: np.ndarray, labels: np.ndarray, mean: float, std: float) -> Items:

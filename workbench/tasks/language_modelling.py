@@ -2,28 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.errors import DataError
+from workbench.tasks import columns
 from workbench.tasks.base import Items
+from workbench.tasks.lazy_items import Pool, Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing
+from workbench.tasks.processors import GENERATION_FILES, TOKENIZER_FILES, load_tokenizer
+from workbench.tasks.sources import PYTHON_DOCS, WIKITEXT
 
 CONTEXT = 512
 TEXT_CHUNK = 20_000  # characters tokenised at a time
+# Windows of text read for each window wanted, so that the ones picked are spread over the text
+READ_AHEAD = 8
+LONG = 32  # tokens of a window from which on a few of them say something, and take a CPU seconds
+FEW_LONG = 4
 
 
 @dataclass(frozen=True)
 class LanguageModelling(Choosing):
     """The tokens of a window, each given those before it; quality is perplexity."""
 
-    name: str = "language modelling"
-    auto_class: str = "AutoModelForCausalLM"
-    primary: str = "perplexity"
-    latency_items: int = 1  # a window of many tokens
+    name = "language modelling"
+    auto_class = "AutoModelForCausalLM"
+    architectures = ("ForCausalLM", "LMHeadModel")
+    type_mapping = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    primary = "perplexity"
+    distribution = "token"
+    sizes = Sizes(64, 32, 256)
+    latency_items = 1  # a window of many tokens
+    sensitivity_items = 16
+    data_names = (PYTHON_DOCS, WIKITEXT)
+    default_data = (WIKITEXT, PYTHON_DOCS)
+    files = (*TOKENIZER_FILES, *GENERATION_FILES)
+    kv_cache = True
+    behaviour = "continuations"
+    chunked_head = True
+    fused_blocks = True
+
+    def why_not(self, config: Mapping[str, Any]) -> str:
+        """Return why a model that writes does not only go on with a text."""
+        return "it has an encoder as well" if config.get("is_encoder_decoder") else ""
+
+    def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """Return the tokenizer of a folder."""
+        return load_tokenizer(directory, self.name)
+
+    def pools(self, reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:
+        """Return windows of running text."""
+        return window_pools(reading, raw, sizes)
+
+    def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return nothing: tokens are no classes."""
+        return ()
+
+    def batch_size(self, evaluation: Items, *, on_cpu: bool) -> int:  # noqa: ARG002
+        """Return how many windows are run at once."""
+        return 4 if on_cpu else 16
+
+    def cpu_looks(self, items: Items) -> tuple[int, ...]:
+        """Return a look at 4 windows before the one at 16.
+
+        Its interval is three to four times as wide (half of that if a recipe next to this one was measured
+        before), and it is there after a third of the time. The looks after it widen by 5 to 10%.
+        """
+        return (FEW_LONG,) if items.labels.shape[1] >= LONG else ()
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, L - 1, vocabulary] for `input_ids` [N, L]: what the model expects after each position
@@ -73,3 +123,41 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
             gathered, length = [], 0
     if gathered:
         yield "".join(gathered)
+
+
+def window_pools(reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:
+    """Return windows of running text.
+
+    Raises:
+        DataError: a window that the model cannot hold, or less text than one.
+    """
+    context = reading.context or min(
+        CONTEXT,
+        int(reading.config.get("max_position_embeddings") or reading.config.get("n_positions") or CONTEXT),
+    )
+    longest = reading.config.get("max_position_embeddings") or reading.config.get("n_positions")
+    if context < 2 or (longest and context > longest):
+        raise DataError(
+            f"context={context}: a window needs at least 2 tokens"
+            + (f" and at most the model's {longest}" if longest else "")
+        )
+    held_out_name = columns.held_out(raw)
+
+    def pool(split: str, wanted: int) -> Pool:
+        rows = raw.splits[split]
+        texts = (text for text in rows[columns.text_column(raw.name, rows)] if text)
+        ids = windows(texts, reading.processor, context, limit=READ_AHEAD * wanted)
+        if not len(ids):
+            raise DataError(
+                f"data {raw.name!r} ({split}) hold less text than one window of {context} tokens: give more"
+                " text or a smaller context"
+            )
+        return Pool(len(ids), lambda index: window_items(ids[torch.tensor(list(index), dtype=torch.long)]))
+
+    rest = sizes.calibration + sizes.training
+    train = pool(columns.train_name(raw, held_out_name), rest + (0 if held_out_name else sizes.evaluation))
+    return (
+        train,
+        pool(held_out_name, sizes.evaluation) if held_out_name else None,
+        (f"windows of {context} tokens",),
+    )

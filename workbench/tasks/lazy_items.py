@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from workbench.errors import DataError
-from workbench.tasks.base import Items, Kind
+from workbench.tasks.columns import Raw, held_out, train_name
+from workbench.tasks.items import Items
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The most items to use for each purpose."""
+    """The most items to use for each purpose: a kind's own, where it says how many, unless a user does."""
 
     evaluation: int
     calibration: int
     training: int
 
-    @classmethod
-    def of(
-        cls,
-        kind: Kind,
-        evaluation: int | None = None,
-        calibration: int | None = None,
-        training: int | None = None,
+    def limited(
+        self, evaluation: int | None = None, calibration: int | None = None, training: int | None = None
     ) -> Sizes:
-        """Return the sizes given, or the defaults: images and texts 2000 / 512 / 5000, windows of text and
-        utterances 64 / 32 / 256.
+        """Return the sizes given, these where None is.
 
         Raises:
             DataError: a size below 1.
         """
-        defaults = (
-            (64, 32, 256) if kind.latency_items == 1 else (2000, 512, 5000)
-        )  # one item is a lot of work
-        for name, given in zip(
-            ("evaluation", "calibration", "training"), (evaluation, calibration, training), strict=True
-        ):
-            if given is not None and given < 1:
-                raise DataError(f"{name}_items={given}: give at least 1")
-        return cls(
-            *(
-                default if given is None else given
-                for default, given in zip(defaults, (evaluation, calibration, training), strict=True)
-            )
-        )
+        given = {"evaluation": evaluation, "calibration": calibration, "training": training}
+        for name, size in given.items():
+            if size is not None and size < 1:
+                raise DataError(f"{name}_items={size}: give at least 1")
+        return replace(self, **{name: size for name, size in given.items() if size is not None})
 
 
 @dataclass(frozen=True)
@@ -68,11 +54,23 @@ class Pool:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to turn raw rows into a model's items: its kind, config.json and processor, and the window length
-    in tokens.
+    """How to turn raw rows into a model's items: its config.json and processor, and the window length in
+    tokens.
     """
 
-    kind: Kind
     config: Mapping[str, Any]
     processor: Any  # tokenizer, image processor, or the processor of a speech model
     context: int | None = None
+
+
+# Items to train on, those to evaluate on if they are held out, and notes
+Pools = tuple[Pool, Pool | None, tuple[str, ...]]
+
+
+def split_pools(raw: Raw, pool: Callable[[str], Pool]) -> tuple[Pool, Pool | None]:
+    """Return the items to train on and those that are held out, if there are any: `pool` makes those of a
+    split.
+    """
+    held_out_name = held_out(raw)
+    train = pool(train_name(raw, held_out_name))
+    return train, pool(held_out_name) if held_out_name else None

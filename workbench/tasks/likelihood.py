@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from workbench.kernels.block_ops import losses, losses_refused
 from workbench.metrics.scores import Scores
-from workbench.tasks.base import Items
+from workbench.tasks.base import Items, Kind
 
 CHUNK = 2**24  # logits made at a time: 64 MB in float32, enough rows for a matrix product at full speed
 # Of which so many are reduced at a time: 4 MB, so that what is computed of them stays in a processor's cache
@@ -45,17 +45,13 @@ class Unprojected:
             yield self.head(some)
 
 
-class Choosing:
-    """Base of such kinds.
-
-    `latency_items` is how many items a timed batch holds unless the user says otherwise.
+class Choosing(Kind):
+    """Base of such kinds: their `logits` are aligned with `items.labels`, [N, classes] or [N, L,
+    vocabulary].
     """
 
-    latency_items: int = 16
-
-    def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return logits aligned with `items.labels`: [N, classes] or [N, L, vocabulary]."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how a model makes logits")
+    flips_by: ClassVar[str | None] = "answers"
+    outputs: ClassVar[str] = "distributions"
 
     def score(self, model: nn.Module, items: Items) -> Scores:
         """Return what `model` does on items that lie on its device; see `likelihoods`."""
@@ -78,21 +74,14 @@ class Choosing:
         )
         return temperature**2 * F.kl_div(soft, wanted, log_target=True, reduction="batchmean")
 
-    def run(self, model: nn.Module, items: Items) -> object:
-        """Do what a user waits for, to be timed: one forward pass."""
-        return self.logits(model, items)
-
-    def audio_seconds(self, items: Items) -> float:  # noqa: ARG002  speech has a use for them
-        """Return how long the items' sound lasts, 0 where they are none."""
-        return 0.0
-
-    # For kinds that have words
-    def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:  # noqa: ARG002
-        """Return (what was asked, what the model answers) for each item, in words.
-
-        None where classes or continuations say it better.
+    def together(self, answers: Tensor, temperature: float) -> Tensor:
+        """Return logits whose softmax at a temperature is the mean of that of several teachers' logits,
+        [teachers, ..., classes].
         """
-        return []
+        spread: Tensor = (
+            answers.div(temperature).log_softmax(-1).logsumexp(0)
+        )  # up to a constant, which a softmax does not see
+        return temperature * spread
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from workbench.metrics.scores import Scores
 from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.lazy_items import Pool, Reading
+from workbench.tasks.lazy_items import Pool, Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing
+from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer
+from workbench.tasks.sources import STSB, WORDSIM
 
 MAX_TOKENS = 128
 MULTIPLE = 8  # texts are padded to such a number of tokens
@@ -44,12 +46,61 @@ class SentenceSimilarity(Choosing):
     vector to the teacher's by 1 - cosine; directions have no temperature, so T has no effect here.
     """
 
-    name: str = "sentence similarity"
-    auto_class: str = "AutoModel"
-    primary: str = "rank correlation"
-    masked_texts: ClassVar[bool] = True  # what the mask leaves out changes no answer
+    name = "sentence similarity"
+    auto_class = "AutoModel"
+    architectures = ("Model",)
+    type_mapping = None
+    primary = "rank correlation"
+    flips_by = "cosine"
+    distribution = None
+    outputs = "vectors"
+    sizes = Sizes(2000, 512, 5000)
+    latency_items = 16
+    sensitivity_items = 256
+    data_names = (WORDSIM, STSB)
+    default_data = (STSB, WORDSIM)
+    files = (*TOKENIZER_FILES, "modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+    kv_cache = False
+    behaviour = "told apart"
+    masked_texts = True
+
     pooling: str = "mean"
     tokenizer: Any = field(default=None, compare=False, repr=False)
+
+    def why_not(self, config: Mapping[str, Any]) -> str:
+        """Return why a bare model (BertModel) is no encoder of texts: its family also fills in masked words,
+        and has no decoder.
+        """
+        from transformers.models.auto import modeling_auto
+
+        encodes = config.get("model_type") in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+            config.get("is_encoder_decoder") or config.get("is_decoder")
+        )
+        return "" if encodes else "it is no encoder of texts"
+
+    def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """Return the tokenizer of a folder."""
+        return load_tokenizer(directory, self.name)
+
+    def prepared(self, model: nn.Module, directory: Path, processor: Any) -> tuple[Self, tuple[str, ...]]:
+        """Return the kind with the pooling that the model's own files name; a pooler that it has no use for
+        is left dense.
+        """
+        kind, notes = pooled(self, directory, processor)
+        spare_pooler(model)
+        return kind, notes
+
+    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+        """Return pairs of texts, one item a row."""
+        return pair_pools(reading, raw)
+
+    def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return nothing: scores are no classes."""
+        return ()
+
+    def batch_size(self, evaluation: Items, *, on_cpu: bool) -> int:  # noqa: ARG002
+        """Return how many pairs are run at once."""
+        return 32 if on_cpu else 256
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return the unit vectors of both texts, [N, 2, d], for `input_ids` and `attention_mask`, both [N, 2,
@@ -94,6 +145,10 @@ class SentenceSimilarity(Choosing):
         """
         return (1 - (student.float() * teacher.float()).sum(-1)).mean()
 
+    def together(self, answers: Tensor, temperature: float) -> Tensor:  # noqa: ARG002  directions have none
+        """Return the mean direction of several teachers' vectors, [teachers, N, 2, d]."""
+        return F.normalize(answers, dim=-1).mean(0)
+
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
         """Return each pair with people's score, and the model's cosine."""
         with torch.inference_mode():
@@ -113,6 +168,7 @@ class SentenceSimilarity(Choosing):
 
 
 SENTENCE_SIMILARITY = SentenceSimilarity()
+K = TypeVar("K", bound=SentenceSimilarity)
 
 
 def spare_pooler(model: nn.Module) -> None:
@@ -129,9 +185,7 @@ def cosines(vectors: Tensor) -> Tensor:
     return (vectors[:, 0] * vectors[:, 1]).sum(-1)
 
 
-def prepared(
-    kind: SentenceSimilarity, directory: Path, tokenizer: Any
-) -> tuple[SentenceSimilarity, tuple[str, ...]]:
+def pooled(kind: K, directory: Path, tokenizer: Any) -> tuple[K, tuple[str, ...]]:
     """Return the kind with the pooling that a sentence encoder's own files name, and notes.
 
     Raises:
@@ -185,7 +239,7 @@ def pair_columns(name: str, rows: Any) -> tuple[str, str, str]:
     return str(found[0]), str(found[1]), str(found[2])
 
 
-def pair_pools(reading: Reading, raw: Raw) -> tuple[Pool, Pool | None, tuple[str, ...]]:
+def pair_pools(reading: Reading, raw: Raw) -> Pools:
     """Return pairs of texts, one item a row, with scores between 0 and 1, after checking every row.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,7 @@ WORDSIM = "wordsim353"
 STSB = "sts-b"
 STSB_HUB = "sentence-transformers/stsb"
 HUB_NAMES = {WIKITEXT: WIKITEXT_HUB, STSB: STSB_HUB}
-NAMES_FOR = {  # by the kind of task
-    "image classification": (SLICE,),
-    "language modelling": (PYTHON_DOCS, WIKITEXT),
-    "sentence similarity": (WORDSIM, STSB),
-    "speech recognition": (PROMPTS,),
-}
-NAMES = tuple(name for names in NAMES_FOR.values() for name in names)
+NAMES = (SLICE, PYTHON_DOCS, WIKITEXT, WORDSIM, STSB, PROMPTS)
 BUILDERS = {
     ".jsonl": "json",
     ".json": "json",
@@ -67,31 +62,21 @@ def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True
     return Raw(name, _hub(name, offline=offline, progress=progress))
 
 
-def default_text(*, offline: bool = False, progress: bool = True) -> Raw:
-    """Return the text that a language model is measured on when none is named: WikiText-2, else Python's own
-    help pages.
-    """
-    return _first(WIKITEXT, PYTHON_DOCS, offline=offline, progress=progress)
-
-
-def default_pairs(*, offline: bool = False, progress: bool = True) -> Raw:
-    """Return the pairs that a sentence encoder is measured on when none are named: STS-B, else the words of
-    WordSim-353.
-    """
-    return _first(STSB, WORDSIM, offline=offline, progress=progress)
-
-
-def _first(wanted: str, other: str, *, offline: bool, progress: bool) -> Raw:
-    """Return named data of the hub, else those that need none, with a note that says which and why."""
-    try:
-        raw = read(wanted, offline=offline, progress=progress)
-    except DataError as error:
-        instead = read(other, offline=offline, progress=progress)
-        reason = str(error).removeprefix(f"data {HUB_NAMES[wanted]!r} ").split("; use --offline")[0]
-        return Raw(
-            instead.name, instead.splits, (*instead.notes, f"{other} was used, since {wanted} {reason}")
-        )
-    return Raw(raw.name, raw.splits, (f"{wanted} from the hub was used, since no data were named",))
+def first_of(names: Sequence[str], *, offline: bool = False, progress: bool = True) -> Raw:
+    """Return the first of some named data that can be had, with a note that says which and why."""
+    refused: list[str] = []
+    for name in names[:-1]:
+        try:
+            raw = read(name, offline=offline, progress=progress)
+        except DataError as error:
+            reason = str(error).removeprefix(f"data {HUB_NAMES.get(name, name)!r} ")
+            refused.append(f"{name} {reason.split('; use --offline')[0]}")
+        else:
+            return replace(raw, notes=(f"{name} from the hub was used, since no data were named",))
+    raw = read(names[-1], offline=offline, progress=progress)
+    if not refused:
+        return raw
+    return replace(raw, notes=(*raw.notes, f"{names[-1]} was used, since {' and '.join(refused)}"))
 
 
 def wordsim353(*, offline: bool = False, progress: bool = True) -> Raw:
@@ -245,8 +230,3 @@ FETCHED: Mapping[str, Callable[..., Raw]] = {
     WORDSIM: wordsim353,
     PROMPTS: asterisk_prompts,
 }  # from an archive or a package
-DEFAULTS: Mapping[str, Callable[..., Raw]] = {  # by the kind of task
-    "language modelling": default_text,
-    "sentence similarity": default_pairs,
-    "speech recognition": asterisk_prompts,
-}

@@ -5,8 +5,10 @@ Whisper's family (encoder and decoder); `workbench.tasks.ctc` has the other one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,18 @@ from torch import Tensor, nn
 from workbench.errors import ModelError, RuntimeRefused
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Items
+from workbench.tasks.columns import Raw
+from workbench.tasks.lazy_items import Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing, likelihoods
-from workbench.tasks.transcripts import Writing, spoken_scores
+from workbench.tasks.processors import (
+    FEATURE_FILES,
+    GENERATION_FILES,
+    TOKENIZER_FILES,
+    check_tokenizer,
+    load_from,
+)
+from workbench.tasks.transcripts import Writing, spoken_scores, whisper_writing
+from workbench.tasks.utterances import PROMPTS, Windows, speech_pools
 
 FRAMES = 100  # of Whisper's features in a second
 PREFIX = 4  # tokens before the words, at most
@@ -31,10 +43,21 @@ class SpeechRecognition(Choosing):
     from sound is not timed: no method changes it.
     """
 
-    name: str = "speech recognition"
-    auto_class: str = "AutoModelForSpeechSeq2Seq"
-    primary: str = "word error rate"
-    latency_items: int = 1
+    name = "speech recognition"
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    architectures = ("ForConditionalGeneration",)
+    type_mapping = None
+    primary = "word error rate"
+    distribution = None  # words are written one after the other
+    sizes = Sizes(64, 32, 256)
+    latency_items = 1
+    sensitivity_items = 32
+    data_names = (PROMPTS,)
+    default_data = (PROMPTS,)
+    files = (*TOKENIZER_FILES, *FEATURE_FILES, *GENERATION_FILES, "normalizer.json")
+    kv_cache = False  # that the KV cache of a recipe could replace
+    behaviour = "told apart"
+
     writing: Writing | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -43,6 +66,31 @@ class SpeechRecognition(Choosing):
         if self.writing is None:
             raise ModelError("this speech model has no tokenizer yet: load it with workbench.zoo.load_task")
         return self.writing
+
+    def why_not(self, config: Mapping[str, Any]) -> str:
+        """Return why a model that writes is none that writes what it hears."""
+        return "" if config.get("model_type") == "whisper" else "only Whisper's family is built"
+
+    def processor(self, directory: Path, config: Mapping[str, Any]) -> Writing:  # noqa: ARG002
+        """Return how a model hears and writes: its feature extractor, its tokenizer, its special tokens."""
+        return whisper_writing(directory, *tokens_and_features(directory, self.name))
+
+    def prepared(self, model: nn.Module, directory: Path, processor: Any) -> tuple[Self, tuple[str, ...]]:  # noqa: ARG002
+        """Return the kind with how this model writes."""
+        return replace(self, writing=processor), ()
+
+    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:
+        """Return utterances, one item a row."""
+        writes = self.writes
+        return speech_pools(raw, sizes, writes, lambda some: Windows.of(some, writes, reading.config))
+
+    def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return nothing: words are no classes."""
+        return ()
+
+    def batch_size(self, evaluation: Items, *, on_cpu: bool) -> int:  # noqa: ARG002
+        """Return how many utterances are run at once."""
+        return 4 if on_cpu else 16
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, L, vocabulary] for `input_features` [N, mels, 3000] and `decoder_input_ids` [N, L]."""
@@ -93,6 +141,25 @@ class SpeechRecognition(Choosing):
 
 
 SPEECH_RECOGNITION = SpeechRecognition()
+
+
+def tokens_and_features(directory: Path, what: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the feature extractor of a folder.
+
+    Raises:
+        ModelError: files that are missing or cannot be read.
+    """
+    from transformers import AutoFeatureExtractor, AutoTokenizer
+
+    check_tokenizer(directory, what)
+    if not (directory / "preprocessor_config.json").is_file():
+        raise ModelError(
+            f"{directory} has no preprocessor_config.json, which says what a speech model makes of sound"
+        )
+    tokenizer, features = load_from(
+        directory, "tokenizer or feature extractor", AutoTokenizer, AutoFeatureExtractor
+    )
+    return tokenizer, features
 
 
 def features(model: nn.Module, items: Items) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from workbench.errors import DataError
+from workbench.tasks import columns
 from workbench.tasks.base import Items
+from workbench.tasks.labelled_rows import labelled_pools, not_one_class
+from workbench.tasks.lazy_items import Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing
+from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer, set_padding
 
 MAX_TOKENS = 128
 
@@ -19,10 +25,59 @@ MAX_TOKENS = 128
 class TextClassification(Choosing):
     """One label per text; quality is accuracy."""
 
-    name: str = "text classification"
-    auto_class: str = "AutoModelForSequenceClassification"
-    primary: str = "accuracy"
-    masked_texts: ClassVar[bool] = True  # what the mask leaves out changes no answer
+    name = "text classification"
+    auto_class = "AutoModelForSequenceClassification"
+    architectures = ("ForSequenceClassification",)
+    type_mapping = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
+    primary = "accuracy"
+    distribution = "text"
+    sizes = Sizes(2000, 512, 5000)
+    latency_items = 16
+    sensitivity_items = 256
+    data_names = ()
+    default_data = ()
+    files = TOKENIZER_FILES
+    kv_cache = False
+    behaviour = "classes"
+    masked_texts = True
+
+    def why_not(self, config: Mapping[str, Any]) -> str:
+        """Return why a head does not choose one class."""
+        return not_one_class(config)
+
+    def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """Return the tokenizer of a folder."""
+        return load_tokenizer(directory, self.name)
+
+    def prepared(self, model: nn.Module, directory: Path, processor: Any) -> tuple[Self, tuple[str, ...]]:  # noqa: ARG002
+        """Return the kind as it is, once model and tokenizer agree on a padding token."""
+        if processor is not None:
+            set_padding(model, processor)
+        return self, ()
+
+    def pools(self, reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+        """Return texts, one item a row, after checking every label."""
+        longest = min(
+            MAX_TOKENS,
+            reading.context or MAX_TOKENS,
+            int(reading.config.get("max_position_embeddings") or MAX_TOKENS),
+        )
+
+        def make(texts: list[Any], labels: list[int], rows: Sequence[int], column: str) -> Items:
+            for row, text in zip(rows, texts, strict=True):
+                if not isinstance(text, str):
+                    raise DataError(f"item {row} has {text!r} in column {column!r}; a text is needed")
+            return text_items(texts, labels, reading.processor, longest)
+
+        return labelled_pools(raw, reading.config, columns.text_columns, make)
+
+    def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of the classes."""
+        return columns.classes(config)
+
+    def batch_size(self, evaluation: Items, *, on_cpu: bool) -> int:  # noqa: ARG002
+        """Return how many texts are run at once."""
+        return 128 if on_cpu else 512
 
     def logits(self, model: nn.Module, items: Items) -> Tensor:
         """Return [N, classes] for `input_ids` and `attention_mask`, both [N, L]."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor
 from workbench.errors import DataError
 from workbench.hub import debian
 from workbench.tasks import audio, columns
-from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.ctc import FrameRecognition
-from workbench.tasks.lazy_items import Pool, Reading, Sizes
+from workbench.tasks.items import Items
+from workbench.tasks.lazy_items import Pool, Pools, Sizes
 from workbench.tasks.transcripts import Writing
 
 MOST_SECONDS = 30.0
@@ -148,8 +147,17 @@ def speech_columns(name: str, rows: Any) -> tuple[str, str]:
     return sound, words
 
 
-def speech_pools(reading: Reading, raw: Raw, sizes: Sizes) -> tuple[Pool, Pool | None, tuple[str, ...]]:
-    """Return utterances, one item a row.
+class Maker(Protocol):
+    """What makes a model's items from utterances."""
+
+    def items(self, utterances: Sequence[Utterance]) -> Items:
+        """Return their items, all padded to one length."""
+
+
+def speech_pools(
+    raw: Raw, sizes: Sizes, writing: Writing, maker: Callable[[Sequence[Utterance]], Maker]
+) -> Pools:
+    """Return utterances, one item a row, as `maker` of all of them makes their items.
 
     What cannot be heard, has no words or is too long is left out and counted in the notes.
 
@@ -161,18 +169,13 @@ def speech_pools(reading: Reading, raw: Raw, sizes: Sizes) -> tuple[Pool, Pool |
     wanted = {train: sizes.calibration + sizes.training + (0 if held_out_name else sizes.evaluation)} | (
         {held_out_name: sizes.evaluation} if held_out_name else {}
     )
-    writing: Writing = reading.kind.writes  # type: ignore[attr-defined]
     left, rates = dict[str, list[str]](), Counter[int]()
     heard = {
         split: listened(raw.name, raw.splits[split], count, writing, (left, rates))
         for split, count in wanted.items()
     }
     everything = [utterance for some in heard.values() for utterance in some]
-    make = (
-        Frames.of(everything, writing)
-        if isinstance(reading.kind, FrameRecognition)
-        else Windows.of(everything, writing, reading.config)
-    )
+    make = maker(everything)
     notes = [
         f"{counted(len(names), 'utterance')} left out: {reason} ({some_of(names)})"
         for reason, names in sorted(left.items())
@@ -182,11 +185,11 @@ def speech_pools(reading: Reading, raw: Raw, sizes: Sizes) -> tuple[Pool, Pool |
         for rate, count in sorted(rates.items())
         if rate != audio.RATE
     ]
-    pools = {
-        split: Pool(len(some), lambda index, some=some: make.items([some[i] for i in index]))  # type: ignore[misc]
-        for split, some in heard.items()
-    }
-    return pools[train], pools.get(held_out_name or ""), tuple(notes)
+
+    def pool(some: Sequence[Utterance]) -> Pool:
+        return Pool(len(some), lambda index: make.items([some[i] for i in index]))
+
+    return pool(heard[train]), pool(heard[held_out_name]) if held_out_name else None, tuple(notes)
 
 
 def listened(

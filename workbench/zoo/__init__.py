@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,10 @@ from workbench.hub import hub
 from workbench.hub.wheel_archive import fetch
 from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
-from workbench.tasks import kind_of
 from workbench.tasks.base import Kind, Task
 from workbench.tasks.fashion_mnist import SLICE
-from workbench.tasks.image_classification import ImageClassification
-from workbench.tasks.language_modelling import LanguageModelling
-from workbench.tasks.lazy_items import Reading, Sizes
-from workbench.tasks.sentence_similarity import SentenceSimilarity, prepared, spare_pooler
-from workbench.tasks.sources import DEFAULTS
-from workbench.tasks.speech_recognition import SpeechRecognition
-from workbench.tasks.text_classification import TextClassification
+from workbench.tasks.lazy_items import Reading
+from workbench.tasks.registry import KINDS
 from workbench.util.device import pick
 from workbench.util.text import nearest
 from workbench.zoo import local
@@ -79,25 +73,14 @@ def load_task(
     device = pick(str(device))
     located = _locate(name, data, offline=offline, progress=progress)
     config = local.read_config(located.directory)
-    kind = kind_of(config)
-    sizes = Sizes.of(kind, evaluation_items, calibration_items, training_items)
+    kind = KINDS.of(config)
+    sizes = kind.sizes.limited(evaluation_items, calibration_items, training_items)
     data = located.data if data is None else data
-    processor = (
-        None
-        if isinstance(data, str) and data == SLICE
-        else local.load_processor(located.directory, kind, config)
-    )
+    processor = None if isinstance(data, str) and data == SLICE else kind.processor(located.directory, config)
     model = local.load_model(located.directory, kind, device=device, dtype=dtype, placement=placement)
-    if isinstance(kind, TextClassification) and processor is not None:
-        local.set_padding(model, processor)
-    said: tuple[str, ...] = ()
-    if isinstance(kind, SentenceSimilarity):
-        kind, said = prepared(kind, located.directory, processor)
-        spare_pooler(model)
-    if isinstance(kind, SpeechRecognition):
-        kind = replace(kind, writing=processor)
-    reading = Reading(kind, config, processor, context)
-    loaded = task_data.load(reading, data, sizes, seed=seed, offline=offline, progress=progress)
+    kind, said = kind.prepared(model, located.directory, processor)
+    reading = Reading(config, processor, context)
+    loaded = task_data.load(kind, reading, data, sizes, seed=seed, offline=offline, progress=progress)
     return Task(
         kind=kind,
         model=model,
@@ -108,8 +91,8 @@ def load_task(
         calibration=loaded.calibration,
         training=loaded.training,
         labels=loaded.labels,
-        batch_size=_batch_size(kind, loaded, device),
-        files=local.exported_files(located.directory),
+        batch_size=kind.batch_size(loaded.evaluation, on_cpu=str(device).startswith("cpu")),
+        files=local.exported_files(located.directory, kind.files),
         notes=(*located.notes, *said, *loaded.notes),
         processor=processor,
     )
@@ -123,7 +106,7 @@ def _locate(name: str | Path, data: Any, *, offline: bool, progress: bool) -> _L
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
         config = local.read_config(path)
-        _check_data_named(kind_of(config), data, str(name))
+        _check_data_named(KINDS.of(config), data, str(name))
         return _Located(path)
     if path.is_file():
         raise ModelError(
@@ -164,7 +147,7 @@ def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Locate
     are fetched.
     """
     config = local.read_config(hub.snapshot(name, patterns=("config.json",), offline=offline, progress=False))
-    kind = kind_of(config)
+    kind = KINDS.of(config)
     _check_data_named(kind, data, name)
     directory = hub.snapshot(name, offline=offline, progress=progress)
     if not any(directory.glob("*.safetensors")):
@@ -175,23 +158,8 @@ def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Locate
 
 def _check_data_named(kind: Kind, data: Any, name: str) -> None:
     """Ask for data where no default fits."""
-    if data is None and kind.name not in DEFAULTS:
+    if data is None and not kind.default_data:
         raise DataError(
             f"model {name!r} does {kind.name}: name the data to measure it on (data=...): a file (.jsonl,"
             " .csv, .parquet), a folder of images, or a hub data set as owner/name"
         )
-
-
-def _batch_size(kind: Kind, loaded: task_data.Data, device: torch.device | str) -> int:
-    """Return how many items to run at once: few where an item is large, more on a GPU."""
-    on_cpu = str(device).startswith("cpu")
-    if isinstance(kind, LanguageModelling | SpeechRecognition):
-        return 4 if on_cpu else 16
-    if (
-        isinstance(kind, ImageClassification)
-        and loaded.evaluation.inputs["pixel_values"][0].numel() > 3 * 128 * 128
-    ):
-        return 16 if on_cpu else 64
-    if isinstance(kind, SentenceSimilarity):
-        return 32 if on_cpu else 256
-    return 128 if on_cpu else 512

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ from torch import nn
 
 from workbench.errors import DeviceError, ModelError
 from workbench.modules.placement import Placement, place
-from workbench.tasks.audio import RATE
 from workbench.tasks.base import Kind
-from workbench.tasks.ctc import FrameRecognition
-from workbench.tasks.image_classification import ImageClassification, PlainProcessor
-from workbench.tasks.speech_recognition import SpeechRecognition
-from workbench.tasks.transcripts import Writing, whisper_writing
 from workbench.util.quiet import quiet
 from workbench.util.text import one_line
 
@@ -28,26 +23,6 @@ PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.bin", "*.pkl")
 CONVERT = (
     "from transformers import {auto_class}; model = {auto_class}.from_pretrained('{directory}',"
     " weights_only=True); model.save_pretrained('{directory}')"
-)
-EXPORTED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "normalizer.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
 )
 
 
@@ -261,111 +236,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_processor(directory: Path, kind: Kind, config: Mapping[str, Any]) -> Any:
-    """Return the tokenizer or image processor of a folder (of a speech model, its `Writing`).
-
-    An image model without preprocessor_config.json gets a `PlainProcessor`.
-
-    Raises:
-        ModelError: no tokenizer files, files that cannot be read, or ones that need code of their own.
-
-    """
-    options: dict[str, Any] = {}
-    images = isinstance(kind, ImageClassification)
-    if images:
-        if not (directory / "preprocessor_config.json").is_file():
-            return _plain_processor(config)
-        from transformers.models.auto.image_processing_auto import (
-            AutoImageProcessor,  # at the top it may ask for torchvision
-        )
-
-        loader: Any = AutoImageProcessor
-        options["backend"] = "pil"  # the same pixels with and without torchvision
-    else:
-        from transformers import AutoTokenizer
-
-        loader = AutoTokenizer
-        if not any(
-            (directory / name).is_file()
-            for name in EXPORTED_FILES
-            if name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece"))
-        ):
-            raise ModelError(
-                f"{directory} has no tokenizer (tokenizer.json, or vocab.txt, or tokenizer.model);"
-                f" {kind.name} needs one"
-            )
-    if isinstance(kind, SpeechRecognition):
-        return _writing(directory, kind, config, loader)
-    with quiet():
-        try:
-            processor = loader.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True, **options
-            )
-        except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
-            raise ModelError(
-                f"{directory}: its {'preprocessor' if images else 'tokenizer'} "
-                f"cannot be loaded: {type(error).__name__}: {one_line(error)}"
-            ) from None
-    return processor
-
-
-def _writing(directory: Path, kind: SpeechRecognition, config: Mapping[str, Any], loader: Any) -> Writing:
-    """Return how a speech model hears and writes: its feature extractor, its tokenizer and its special
-    tokens.
-    """
-    from transformers import AutoFeatureExtractor
-
-    if not (directory / "preprocessor_config.json").is_file():
-        raise ModelError(
-            f"{directory} has no preprocessor_config.json, which says what a speech model makes of sound"
-        )
-    with quiet():
-        try:
-            tokenizer = loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-            features = AutoFeatureExtractor.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
-            raise ModelError(
-                f"{directory}: its tokenizer or feature extractor cannot be loaded: {type(error).__name__}:"
-                f" {one_line(error)}"
-            ) from None
-    if not isinstance(kind, FrameRecognition):
-        return whisper_writing(directory, tokenizer, features)
-    if features.model_input_names[0] != "input_values" or features.sampling_rate != RATE:
-        raise ModelError(
-            f"{directory} reads {features.model_input_names[0]} at {features.sampling_rate} Hz; of CTC models"
-            f" only those that read the wave at {RATE} Hz are built"
-        )
-    return Writing(tokenizer, features, end=int(config.get("pad_token_id") or 0))
-
-
-def set_padding(model: nn.Module, tokenizer: Any) -> None:
-    """Agree on a padding token for texts of different lengths: the tokenizer's, else its end of text.
-
-    Raises:
-        ModelError: the tokenizer has neither.
-
-    """
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(
-                "the tokenizer has no padding token and no end-of-text token; set pad_token in"
-                " tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    config: Any = model.config
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-
-
-def _plain_processor(config: Mapping[str, Any]) -> PlainProcessor:
-    """Return the processor of a model that says nothing but its image size."""
-    given = config.get("image_size") or 224
-    height, width = given if isinstance(given, list | tuple) else (given, given)
-    return PlainProcessor(height=int(height), width=int(width))
-
-
-def exported_files(directory: Path) -> dict[str, bytes]:
-    """Return the tokenizer and preprocessor files that an export takes along, by file name."""
-    return {name: (directory / name).read_bytes() for name in EXPORTED_FILES if (directory / name).is_file()}
+def exported_files(directory: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Return the files of these names that a folder has: what an export takes along, by file name."""
+    return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}

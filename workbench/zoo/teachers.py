@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import ModelError
 from workbench.hub import hub
-from workbench.tasks import kind_of
+from workbench.tasks.registry import KINDS
 from workbench.zoo import _locate, local
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def load_teacher(name: str, task: Task, device: torch.device) -> nn.Module:
     """
     located = _locate(name, "", offline=hub.forced_offline(), progress=False)
     config = local.read_config(located.directory)
-    kind = kind_of(config)
+    kind = KINDS.of(config)
     if kind.name != task.kind.name:
         raise ModelError(
             f"teacher {name!r} does {kind.name}, {task.model_name!r} does {task.kind.name}: give a teacher"
@@ -40,7 +40,7 @@ def load_teacher(name: str, task: Task, device: torch.device) -> nn.Module:
     check_labels(name, task, config)
     mine = vocabulary(task.processor)
     if mine:
-        check_vocabulary(name, task, vocabulary(local.load_processor(located.directory, kind, config)), mine)
+        check_vocabulary(name, task, vocabulary(kind.processor(located.directory, config)), mine)
     return local.load_model(located.directory, kind, device=device).eval().requires_grad_(False)
 
 

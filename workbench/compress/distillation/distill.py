@@ -32,7 +32,6 @@ from workbench.modules.layer import Layer
 from workbench.recipe import About, Step, configuration
 from workbench.tasks.base import Items, Kind, Losses
 from workbench.tasks.likelihood import Choosing
-from workbench.tasks.sentence_similarity import SentenceSimilarity
 
 
 @configuration
@@ -241,10 +240,10 @@ def distill(step: Distill, work: Work) -> Distill:
     layers = [layer for layer in work.layers.values() if step.takes(*layer.names)]
     if not layers:
         raise CompressionError(f"{step!r} finds no layer that it can train: {', '.join(step.targets)}")
-    if step.divergence != "forward" and isinstance(work.task.kind, SentenceSimilarity):
+    if step.divergence != "forward" and work.task.kind.outputs != "distributions":
         raise CompressionError(
-            f"divergence={step.divergence!r} compares distributions, and a sentence encoder answers with"
-            " vectors: take divergence='forward'"
+            f"divergence={step.divergence!r} compares distributions, and a model of {work.task.kind.name}"
+            f" answers with {work.task.kind.outputs}: take divergence='forward'"
         )
     with showing_attention(work.model, work.task.model) if step.attention_weight else nullcontext():
         lesson = Lesson(step, work)

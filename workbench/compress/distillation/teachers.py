@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.compress.core.context import Work
@@ -16,7 +15,6 @@ from workbench.compress.distillation.teacher_outputs import check_finite
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.offload import device_of
 from workbench.tasks.base import Items, Kind
-from workbench.tasks.sentence_similarity import SentenceSimilarity
 
 DENSE = "dense"  # the name of the model that is being compressed
 
@@ -106,10 +104,4 @@ def together(kind: Kind, answers: list[Tensor], temperature: float) -> Tensor:
     """
     if len(answers) == 1:
         return answers[0]
-    stack = torch.stack([answer.float() for answer in answers])
-    if isinstance(kind, SentenceSimilarity):
-        return F.normalize(stack, dim=-1).mean(0)
-    spread: Tensor = (
-        stack.div(temperature).log_softmax(-1).logsumexp(0)
-    )  # up to a constant, which a softmax does not see
-    return temperature * spread
+    return kind.together(torch.stack([answer.float() for answer in answers]), temperature)

@@ -15,7 +15,6 @@ from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.kv_cache import CacheFormat
 from workbench.recipe import About, Step, configuration
-from workbench.tasks.language_modelling import LanguageModelling
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task
@@ -86,7 +85,7 @@ class KVCache(Step):
 @METHODS.register(KVCache)
 def kv_cache(step: KVCache, work: Work) -> None:
     """Give the model a cache of rounded keys and values, once it is sure that the model uses it."""
-    if not isinstance(work.task.kind, LanguageModelling):
+    if not work.task.kind.kv_cache:
         raise CompressionError(
             f"{step!r}: {work.task.model_name} does {work.task.kind.name}; only language models keep keys and"
             " values from token to token"

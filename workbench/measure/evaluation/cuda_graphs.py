@@ -28,7 +28,7 @@ from workbench.measure.evaluation.trials import small_llama
 from workbench.modules.sharing import holds_modules, own_parameters, twin
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
-from workbench.tasks.likelihood import Choosing, token_loss
+from workbench.tasks.likelihood import token_loss
 from workbench.util.device import free_fraction
 from workbench.util.fast_path import FastPath, Refusals, attempted, on_a_gpu
 from workbench.util.library_internals import MASKED, SHARED, TABLES, children_of, copy_each, lacks
@@ -141,7 +141,7 @@ class Graphs:
         device = found[0].device if found else torch.device("cpu")
         if device.type != "cuda":
             return "CUDA graphs need a CUDA GPU"
-        if not isinstance(self.kind, Choosing) or type(self.kind).score is not Choosing.score:
+        if self.kind.distribution is None:
             return f"{self.kind.name} is not scored by one forward pass"
         if any(tensor.device != device for tensor in found):
             return "the model lies on several devices"

@@ -17,15 +17,14 @@ from workbench.measure.evaluation.chunked_head import Head, find_head
 from workbench.measure.evaluation.cuda_graphs import Graphs, Read
 from workbench.measure.evaluation.fused_blocks import FUSED, FusedBlocks, fused_blocks
 from workbench.measure.evaluation.length_sorting import in_place, ordered, text_spans, trimmed, trims
-from workbench.measure.evaluation.outputs import Outputs, Sampler, has_distribution, scored
+from workbench.measure.evaluation.outputs import Outputs, Sampler, scored
 from workbench.measure.evaluation.prefix_reuse import Kept, Prefix
 from workbench.metrics.scores import Scores
 from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import streaming, streams_to
 from workbench.tasks import score
 from workbench.tasks.base import Items, Task
-from workbench.tasks.language_modelling import LanguageModelling
-from workbench.tasks.likelihood import Choosing, tally
+from workbench.tasks.likelihood import tally
 from workbench.util.device import free_fraction
 from workbench.util.fast_path import Refusals
 
@@ -79,7 +78,7 @@ class Evaluator:
         """Return a sentence for each fast path that was switched off while models were scored."""
         if isinstance(self.fused, FusedBlocks):
             self.refusals.note(FUSED, self.fused.reason)
-        if isinstance(self.task.kind, Choosing):
+        if self.task.kind.outputs == "distributions":
             dtype = next((one.dtype for one in self.task.model.parameters() if one.is_floating_point()), None)
             device = self.items.labels.device
             self.refusals.note(LOSSES, "" if dtype is None else losses_failed(device, dtype))
@@ -87,7 +86,7 @@ class Evaluator:
 
     def outputs(self) -> Outputs | None:
         """Return an empty place for a model's outputs, None for kinds without a distribution."""
-        return Outputs(self.sampler) if has_distribution(self.task.kind) else None
+        return None if self.task.kind.distribution is None else Outputs(self.sampler)
 
     def scores(
         self,
@@ -173,7 +172,7 @@ class Evaluator:
                 self.task.model,
                 self.task.batch_size,
                 self.prepared,
-                sampler=self.sampler if has_distribution(self.task.kind) else None,
+                sampler=None if self.task.kind.distribution is None else self.sampler,
                 refusals=self.refusals,
             )
         with self.graphs.loaded(model, again=again) as replay:
@@ -277,9 +276,7 @@ class Evaluator:
                 self.task.model, "spread_over"
             )  # their blocks are moved about by hooks
             self.fused = (
-                fused_blocks(self.items.labels.device)
-                if resident and isinstance(self.task.kind, LanguageModelling)
-                else None
+                fused_blocks(self.items.labels.device) if resident and self.task.kind.fused_blocks else None
             ) or False
             if isinstance(self.fused, FusedBlocks):
                 self.fused.of(self.task.model)  # classes are tried on modules that nobody compressed
@@ -290,7 +287,7 @@ class Evaluator:
         themselves.
         """
         if make not in self.heads:
-            tried = isinstance(self.task.kind, LanguageModelling) and make is type(self.task.model)
+            tried = self.task.kind.chunked_head and make is type(self.task.model)
             self.heads[make] = find_head(self.task.model, self.items, self.refusals) if tried else None
         return self.heads[make]
 

@@ -61,7 +61,7 @@ def trims(kind: Kind, model: nn.Module, items: Items, spans: Tensor, refusals: R
     """Return whether a model gives the same answers to rounding without the padding, tried on the shortest of
     some items (on its device).
     """
-    if not getattr(kind, "masked_texts", False):
+    if not kind.masked_texts:
         return False
     short = torch.argsort(spans[:, 1] - spans[:, 0], stable=True)[:TRIED]
     some = items[short.to(items.labels.device)]

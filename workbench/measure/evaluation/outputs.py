@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from workbench.metrics.scores import Scores
 from workbench.modules.offload import streaming
 from workbench.tasks.base import Items, Kind
-from workbench.tasks.likelihood import Choosing, Unprojected, likelihoods
+from workbench.tasks.likelihood import Unprojected, likelihoods
 from workbench.util.device import free_fraction
 
 HOST_BYTES = 256 * 2**20  # of outputs kept in a CPU's memory, of each of the two models
@@ -122,13 +122,6 @@ class Outputs:
     def covers(self, count: int) -> bool:
         """Return whether all of the first `count` items are here that can be."""
         return self.rows is not None and bool(self.read[:count].all())
-
-
-def has_distribution(kind: Kind) -> bool:
-    """Return whether every answer of a kind is one of the model's classes or tokens, with a probability for
-    each.
-    """
-    return isinstance(kind, Choosing) and type(kind).score is Choosing.score
 
 
 def scored(kind: Kind, model: nn.Module, items: Items, outputs: Outputs, index: Tensor) -> Scores:

@@ -1,0 +1,158 @@
+"""The kinds of task that exist: registered by name, found by what a model's config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from inspect import get_annotations
+from typing import Any, TypeVar, get_args
+
+from workbench.errors import ModelError
+from workbench.metrics.metrics import METRICS
+from workbench.tasks.base import Kind, View
+from workbench.tasks.likelihood import Choosing
+from workbench.util.text import nearest
+
+K = TypeVar("K", bound=Kind)
+
+
+class Kinds:
+    """The kinds of task that exist, by name."""
+
+    def __init__(self) -> None:
+        """Start with none; `workbench.tasks` registers the built-in ones."""
+        self.by_name: dict[str, Kind] = {}
+
+    def __iter__(self) -> Iterator[Kind]:
+        """Iterate over the kinds, in the order in which they were registered."""
+        return iter(tuple(self.by_name.values()))
+
+    def __len__(self) -> int:
+        """Return the number of kinds."""
+        return len(self.by_name)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a kind of this name."""
+        return name in self.by_name
+
+    def register(self, kind: K) -> K:
+        """Add a kind and return it.
+
+        Raises:
+            ModelError: its name is taken, a fact is not stated, or two of its facts contradict each other.
+        """
+        who = f"kind of task {getattr(kind, 'name', type(kind).__name__)!r} cannot be registered"
+        if left_out := unstated(kind):
+            raise ModelError(f"{who}: it does not state {', '.join(left_out)} (None where there is none)")
+        if kind.name in self.by_name:
+            raise ModelError(f"{who}: there is one of that name already")
+        if problem := contradiction(kind):
+            raise ModelError(f"{who}: {problem}")
+        self.by_name[kind.name] = kind
+        return kind
+
+    def unregister(self, name: str) -> None:
+        """Forget a kind (for tests and for reloading a plugin)."""
+        self.by_name.pop(name, None)
+
+    def named(self, name: str) -> Kind:
+        """Return the kind of this name.
+
+        Raises:
+            ModelError: there is none, with the nearest names.
+        """
+        if name not in self.by_name:
+            raise ModelError(f"unknown kind of task {name!r}; {nearest(name, self.by_name)}")
+        return self.by_name[name]
+
+    def of(self, config: Any) -> Kind:
+        """Return the kind of task that a model is for, read from its transformers config (or the mapping in
+        config.json).
+
+        Raises:
+            ModelError: another task than those that are registered, several that it could be, or a config
+                that does not say which.
+        """
+        values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        architectures = values.get("architectures") or []
+        refusals: list[str] = []
+        for name in architectures:
+            if (kind := self.of_architecture(name, values, refusals)) is not None:
+                return kind
+        supported = ", ".join(self.by_name)
+        if architectures:
+            raise ModelError(
+                f"a model of architecture {', '.join(architectures)} is for a task that the workbench does"
+                f" not run; it runs {'; '.join([supported, *refusals])}"
+            )
+        model_type = values.get("model_type", "?")
+        kinds = [kind for kind in self if has_class(kind, model_type)]
+        if len(kinds) == 1:
+            return kinds[0]
+        found = ", ".join(kind.name for kind in kinds) or "none of them"
+        raise ModelError(
+            f"config.json names no architecture, and model type {model_type!r} can do {found}; "
+            f"add 'architectures' to config.json (the workbench runs {supported})"
+        )
+
+    def of_architecture(self, name: str, config: Mapping[str, Any], refusals: list[str]) -> Kind | None:
+        """Return the kind of a class of this name, the longest ending first; None if none takes it, with
+        those that refuse it in `refusals`.
+        """
+        ends = {kind: max(map(len, ending(kind, name))) for kind in self if ending(kind, name)}
+        for length in sorted(set(ends.values()), reverse=True):
+            reasons = {kind: kind.why_not(config) for kind, its in ends.items() if its == length}
+            taking = [kind for kind, reason in reasons.items() if not reason]
+            if len(taking) > 1:
+                names = " or ".join(kind.name for kind in taking)
+                raise ModelError(
+                    f"a model of architecture {name} could be for {names}: each has to say which models it"
+                    " takes (Kind.why_not)"
+                )
+            if taking:
+                return taking[0]
+            refusals += [f"{kind.name}: {reason}" for kind, reason in reasons.items()]
+        return None
+
+
+def ending(kind: Kind, name: str) -> list[str]:
+    """Return the endings of a kind's classes that the name of a class has."""
+    return [end for end in kind.architectures if name.endswith(end)]
+
+
+def has_class(kind: Kind, model_type: str) -> bool:
+    """Return whether transformers has a class of this kind for a model type."""
+    from transformers.models.auto import modeling_auto
+
+    return kind.type_mapping is not None and model_type in getattr(modeling_auto, kind.type_mapping)
+
+
+def unstated(kind: Kind) -> list[str]:
+    """Return the facts and functions that a kind leaves out."""
+    facts = [name for name in get_annotations(Kind) if not hasattr(kind, name)]
+    functions = [
+        name for name in vars(Kind) if getattr(getattr(type(kind), name, None), "__isabstractmethod__", False)
+    ]
+    return facts + functions
+
+
+def contradiction(kind: Kind) -> str:
+    """Return what does not fit together in a kind's facts, "" if all does."""
+    made = type(kind)
+    if kind.primary not in METRICS:
+        known = [metric.name for metric in METRICS]
+        return f"its metric {kind.primary!r} is not registered; {nearest(kind.primary, known)}"
+    if kind.behaviour is not None and kind.behaviour not in get_args(View):
+        return f"behaviour={kind.behaviour!r} is none of {', '.join(get_args(View))}, or None"
+    if kind.behaviour == "told apart" and made.examples is Kind.examples:
+        return "behaviour='told apart' needs examples(model, items), its answers in words"
+    if kind.distribution is not None and getattr(made, "score", None) is not Choosing.score:
+        return (
+            f"distribution={kind.distribution!r} says that answers are scored by likelihood, and it has a"
+            " score of its own: state distribution=None"
+        )
+    if not kind.architectures:
+        return "architectures is empty: no model would be of this kind"
+    return ""
+
+
+KINDS = Kinds()
