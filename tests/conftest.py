@@ -10,10 +10,17 @@ import pytest
 import tiny_tasks
 import torch
 from exact_interpreter import round_bfloat16, watch
+from hypothesis import HealthCheck, settings
 from interpreted import INTERPRETED
 
 from workbench.ledger.ledger import Ledger
 from workbench.tasks.base import Task
+
+# The same examples everywhere, with no limit on time: how fast a machine is decides no test of a property.
+settings.register_profile(
+    "any machine", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 NO_GPU = "needs a CUDA GPU, and torch.cuda.is_available() is False here"
 

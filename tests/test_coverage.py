@@ -1,9 +1,15 @@
 """The published coverage in small: random recipes of an embedded model, every item scored, and what looks
-would have said."""
+would have said.
+
+What looks say is judged on scores that lie in `fixed_scores/`, so that no processor's rounding changes them:
+those of 20 recipes and 10 neighbours on 300 items, written by `scored` and `scored_neighbours` as below,
+losses in half precision.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import random
 import sys
@@ -11,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import statistical
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import coverage
 from benchmarks.coverage_scores import moved, random_language_recipe, random_recipe, scored, scored_neighbours
 from workbench.errors import CompressionError, RecipeError
-from workbench.metrics.quality import quality
+from workbench.metrics.quality import Estimate, quality
 from workbench.zoo import load_task
 
-RECIPES, NEAR, ITEMS = 20, 6, 300
+RECIPES, NEAR, ITEMS = 4, 2, 60  # that are scored here
+FIXED = Path(__file__).parent / "fixed_scores"
+ORDERS = 12  # of each of the fixed recipes: 240 trials, 120 of neighbours
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +49,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(folder) -> list[dict]:
-    return coverage.measured(folder, 4)
+def rows() -> list[dict]:
+    return coverage.measured(FIXED, ORDERS)
+
+
+def judge(row: dict, promised: float) -> None:
+    """Check the coverage of a row; intervals of half the width, if normal, hold in 67% of trials at 95%."""
+    trials = row["trials"]
+    statistical.assert_at_least(round(row["covered"] * trials), trials, promised, about=row)
 
 
 def test_all_items_of_every_recipe_are_scored_and_not_scored_again(folder, monkeypatch):
@@ -85,16 +100,28 @@ def test_recipes_are_drawn_from_every_family_without_training():
         assert sum(one != two for one, two in zip(recipe, other, strict=True)) == 1
 
 
+def firsts(rows: list[dict]) -> list[dict]:
+    """Return the rows of first looks that are judged: the product's own order is one trial a recipe."""
+    return [row for row in coverage.aim(rows) if row["of"] == "random orders"]
+
+
+def togethers(rows: list[dict]) -> list[dict]:
+    """Return the rows of accuracy at all looks together."""
+    return [row for row in rows if (row["look"], row["metric"]) == ("all looks", "accuracy")]
+
+
 def test_the_first_look_contains_the_full_set_value_as_often_as_promised(rows):
+    assert [row["interval"] for row in firsts(rows)] == list(coverage.KINDS)
+    for row in firsts(rows):
+        judge(row, 0.95)
     for row in coverage.aim(rows):
-        assert row["covered"] >= 0.93, row
         assert row["low"] < row["covered"] <= row["high"] <= 1
 
 
 def test_all_looks_hold_together_and_what_is_known_narrows_them(rows):
+    for row in togethers(rows):
+        judge(row, 0.95)
     for row in rows:
-        if (row["look"], row["metric"]) == ("all looks", "accuracy"):
-            assert row["covered"] >= 0.93, row
         if (
             row["interval"] in {"dense known", "neighbour"}
             and row["metric"] == "accuracy"
@@ -107,21 +134,43 @@ def test_all_looks_hold_together_and_what_is_known_narrows_them(rows):
     }
 
 
-def test_mean_losses_hold_together_and_student_alone_does_not_reach_that(folder):
-    """Without what the dense model says of the items, 93.7% of these trials hold at all looks, 97.3% at the
-    first."""
-    kept, held = dict(np.load(folder / "fashion-cnn.npz")), {}
+def test_intervals_of_a_third_of_the_width_are_found_out(monkeypatch):
+    def narrow(*given, **options):
+        return tuple(
+            dataclasses.replace(one, change=shrunk(one.change)) for one in quality(*given, **options)
+        )
+
+    monkeypatch.setattr(coverage, "quality", narrow)
+    rows = coverage.measured(FIXED, ORDERS)
+    judged = [*firsts(rows), *(row for row in togethers(rows) if row["for"] == "population")]
+    assert len(judged) == 2 * len(coverage.KINDS)
+    for row in judged:
+        with pytest.raises(AssertionError, match=r"where 0\.95 is promised"):
+            judge(row, 0.95)
+
+
+def shrunk(change: Estimate) -> Estimate:
+    """Return an interval around the same value, a third as wide."""
+    low, high = (change.value + (end - change.value) / 3 for end in (change.low, change.high))
+    return dataclasses.replace(change, low=low, high=high)
+
+
+def test_mean_losses_hold_at_the_first_look_and_together():
+    """With what is known of hard items; `test_hard_items` shows that Student's interval alone falls short."""
+    kept, held = dict(np.load(FIXED / "fashion-cnn.npz")), {}
     dense = coverage.scores(kept["dense_loss"], kept["dense_correct"])
     for number, (loss, correct) in enumerate(zip(kept["loss"], kept["correct"], strict=True)):
-        for (metric, kind, look), row in coverage.of_recipe(
+        for key, row in coverage.of_recipe(
             "population", dense, coverage.scores(loss, correct), None, 30, seed=number
         ).items():
-            held.setdefault((metric, kind, look), []).append(np.mean(row["holds"]))
+            held.setdefault(key, []).extend(row["holds"])
+    level = coverage.level_of(coverage.looks_of(dense))
     for kind in ("joint", "dense known"):
-        assert np.mean(held["loss", kind, "all looks"]) >= 0.95
-        assert np.mean(held["accuracy", kind, "all looks"]) >= 0.94
-        assert np.mean(held["loss", kind, "16"]) >= 0.985
-    assert np.mean(held["loss", "plain", "16"]) < 0.98
+        for look, promised in (("all looks", 0.95), ("16", level)):
+            holds = held["loss", kind, look]
+            statistical.assert_at_least(sum(holds), len(holds), promised, about=(kind, look))
+        holds = held["accuracy", kind, "all looks"]
+        statistical.assert_at_least(sum(holds), len(holds), 0.95, about=(kind, "accuracy"))
 
 
 def test_windows_are_judged_by_perplexity():
@@ -187,20 +236,6 @@ def test_a_page_says_by_what_and_where_scores_were_made(folder, tmp_path):
         "new": "`this`; scores by `that`, yesterday, a GPU",
         "old": "`this`",
     }
-
-
-def test_an_interval_that_is_too_narrow_is_found_out(folder, monkeypatch):
-    kept = dict(np.load(folder / "fashion-cnn.npz"))
-    dense, mine = (
-        coverage.scores(kept["dense_loss"], kept["dense_correct"]),
-        coverage.scores(kept["loss"][0], kept["correct"][0]),
-    )
-    monkeypatch.setattr(
-        coverage, "quality", lambda *given, **options: quality(*given, **{**options, "level": 0.3})
-    )
-    found = coverage.of_recipe("population", dense, mine, None, 40, seed=0)
-    assert np.mean(found["loss", "joint", "64"]["holds"]) < 0.6
-    assert np.mean(found["loss", "joint", "all looks"]["holds"]) < 0.3
 
 
 def test_what_another_script_has_put_there_stays(rows, tmp_path):

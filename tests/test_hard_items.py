@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import statistical
 import torch
 from scipy import stats
 
@@ -78,25 +79,28 @@ def items(draw: np.random.Generator, count: int) -> tuple[Scores, Scores]:
 
 
 def test_a_mean_loss_of_few_items_is_covered_although_most_are_easy():
-    """At 98.6%, Student's interval holds 92 times in a hundred here, and 97 with what the dense model says of
-    the items."""
-    draw, trials = np.random.default_rng(1), 600
+    """At 98.6%, Student's interval holds 94 times in a hundred here, one that is widened for hard items 97.
+
+    The widened one is judged at 96%, where half its width would be found out, and shown to hold more often.
+    """
+    draw, trials = np.random.default_rng(1), 1000
     dense, mine = items(draw, 1_000_000)
     wanted = float((mine.loss - dense.loss).mean())
-    held = dict.fromkeys(("student", "alone", "known"), 0)
+    reaches: dict[str, list[float]] = {"student": [], "alone": [], "known": []}
     for _ in range(trials):
         before, after = items(draw, 500)
         some, few = before.first(16), after.first(16)
-        student = mean(few.loss - some.loss, some.weight, LEVEL)
         found = {
-            "student": student,
+            "student": mean(few.loss - some.loss, some.weight, LEVEL),
             "alone": quality("accuracy", some, few, level=LEVEL)[1].change,
             "known": quality("accuracy", some, few, level=LEVEL, known=Known(before))[1].change,
         }
         for name, one in found.items():
-            held[name] += one.low <= wanted <= one.high
-    assert held["student"] / trials < 0.94
-    assert min(held["alone"], held["known"]) / trials > 0.96
+            reaches[name].append(statistical.reach(wanted, one.value, one.low, one.high))
+    student = np.array(reaches["student"]) <= 1
+    for name in ("alone", "known"):
+        statistical.assert_covers(reaches[name], 0.96, about=name)
+        statistical.assert_more_often(np.array(reaches[name]) <= 1, student, about=name)
 
 
 def test_perplexity_is_the_exponential_of_the_losses_interval():

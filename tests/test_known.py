@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import statistical
 import torch
 from scipy import stats
 
@@ -57,30 +58,25 @@ def truth(near: float, skewed: bool) -> tuple[float, float]:
     return float((mine.correct - dense.correct).mean()), 0.4
 
 
-def below(nominal: float, trials: int) -> float:
-    """Return what a coverage may be by chance if it is `nominal`: three standard errors less."""
-    return nominal - 3 * math.sqrt(nominal * (1 - nominal) / trials)
+KINDS = {
+    "plain": lambda _: None,
+    "dense": lambda known: Known(known[0]),
+    "near": lambda known: Known(*known),
+}
+TRIALS = 160  # of which 152 hold at 95%, 140 but once in 10,000 draws, and 108 with half the width
 
 
-@pytest.mark.parametrize(("near", "skewed"), [(0.9, True), (0.9, False), (0.3, False)])
-def test_intervals_hold_at_each_look_and_together(near, skewed):
-    """95% for all looks together.
-
-    Of skewed losses, 16 fall short of Student's promise without any control: with one, not more so.
-    """
-    wanted, draw, trials = truth(near, skewed), np.random.default_rng(3), 160
-    level = joint_level(COUNTS, 0.95)
-    kinds = {
-        "plain": lambda _: None,
-        "dense": lambda known: Known(known[0]),
-        "near": lambda known: Known(*known),
-    }
-    held = {(kind, metric): np.zeros((trials, len(COUNTS))) for kind in kinds for metric in range(2)}
-    full, width = {key: np.zeros(trials) for key in held}, {key: np.zeros(len(COUNTS)) for key in held}
-    for trial in range(trials):
+def simulated(near: float, skewed: bool, level: float) -> tuple[dict, dict, dict]:
+    """Return, for each kind of interval and metric (0: accuracy, 1: loss), whether it holds [trials, looks],
+    whether the first look's holds the value on all items [trials], and the mean width [looks]."""
+    wanted, draw = truth(near, skewed), np.random.default_rng(3)
+    keys = [(kind, metric) for kind in KINDS for metric in range(2)]
+    held, widths = ({key: np.zeros((TRIALS, len(COUNTS))) for key in keys} for _ in range(2))
+    full = {key: np.zeros(TRIALS) for key in keys}
+    for trial in range(TRIALS):
         dense, mine, other = population(draw, TOTAL, near, skewed)
         whole = quality("accuracy", dense, mine)
-        for kind, known in kinds.items():
+        for kind, known in KINDS.items():
             looks = [
                 quality("accuracy", dense.first(n), mine.first(n), level=level, known=known((dense, other)))
                 for n in COUNTS
@@ -89,14 +85,27 @@ def test_intervals_hold_at_each_look_and_together(near, skewed):
                 changes = [look[metric].change for look in looks]
                 held[kind, metric][trial] = [one.low <= wanted[metric] <= one.high for one in changes]
                 full[kind, metric][trial] = changes[0].low <= whole[metric].change.value <= changes[0].high
-                width[kind, metric] += [one.high - one.low for one in changes]
+                widths[kind, metric][trial] = [one.high - one.low for one in changes]
+    return held, full, {key: width.mean(0) for key, width in widths.items()}
+
+
+@pytest.mark.parametrize(("near", "skewed"), [(0.9, True), (0.9, False), (0.3, False)])
+def test_intervals_hold_at_each_look_and_together(near, skewed):
+    """95% for all looks together. Of skewed losses single looks fall short of that, and hold at 96% of 98.5%.
+
+    Intervals of half the width would be found out, at any look and together.
+    """
+    level = joint_level(COUNTS, 0.95)
+    held, full, width = simulated(near, skewed, level)
     for (kind, metric), holds in held.items():
+        promised = level if metric == 0 or not skewed else 0.96
+        for look, count in zip(COUNTS, holds.sum(0), strict=True):
+            statistical.assert_at_least(
+                count, TRIALS, promised, fault=statistical.half_as_wide(level), about=(kind, metric, look)
+            )
+        statistical.assert_at_least(full[kind, metric].sum(), TRIALS, promised, about=(kind, metric, "full"))
         if metric == 0 or not skewed:
-            assert (holds.mean(0) >= below(level, trials)).all(), (kind, metric, holds.mean(0))
-            assert holds.all(1).mean() >= below(0.95, trials), (kind, metric)
-            assert full[kind, metric].mean() >= below(level, trials), (kind, metric)
-        else:
-            assert (holds.mean(0) >= held["plain", 1].mean(0) - 0.025).all(), (kind, holds.mean(0))
+            statistical.assert_at_least(holds.all(1).sum(), TRIALS, 0.95, about=(kind, metric, "together"))
     for metric in range(2):
         assert (width["near", metric][-1], width["dense", metric][-1]) == pytest.approx(
             (width["plain", metric][-1],) * 2
@@ -117,7 +126,8 @@ def test_intervals_hold_at_each_look_and_together(near, skewed):
 def test_single_answers_are_covered_however_few_of_them_flip(items, share):
     """Right answers are lost with probability `share`, wrong ones gained with a third of it.
 
-    Evaluation sets of 1,000 items.
+    Evaluation sets of 1,000 items. Where many flip, half the width would be found out; where few do, an
+    interval that believes in none because it has seen none.
     """
     draw, trials, level, hits = np.random.default_rng(5), 400, 0.95, 0
     for _ in range(trials):
@@ -132,7 +142,7 @@ def test_single_answers_are_covered_however_few_of_them_flip(items, share):
             known=Known(made(moved, dense)),
         )[0].change
         hits += found.low <= -0.9 * share + 0.1 * share / 3 <= found.high
-    assert hits / trials >= below(level, trials)
+    statistical.assert_at_least(hits, trials, level)
 
 
 def test_nothing_is_known_that_changes_the_last_look():
@@ -273,8 +283,8 @@ def test_the_joint_level_holds_for_random_walks(counts, confidence):
     walks = np.cumsum(
         np.random.default_rng(0).normal(size=(200_000, len(counts))) * np.sqrt(steps), axis=1
     ) / np.sqrt(counts)
-    together = (np.abs(walks) <= stats.norm.ppf((1 + level) / 2)).all(axis=1).mean()
-    assert together == pytest.approx(confidence, abs=0.004)
+    together = (np.abs(walks) <= stats.norm.ppf((1 + level) / 2)).all(axis=1)
+    statistical.assert_rate(together.sum(), len(together), confidence, fault=0.01)
     assert confidence < level < 1 - (1 - confidence) / len(counts)  # cheaper than Bonferroni
 
 

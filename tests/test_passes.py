@@ -6,7 +6,9 @@ Interpreted by Triton where there is no GPU.
 import math
 import sys
 
+import numpy as np
 import pytest
+import statistical
 import tiny_tasks
 import torch
 from interpreted import INTERPRETED, outside, passed
@@ -126,10 +128,10 @@ def test_pruning_rows_keeps_the_largest_products_of_each_and_of_equal_ones_the_f
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_guess_is_where_a_share_of_a_normal_distribution_ends(share):
-    drawn = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
-    assert (drawn < weight_passes.guess(share) * drawn.mean()).double().mean() == pytest.approx(
-        share, abs=0.005
-    )
+    """One that is off by 0.02 would be found out."""
+    drawn = torch.from_numpy(np.random.default_rng(0).normal(size=100_000)).abs()
+    under = drawn < weight_passes.guess(share) * drawn.mean()
+    statistical.assert_rate(int(under.sum()), len(drawn), share, fault=0.02)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
