@@ -58,7 +58,7 @@ def test_numbers_on_the_page_are_those_of_the_ledger(made: tuple[Path, Path]) ->
 
 @pytest.mark.notebook
 def test_golden_numbers_within_tolerance(made: tuple[Path, Path]) -> None:
-    """The dense accuracy is the model card's, and sizes are exact.
+    """The dense accuracy is that of these images, and sizes are exact.
 
     Source: this project's own run, November 2026.
     """
@@ -66,7 +66,7 @@ def test_golden_numbers_within_tolerance(made: tuple[Path, Path]) -> None:
     point = next(
         row for row in wb.Ledger(ledger).rows() if row.recipe == wb.Recipe(wb.Quantize(weight_bits=4))
     )
-    assert point.primary.dense.value == pytest.approx(0.9285, abs=0.03)  # 200 of the 2,000 images
+    assert point.primary.dense.value == pytest.approx(0.93, abs=0.0051)  # 186 of 200 images, one near a tie
     assert point.dense_sizes.file_bytes == 2_809_936
     assert point.shrink == pytest.approx(7.4, abs=0.4)
     assert point.latency is not None
