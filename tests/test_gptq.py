@@ -12,6 +12,7 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.compress.core import inverse
 from workbench.compress.quantization import gptq
 from workbench.compress.quantization.scales import Scales, Spec, fit, form_of
 from workbench.errors import CompressionError
@@ -185,13 +186,13 @@ def test_damping_is_raised_where_a_moment_cannot_be_inverted(monkeypatch):
         good = torch.tensor([damping > 0.5] * len(scaled)) if len(tried) > 1 else torch.tensor([True, False])
         return torch.eye(24).expand(len(scaled), 24, 24).clone(), good
 
-    monkeypatch.setattr(gptq, "damped", damped)
+    monkeypatch.setattr(inverse, "damped", damped)
     _, moments = problem()
     layers = [Layer(f"l{index}", f"l{index}", torch.nn.Linear(1, 1)) for index in range(2)]
     *_, stronger = gptq.factorise(moments.float(), layers, damping=0.01, by_activation=True)
     assert (tried, stronger) == ([(2, 0.01), (1, 0.1), (1, 1.0)], [1, 100])
     monkeypatch.setattr(
-        gptq, "damped", lambda scaled, _: (scaled, torch.zeros(len(scaled), dtype=torch.bool))
+        inverse, "damped", lambda scaled, _: (scaled, torch.zeros(len(scaled), dtype=torch.bool))
     )
     with pytest.raises(
         CompressionError,

@@ -91,6 +91,14 @@ class Layer:
                 self.mask = None if self.mask is None else self.mask.index_select(dimension, kept)
         self.pristine = False
 
+    def left_of(self, dense: Tensor) -> Tensor:
+        """Return the rows and columns of a dense matrix [outputs, inputs] that the layer still has, with what
+        smoothing moved into its weights.
+        """
+        dense = dense if self.rows is None else dense[self.rows]
+        dense = dense if self.columns is None else dense[:, self.columns]
+        return dense if self.smooth is None else dense * self.smooth
+
     @property
     def smooth(self) -> Tensor | None:
         """Return what the module divides its inputs by, one number a column of the matrix (float32 [inputs]),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from workbench.errors import CompressionError
 from workbench.formats.stored_forms import Form, kind_of, stacked
 from workbench.kernels import weight_passes
+from workbench.modules.factored import Shape, shape_of
 from workbench.modules.layer import Layer
 from workbench.modules.offload import streams_to
 from workbench.modules.visiting import visiting
@@ -180,6 +181,17 @@ def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:
         for start in range(0, len(group), most):
             with visiting(group[start : start + most]):
                 yield Batch(tuple(group[start : start + most]))
+
+
+def of_one_shape(layers: list[Layer]) -> Iterator[Batch]:
+    """Yield batches whose layers have one shape and are of one sort: a convolution may have the matrix of a
+    Linear.
+    """
+    groups: dict[Shape, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(shape_of(layer.module), []).append(layer)
+    for members in groups.values():
+        yield from grouped(members)
 
 
 def batches(step: Step, work: Work) -> Iterator[Batch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -10,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from workbench.compress.core.batch import Batch, grouped
+from workbench.compress.core.batch import Batch, of_one_shape
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
 from workbench.compress.low_rank.convolution import convolution_factors, spatial
@@ -28,7 +27,6 @@ from workbench.errors import CompressionError, RecipeError
 from workbench.modules.factored import (
     Factors,
     Form,
-    Shape,
     copies_of,
     cost,
     factors_like,
@@ -189,17 +187,6 @@ def lowrank(step: LowRank, work: Work) -> None:
             for layer in batch.layers:
                 work.took(step, layer, words(step, layer, form))
     work.progress(step.kind(), len(layers), len(layers))
-
-
-def of_one_shape(layers: list[Layer]) -> Iterator[Batch]:
-    """Yield batches whose layers have one shape and are of one sort: a convolution may have the matrix of a
-    Linear.
-    """
-    groups: dict[Shape, list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault(shape_of(layer.module), []).append(layer)
-    for members in groups.values():
-        yield from grouped(members)
 
 
 def can_split(layer: Layer, work: Work) -> bool:

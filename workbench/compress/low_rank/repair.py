@@ -135,9 +135,7 @@ def repair(step: Repair, work: Work) -> None:
         work.progress(step.kind(), done, len(layers))
         moments = [second_moment_of(layer, work) for layer in batch.layers]
         with visiting([dense[layer.origin] for layer in batch.layers]):
-            wanted = torch.stack(
-                [what_is_left(dense[layer.origin].matrix(), layer) for layer in batch.layers]
-            )
+            wanted = torch.stack([layer.left_of(dense[layer.origin].matrix()) for layer in batch.layers])
         left, right = best_term(wanted - batch.matrices(), moments, step.rank(*batch.shape))
         for _ in range(1, step.repair_rounds):
             prune_again(batch, wanted - left @ right, moments, work)
@@ -161,15 +159,6 @@ def alike(layers: list[Layer], work: Work) -> Iterator[Batch]:
         by_step.setdefault(work.done.get((layer.origin, "prune")), []).append(layer)
     for members in by_step.values():
         yield from grouped(members)
-
-
-def what_is_left(dense: Tensor, layer: Layer) -> Tensor:
-    """Return the rows and columns of a dense matrix that the layer still has, with what smoothing moved into
-    its weights.
-    """
-    dense = dense if layer.rows is None else dense[layer.rows]
-    dense = dense if layer.columns is None else dense[:, layer.columns]
-    return dense if layer.smooth is None else dense * layer.smooth
 
 
 def can_repair(step: Repair, layer: Layer, work: Work) -> bool:

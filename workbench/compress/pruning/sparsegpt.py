@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from workbench.calibration.statistics import full_precision
+from workbench.compress.core.inverse import damping_warnings, inverted, scaled_moments
 from workbench.compress.core.moments import by_source
-from workbench.errors import CompressionError
 from workbench.kernels import column_solver
 from workbench.kernels.column_loops import Factor, remove_columns, saliency
 from workbench.kernels.column_solver import BLOCK
@@ -78,62 +78,16 @@ def factorise(moments: Tensor, layers: list[Layer]) -> tuple[Tensor, Tensor, lis
     in its place (the paper: 1), so that it neither disturbs the others nor is disturbed. A layer whose matrix
     cannot be inverted is tried again with ten times, then a hundred times the damping.
     """
-    diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    alive = diagonal > 0
-    mean = (diagonal * alive).sum(1) / alive.sum(1).clamp_min(1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    scaled = moments / mean[:, None, None] + torch.diag_embed((~alive).float())
-    upper, good = damped(scaled, DAMPING[0])
-    used = [DAMPING[0]] * len(layers)
-    for damping in DAMPING[1:]:
-        bad = [index for index, fine in enumerate(good.tolist()) if not fine]
-        if not bad:
-            break
-        used = [damping if index in bad else before for index, before in enumerate(used)]
-        upper[bad], good[bad] = damped(scaled[bad], damping)
-    if not bool(good.all()):
-        worst = layers[int((~good).nonzero()[0])]
-        raise CompressionError(
-            f"layer {worst.name!r}: the second moment of its {moments.shape[1]} inputs cannot be inverted,"
-            f" even with damping {DAMPING[-1]:g} of its mean diagonal: its calibration inputs are too large"
-            " for float32 or not finite; try criterion='magnitude' there, or leave it out by a target"
-        )
-    return upper / mean.sqrt()[:, None, None], alive, used
-
-
-def damped(scaled: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return (upper Cholesky factors of (scaled + damping)^-1, for which layers that went well)."""
-    with full_precision():
-        eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
-        lower, first = torch.linalg.cholesky_ex(scaled + damping * eye)
-        upper, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return upper, (first == 0) & (second == 0) & torch.isfinite(upper).flatten(1).all(1)
+    scaled, mean, alive = scaled_moments(moments)
+    upper, used = inverted(scaled, layers, DAMPING, "criterion='magnitude'")
+    return upper / mean.sqrt()[:, None, None], alive, [DAMPING[place] for place in used]
 
 
 def warn(layers: tuple[Layer, ...], damping: list[float], evidence: Evidence) -> None:
     """Say once which layers needed more damping, and which have seen fewer inputs than they have columns."""
-    said = []
-    for stronger in DAMPING[1:]:
-        raised = [layer for layer, used in zip(layers, damping, strict=True) if used == stronger]
-        if raised:
-            said.append(
-                f"prune: damping raised to {stronger:g} of the mean diagonal where a second moment was"
-                f" singular: {listed(raised)}"
-            )
-    few = [layer for layer in layers if evidence.rows(layer) < evidence.moment(layer).shape[0]]
-    if few:
-        rows, columns = evidence.rows(few[0]), evidence.moment(few[0]).shape[0]
-        said.append(
-            f"prune: calibration has too few rows for the second moments of {listed(few)} ({rows} rows for"
-            f" {columns} inputs): regularised by damping of {DAMPING[0]:g} of the mean diagonal; give more"
-            " calibration items"
-        )
+    seen = [(evidence.rows(layer), evidence.moment(layer).shape[0]) for layer in layers]
+    said = damping_warnings("prune", layers, damping, DAMPING, seen)
     evidence.work.warnings += [words for words in said if words not in evidence.work.warnings]
-
-
-def listed(layers: list[Layer]) -> str:
-    """Return the first layer's name and how many more there are."""
-    return repr(layers[0].name) + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
 
 
 @torch.no_grad()

@@ -9,9 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from workbench.compress.core.batch import Batch
+from workbench.compress.core.batch import Batch, of_one_shape
 from workbench.compress.core.context import Work
-from workbench.compress.low_rank.lowrank import of_one_shape
 from workbench.compress.quantization.observers import Ranges, called_layers, ranges_now
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from workbench.calibration.statistics import full_precision
+from workbench.compress.core.inverse import damping_warnings, inverted, scaled_moments
 from workbench.compress.core.moments import by_source, second_moment_of
-from workbench.compress.pruning.sparsegpt import damped, listed
 from workbench.compress.quantization.scales import Scales, Spec
-from workbench.errors import CompressionError
 from workbench.kernels import column_solver
 from workbench.kernels.column_loops import Columns, round_columns
 from workbench.kernels.column_solver import BLOCK
@@ -98,53 +97,28 @@ def factorise(
     Damping is a fraction of the mean diagonal over the inputs that are not always zero. A dead input gets
     that mean in its place, so that it neither disturbs the others nor is disturbed, and comes last.
     """
+    scaled, _, _ = scaled_moments(moments)
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    alive = diagonal > 0
-    mean = (diagonal * alive).sum(1) / alive.sum(1).clamp_min(1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     places = torch.arange(moments.shape[1], device=moments.device).expand_as(diagonal)
     columns = diagonal.argsort(dim=1, descending=True, stable=True) if by_activation else places
-    scaled = moments / mean[:, None, None] + torch.diag_embed((~alive).float())
     if by_activation:
         scaled = scaled.gather(1, columns.unsqueeze(2).expand_as(scaled)).gather(
             2, columns.unsqueeze(1).expand_as(scaled)
         )
-    upper, good = damped(scaled, damping)
-    used = [1] * len(layers)
-    for stronger in STRONGER[1:]:
-        bad = [index for index, fine in enumerate(good.tolist()) if not fine]
-        if not bad:
-            break
-        used = [stronger if index in bad else before for index, before in enumerate(used)]
-        upper[bad], good[bad] = damped(scaled[bad], stronger * damping)
-    if not bool(good.all()):
-        worst = layers[int((~good).nonzero()[0])]
-        raise CompressionError(
-            f"layer {worst.name!r}: the second moment of its {moments.shape[1]} inputs cannot be inverted,"
-            f" even with damping {STRONGER[-1] * damping:g} of its mean diagonal: its calibration inputs are"
-            " too large for float32 or not finite; try rounding='rtn' there, or leave it out by a target"
-        )
-    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(2), columns, used
+    upper, used = inverted(scaled, layers, dampings(damping), "rounding='rtn'")
+    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(2), columns, [STRONGER[place] for place in used]
+
+
+def dampings(damping: float) -> list[float]:
+    """Return what is tried one after the other where `damping` was asked for."""
+    return [times * damping for times in STRONGER]
 
 
 def warn(layers: tuple[Layer, ...], stronger: list[int], damping: float, work: Work) -> None:
     """Say once which layers needed more damping, and which have seen fewer inputs than they have columns."""
-    said = []
-    for times in STRONGER[1:]:
-        raised = [layer for layer, used in zip(layers, stronger, strict=True) if used == times]
-        if raised:
-            said.append(
-                f"quantize: damping raised to {times * damping:g} of the mean diagonal where a second moment"
-                f" was singular: {listed(raised)}"
-            )
-    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.shape[1]]
-    if few:
-        rows, columns = work.statistics.rows(few[0].origin), few[0].shape[1]
-        said.append(
-            f"quantize: calibration has too few rows for the second moments of {listed(few)} ({rows} rows for"
-            f" {columns} inputs): regularised by damping of {damping:g} of the mean diagonal; give more"
-            " calibration items"
-        )
+    seen = [(work.statistics.rows(layer.origin), layer.shape[1]) for layer in layers]
+    taken = [times * damping for times in stronger]
+    said = damping_warnings("quantize", layers, taken, dampings(damping), seen)
     work.warnings += [words for words in said if words not in work.warnings]
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch
 from workbench.compress.core.context import Work
-from workbench.compress.low_rank.repair import what_is_left
 from workbench.compress.registry import METHODS
 from workbench.compress.training.trainer import Plan, train
 from workbench.errors import CompressionError, RecipeError
@@ -176,7 +175,7 @@ def start_of(batch: Batch, dense: dict[str, Layer]) -> Tensor:
             (
                 matrix
                 if layer.rank is not None or layer.role in {"first", "second"}
-                else what_is_left(dense[layer.origin].matrix(), layer).to(matrix)
+                else layer.left_of(dense[layer.origin].matrix()).to(matrix)
             )
             for layer, matrix in zip(batch.layers, rounded, strict=True)
         ]
