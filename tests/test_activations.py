@@ -22,8 +22,9 @@ from workbench.errors import CompressionError, RecipeError
 from workbench.export import load
 from workbench.measure.weight_histograms import weight_changes
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs, acting_weight, quantized_like
-from workbench.modules.layer import find_layers, no_progress
+from workbench.modules.layer import find_layers
 from workbench.recipe import Recipe
+from workbench.util.progress import no_progress
 
 DECOMPOSED = torch.ops.quantized_decomposed
 STATIC = {"activation_scaling": "static", "activation_granularity": "tensor"}

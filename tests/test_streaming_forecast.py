@@ -13,9 +13,10 @@ import torch
 import workbench as wb
 from workbench.calibration import statistics
 from workbench.compress import compress
-from workbench.modules.layer import find_layers, no_progress
+from workbench.modules.layer import find_layers
 from workbench.modules.placement import model_bytes, place
 from workbench.predict.offload_forecast import Forecast, Pace, forecast, speed_home
+from workbench.util.progress import no_progress
 
 RECIPES = {
     "magnitude": wb.Recipe(wb.Prune(sparsity=0.5)),

@@ -21,7 +21,6 @@ from workbench.measure.recent_scores import Neighbours
 from workbench.measure.setting import Setting, checked_margin
 from workbench.measure.weight_histograms import WeightChange, weight_changes
 from workbench.measuring import Partial
-from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
 from workbench.modules.placement import placement_named
 from workbench.predict.offload_forecast import Pace, forecast
@@ -32,7 +31,7 @@ from workbench.sensitivity import LayerSensitivity, sensitivities
 from workbench.tasks.base import Items, Task
 from workbench.tasks.placing import place_task
 from workbench.util.device import pick
-from workbench.util.progress import Bar, Shown, Training, both, stoppable
+from workbench.util.progress import Bar, Progress, Shown, Training, both, no_progress, stoppable
 
 
 class Bench:

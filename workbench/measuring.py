@@ -23,10 +23,10 @@ from workbench.metrics.control_variates import Known
 from workbench.metrics.quality import flips, quality
 from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
-from workbench.modules.layer import Progress
 from workbench.modules.placement import untimed
 from workbench.runtime.plan import plan, realise
 from workbench.util.environment import git_revision, now, versions
+from workbench.util.progress import Progress
 
 T = TypeVar("T")
 

@@ -21,8 +21,9 @@ from workbench.measure.kl import Reference
 from workbench.measure.setting import Setting
 from workbench.measure.size import sizes
 from workbench.metrics.quality import Estimate, quality
-from workbench.modules.layer import Progress, find_layers, output_head
+from workbench.modules.layer import find_layers, output_head
 from workbench.recipe import Recipe
+from workbench.util.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,13 +21,12 @@ from workbench.compress import Compressed, Distill
 from workbench.errors import Cancelled, DataError, ModelError, RecipeError
 from workbench.ledger.comparable import comparable
 from workbench.measure.measurement import Measurement
-from workbench.modules.layer import Progress
 from workbench.predict.predictor import Predictor
 from workbench.recipe import Recipe
 from workbench.report.temperature_lesson import softened
 from workbench.search.local_search import Trial, descend
 from workbench.util import garbage
-from workbench.util.progress import Curve, Look, Training
+from workbench.util.progress import Curve, Look, Progress, Training
 
 CURVE_SECONDS = 0.1  # between two pictures of a training curve
 DOING_SECONDS = 0.5  # between two words on what is being computed

@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workbench.calibration.memory_cache import Cache, cache_of
 from workbench.errors import CompressionError
-from workbench.modules.layer import Layer, Progress, find_layers, no_progress, patches
+from workbench.modules.layer import Layer, find_layers, patches
 from workbench.modules.offload import HOST, device_of, fetched, moved, streams_to
 from workbench.modules.sharing import sharing_copy
 from workbench.util.fast_path import FastPath
 from workbench.util.hooks import of_this_thread
 from workbench.util.library_internals import VERSION, changes_in_place, lacks
+from workbench.util.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Items, Task

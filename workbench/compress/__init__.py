@@ -29,7 +29,7 @@ from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
 from workbench.kernels import weight_passes
 from workbench.kernels.weight_passes import WEIGHT_PASSES
-from workbench.modules.layer import Layer, Progress, no_progress
+from workbench.modules.layer import Layer
 from workbench.modules.placement import refuse
 from workbench.modules.sharing import (
     SHARED_COPIES,
@@ -41,7 +41,7 @@ from workbench.modules.sharing import (
 )
 from workbench.recipe import Recipe, Step
 from workbench.tasks.base import Task
-from workbench.util.progress import Look, Training
+from workbench.util.progress import Look, Progress, Training, no_progress
 
 __all__ = [
     "QAT",

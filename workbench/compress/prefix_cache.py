@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from workbench.modules.layer import no_progress
 from workbench.modules.offload import streams_to
 from workbench.modules.sharing import can_share, twin
-from workbench.util.progress import Training
+from workbench.util.progress import Training, no_progress
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
     from workbench.compress.core.context import Work
-    from workbench.modules.layer import Layer, Progress
+    from workbench.modules.layer import Layer
     from workbench.recipe import Step
     from workbench.tasks.base import Task
+    from workbench.util.progress import Progress
 
 MOST = 3  # states kept
 # Beginnings of recipes that are remembered, so that one is kept at its second use: dragging the first slider

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from workbench.errors import DataError
 from workbench.metrics.quality import Estimate, mean, paired_proportions
-from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import device_of
 from workbench.tasks.base import Items, Task
+from workbench.util.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)

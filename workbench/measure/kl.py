@@ -25,8 +25,8 @@ from workbench.measure.evaluation.outputs import Outputs
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.intervals import mean
 from workbench.metrics.scores import Scores
-from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import streaming
+from workbench.util.progress import Progress, no_progress
 
 WHAT = "KL to the dense model"  # as `missing` and progress name it
 CHUNK = 2**22  # logits compared at a time

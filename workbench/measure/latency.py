@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from workbench.metrics.quality import Estimate
-from workbench.modules.layer import Progress, no_progress
 from workbench.tasks.base import Items, Kind
 from workbench.util.device import Clock
+from workbench.util.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from workbench.errors import DataError
 from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.measurement import Context
 from workbench.measure.size import Sizes, sizes
-from workbench.modules.layer import Progress
 from workbench.modules.placement import words as placed
 from workbench.runtime.names import Runtime
 from workbench.tasks.base import Items, Kind, Task
 from workbench.util.device import describe
+from workbench.util.progress import Progress
 
 LOOKS = (16, 64, 256)  # then all; declared in advance, so that the intervals hold at every look
 

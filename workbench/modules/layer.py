@@ -10,7 +10,6 @@ embedding) is one layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -324,10 +323,3 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` stands in `model`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """Report nothing. Any function like it may raise `Cancelled` to stop the work at that point."""

@@ -25,7 +25,8 @@ from workbench.calibration.statistics import full_precision
 from workbench.compress.quantization.scales import Spec, fit, form_of
 from workbench.formats.stored_forms import HALVES
 from workbench.kernels.selection import keep_of_groups
-from workbench.modules.layer import Layer, Progress, no_progress
+from workbench.modules.layer import Layer
+from workbench.util.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

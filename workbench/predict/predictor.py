@@ -21,7 +21,6 @@ from workbench.measure.measurement import Measurement, Predicted
 from workbench.measure.setting import Setting
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
-from workbench.modules.layer import Progress, no_progress
 from workbench.predict.history import History, Spot, history
 from workbench.predict.local_fit import LEVEL, Guess
 from workbench.predict.offload_forecast import Pace, forecast
@@ -35,6 +34,7 @@ from workbench.shapes.anatomy import Anatomy
 from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.shapes.positions import positions
+from workbench.util.progress import Progress, no_progress
 
 # Comparable points that predictions learn from: with all of 100,000 they would take seconds after each new
 # one

@@ -24,9 +24,10 @@ import torch
 
 from workbench.calibration.statistics import gradients, second_moments
 from workbench.modules.factored import Shape, cost, form_for, shape_of
-from workbench.modules.layer import Progress, find_layers, no_progress, output_head
+from workbench.modules.layer import find_layers, output_head
 from workbench.modules.offload import streams_to
 from workbench.predict.layer_errors import Curve, Key, Sample, errors_of, key_of, knots_of, sample, weighed
+from workbench.util.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from workbench.errors import Cancelled
 
-Report = Callable[[str, int, int], None]  # report(what, done, total)
+Progress = Callable[[str, int, int], None]  # progress(what, done, total)
 Curve = Sequence[tuple[int, float]]  # (training step, loss)
 Shown = bool | Literal["lines"]  # a bar, nothing, or now and then a line on stderr
 EVERY_S = 10.0  # between two lines
@@ -105,7 +105,11 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)  # noqa: T201  progress for people
 
 
-def both(one: Report, other: Report) -> Report:
+def no_progress(what: str, done: int, total: int) -> None:
+    """Report nothing. Any function like it may raise `Cancelled` to stop the work at that point."""
+
+
+def both(one: Progress, other: Progress) -> Progress:
     """Return what tells both."""
 
     def report(what: str, done: int, total: int) -> None:
@@ -115,7 +119,7 @@ def both(one: Report, other: Report) -> Report:
     return report
 
 
-def stoppable(progress: Report, cancelled: Callable[[], bool] | None) -> Report:
+def stoppable(progress: Progress, cancelled: Callable[[], bool] | None) -> Progress:
     """Return `progress` that raises `Cancelled` when `cancelled()` says so."""
     if cancelled is None:
         return progress

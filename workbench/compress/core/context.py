@@ -11,18 +11,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from workbench.errors import CompressionError, RecipeError
-from workbench.modules.layer import (
-    Layer,
-    Progress,
-    find_layers,
-    holders_of,
-    layers_among,
-    no_progress,
-    output_head,
-)
+from workbench.modules.layer import Layer, find_layers, holders_of, layers_among, output_head
 from workbench.recipe import picks
 from workbench.util.fast_path import Refusals
-from workbench.util.progress import Look, Training
+from workbench.util.progress import Look, Progress, Training, no_progress
 from workbench.util.text import nearest
 
 if TYPE_CHECKING:

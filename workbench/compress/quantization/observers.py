@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from workbench.calibration.statistics import Statistics, refuse_infinite
 from workbench.compress.core.context import Work
-from workbench.modules.layer import Progress, can_hold, find_layers
+from workbench.modules.layer import can_hold, find_layers
 from workbench.util.hooks import of_this_thread
+from workbench.util.progress import Progress
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task

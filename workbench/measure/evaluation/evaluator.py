@@ -20,13 +20,13 @@ from workbench.measure.evaluation.length_sorting import in_place, ordered, text_
 from workbench.measure.evaluation.outputs import Outputs, Sampler, scored
 from workbench.measure.evaluation.prefix_reuse import Kept, Prefix
 from workbench.metrics.scores import Scores
-from workbench.modules.layer import Progress, no_progress
 from workbench.modules.offload import streaming, streams_to
 from workbench.tasks import score
 from workbench.tasks.base import Items, Task
 from workbench.tasks.likelihood import tally
 from workbench.util.device import free_fraction
 from workbench.util.fast_path import Refusals
+from workbench.util.progress import Progress, no_progress
 
 HOST_BYTES = 256 * 2**20  # of hidden states kept in a CPU's memory
 GPU_SHARE = 0.05  # of a GPU's memory, and of what is free of it, for the same
