@@ -51,3 +51,20 @@ def reads_private(path):
 def test_private_names_are_read_in_one_place_for_each_library():
     paths = (path for folder in ("workbench", "widgets") for path in (ROOT / folder).rglob("*.py"))
     assert {str(path.relative_to(ROOT)) for path in paths if reads_private(path)} == PLACES
+
+
+def catches_all(node):
+    """Return whether code catches whatever is raised."""
+    return isinstance(node, ast.ExceptHandler) and (
+        node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"}
+    )
+
+
+@pytest.mark.parametrize("folder", ["workbench", "widgets"])
+def test_whatever_is_caught_is_told_or_goes_on(folder):
+    """A broad except either raises, or says what it has caught to somebody."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for handler in filter(catches_all, ast.walk(ast.parse(path.read_text()))):
+            inside = [node for line in handler.body for node in ast.walk(line)]
+            told = any(isinstance(node, ast.Name) and node.id == handler.name for node in inside)
+            assert told or any(isinstance(node, ast.Raise) for node in inside), f"{path}:{handler.lineno}"

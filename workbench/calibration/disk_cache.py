@@ -38,6 +38,7 @@ from workbench.calibration.tensor_tree import (
 from workbench.modules.offload import device_of
 from workbench.util.device import describe
 from workbench.util.fast_path import FastPath
+from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task
@@ -100,7 +101,7 @@ class DiskCache:
 
     def __post_init__(self) -> None:
         """Make the writer, whose thread starts with the first file."""
-        self.writer = Writer()
+        self.writer, self.damaged = Writer(), ""
 
     @cached_property
     def home(self) -> Path:
@@ -127,8 +128,8 @@ class DiskCache:
             value = loaded(path, str(key_text(key)), device)
         except FileNotFoundError:
             return None
-        except Exception:  # noqa: BLE001
-            # a damaged file raises many kinds of errors; the value is computed anew
+        except Exception as error:  # noqa: BLE001  a damaged file raises many kinds; the value is computed anew
+            self.damaged = f"{path}: {kind_and_words(error)}"
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used now
@@ -202,7 +203,10 @@ class DiskCache:
             total -= size
 
     def take_trouble(self) -> str:
-        """Return why something could not be written, once, or ""."""
+        """Return why something could not be read or written, once, or ""."""
+        damaged, self.damaged = self.damaged, ""
+        if damaged:
+            return f"what was computed once could not be read and was computed anew: {damaged}"
         error = self.writer.take_error()
         return (
             ""

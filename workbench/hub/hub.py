@@ -127,14 +127,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_names(repository: str) -> list[str]:
-    """Return the names of all files of a model on the hub; none if they cannot be listed."""
+def file_names(repository: str) -> tuple[list[str], str]:
+    """Return (the names of all files of a model on the hub, why they cannot be listed, "" if they can)."""
     from huggingface_hub import HfApi
 
     try:
-        return list(HfApi(endpoint=endpoint()).list_repo_files(repository))
-    except Exception:  # noqa: BLE001  libraries raise what they like; the user sees one line
-        return []
+        return list(HfApi(endpoint=endpoint()).list_repo_files(repository)), ""
+    except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
+        return [], f"; its files could not be listed: {_reason(error)}"
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from workbench.runtime.engine_list import model_engines
 from workbench.runtime.engines import ModelEngine, Once
 from workbench.runtime.names import Runtime
 from workbench.util.library_internals import compilations
+from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
     from workbench.modules.layer import Layer
@@ -96,9 +97,7 @@ def runner(
         raise RuntimeRefused(f"runtime={runtime!r}: {error}") from None
     except Exception as error:  # noqa: BLE001
         # compilers and drivers raise what they like; the panel must live on
-        raise RuntimeRefused(
-            f"runtime={runtime!r} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise RuntimeRefused(f"runtime={runtime!r} failed: {kind_and_words(error)}") from None
     return made
 
 

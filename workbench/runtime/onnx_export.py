@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from workbench.errors import RuntimeRefused
 from workbench.runtime.onnx_functions import add_functions
 from workbench.tasks.base import Items, Kind
+from workbench.util.text import kind_and_words
 
 MOST_BYTES = 1_900_000_000  # a graph with its weights must stay below the 2 GiB of a protocol buffer
 PREFIX = "model."
@@ -177,7 +178,7 @@ def first_cause(error: BaseException) -> str:
     """Return what an exception comes from, in one line: exporters wrap theirs in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return kind_and_words(error)
 
 
 def baked(state: dict[str, Tensor], weights: tuple[str, ...]) -> str:

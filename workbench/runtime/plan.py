@@ -27,6 +27,7 @@ from workbench.runtime.execution import runner, whole, why_not
 from workbench.runtime.names import Runtime
 from workbench.runtime.packed_linear import join_siblings
 from workbench.runtime.probes import probe
+from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
     from workbench.compress import Compressed
@@ -267,7 +268,9 @@ def with_kernels(compressed: Compressed, made: Plan, kind: Kind, items: Items) -
             built[layer.name] = module
         except Exception as error:  # noqa: BLE001
             # a kernel that cannot be made costs its speed, never the panel
-            left_out.setdefault(f"{engine.name} cannot be used ({one_line(error)})", []).append(layer.name)
+            left_out.setdefault(f"{engine.name} cannot be used ({kind_and_words(error)})", []).append(
+                layer.name
+            )
     for name, apart in zip(
         distances, torch.stack(list(distances.values())).tolist() if distances else [], strict=True
     ):
@@ -324,7 +327,9 @@ def check_answers(running: nn.Module, simulated: nn.Module, kind: Kind, items: I
                 | ~torch.isfinite(answers(kind, simulated, items)).all()
             )
     except Exception as error:  # noqa: BLE001  whatever a kernel raises
-        raise RuntimeRefused(f"the model with its kernels fails when it is run: {one_line(error)}") from None
+        raise RuntimeRefused(
+            f"the model with its kernels fails when it is run: {kind_and_words(error)}"
+        ) from None
     if not bool(finite):
         raise RuntimeRefused("the model with its kernels answers with infinite numbers or NaN")
 
@@ -340,7 +345,7 @@ def check_agreement(running: nn.Module, simulated: nn.Module, kind: Kind, items:
         with torch.inference_mode():
             wanted, found = (answers(kind, model, items) for model in (simulated, running))
     except Exception as error:  # noqa: BLE001  whatever a kernel raises
-        raise RuntimeRefused(f"{name} fails when it is run: {one_line(error)}") from None
+        raise RuntimeRefused(f"{name} fails when it is run: {kind_and_words(error)}") from None
     apart = float((wanted - found).norm() / wanted.norm().clamp_min(1e-12))
     if not apart <= FAR and bool(torch.isfinite(wanted).all()):
         raise RuntimeRefused(
@@ -352,11 +357,6 @@ def check_agreement(running: nn.Module, simulated: nn.Module, kind: Kind, items:
 def answers(kind: Kind, model: nn.Module, items: Items) -> Tensor:
     """Return what a model says about items, float32."""
     return kind.logits(model, items).float()
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def reasons_for(

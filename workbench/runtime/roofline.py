@@ -20,6 +20,7 @@ import torch
 
 from workbench.util.device import Clock
 from workbench.util.library_internals import byte_product
+from workbench.util.text import one_line
 
 if TYPE_CHECKING:
     from workbench.shapes.outline import Outline
@@ -40,6 +41,7 @@ class Limits:
 
     bytes_per_s: float
     multiply_adds_per_s: dict[int, float]
+    refused: str = ""  # what it could not be asked
 
     def words(self) -> str:
         """Return both as a line for users."""
@@ -47,7 +49,8 @@ class Limits:
             f"{2 * rate / 1e9:,.0f} GFLOP/s at {bits} bits"
             for bits, rate in sorted(self.multiply_adds_per_s.items(), reverse=True)
         )
-        return f"measured here: {self.bytes_per_s / 1e9:,.1f} GB/s copied, {sums}"
+        rest = f"; {self.refused}" if self.refused else ""
+        return f"measured here: {self.bytes_per_s / 1e9:,.1f} GB/s copied, {sums}{rest}"
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,10 @@ def limits_of(device: str) -> Limits:
     try:
         codes = torch.randint(-127, 127, (side, side), dtype=torch.int8, device=place)
         rates[8] = side**3 / best(clock, lambda: byte_product(codes, codes.t()))
-    except RuntimeError:  # this device has none: nothing is said about 8 bits
-        pass
-    return Limits(2 * source.nbytes / best(clock, lambda: target.copy_(source)), rates)
+        refused = ""
+    except RuntimeError as error:  # this device has none
+        refused = f"no products of 8-bit integers ({one_line(error)})"
+    return Limits(2 * source.nbytes / best(clock, lambda: target.copy_(source)), rates, refused)
 
 
 def best(clock: Clock, work: Callable[[], object], rounds: int = 9) -> float:

@@ -151,8 +151,9 @@ def _from_hub(name: str, data: Any, *, offline: bool, progress: bool) -> _Locate
     _check_data_named(kind, data, name)
     directory = hub.snapshot(name, offline=offline, progress=progress)
     if not any(directory.glob("*.safetensors")):
-        pickles = [file for file in hub.file_names(name) if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        raise ModelError(local.no_weights(name, kind, pickles))
+        names, unlisted = hub.file_names(name)
+        pickles = [file for file in names if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        raise ModelError(local.no_weights(name, kind, pickles) + unlisted)
     return _Located(directory)
 
 

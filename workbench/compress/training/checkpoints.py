@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from workbench.errors import CompressionError
+from workbench.util.text import kind_and_words
 
 MOST = 4  # files kept; the oldest go first
 HOUR = 3600  # seconds
@@ -73,15 +74,16 @@ def save(path: Path, state: dict[str, Any], option: str = "checkpoint_every") ->
         old.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """Return the state that was saved last, its tensors on the CPU, None if there is none that can be
-    read.
+def load(path: Path, warnings: list[str]) -> dict[str, Any] | None:
+    """Return the state that was saved last, its tensors on the CPU, None if there is none that can be read.
+
+    Why a file that is there cannot be is added to `warnings`: the training then starts anew.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except Exception:  # noqa: BLE001
-        # a damaged file raises many kinds of errors; the training then starts anew
+    except Exception as error:  # noqa: BLE001  a damaged file raises many kinds of errors
+        warnings.append(f"training started anew: {path} cannot be read ({kind_and_words(error)})")
         return None
     return state

@@ -485,7 +485,7 @@ class Run:
 
     def resume(self, path: Path | None) -> None:
         """Go on from a checkpoint, if there is one that is not beyond where this training is to end."""
-        state = None if path is None else checkpoints.load(path)
+        state = None if path is None else checkpoints.load(path, self.work.warnings)
         if state is None or len(state["losses"]) > self.last:
             return
         self.losses, self.parts, best = state["losses"], state["parts"], state["best"]

@@ -31,7 +31,8 @@ def small_llama(device: torch.device) -> tuple[nn.Module, Items]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    return model.to(device).eval().requires_grad_(False), window_items(ids()).to(device)
+    module: nn.Module = model
+    return module.to(device).eval().requires_grad_(False), window_items(ids()).to(device)
 
 
 def small_bert(device: torch.device) -> tuple[nn.Module, Items]:
@@ -54,7 +55,8 @@ def small_bert(device: torch.device) -> tuple[nn.Module, Items]:
         {"input_ids": torch.cat([ids(), torch.zeros_like(ids())], 1), "attention_mask": mask},
         torch.zeros(WINDOWS, dtype=torch.long),
     )
-    return model.to(device).eval().requires_grad_(False), items.to(device)
+    module: nn.Module = model
+    return module.to(device).eval().requires_grad_(False), items.to(device)
 
 
 def ids() -> torch.Tensor:
