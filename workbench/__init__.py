@@ -35,20 +35,28 @@ if TYPE_CHECKING:
     from workbench.ledger.pareto import pareto, tradeoff
     from workbench.measure.card import verdict
     from workbench.measure.measurement import Measurement
+    from workbench.metrics.metric import Metric
+    from workbench.metrics.metrics import METRICS
     from workbench.recipe import Recipe, Step, configuration
     from workbench.report.report import report
     from workbench.search.sweep import sweep
+    from workbench.tasks.base import Kind
+    from workbench.tasks.registry import KINDS
     from workbench.zoo import models
 
 PLACES = {
     "Activations": "workbench.compress",
+    "KINDS": "workbench.tasks.registry",
     "METHODS": "workbench.compress.registry",
     "Bench": "workbench.bench",
     "Distill": "workbench.compress",
     "KVCache": "workbench.compress",
+    "Kind": "workbench.tasks.base",
     "Ledger": "workbench.ledger.ledger",
     "LowRank": "workbench.compress",
+    "METRICS": "workbench.metrics.metrics",
     "Measurement": "workbench.measure.measurement",
+    "Metric": "workbench.metrics.metric",
     "Prune": "workbench.compress",
     "QAT": "workbench.compress",
     "Quantize": "workbench.compress",

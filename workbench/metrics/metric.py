@@ -25,8 +25,10 @@ class Metric:
     `beside` is the metric that is told with it, if any. `higher` is better; `percent` means a fraction, shown
     in percent, its change in points. `ratio` means that its change is a ratio minus 1, shown in percent;
     `logarithmic` that a positive value has no upper end, so that a logarithmic axis suits it. `low` and
-    `high` are the ends of its range. `unit` is that of its change where it is neither in points nor in
-    percent.
+    `high` are the ends of its range. `destroyed` is its value for a model that has lost all it knew (better
+    where there are few classes to guess from); None where nobody knows: then nothing is predicted from what
+    layers are sensitive to, only from measured points. `unit` is that of its change where it is neither in
+    points nor in percent.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Metric:
     logarithmic: bool = False
     low: float = 0.0
     high: float = float("inf")
+    destroyed: float | None = None
     unit: str = ""
 
     @property

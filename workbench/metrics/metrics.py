@@ -84,11 +84,19 @@ def exp(x: float) -> float:
 
 METRICS = Metrics()
 METRICS.register(Metric("loss", losses, higher=False, logarithmic=True, unit="nats"))
-METRICS.register(Metric("accuracy", rights, higher=True, beside="loss", percent=True, high=1.0))
-METRICS.register(Metric("next-token accuracy", rights, higher=True, percent=True, high=1.0))
+METRICS.register(
+    Metric("accuracy", rights, higher=True, beside="loss", percent=True, high=1.0, destroyed=0.0)
+)
+METRICS.register(Metric("next-token accuracy", rights, higher=True, percent=True, high=1.0, destroyed=0.0))
 METRICS.register(
     Metric(
-        "perplexity", perplexities, higher=False, beside="next-token accuracy", ratio=True, logarithmic=True
+        "perplexity",
+        perplexities,
+        higher=False,
+        beside="next-token accuracy",
+        ratio=True,
+        logarithmic=True,
+        destroyed=math.inf,
     )
 )
 METRICS.register(Metric("squared error", other_losses, higher=False))
@@ -100,10 +108,18 @@ METRICS.register(
         beside="squared error",
         low=-1.0,
         high=1.0,
+        destroyed=0.0,
     )
 )
 METRICS.register(
-    Metric("word error rate", resampled(word_error_rates), higher=False, beside="loss", percent=True)
+    Metric(
+        "word error rate",
+        resampled(word_error_rates),
+        higher=False,
+        beside="loss",
+        percent=True,
+        destroyed=1.0,
+    )
 )
 
 

@@ -242,7 +242,8 @@ class Predictor:
             return None, guess
         dense = self.dense_quality.dense.value
         if not metric.ratio:
-            middle, half = dense - guess.value if metric.higher else dense + guess.value, min(guess.half, 1.0)
+            middle = dense - guess.value if metric.higher else dense + guess.value
+            half = guess.half if metric.destroyed is None else min(guess.half, 1.0)
             return (
                 Estimate(
                     *(min(metric.high, max(metric.low, x)) for x in (middle, middle - half, middle + half))
@@ -313,15 +314,19 @@ class Predictor:
     def link(self) -> Link | None:
         """Return how sensitivities show in the task's metric before anything is measured.
 
-        None without them.
+        None without them, and where nobody knows what a destroyed model does.
         """
         if self.prior is None or self.dense_quality is None:
             return None
         metric, dense = metric_named(self.dense_quality.metric), self.dense_quality.dense.value
+        if metric.destroyed is None:
+            return None
         if metric.ratio:
             return Link.usual(LARGEST_RATIO, ratio=True)
-        chance = 1 / len(self.setting.task.labels) if self.setting.task.labels else 0.0
-        return Link.usual(max(0.1, dense - chance if metric.higher else 1 - dense), ratio=False)
+        chance = 1 / len(self.setting.task.labels) if self.setting.task.labels else metric.destroyed
+        return Link.usual(
+            max(0.1, dense - chance if metric.higher else metric.destroyed - dense), ratio=False
+        )
 
 
 def pattern(recipe: Recipe) -> str | None:
