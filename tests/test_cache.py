@@ -15,13 +15,13 @@ from workbench.calibration.tensor_tree import (
     NotPlainError,
     checksums,
     class_named,
-    put_together,
+    is_plain,
+    relocated,
     storages_in,
-    take_apart,
 )
 from workbench.compress import compress
 
-# --- taking apart
+# --- plain data
 
 
 def test_a_value_comes_back_bit_by_bit_with_its_views_strides_and_shared_objects():
@@ -31,9 +31,9 @@ def test_a_value_comes_back_bit_by_bit_with_its_views_strides_and_shared_objects
         ("b", 1): [Gradients(whole[1:3], whole.half()), 0.1 + 0.2, float("inf")],
         "same": whole,
     }
-    parts = take_apart(value)
-    assert parts.nbytes == whole.nbytes + whole.half().nbytes
-    again = put_together(parts.moved(lambda storage: storage.clone()))
+    assert sum(map(len, storages_in(value).values())) == whole.nbytes + whole.half().nbytes
+    again = relocated(value, lambda storage: storage.clone())
+    assert again["same"].data_ptr() != whole.data_ptr()
     assert list(again) == list(value)
     assert again["same"] is again["a"][0]
     assert again["a"][1].untyped_storage().data_ptr() == again["a"][0].untyped_storage().data_ptr()
@@ -70,20 +70,21 @@ class Foreign:
     ],
     ids=["module", "function", "record", "set", "parameter", "with gradient", "object"],
 )
-def test_what_is_no_plain_data_is_not_taken_apart(value):
-    with pytest.raises(NotPlainError):
-        take_apart(value)
+def test_what_is_no_plain_data_is_not_moved(value):
+    assert not is_plain(value)
+    with pytest.raises(NotPlainError, match="is no plain data"):
+        relocated(value, lambda storage: storage)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "os:system",
-        "subprocess:Popen",
-        "workbench.calibration.statistics:Statistics",
-        "workbench.recipe:Recipe",
-        "test_cache:Foreign",
-        "workbench.calibration.statistics:absent",
+        "os.system",
+        "subprocess.Popen",
+        "workbench.calibration.statistics.Statistics",
+        "workbench.recipe.Recipe",
+        "test_cache.Foreign",
+        "workbench.calibration.statistics.absent",
     ],
 )
 def test_a_file_cannot_name_other_code(name):

@@ -22,7 +22,7 @@ import workbench as wb
 from workbench.calibration import disk_cache as on_disk
 from workbench.calibration.disk_cache import WHERE, DiskCache, contents, key_text, setting
 from workbench.calibration.memory_cache import Budget
-from workbench.calibration.statistics import Statistics
+from workbench.calibration.statistics import Gradients, Statistics
 from workbench.cli import workbench as command
 from workbench.compress import compress
 from workbench.recipe import Recipe
@@ -33,7 +33,7 @@ def drawn(place: Path, task: object = None, limit: int = 64 * MB) -> DiskCache:
 
 
 def files(place: Path) -> list[Path]:
-    return sorted(place.rglob("*.safetensors"))
+    return sorted(place.rglob("*.pt"))
 
 
 def test_another_process_begins_where_this_one_ended(tmp_path, sort):
@@ -67,7 +67,7 @@ def test_only_what_took_long_is_written(tmp_path):
 
 def flipped(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[-5] ^= 4
+    data[data.index(numbers(1000).numpy().tobytes()) + 1234] ^= 4
     path.write_bytes(data)
 
 
@@ -122,7 +122,7 @@ def full(place: Path, patch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    patch.setattr("safetensors.torch.save_file", refuse)
+    patch.setattr("workbench.util.saving.torch.save", refuse)
 
 
 def read_only(place: Path, patch: pytest.MonkeyPatch) -> None:
@@ -152,8 +152,75 @@ def test_what_cannot_be_written_costs_one_warning_and_never_the_value(tmp_path, 
     assert not list(place.rglob("*.part")) if place.is_dir() else True
 
 
+def test_a_value_comes_back_bit_by_bit_with_its_views_strides_and_shared_objects(tmp_path):
+    whole = numbers(24).view(4, 6)
+    value = {
+        "a": (whole, whole.t(), None, True),
+        ("b", 1): [Gradients(whole[1:3], whole.half()), 0.1 + 0.2, float("inf")],
+        "same": whole,
+    }
+    disk = drawn(tmp_path)
+    disk.offer("key", value, 1.0)
+    disk.flush()
+    (again,) = disk.read("key")
+    assert list(again) == list(value)
+    assert again["same"] is again["a"][0]
+    assert again["a"][1].untyped_storage().data_ptr() == again["a"][0].untyped_storage().data_ptr()
+    assert again["a"][1].stride() == whole.t().stride()
+    assert again["a"][2:] == (None, True)
+    assert again["b", 1][1:] == value["b", 1][1:]
+    made = again["b", 1][0]
+    assert isinstance(made, Gradients)
+    for mine, yours in ((again["a"][1], whole.t()), (made.mean, whole[1:3]), (made.square, whole.half())):
+        assert mine.dtype == yours.dtype
+        assert torch.equal(mine, yours)
+
+
+class Harm:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.where}",)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [Harm, lambda _: wb.Recipe(), lambda _: tiny_task("vit").model, lambda _: on_disk.setting],
+    ids=["os.system", "a class of this package that is no record", "a module", "a function"],
+)
+def test_a_file_that_names_other_code_is_refused_and_runs_none(tmp_path, foreign):
+    disk = drawn(tmp_path / "cache")
+    path = disk.path("key")
+    path.parent.mkdir(parents=True)
+    torch.save({"key": "'key'", "checksums": [], "value": foreign(tmp_path / "harmed")}, path)
+    assert disk.read("key") is None
+    assert not (tmp_path / "harmed").exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert (tmp_path / "harmed").exists() == (foreign is Harm)
+    with pytest.warns(RuntimeWarning, match=r"computed anew: .* is no dataclass of this package"):
+        value = keeping(Budget(MB), disk).once("key", numbers, lasting=True)
+    disk.flush()
+    assert torch.equal(disk.read("key")[0], value)
+
+
+def test_another_version_of_the_code_reads_nothing_of_this_one(tmp_path, monkeypatch):
+    disk = drawn(tmp_path)
+    keeping(Budget(MB), disk).once("key", numbers, lasting=True)
+    disk.flush()
+    assert drawn(tmp_path).read("key") is not None
+    monkeypatch.setattr(on_disk, "sources", lambda: "changed")
+    assert drawn(tmp_path).read("key") is None
+
+
 def test_the_disk_keeps_what_was_used_last_within_its_limit(tmp_path):
     task = tiny_task("vit")
+    old = tmp_path / "model" / "setting" / "of-a-version-before.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(20_000))
+    os.utime(old, (999, 999))
     disk = drawn(tmp_path, task, limit=40_000)
     for age, key in enumerate("abc"):
         keeping(Budget(MB), disk).once(key, lambda: numbers(2000), lasting=True)
@@ -167,6 +234,7 @@ def test_the_disk_keeps_what_was_used_last_within_its_limit(tmp_path):
     assert disk.path("a").exists()
     assert disk.path("e").exists()
     assert not disk.path("b").exists()
+    assert not old.exists()
     keeping(Budget(MB), disk).once("huge", lambda: numbers(8000), lasting=True)  # more than half of the limit
     disk.flush()
     assert not disk.path("huge").exists()

@@ -1,5 +1,5 @@
-"""What was computed once, on disk for the next process: one safetensors file a value, never trusted, never
-needed.
+"""What was computed once, on disk for the next process: one file of `torch.save` a value, never trusted,
+never needed.
 
 A file lies under its model's fingerprint and a hash of everything that its bits depend on: the weights, the
 calibration data, the device and its settings, the versions of torch, transformers and this package, down to
@@ -14,30 +14,20 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from workbench.calibration.background_writer import Writer
-from workbench.calibration.tensor_tree import (
-    PLAIN,
-    NotPlainError,
-    Parts,
-    checksums,
-    put_together,
-    storages_in,
-    take_apart,
-)
+from workbench.calibration.tensor_tree import PLAIN, checksums, class_named, is_plain, storages_in
 from workbench.modules.offload import device_of
 from workbench.util.device import describe
 from workbench.util.fast_path import FastPath
+from workbench.util.saving import PART, remove_left, save_whole
 from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
@@ -46,7 +36,7 @@ if TYPE_CHECKING:
 WHERE = "WORKBENCH_CACHE"  # environment variable: a folder, or "off"
 DISK_BYTES = 4 * 2**30  # of all models together; the least recently used go first
 WORTH_SECONDS = 0.2  # what took less is computed again rather than read
-HOUR = 3600  # seconds
+FILES = (".pt", ".safetensors")  # the second were written by versions before, and only make room
 
 
 def folder() -> Path | None:
@@ -98,10 +88,15 @@ class DiskCache:
     task: Task
     limit: int = DISK_BYTES
     worth_seconds: float = WORTH_SECONDS
+    waiting: list[Future[None]] = field(default_factory=list)  # files that are being written
+    warned: bool = False
 
-    def __post_init__(self) -> None:
-        """Make the writer, whose thread starts with the first file."""
-        self.writer, self.damaged = Writer(), ""
+    damaged: str = ""  # the file that could not be read last, and why
+
+    @cached_property
+    def writer(self) -> ThreadPoolExecutor:
+        """Return the thread that writes while others compute; Python waits for it before a process ends."""
+        return ThreadPoolExecutor(1, thread_name_prefix="statistics to disk")
 
     @cached_property
     def home(self) -> Path:
@@ -111,22 +106,19 @@ class DiskCache:
     def path(self, key: Hashable) -> Path | None:
         """Return the file of a key, None for one that other processes would not write the same way."""
         told = key_text(key)
-        return (
-            None
-            if told is None
-            else self.home / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
-        )
+        return None if told is None else self.home / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.pt"
 
-    def read(self, key: Hashable, device: torch.device) -> tuple[Any] | None:
-        """Return (the value,) that was written under a key, on `device` what lay on one, or None: not there,
-        or not whole.
+    def read(self, key: Hashable) -> tuple[Any] | None:
+        """Return (the value,) that was written under a key, on the devices where it lay.
+
+        None if it is not there, damaged, or names anything but plain data.
         """
         path = self.path(key)
         if path is None:
             return None
         try:
-            value = loaded(path, str(key_text(key)), device)
-        except FileNotFoundError:
+            value = loaded(path, str(key_text(key)))
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # noqa: BLE001  a damaged file raises many kinds; the value is computed anew
             self.damaged = f"{path}: {kind_and_words(error)}"
@@ -138,62 +130,32 @@ class DiskCache:
     def offer(self, key: Hashable, value: Any, seconds: float) -> None:
         """Have a value written soon, if it is plain data that took long enough and is not too large."""
         path = self.path(key) if seconds >= self.worth_seconds else None
-        if path is None:
+        if path is None or not is_plain(value):
             return
-        try:
-            parts = take_apart(value)
-        except NotPlainError:
-            return
-        if parts.nbytes <= self.limit // 2:
-            self.writer.submit(lambda: self.write(path, str(key_text(key)), parts))
+        storages = list(storages_in(value).values())
+        if sum(storage.numel() for storage in storages) <= self.limit // 2:
+            self.waiting.append(self.writer.submit(self.write, path, str(key_text(key)), value))
 
-    def write(self, path: Path, told: str, parts: Parts) -> None:
-        """Write one file under another name and rename it: whoever reads finds all of it or nothing.
+    def write(self, path: Path, told: str, value: Any) -> None:
+        """Write one file; whoever reads finds all of it or nothing.
 
         Raises:
             OSError: the folder cannot be written.
 
         """
-        from safetensors.torch import save_file
-
+        storages = list(storages_in(value).values())
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.tidy(parts.nbytes)
+        self.tidy(sum(storage.numel() for storage in storages))
         note = path.parent.parent / "name"
         if not note.exists():
             note.write_text(self.task.model_name)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            here = parts.moved(lambda storage: storage.cpu())
-            about = {
-                "key": told,
-                "description": parts.description,
-                "devices": json.dumps([self.told(storage.device) for storage in parts.storages]),
-                "checksums": json.dumps(checksums(here.storages)),
-            }
-            save_file(
-                {str(index): storage for index, storage in enumerate(here.storages)},
-                temporary,
-                metadata=about,
-            )
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def told(self, device: torch.device) -> str:
-        """Return how a file names a device: the model's own is nameless, as it may be another one
-        tomorrow.
-        """
-        return "" if device == next(self.task.model.parameters()).device else str(device)
+        save_whole(path, {"key": told, "checksums": checksums(storages), "value": value})
 
     def tidy(self, wanted: int) -> None:
         """Delete what was used least recently until `wanted` bytes fit, and what processes left that ended
         while they wrote.
         """
-        for left in self.place.rglob("*.part"):
-            if left.stat().st_mtime < time.time() - HOUR:
-                left.unlink(missing_ok=True)
+        remove_left(self.place)
         files = files_under(self.place)
         total = sum(size for _, size, _ in files)
         for path, size, _ in files:
@@ -207,44 +169,37 @@ class DiskCache:
         damaged, self.damaged = self.damaged, ""
         if damaged:
             return f"what was computed once could not be read and was computed anew: {damaged}"
-        error = self.writer.take_error()
+        done = [one for one in self.waiting if one.done()]
+        self.waiting = [one for one in self.waiting if one not in done]
+        error = next((error for one in done if (error := one.exception()) is not None), None)
+        if error is None or self.warned:
+            return ""
+        self.warned = True
         return (
-            ""
-            if error is None
-            else (
-                f"what was computed once is not kept for the next session: {self.place} cannot be written"
-                f" ({error}); free space there, or set {WHERE}=off or to another folder"
-            )
+            f"what was computed once is not kept for the next session: {self.place} cannot be written"
+            f" ({error}); free space there, or set {WHERE}=off or to another folder"
         )
 
     def flush(self) -> None:
         """Wait until everything that was offered is written."""
-        self.writer.flush()
+        wait(self.waiting)
 
 
-def loaded(path: Path, told: str, device: torch.device) -> Any:
-    """Return the value in a file.
+def loaded(path: Path, told: str) -> Any:
+    """Return the value in a file; runs no code but this package's frozen dataclasses.
 
     Raises:
         Exception: it is not there, damaged, of another key, or names what this package does not have; of many
             kinds.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-        if about["key"] != told:
-            raise ValueError(f"{path} holds {about['key']}, not {told}")
-        storages: list[Tensor] = [
-            file.get_tensor(str(index)).clone() for index in range(len(file.keys()))
-        ]  # memory of torch's own: aligned as always
-    if checksums(storages) != json.loads(about["checksums"]):
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([class_named(name) for name in named]):
+        record = torch.load(path, weights_only=True)
+    if record["key"] != told:
+        raise ValueError(f"{path} holds {record['key']}, not {told}")
+    if checksums(storages_in(record["value"]).values()) != record["checksums"]:
         raise ValueError(f"{path} is damaged")
-    placed = [
-        storage.to(name or device)
-        for storage, name in zip(storages, json.loads(about["devices"]), strict=True)
-    ]
-    return put_together(Parts(about["description"], tuple(placed)))
+    return record["value"]
 
 
 def files_under(place: Path) -> list[tuple[Path, int, float]]:
@@ -253,7 +208,9 @@ def files_under(place: Path) -> list[tuple[Path, int, float]]:
     What vanishes meanwhile is left out.
     """
     found = []
-    for path in place.rglob("*.safetensors"):
+    for path in place.rglob("*"):
+        if path.suffix not in FILES:
+            continue
         with contextlib.suppress(OSError):
             status = path.stat()
             found.append((path, status.st_size, status.st_mtime))
@@ -303,7 +260,7 @@ def clear(place: Path) -> int:
     """
     total = sum(size for _, size, _ in files_under(place))
     for model in place.iterdir() if place.exists() else ():
-        if (model / "name").exists() or any(model.rglob("*.safetensors")) or any(model.rglob("*.part")):
+        if (model / "name").exists() or any(path.suffix in {*FILES, PART} for path in model.rglob("*")):
             shutil.rmtree(model)
     return total
 
@@ -339,7 +296,7 @@ def setting(task: Task) -> str:
     about = [
         weights,
         shapes,
-        devices[1:],
+        devices,
         task.model_fingerprint,
         task.calibration.fingerprint,
         task.kind.name,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from workbench.calibration.tensor_tree import NotPlainError, Parts, put_together, storages_in, take_apart
+from workbench.calibration.tensor_tree import is_plain, relocated, storages_in
 from workbench.util.device import free_bytes, host_bytes
 
 if TYPE_CHECKING:
@@ -50,22 +50,18 @@ class Budget:
 
 @dataclass
 class Entry:
-    """One kept value: on the device as `value`, or in host memory as `parts`.
-
-    `used` is the move that asked for it last.
-    """
+    """One kept value; `used` is the move that asked for it last."""
 
     value: Any
-    parts: Parts | None
     storages: dict[tuple[str, int], int]  # bytes by device and address
     used: int
     first_out: bool
-    devices: tuple[torch.device, ...] = ()  # where each storage lay, while it lies in host memory
+    homes: tuple[torch.device, ...] = ()  # where each storage lay, while the value lies in host memory
 
     @property
     def on_host(self) -> bool:
         """Return whether it was moved to host memory."""
-        return bool(self.devices)
+        return bool(self.homes)
 
 
 @dataclass
@@ -121,7 +117,7 @@ class Cache:
         if found is not None:
             value: T = found[0]
             return value
-        stored = self.disk.read(key, self.device) if lasting and self.disk is not None else None
+        stored = self.disk.read(key) if lasting and self.disk is not None else None
         if stored is not None:
             value = stored[0]
             self.put(key, value, optional=optional, first_out=first_out)
@@ -133,9 +129,10 @@ class Cache:
                 torch.cuda.synchronize(
                     self.device
                 )  # at the first use only; else what is timed is how long it takes to ask
-            self.disk.offer(key, value, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
             if trouble := self.disk.take_trouble():
                 warnings.warn(trouble, RuntimeWarning, stacklevel=3)
+            self.disk.offer(key, value, seconds)
         self.put(key, value, optional=optional, first_out=first_out)
         return value
 
@@ -163,7 +160,7 @@ class Cache:
                 size for place, size in storages.items() if not self.users[place]
             ) > self.limits.device:
                 return
-            self.entries[key] = Entry(value, None, storages, self.moves, first_out)
+            self.entries[key] = Entry(value, storages, self.moves, first_out)
             self.count(storages, "device", 1)
 
     def begin(self) -> None:
@@ -241,34 +238,29 @@ class Cache:
         """
         entry = self.entries[key]
         size = sum(entry.storages.values())
-        if entry.first_out or size > self.limits.host:
+        if entry.first_out or size > self.limits.host or not is_plain(entry.value):
             self.pop(key)
             return
-        try:
-            parts = take_apart(entry.value)
-        except NotPlainError:
-            self.pop(key)
-            return
+        homes: list[torch.device] = []
+
+        def away(storage: Tensor) -> Tensor:
+            homes.append(storage.device)
+            return to_host(storage)
+
         for old in [old for old, other in self.entries.items() if other.on_host]:
             if self.used_bytes["host"] + size <= self.limits.host:
                 break
             self.pop(old)
         self.count(entry.storages, "device", -1)
-        entry.devices, entry.parts, entry.value = (
-            tuple(storage.device for storage in parts.storages),
-            parts.moved(to_host),
-            None,
-        )
-        entry.storages = {
-            place: storage.numel() for place, storage in storages_in(entry.parts.storages).items()
-        }
+        entry.value = relocated(entry.value, away)
+        entry.homes = tuple(homes)
+        entry.storages = {place: storage.numel() for place, storage in storages_in(entry.value).items()}
         self.count(entry.storages, "host", 1)
 
     def bring_back(self, key: Hashable, entry: Entry) -> Any:
         """Move an entry from host memory to its devices, and return its value."""
-        assert entry.parts is not None  # noqa: S101  for the type checker
-        devices = iter(entry.devices)
-        value = put_together(entry.parts.moved(lambda storage: storage.to(next(devices), non_blocking=True)))
+        homes = iter(entry.homes)
+        value = relocated(entry.value, lambda storage: storage.to(next(homes), non_blocking=True))
         self.pop(key)
         self.put(key, value, first_out=entry.first_out)
         return value

@@ -1,18 +1,15 @@
-"""Values taken apart into plain memory and a description, so that a cache can count, move and store them bit
-by bit.
+"""Values of plain data: the memory that they hold, and the same value in memory elsewhere.
 
 A value is made of tensors, numbers, strings, None, tuples, lists, dicts and frozen dataclasses of this
-package. Views of one storage stay views of one storage wherever they are put together again, with the strides
-that they had: what is computed from them has the same bits.
+package. Views of one storage stay views of one storage wherever they are moved, with the strides that they
+had: what is computed from them has the same bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,23 +21,6 @@ OWNERS = ("workbench.",)  # modules whose dataclasses are put together again
 
 class NotPlainError(ValueError):
     """A value holds something that is no plain data, such as a module or a function."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A value as a description in JSON and its storages: uint8 [bytes] each, on the device where they lie."""
-
-    description: str
-    storages: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all storages."""
-        return sum(storage.numel() for storage in self.storages)
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Parts:
-        """Return the same value with each storage where `move` puts it."""
-        return Parts(self.description, tuple(map(move, self.storages)))
 
 
 def storage_of(tensor: Tensor) -> Tensor:
@@ -80,80 +60,54 @@ def storages_in(value: Any) -> dict[tuple[str, int], Tensor]:
     return {place: storage_of(tensor) for place, tensor in found.items()}
 
 
-def take_apart(value: Any) -> Parts:
-    """Return a value as its storages and their description.
+def relocated(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Return a value with each of its storages (uint8 [bytes]) where `move` puts it, called in the order in
+    which they are first met.
 
     Raises:
         NotPlainError: it holds something else than plain data.
 
     """
-    storages: dict[tuple[str, int], int] = {}
-    kept: list[Tensor] = []
+    storages: dict[tuple[str, int], Tensor] = {}
+    views: dict[int, Tensor] = {}  # the same object where it was the same object
 
-    def told(part: Any) -> Any:
-        if type(part) in PLAIN:
+    def view(part: Tensor) -> Tensor:
+        place = str(part.device), part.untyped_storage().data_ptr()
+        if place not in storages:
+            storages[place] = move(storage_of(part))
+        memory = storages[place].untyped_storage()
+        return torch.empty(0, dtype=part.dtype, device=memory.device).set_(
+            memory, part.storage_offset(), part.shape, part.stride()
+        )
+
+    def there(part: Any) -> Any:
+        kind = type(part)
+        if kind in PLAIN:
             return part
-        if type(part) is Tensor and part.layout is torch.strided and not part.requires_grad:
-            place = str(part.device), part.untyped_storage().data_ptr()
-            if place not in storages:
-                storages[place] = len(kept)
-                kept.append(storage_of(part))
-            return {
-                "tensor": [
-                    storages[place],
-                    str(part.dtype).removeprefix("torch."),
-                    part.storage_offset(),
-                    list(part.shape),
-                    list(part.stride()),
-                ]
-            }
-        if type(part) in {tuple, list}:
-            return {type(part).__name__: [told(one) for one in part]}
-        if type(part) is dict:
-            return {"dict": [[told(key), told(one)] for key, one in part.items()]}
-        if owned(type(part)):
-            return {
-                "new": f"{type(part).__module__}:{type(part).__qualname__}",
-                "fields": {field.name: told(getattr(part, field.name)) for field in dataclasses.fields(part)},
-            }
-        raise NotPlainError(f"{type(part).__name__} is no plain data")
-
-    return Parts(json.dumps(told(value)), tuple(kept))
-
-
-def put_together(parts: Parts) -> Any:
-    """Return the value that was taken apart, as views of the storages given.
-
-    Raises:
-        NotPlainError: the description names what this package does not have.
-
-    """
-    views: dict[str, Tensor] = {}
-
-    def made(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        if "tensor" in part:
-            return viewed(part["tensor"])
-        if "tuple" in part:
-            return tuple(map(made, part["tuple"]))
-        if "list" in part:
-            return list(map(made, part["list"]))
-        if "dict" in part:
-            return {made(key): made(one) for key, one in part["dict"]}
-        return class_named(part["new"])(**{name: made(one) for name, one in part["fields"].items()})
-
-    def viewed(told: list[Any]) -> Tensor:
-        name = str(told)
-        if name not in views:  # the same object where it was the same object
-            storage, dtype, offset, shape, strides = told
-            memory = parts.storages[storage]
-            views[name] = torch.empty(0, dtype=getattr(torch, dtype), device=memory.device).set_(
-                memory.untyped_storage(), offset, shape, strides
+        if kind is Tensor and part.layout is torch.strided and not part.requires_grad:
+            if id(part) not in views:
+                views[id(part)] = view(part)
+            return views[id(part)]
+        if kind is tuple or kind is list:
+            return kind(map(there, part))
+        if kind is dict:
+            return {there(key): there(one) for key, one in part.items()}
+        if owned(kind):
+            return kind(
+                **{field.name: there(getattr(part, field.name)) for field in dataclasses.fields(part)}
             )
-        return views[name]
+        raise NotPlainError(f"{kind.__name__} is no plain data")
 
-    return made(json.loads(parts.description))
+    return there(value)
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is plain data, which `relocated` takes."""
+    try:
+        relocated(value, lambda storage: storage)
+    except NotPlainError:
+        return False
+    return True
 
 
 def owned(kind: type) -> bool:
@@ -168,13 +122,13 @@ def owned(kind: type) -> bool:
 
 
 def class_named(name: str) -> type:
-    """Return a frozen dataclass of this package by `module:name`.
+    """Return a frozen dataclass of this package by `module.name`.
 
     Raises:
         NotPlainError: there is none.
 
     """
-    module, _, attribute = name.partition(":")
+    module, _, attribute = name.rpartition(".")
     kind = getattr(importlib.import_module(module), attribute, None) if module.startswith(OWNERS) else None
     if not isinstance(kind, type) or not owned(kind):
         raise NotPlainError(f"{name!r} is no dataclass of this package")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +12,10 @@ import torch
 from torch import nn
 
 from workbench.errors import CompressionError
+from workbench.util.saving import remove_left, save_whole
 from workbench.util.text import kind_and_words
 
 MOST = 4  # files kept; the oldest go first
-HOUR = 3600  # seconds
 
 
 def folder() -> Path:
@@ -52,24 +48,14 @@ def save(path: Path, state: dict[str, Any], option: str = "checkpoint_every") ->
     Raises:
         CompressionError: the folder cannot be written.
     """
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = file.name
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        save_whole(path, state)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
         raise CompressionError(
             f"no checkpoint can be written to {path.parent}: {error}; free space there, or set {option}=0"
         ) from error
-    for left in path.parent.glob("*.part"):  # of processes that ended while they wrote
-        if left.stat().st_mtime < time.time() - HOUR:
-            left.unlink(missing_ok=True)
+    remove_left(path.parent)
     for old in sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-MOST]:
         old.unlink(missing_ok=True)
 
