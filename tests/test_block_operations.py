@@ -1,5 +1,4 @@
-"""The kernels between the products of a Llama-like block, and those of losses: against float64 and
-transformers' own modules."""
+"""The kernels between the products of a Llama-like block: against float64 and transformers' own modules."""
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from transformers.models.llama import modeling_llama
 
 from workbench.kernels import block_ops
 from workbench.measure.evaluation.fused_blocks import NEAR, FusedBlocks, Operations, near
-from workbench.tasks.likelihood import token_loss
 
 
 @outside
@@ -106,58 +104,8 @@ def test_a_model_agrees_with_itself_run_as_it_is(dtype, place):
     assert (expected.float() - found.float()).abs().amax() <= 4 * NEAR[dtype] * expected.float().abs().amax()
 
 
-# --- losses
-
-
-@pytest.mark.parametrize("classes", [3, 64, 5000])
-def test_losses_agree_with_float64_and_answers_with_the_first_largest(classes, dtype, place):
-    logits = numbers(place, dtype, 9, classes, scale=4.0)
-    labels = torch.randint(classes, (9,), generator=torch.Generator().manual_seed(1)).to(place)
-    labels[3] = -100
-    logits[5, -1] = logits[5, 1] = 50.0
-    logits[6, 0] = -torch.inf
-    labels[6] = 1
-    assert block_ops.losses_refused(place, dtype) == ""
-    loss, answers = block_ops.losses(logits, labels)
-    assert torch.allclose(
-        loss.double(),
-        nn.functional.cross_entropy(logits.double(), labels, ignore_index=-100, reduction="none"),
-        rtol=1e-5,
-        atol=1e-6,
-    )
-    assert torch.equal(answers.cpu(), logits.cpu().argmax(-1))
-    assert answers[5] == 1
-
-
-@pytest.mark.filterwarnings(
-    "ignore:invalid value:RuntimeWarning"
-)  # of NumPy, which interprets: that is what is wanted here
-def test_a_destroyed_row_counts_as_lost(dtype, place):
-    logits = numbers(place, dtype, 4, 64)
-    logits[0, 5], logits[1], logits[2, 7] = torch.nan, -torch.inf, torch.inf
-    labels = torch.zeros(4, dtype=torch.int64, device=place)
-    loss, _ = token_loss(logits, labels)
-    assert torch.isposinf(loss).tolist() == [True, True, True, False]
-
-
-def test_slices_of_logits_are_reduced_where_they_lie(dtype, place):
-    logits, labels = numbers(place, dtype, 6, 40), torch.arange(6, device=place)
-    loss, answers = block_ops.losses(logits[:, :20], labels)
-    expected = block_ops.losses(logits[:, :20].contiguous(), labels)
-    assert torch.equal(loss, expected[0])
-    assert torch.equal(answers, expected[1])
-
-
-def test_the_interpreter_notices_what_a_gpu_would_not_forgive(place):
+def test_what_is_interpreted_rounds_as_a_gpu(place):
     if not INTERPRETED:
-        pytest.skip("a GPU does not say")
-    from triton.runtime.interpreter import InterpreterError
-
-    from workbench.kernels import triton_blocks as kernels
-
-    gate, up, out = torch.zeros(3, 64).unbind()
-    kernels.gated[(1,)](gate, up, out, 64, 128)
-    with pytest.raises(InterpreterError, match="2 of 66 elements of 4 bytes lie outside of every tensor"):
-        kernels.gated[(1,)](up, out, out, 66, 128)
+        pytest.skip("a GPU rounds as it is")
     rounded = block_ops.gated(torch.tensor([40.0]).bfloat16(), torch.tensor([1.0234375]).bfloat16())
     assert rounded.item() == 41.0  # 40.9375, which cut off is 40.75

@@ -16,8 +16,8 @@ from workbench.cli import workbench
 from workbench.compress import compress
 from workbench.fast_paths import FAST_PATHS, fast_paths
 from workbench.kernels import column_solver, weight_passes
-from workbench.kernels.block_ops import LOSSES
 from workbench.kernels.column_solver import COLUMNS
+from workbench.kernels.losses import LOSSES
 from workbench.kernels.weight_passes import WEIGHT_PASSES
 from workbench.measure.evaluation.chunked_head import CHUNKED_HEAD
 from workbench.measure.evaluation.cuda_graphs import GRAPHS

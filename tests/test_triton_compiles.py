@@ -120,6 +120,29 @@ def test_pruning_rows_reads_and_writes_many_weights_an_instruction_and_passes_no
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["*bf16", "*fp16", "*fp32"])
+def test_the_kernel_of_losses_compiles(name, architecture):
+    from workbench.kernels import triton_losses as kernels
+
+    numbers = {
+        "logits_ptr": name,
+        "label_ptr": "*i64",
+        "loss_ptr": "*fp32",
+        "answer_ptr": "*i64",
+        "classes": "i32",
+        "row_stride": "i32",
+    }
+    assert "ld.global.v4" in compiled(
+        kernels.losses,
+        numbers,
+        {"BLOCK": 4096},
+        architecture,
+        aligned=["logits_ptr", "classes", "row_stride"],
+        warps=4,
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["*bf16", "*fp16", "*fp32"])
 def test_kernels_of_blocks_compile(name, architecture):
     from workbench.kernels import triton_blocks as kernels
 
@@ -139,22 +162,6 @@ def test_kernels_of_blocks_compile(name, architecture):
     numbers |= {
         argument: name if argument.endswith("_ptr") else "i32" for argument in kernels.rotary.arg_names
     }
-    numbers |= {
-        "logits_ptr": name,
-        "label_ptr": "*i64",
-        "loss_ptr": "*fp32",
-        "answer_ptr": "*i64",
-        "classes": "i32",
-        "row_stride": "i32",
-    }
-    assert "ld.global.v4" in compiled(
-        kernels.losses,
-        numbers,
-        {"BLOCK": 4096},
-        architecture,
-        aligned=["logits_ptr", "classes", "row_stride"],
-        warps=4,
-    )
     for kernel, constants in {
         kernels.rms_norm: {"ROWS": 1, "BLOCK": 4096},
         kernels.gated: {"BLOCK": 2048},

@@ -8,8 +8,8 @@ import torch
 
 from workbench.calibration.disk_cache import ON_DISK
 from workbench.calibration.statistics import ONE_PRODUCT
-from workbench.kernels.block_ops import LOSSES
 from workbench.kernels.column_solver import COLUMNS
+from workbench.kernels.losses import LOSSES
 from workbench.kernels.weight_passes import WEIGHT_PASSES
 from workbench.ledger.journal import JOURNAL
 from workbench.measure.evaluation.block_chain import PREFIX

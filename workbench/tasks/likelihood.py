@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
 
-from workbench.kernels.block_ops import losses, losses_refused
+from workbench.kernels.losses import losses, losses_refused
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Items, Kind
 

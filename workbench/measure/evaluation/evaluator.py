@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from workbench.kernels.block_ops import LOSSES, losses_failed
+from workbench.kernels.losses import LOSSES, losses_failed
 from workbench.measure.evaluation.chunked_head import Head, find_head
 from workbench.measure.evaluation.cuda_graphs import Graphs, Read
 from workbench.measure.evaluation.fused_blocks import FUSED, FusedBlocks, fused_blocks
