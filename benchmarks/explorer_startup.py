@@ -28,7 +28,7 @@ panel = Explorer("fashion-vit")
 lap("panel made")
 while panel.session.bench is None: time.sleep(0.01)
 lap("model loaded")
-while panel.session.live.state != "measured": time.sleep(0.01)
+while panel.session.state.phase != "measured": time.sleep(0.01)
 lap("first point")
 print(json.dumps(laps))
 """

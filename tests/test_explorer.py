@@ -29,8 +29,9 @@ from widgets.plot.live_figure import (
     live_figure,
 )
 from widgets.plot.plot_choice import PlotChoice
-from widgets.session.model_choice import Choice
-from widgets.session.state import Live, thin
+from widgets.plot.thinning import thin
+from widgets.session.model_choice import ModelChoice
+from widgets.session.state import PanelState
 from workbench.cli.serve import lab_command, write_settings
 from workbench.errors import CompressionError, ModelError
 from workbench.ledger.pareto import fastest_within, smallest_within
@@ -98,7 +99,7 @@ def test_what_a_run_raises_reaches_the_caller_and_what_a_drag_raises_the_panel(p
     assert "fits no layer" in panel.errors.value
     assert panel.errors.layout.display is None
     panel.run(ZEROS)
-    assert panel.session.live.state == "measured"
+    assert panel.session.state.phase == "measured"
 
 
 def test_presets_take_measured_points_only(panel):
@@ -129,7 +130,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_that_is_there(panel):
             break
         time.sleep(0.02)
     assert panel.picker.choice == panel.session.choice
-    assert panel.picker.model.value == panel.model_name == "fashion-cnn"
+    assert panel.picker.model.value == panel.session.state.model == "fashion-cnn"
     assert "no-such-model" in panel.errors.value
     assert panel.run(wb.Recipe(wb.Quantize(weight_bits=8))).complete
 
@@ -169,15 +170,15 @@ def test_other_errors_say_their_kind_and_text_is_escaped():
 
 def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
     guess = bench.predictor().predict(ZEROS)
-    before = strip(Live(ZEROS, guess, None, "measuring"))
+    before = strip(PanelState(ZEROS, guess, None, "measuring"))
     assert "wb-measured'" not in before
     assert before.count("predicted") >= 3
     assert "no kernel for unstructured zeros" in before
     look = dataclasses.replace(point, items=16, latency=None)
-    during = strip(Live(ZEROS, guess, look, "measuring"))
+    during = strip(PanelState(ZEROS, guess, look, "measuring"))
     assert f"measured: 16 of {point.items_total} items" in during
     assert "predicted, not measured yet" in during  # the speed
-    after = strip(Live(ZEROS, guess, point, "measured"))
+    after = strip(PanelState(ZEROS, guess, point, "measured"))
     for words in (
         "theoretical",
         "packed",
@@ -208,15 +209,15 @@ def test_records_become_traces(bench, point):
     assert list(changes[FRONT]["customdata"]) == [p.key for p in record.points if p.standing == "front"]
     assert len(live_figure().data) == 8
     guess = bench.predictor().predict(ZEROS)
-    shown = live_changes(Live(ZEROS, guess, None, "measuring"), rows[-1], PlotChoice())
+    shown = live_changes(PanelState(ZEROS, guess, None, "measuring"), PlotChoice())
     assert shown[PREDICTED]["x"] == [guess.file_bytes / 1e6]
     assert shown[MEASURED]["x"] == []
-    done = live_changes(Live(ZEROS, guess, point, "measured"), point, PlotChoice())
+    done = live_changes(PanelState(ZEROS, guess, point, "measured"), PlotChoice())
     assert done[PREDICTED]["x"] == []
     assert done[MEASURED]["y"][0] == pytest.approx(100 * point.primary.compressed.value)
     look = dataclasses.replace(point, items=16, latency=None)
     assert (
-        live_changes(Live(ZEROS, guess, look, "measuring"), point, PlotChoice(cost="latency"))[MEASURED]["x"]
+        live_changes(PanelState(ZEROS, guess, look, "measuring"), PlotChoice(cost="latency"))[MEASURED]["x"]
         == []
     )
 
@@ -321,12 +322,12 @@ def test_another_model_forgets_the_layers_and_the_dense_numbers_of_the_one_befor
     assert len(panel.layers.pick.options) > 5
     assert "dense" in panel.dense.value
     panel.follow(wb.Recipe(wb.Prune(sparsity=0.5, pattern="channels")))
-    panel.session.live = dataclasses.replace(panel.session.live, recipe=panel.form.recipe)
-    panel.session.load_now(
-        Choice("fashion-vit", device="cpu", evaluation_items=64)
+    panel.session.state = dataclasses.replace(panel.session.state, recipe=panel.form.recipe)
+    panel.session.loader.load_now(
+        ModelChoice("fashion-vit", device="cpu", evaluation_items=64)
     )  # a recipe that does not fit it
     deadline = time.monotonic() + 30
-    while panel.session.live.state != "failed" and time.monotonic() < deadline:
+    while panel.session.state.phase != "failed" and time.monotonic() < deadline:
         time.sleep(0.02)
     panel.pacer.flush()
     assert "channels" in panel.errors.value

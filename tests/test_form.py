@@ -70,7 +70,7 @@ def test_ranges_come_from_the_annotations(form):
 
 def test_moving_a_slider_turns_its_method_on_and_rounds(form):
     seen = []
-    form.observe(lambda change: seen.append(change["new"]), "recipe")
+    form.observe(lambda change: seen.append(change["new"].recipe), "state")
     part(form, "sparsity").slider.value = 0.1 + 0.2
     assert form.recipe == wb.Recipe(wb.Prune(sparsity=0.3))
     assert repr(form.recipe) == "Recipe(Prune(sparsity=0.3))"
@@ -79,7 +79,7 @@ def test_moving_a_slider_turns_its_method_on_and_rounds(form):
     part(form, "sparsity").on.value = False
     assert form.recipe == wb.Recipe(wb.Quantize(weight_bits=3))
     assert len(seen) == 3
-    assert form.last == "sparsity"
+    assert form.state.last == "sparsity"
 
 
 def test_a_choice_alone_changes_nothing_until_its_method_is_on(form):
@@ -96,28 +96,28 @@ def test_a_pattern_moves_the_slider_where_it_must_be_and_the_slider_frees_the_pa
     step.choices["pattern"].value = "2:4"
     assert form.recipe == wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4"))
     assert step.slider.value == 0.5
-    assert form.note.startswith("sparsity set to 0.5: ")
+    assert form.state.note.startswith("sparsity set to 0.5: ")
     step.choices["pattern"].value = "1:8"
     assert form.recipe == wb.Recipe(wb.Prune(sparsity=0.875, pattern="1:8"))
     step.slider.value = 0.6
     assert form.recipe == wb.Recipe(wb.Prune(sparsity=0.6))
-    assert form.note.startswith("pattern set to unstructured: ")
-    assert form.error == ""
+    assert form.state.note.startswith("pattern set to unstructured: ")
+    assert form.state.error == ""
 
 
 def test_what_is_refused_is_said_and_the_recipe_stays(form):
     part(form, "temperature").on.value = True
-    assert form.error.startswith("Distill cannot come first")
+    assert form.state.error.startswith("Distill cannot come first")
     assert form.recipe == wb.Recipe()
     part(form, "sparsity").slider.value = 0.4
-    assert form.error == ""
+    assert form.state.error == ""
     assert [step.kind() for step in form.recipe] == ["prune", "distill"]
     part(form, "sparsity").choices["pattern"].value = "4:2"
-    assert "removes nothing" in form.error
-    assert form.last == "sparsity"
+    assert "removes nothing" in form.state.error
+    assert form.state.last == "sparsity"
     assert form.recipe.get("prune").sparsity == 0.4
     part(form, "sparsity").choices["pattern"].value = "unstructured"
-    assert form.error == ""
+    assert form.state.error == ""
 
 
 def test_set_recipe_moves_every_control(form):

@@ -25,17 +25,14 @@ BENCH = """
     parts = [part for sort in ("vit", "llama") for part in measured(sort)]
 """
 SESSION = """
-    from widgets.session.model_choice import Choice
+    from widgets.session.model_choice import ModelChoice
     from widgets.session.session import Session
 
     def loaded():
-        session = Session(
-            on_live=lambda: None, on_history=lambda: None, on_loaded=lambda: None, on_error=print,
-            on_not_loaded=print, ledger=folder + "/points.journal", progress=False,
-        )
+        session = Session(ledger=folder + "/points.journal", progress=False)
         parts = []
         for sort in ("vit", "llama", "resnet"):
-            session.load_now(Choice(tiny_task(sort, evaluation=40)))
+            session.loader.load_now(ModelChoice(tiny_task(sort, evaluation=40)))
             session.run(wb.Recipe(wb.Prune(sparsity=0.5)))
             parts.append([weakref.ref(session.bench), weakref.ref(session.bench.task.model)])
         return session, parts
@@ -48,11 +45,11 @@ SESSION = """
 
 CANCELLED = """
     import time
-    from widgets.session.model_choice import Choice
+    from widgets.session.model_choice import ModelChoice
     from widgets.session.session import Session
 
     def seen():
-        point = session.live.point
+        point = session.state.point
         read = point is not None and not point.complete and point.items == point.items_total
         if read and len(point.recipe):
             session.cancel()  # what is measured after all items is not wanted: as a hand that moves on does
@@ -61,13 +58,11 @@ CANCELLED = """
         while session.measurer.busy or session.measurer.running is not None:
             time.sleep(0.01)
 
-    session = Session(
-        on_live=seen, on_history=lambda: None, on_loaded=lambda: None, on_error=print,
-        on_not_loaded=print, ledger=folder + "/points.journal", progress=False,
-    )
-    made, keep = [], session.take
-    session.take = lambda compressed: (made.append(weakref.ref(compressed.model)), keep(compressed))
-    session.load_now(Choice(tiny_task("llama", evaluation=40)))
+    session = Session(ledger=folder + "/points.journal", progress=False)
+    session.on_state.subscribe(seen)
+    made, keep = [], session.keep
+    session.keep = lambda compressed: (made.append(weakref.ref(compressed.model)), keep(compressed))
+    session.loader.load_now(ModelChoice(tiny_task("llama", evaluation=40)))
     settled()
     gc.collect()
     gc.disable()  # it comes for many objects, not for large ones

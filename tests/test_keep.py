@@ -20,6 +20,7 @@ from widgets.figures.compare_html import comparison_html
 from widgets.panes.compare_view import CompareView
 from widgets.panes.history_view import HistoryView, arranged, line_of
 from widgets.panes.keep_bar import WAIT, KeepBar
+from widgets.session.state import PanelState, Past
 from workbench.errors import LedgerError, RecipeError
 from workbench.ledger.annotation import Annotation
 from workbench.ledger.ledger import Ledger
@@ -355,15 +356,19 @@ def test_a_paired_test_counts_the_items_by_hand(bench):
 # --- the views
 
 
+def state(rows, said=None):
+    return PanelState(rows[0].recipe, past=Past(rows, said or {}))
+
+
 def test_pinned_points_come_first_in_every_order(rows):
     said = {rows[0].key: Annotation("a\nnote", pinned=True)}
     for order in ("newest", "smallest", "best quality", "fastest"):
-        assert arranged(rows, said, order)[0] is rows[0]
-    assert arranged(rows, {}) == rows[::-1]
-    assert [row.sizes.file_bytes for row in arranged(rows, {}, "smallest")] == sorted(
+        assert arranged(Past(rows, said), order)[0] is rows[0]
+    assert arranged(Past(rows)) == rows[::-1]
+    assert [row.sizes.file_bytes for row in arranged(Past(rows), "smallest")] == sorted(
         row.sizes.file_bytes for row in rows
     )
-    assert line_of(rows[0], said).endswith("| a note")
+    assert line_of(rows[0], Past(rows, said)).endswith("| a note")
 
 
 def test_the_history_filters_and_exports_what_it_shows(rows):
@@ -371,27 +376,27 @@ def test_the_history_filters_and_exports_what_it_shows(rows):
     view = HistoryView(
         lambda _key: None, lambda chosen, path: wrote.append((chosen, path)) or "there/points.csv"
     )
-    view.show(rows, {rows[1].key: Annotation("<i>mine</i>", pinned=True)})
+    view.show(state(rows, {rows[1].key: Annotation("<i>mine</i>", pinned=True)}))
     assert "&lt;i&gt;mine&lt;/i&gt;" in view.table.value
     view.pinned.value = True
     assert [value for _, value in view.list.options] == ["", rows[1].key]
     view.button.click()
     assert wrote == [([rows[1]], "points.csv")]
     assert "1 points are in <code>there/points.csv</code>" in view.wrote.value
-    view.show(rows, {})
+    view.show(state(rows))
     assert "No point is pinned" in view.table.value
 
 
 def test_what_is_chosen_stays_chosen_when_points_come(rows):
     view = CompareView(lambda _keys: None)
-    view.show(rows[:2])
+    view.show(state(rows[:2]))
     view.choose([rows[0].key, rows[1].key, "unknown"])
     assert set(view.chosen) == {rows[0].key, rows[1].key}
     assert "wb-compare" in view.body.value
-    view.show(rows, {rows[0].key: Annotation("", pinned=True)})
+    view.show(state(rows, {rows[0].key: Annotation("", pinned=True)}))
     assert view.chosen == (rows[0].key, rows[1].key)  # the pinned one first
     many = [dataclasses.replace(rows[0], key=f"k{i}") for i in range(300)]
-    view.show([*many, rows[0]])
+    view.show(state([*many, rows[0]]))
     view.choose([f"k{i}" for i in range(7)])
     assert "7 points chosen: pick 2 to 6" in view.body.value
     assert view.button.disabled
@@ -404,7 +409,7 @@ def test_what_is_chosen_stays_chosen_when_points_come(rows):
 
 def test_a_paired_test_is_shown_although_the_list_was_filled_anew_and_says_when_it_was_stopped(bench, rows):
     view = CompareView(lambda _keys: None)
-    view.show(rows[:2])
+    view.show(state(rows[:2]))
     view.choose([rows[0].key, rows[1].key])
     keys, found = view.chosen, paired_test(bench, W4, [TWICE])
     view.wait(keys)
@@ -412,7 +417,7 @@ def test_a_paired_test_is_shown_although_the_list_was_filled_anew_and_says_when_
     view.list.observe(
         lambda _: view.show_test(keys, found), "options"
     )  # another thread's answer comes while nothing is chosen
-    view.show(rows)
+    view.show(state(rows))
     view.list.unobserve_all("options")
     assert "Paired on the same" in view.test.value
     view.wait(keys)
@@ -429,13 +434,14 @@ def test_the_bar_is_off_with_the_reason_until_the_point_is_complete(rows):
     said = []
     bar = KeepBar(lambda *given: said.append(given), lambda: None)
     look = dataclasses.replace(rows[0], items=16, latency=None)
+    kept = Past(rows, {rows[0].key: Annotation("kept", pinned=True)})
     for point in (None, look):
-        bar.show(point, Annotation("kept", pinned=True))
+        bar.show(PanelState(rows[0].recipe, point=point, past=kept))
         assert bar.pin.disabled
         assert bar.note.disabled
         assert bar.report.disabled
         assert bar.note.placeholder == bar.pin.tooltip == WAIT
-    bar.show(rows[0], Annotation("kept", pinned=True))
+    bar.show(PanelState(rows[0].recipe, point=rows[0], past=kept))
     assert (bar.pin.value, bar.note.value, bar.report.disabled) == (True, "kept", False)
     assert said == []  # showing is no change
     bar.pin.value = False

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workbench as wb
-from widgets.form.layer_override import LayerControl, layer_steps
+from widgets.form.layer_override import LayerOverride, layer_steps
 from widgets.form.recipe_form import RecipeForm
 from workbench.compress import compress
 from workbench.errors import RecipeError
@@ -203,7 +203,7 @@ def test_controls_change_the_recipe_and_show_what_was_refused(form):
         except RecipeError as error:
             said.append(str(error))
 
-    control = LayerControl(wb.Prune, form, guarded)
+    control = LayerOverride(wb.Prune, form, guarded)
     control.show(form.recipe, "a", head=False)
     assert (control.mode.value, control.slider.layout.display) == ("follow", "none")
     control.mode.value = "own"

@@ -12,7 +12,6 @@ from widgets.explorer import Explorer
 from widgets.figures.layer_figures import AFTER, BEFORE, weights_changes, weights_figure
 from widgets.panes.layer_rows import table_of
 from workbench.measure.weight_histograms import weight_changes
-from workbench.sensitivity import sensitivities
 
 RECIPE = wb.Recipe(wb.Prune(sparsity=0.6), wb.Quantize(weight_bits=3))
 
@@ -45,7 +44,7 @@ def test_rows_say_what_the_report_says(tmp_path):
     )
     recipe = wb.Recipe(wb.LowRank(rank_ratio=0.3), *RECIPE)
     point = bench.measure(recipe)
-    costs = {cost.name: cost for cost in sensitivities(bench, recipe, 16, lambda *_: None)}
+    costs = {cost.name: cost for cost in bench.sensitivity(recipe, 16)}
     table = table_of(point.layers, costs)
     assert [name for name, _ in table.columns] == [
         "weights",
@@ -119,12 +118,12 @@ def test_leaving_a_layer_out_moves_the_sliders_and_the_report_says_so(panel):
     point = panel.run(RECIPE)
     layer = point.layers[3].name
     panel.layers.choose(layer)
-    control = next(control for control in panel.layers.controls if control.kind is wb.Prune)
+    control = next(control for control in panel.layers.overrides if control.kind is wb.Prune)
     control.mode.value = "out"
     assert panel.form.recipe == wb.Recipe(
         wb.Prune(sparsity=0.6, targets=("*", f"!{layer}")), wb.Quantize(weight_bits=3)
     )
-    wait(lambda: panel.session.live.state == "measured" and ready(panel))
+    wait(lambda: panel.session.state.phase == "measured" and ready(panel))
     words = {row["name"]: row["words"] for row in panel.layers.grid.rows}
     assert words[layer].startswith(f"prune left out by target '!{layer}'")
     panel.form.undo()
@@ -136,17 +135,17 @@ def test_sensitivity_fills_the_column_and_a_slider_move_stops_it(panel):
     panel.layers.ask.click()
     wait(lambda: any("alone costs" in name for name, _ in panel.layers.grid.columns))
     panel.form.set_recipe(wb.Recipe(wb.Prune(sparsity=0.2), wb.Quantize(weight_bits=3)))
-    wait(lambda: panel.session.live.state == "measured" and ready(panel))
+    wait(lambda: panel.session.state.phase == "measured" and ready(panel))
     assert not panel.layers.jobs.running()
     panel.form.undo()
-    wait(lambda: panel.session.live.state == "measured" and ready(panel))
+    wait(lambda: panel.session.state.phase == "measured" and ready(panel))
     part = len(panel.layers.jobs.costs)
     panel.layers.ask.click()
     wait(lambda: ready(panel) and not panel.layers.jobs.running())
     known, most = panel.layers.jobs.known_costs(RECIPE)
     assert part <= len(known) == most
     assert f"{most} of {most} layers measured alone" in panel.layers.status.value
-    assert panel.session.live.state == "measured"
+    assert panel.session.state.phase == "measured"
 
 
 def test_what_cannot_be_asked_is_said_in_the_panel(panel):

@@ -10,15 +10,15 @@ import speech_models
 from tiny_tasks import tiny_task
 
 import workbench as wb
-from widgets.explorer import dense_words
 from widgets.figures.figures import add_looks, metric_title, tradeoff_figure
 from widgets.figures.tables import points_table
+from widgets.panes.dense_line import dense_html
 from widgets.panes.training_view import look_words
 from widgets.panes.verdict_strip import badge, facts_of
 from widgets.plot.live_axes import y_range
 from widgets.plot.live_figure import DENSE, dense_changes
 from widgets.plot.plot_choice import PlotChoice
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 from workbench.ledger.annotation import Annotation
 from workbench.ledger.table import flat
 from workbench.measure.card import card, quality_words
@@ -196,15 +196,17 @@ def test_the_star_of_a_model_without_errors_stands_inside_the_plot(dense, measur
 def test_the_badge_says_when_only_the_clock_is_missing(point):
     read = dataclasses.replace(point, latency=None, margin=None)
     assert f"measured: {read.items} of {read.items_total} items, timing" in badge(
-        Live(read.recipe, point=read, state="measuring")
+        PanelState(read.recipe, point=read, phase="measuring")
     )
     assert "timing" not in badge(
-        Live(read.recipe, point=dataclasses.replace(read, items=2), state="measuring")
+        PanelState(read.recipe, point=dataclasses.replace(read, items=2), phase="measuring")
     )
     assert "timing" not in badge(
-        Live(read.recipe, point=dataclasses.replace(read, missing={"latency": "no clock"}), state="measured")
+        PanelState(
+            read.recipe, point=dataclasses.replace(read, missing={"latency": "no clock"}), phase="measured"
+        )
     )
 
 
 def test_the_dense_model_of_speech_shows_its_real_time_factor(point):
-    assert ("real-time factor 0.300" in dense_words(point)) is bool(point.latency.audio_seconds)
+    assert ("real-time factor 0.300" in dense_html(point)) is bool(point.latency.audio_seconds)

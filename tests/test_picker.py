@@ -11,8 +11,8 @@ import pytest
 import workbench as wb
 from widgets.explorer import Explorer
 from widgets.form.model_picker import OTHER, ModelPicker, data_names, local_folders
-from widgets.session.load_progress import Waiting, said
-from widgets.session.model_choice import Choice
+from widgets.session.load_progress import LoadProgress, words
+from widgets.session.model_choice import ModelChoice
 from widgets.session.session import Session
 from workbench.util.device import choices
 from workbench.zoo import download_progress, models
@@ -20,7 +20,7 @@ from workbench.zoo import download_progress, models
 
 @pytest.fixture
 def picker():
-    return ModelPicker(Choice("fashion-vit"))
+    return ModelPicker(ModelChoice("fashion-vit"))
 
 
 def until(condition, seconds=30.0):
@@ -38,13 +38,13 @@ def test_the_catalogue_is_offered_and_a_hub_id_can_be_typed(picker):
     picker.observe(lambda change: seen.append(change["new"]), "choice")
     picker.model.value = "fashion-cnn"
     picker.model.value = OTHER  # nothing is typed yet
-    assert seen == [Choice("fashion-cnn")]
+    assert seen == [ModelChoice("fashion-cnn")]
     assert picker.fold.layout.display is None
     picker.other.value = "owner/name"
-    assert seen[-1] == Choice("owner/name")
+    assert seen[-1] == ModelChoice("owner/name")
     assert not picker.other.continuous_update
     picker.model.value = "fashion-vit"
-    assert seen[-1] == Choice("fashion-vit")
+    assert seen[-1] == ModelChoice("fashion-vit")
     assert picker.other.value == ""
 
 
@@ -52,15 +52,15 @@ def test_data_device_and_items_are_part_of_the_choice_and_another_model_brings_i
     picker.data.value = "pictures/"
     picker.items.value = 64
     picker.device.value = "cpu"
-    assert picker.choice == Choice("fashion-vit", "pictures/", "cpu", 64)
+    assert picker.choice == ModelChoice("fashion-vit", "pictures/", "cpu", 64)
     picker.model.value = "fashion-cnn"
-    assert picker.choice == Choice("fashion-cnn", None, "cpu", 64)
+    assert picker.choice == ModelChoice("fashion-cnn", None, "cpu", 64)
     picker.items.value = 0
     assert picker.choice.evaluation_items is None
 
 
 def test_put_shows_without_reacting(picker):
-    picker.put(Choice("owner/name", "some/data", "cuda:7", 5))
+    picker.put(ModelChoice("owner/name", "some/data", "cuda:7", 5))
     assert (
         picker.model.value,
         picker.other.value,
@@ -68,7 +68,7 @@ def test_put_shows_without_reacting(picker):
         picker.device.value,
         picker.items.value,
     ) == (OTHER, "owner/name", "some/data", "cuda:7", 5)
-    picker.put(Choice("fashion-vit"))
+    picker.put(ModelChoice("fashion-vit"))
     assert (picker.model.value, picker.device.value, picker.data.value) == ("fashion-vit", "auto", "")
 
 
@@ -117,35 +117,29 @@ def test_what_has_arrived_is_counted(tmp_path, monkeypatch):
     assert download_progress.content(tmp_path / "nothing") == 0
 
 
-def test_waiting_counts_what_is_fetched_and_ends(monkeypatch):
+def test_load_progress_counts_what_is_fetched_and_ends(monkeypatch):
     monkeypatch.setattr("widgets.session.load_progress.PAUSE_SECONDS", 0.01)
     shown, bytes_here = [], iter(range(1_000_000, 90_000_000, 1_000_000))
-    waiting = Waiting(shown.append, lambda _name: next(bytes_here))
-    waiting.start("<m>")
+    progress = LoadProgress(shown.append, lambda _name: next(bytes_here))
+    progress.start("<m>")
     assert until(lambda: any("fetched" in words for words in shown))
-    waiting.stop()
+    progress.stop()
     assert shown[-1] == ""
     count = len(shown)
     time.sleep(0.1)
     assert len(shown) == count
-    assert said("<m>", 3.2, 0) == "loading &lt;m&gt;: 3 s"
+    assert words("<m>", 3.2, 0) == "loading &lt;m&gt;: 3 s"
 
 
 def test_giving_up_leaves_the_old_model_and_a_late_one_never_shows(tmp_path, monkeypatch):
     entered, go = threading.Event(), threading.Event()
-    loaded, session = [], None
-    session = Session(
-        on_live=lambda: None,
-        on_history=lambda: None,
-        on_loaded=lambda: loaded.append(session.choice),
-        on_error=pytest.fail,
-        on_not_loaded=pytest.fail,
-        ledger=tmp_path / "points.journal",
-        offline=True,
-        progress=False,
-    )
-    first = Choice("fashion-cnn", device="cpu", evaluation_items=32)
-    session.load_now(first)
+    loaded = []
+    session = Session(ledger=tmp_path / "points.journal", offline=True, progress=False)
+    session.on_loaded.subscribe(lambda: loaded.append(session.choice))
+    for signal in (session.on_error, session.on_load_error):
+        signal.subscribe(pytest.fail)
+    first = ModelChoice("fashion-cnn", device="cpu", evaluation_items=32)
+    session.loader.load_now(first)
     make = wb.Bench
 
     def slow(*args, **kwargs):
@@ -153,38 +147,31 @@ def test_giving_up_leaves_the_old_model_and_a_late_one_never_shows(tmp_path, mon
         go.wait(20)
         return make(*args, **kwargs)
 
-    monkeypatch.setattr("widgets.session.session.Bench", slow)
-    session.load(Choice("fashion-vit", device="cpu", evaluation_items=32))
+    monkeypatch.setattr("widgets.session.model_loader.Bench", slow)
+    session.load(ModelChoice("fashion-vit", device="cpu", evaluation_items=32))
     assert entered.wait(20)
-    session.give_up()
+    session.loader.give_up()
     assert not session.loader.busy
     assert session.run(wb.Recipe(wb.Quantize(weight_bits=8))).context.model_name == "fashion-cnn"
     go.set()
-    second = Choice("fashion-cnn", device="cpu", evaluation_items=16)
-    session.load_now(second)
+    second = ModelChoice("fashion-cnn", device="cpu", evaluation_items=16)
+    session.loader.load_now(second)
     assert loaded == [first, second]
     assert session.bench.task.model_name == "fashion-cnn"
     session.close()
 
 
 def test_what_is_loaded_is_not_looked_at_for_garbage_in_the_middle_of_a_move_and_closing_ends_that(tmp_path):
-    session = Session(
-        on_live=lambda: None,
-        on_history=lambda: None,
-        on_loaded=lambda: None,
-        on_error=pytest.fail,
-        on_not_loaded=pytest.fail,
-        ledger=tmp_path / "points.journal",
-        offline=True,
-        progress=False,
-    )
+    session = Session(ledger=tmp_path / "points.journal", offline=True, progress=False)
+    for signal in (session.on_error, session.on_load_error):
+        signal.subscribe(pytest.fail)
     try:
-        session.load_now(Choice("fashion-cnn", device="cpu", evaluation_items=16))
+        session.loader.load_now(ModelChoice("fashion-cnn", device="cpu", evaluation_items=16))
         session.run(wb.Recipe())
         frozen = gc.get_freeze_count()
         assert frozen > 100_000  # torch and transformers are among them
         assert not any(one is session.bench for one in gc.get_objects())
-        session.load_now(Choice("fashion-cnn", device="cpu", evaluation_items=16))
+        session.loader.load_now(ModelChoice("fashion-cnn", device="cpu", evaluation_items=16))
         session.run(wb.Recipe())
         assert gc.get_freeze_count() < 1.5 * frozen  # the first model was let go of
     finally:
@@ -198,7 +185,7 @@ def test_the_panel_loads_what_is_picked_and_goes_back_with_the_reason(tmp_path):
     )
     panel.run(wb.Recipe())
     panel.picker.items.value = 32
-    assert until(lambda: panel.session.choice == Choice("fashion-cnn", None, "cpu", 32))
+    assert until(lambda: panel.session.choice == ModelChoice("fashion-cnn", None, "cpu", 32))
     assert panel.run(wb.Recipe(wb.Quantize(weight_bits=8))).items_total == 32
     panel.picker.data.value = "no-such-data"
     assert until(lambda: panel.picker.choice == panel.session.choice)

@@ -8,6 +8,7 @@ import math
 import random
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,8 +33,10 @@ from widgets.plot.live_figure import (
 )
 from widgets.plot.plot_bar import PlotBar
 from widgets.plot.plot_choice import COST_NAMES, SHADE_NAMES, PlotChoice, logarithmic
+from widgets.plot.thinning import thin
 from widgets.plot.tradeoff_view import TradeoffView
-from widgets.session.state import Live, thin
+from widgets.session.state import PanelState, Past
+from workbench.ledger.annotation import Annotation
 from workbench.ledger.pareto import (
     COSTS,
     SHADES,
@@ -70,6 +73,11 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(bench):
     return bench.ledger.rows()
+
+
+def of(rows, said=None):
+    """Return the state of a panel that shows nothing but the past."""
+    return PanelState(wb.Recipe(), past=Past(rows, said or {}))
 
 
 @pytest.fixture
@@ -165,22 +173,22 @@ def test_pins_are_rings_and_survive_thinning(view, rows):
     assert "3" not in {row.key for row in thin(many, "file_bytes")} or many[3].sizes.file_bytes == min(
         row.sizes.file_bytes for row in many
     )
-    view.show_history(many)
-    view.show_pinned(["3", "no such key"])
+    kept = {key: Annotation(pinned=True) for key in ("3", "no such key")}
+    view.show(of(many, kept))
     ring = view.figure.data[PINNED]
     assert list(ring.x) == [many[3].sizes.file_bytes / 1e6]
     drawn = [key for index in HISTORY for key in view.figure.data[index].customdata]
     assert "3" in drawn
     assert len(drawn) <= 402
     assert f"{len(drawn)} of 900 points: front and newest" in view.bar.words.value
-    view.show_pinned([])
+    view.show(of(many))
     assert list(ring.x) == []
 
 
 def test_a_box_names_the_points_of_all_traces(rows):
     found = []
     view = TradeoffView(lambda _key: None, found.append)
-    view.show_history(rows)
+    view.show(of(rows))
     for index in HISTORY:
         trace = view.figure.data[index]
         view.selected(trace, SimpleNamespace(point_inds=list(range(len(trace.customdata)))), None)
@@ -194,9 +202,10 @@ def test_a_box_names_the_points_of_all_traces(rows):
 
 
 def test_only_the_live_traces_are_written_during_a_drag(view, rows, bench, monkeypatch):
-    view.show_history(rows)
+    past = of(rows)
+    view.show(past)
     guess = bench.predictor()
-    view.show_live(Live(RECIPES[1], guess.predict(RECIPES[1]), None, "measuring"))
+    view.show(replace(past, recipe=RECIPES[1], prediction=guess.predict(RECIPES[1]), phase="measuring"))
     sent = []
     monkeypatch.setattr(
         type(view.figure),
@@ -205,7 +214,7 @@ def test_only_the_live_traces_are_written_during_a_drag(view, rows, bench, monke
         raising=True,
     )
     recipe = wb.Recipe(wb.Prune(sparsity=0.61))
-    view.show_live(Live(recipe, guess.predict(recipe), None, "measuring"))
+    view.show(replace(past, recipe=recipe, prediction=guess.predict(recipe), phase="measuring"))
     assert sent
     assert {int(index) for indexes in sent for index in indexes} <= {DENSE, PREDICTED, MEASURED}
 
@@ -214,13 +223,15 @@ def test_only_the_live_traces_are_written_during_a_drag(view, rows, bench, monke
 @pytest.mark.parametrize("quality", [("", False), ("", True), ("loss", False), ("loss", True)])
 def test_the_star_and_the_live_points_lie_in_the_window(view, bench, cost, quality):
     rows, (metric, change) = bench.ledger.rows(), quality
-    view.show_history(rows)
+    past = of(rows)
+    view.show(past)
     view.bar.choice = PlotChoice(cost, metric, change, "bits", cost != "latency")
     recipe = RECIPES[2]
-    view.show_live(Live(recipe, bench.predictor().predict(recipe), None, "measuring"))
+    guess = bench.predictor().predict(recipe)
+    view.show(replace(past, recipe=recipe, prediction=guess, phase="measuring"))
     predicted = view.figure.data[PREDICTED]
     assert bool(predicted.x) is (cost in {"file_bytes", "latency"} and metric == "")
-    view.show_live(Live(recipe, None, rows[2], "measured"))
+    view.show(replace(past, recipe=recipe, point=rows[2], phase="measured"))
     layout = view.figure.layout
     for index in (DENSE, MEASURED):
         (x,), (y,) = view.figure.data[index].x, view.figure.data[index].y
@@ -237,10 +248,8 @@ def test_the_star_and_the_live_points_lie_in_the_window(view, bench, cost, quali
 
 def test_a_prediction_is_shown_as_a_change_against_the_dense_model(rows, bench):
     guess = bench.predictor().predict(RECIPES[1])
-    live = Live(RECIPES[1], guess, None, "measuring")
-    plain, change = (
-        live_changes(live, rows[-1], PlotChoice(change=c))[PREDICTED]["y"][0] for c in (False, True)
-    )
+    live = replace(of(rows), recipe=RECIPES[1], prediction=guess, phase="measuring")
+    plain, change = (live_changes(live, PlotChoice(change=c))[PREDICTED]["y"][0] for c in (False, True))
     assert plain - change == pytest.approx(100 * rows[-1].primary.dense.value)
 
 
@@ -302,7 +311,7 @@ def test_points_and_choices_may_come_from_two_threads(view, rows, monkeypatch):
 
     monkeypatch.setattr(make, "batch_update", slow)
     thread = threading.Thread(
-        target=lambda: [view.show_history(rows[: 1 + count % len(rows)]) for count in range(12)]
+        target=lambda: [view.show(of(rows[: 1 + count % len(rows)])) for count in range(12)]
     )
     thread.start()
     for cost in ("latency", "file_bytes") * 6:

@@ -120,17 +120,9 @@ def test_the_score_is_said_with_predictions_points_and_reports(bench, point):
 
 
 def test_the_panel_prepares_predictions_while_nothing_is_measured(bench):
-    def ignore(*_given: object) -> None:
-        """Draw nothing."""
-
     failures: list[BaseException] = []
-    session = Session(
-        on_live=ignore,
-        on_history=ignore,
-        on_loaded=ignore,
-        on_error=failures.append,
-        on_not_loaded=failures.append,
-    )
+    session = Session()
+    session.on_error.subscribe(failures.append)
     try:
         session.bench, session.predictor = bench, bench.predictor()
         session.run(wb.Recipe(wb.Prune(sparsity=0.5)))
@@ -140,7 +132,7 @@ def test_the_panel_prepares_predictions_while_nothing_is_measured(bench):
         assert session.predictor.prior is not None
         assert session.predictor.prior.missing([wb.Recipe(wb.Prune(sparsity=0.9))]) == {}
         point = session.run(wb.Recipe(wb.Prune(sparsity=0.8)))
-        assert session.live.prediction.quality is not None
+        assert session.state.prediction.quality is not None
         assert point.complete
     finally:
         session.close()

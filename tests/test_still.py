@@ -11,10 +11,10 @@ import pytest
 import tiny_tasks
 
 import workbench as wb
-from widgets.panes.static_snapshot import Still, still
+from widgets.panes.static_snapshot import StaticSnapshot, snapshot
 from widgets.plot.kept_figure import absent, kept_figure
 from widgets.plot.static_svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, svg
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
@@ -65,15 +65,19 @@ def test_only_complete_points_become_a_picture_which_names_recipe_and_time(tmp_p
     complete = wb.Bench(
         tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
     ).measure(wb.Recipe(wb.Prune(sparsity=0.5)))
-    live = Live(complete.recipe, point=replace(complete, items=complete.items - 1), state="measuring")
-    shown, empty = Still(), figure(go.Scatter())
-    shown.show("m", live, empty)
-    assert shown.html == ""
-    shown.show("<b>m</b>", Live(complete.recipe, point=complete, state="measured"), empty)
-    assert "&lt;b&gt;m&lt;/b&gt;" in shown.html
-    assert complete.provenance.time[:10] in shown.html
-    assert shown.html == still("<b>m</b>", Live(complete.recipe, point=complete, state="measured"), empty)
-    assert "wb-badge" not in shown.html
+    early = replace(complete, items=complete.items - 1)
+    empty = figure(go.Scatter()).to_dict()
+    shown = StaticSnapshot(lambda: empty)
+    shown.show(PanelState(complete.recipe, point=early, phase="measuring", model="m"))
+    assert shown.draw() == ""
+    measured = PanelState(complete.recipe, point=complete, phase="measured", model="<b>m</b>")
+    shown.show(measured)
+    assert shown.html == ""  # nobody looks: nothing is drawn
+    html = shown.draw()
+    assert "&lt;b&gt;m&lt;/b&gt;" in html
+    assert complete.provenance.time[:10] in html
+    assert html == snapshot(measured, empty)
+    assert "wb-badge" not in html
 
 
 def test_the_state_of_a_kept_figure_is_what_is_drawn():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from widgets.session.state import thin
+from widgets.plot.thinning import thin
 from workbench.errors import RecipeError
 from workbench.ledger.pareto import cost_of, ends, standings
 from workbench.measure.card import verdict

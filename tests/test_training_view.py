@@ -13,7 +13,7 @@ from widgets.figures.figures import curve_figure
 from widgets.panes.training_view import HEIGHT, WIDTH, TrainingView, curve_html, curve_svg
 from widgets.panes.verdict_strip import badge
 from widgets.session.session import Session
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 from workbench.errors import RecipeError
 from workbench.report.temperature_lesson import softened
 from workbench.util.progress import Look
@@ -99,24 +99,27 @@ def test_looks_reach_the_panel_and_stay_with_the_point(session):
         wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)
     )
     point = session.run(recipe)
-    assert [found.step for found in session.live.looks] == [0, 2, 4]
-    assert point.held_out == session.live.looks
-    session.live = Live(recipe)
+    assert [found.step for found in session.state.looks] == [0, 2, 4]
+    assert point.held_out == session.state.looks
+    session.state = PanelState(recipe)
     assert session.run(recipe) == point  # from the ledger
-    assert session.live.looks == point.held_out
+    assert session.state.looks == point.held_out
 
 
 def test_one_softened_answer_stands_under_the_curve_where_it_is_asked_for(session):
     session.run(wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=4, steps=4, distill_batch=8)))
     expected = softened(session.bench.task, 0, (1, 4))
-    assert (session.live.softened.answers, session.live.softened.truth) == (expected.answers, expected.truth)
-    for found, wanted in zip(session.live.softened.probabilities, expected.probabilities, strict=True):
+    assert (session.state.softened.answers, session.state.softened.truth) == (
+        expected.answers,
+        expected.truth,
+    )
+    for found, wanted in zip(session.state.softened.probabilities, expected.probabilities, strict=True):
         assert found == pytest.approx(wanted, abs=1e-6)  # another thread may add up in another order
     view = TrainingView(lambda: None)
-    view.show(session.live)
+    view.show(session.state)
     assert "wb-softened" not in view.picture.value
     view.lesson.value = True
-    first = session.live.softened
+    first = session.state.softened
     assert all(f"{line[0]:.1%}" in view.picture.value for line in first.probabilities)
     assert f"T = 4, {first.entropy[1]:.2f} nats" in view.picture.value
     view.lesson.value = False
@@ -125,7 +128,7 @@ def test_one_softened_answer_stands_under_the_curve_where_it_is_asked_for(sessio
 
 def test_answers_that_are_vectors_have_no_lesson():
     view = TrainingView(lambda: None)
-    view.show(Live(LONG, state="measured", curve=((0, 1.0),), curve_steps=9))
+    view.show(PanelState(LONG, phase="measured", curve=((0, 1.0),), curve_steps=9))
     assert view.lesson.layout.display == "none"
 
 
@@ -148,11 +151,11 @@ def test_the_figure_of_a_point_shows_quality_at_each_look(session):
 
 def test_it_is_hidden_without_training_and_its_button_while_nothing_runs():
     view = TrainingView(lambda: None)
-    view.show(Live(LONG))
+    view.show(PanelState(LONG))
     assert view.layout.display == "none"
-    view.show(Live(LONG, state="training", curve=((0, 1.0),), curve_steps=9))
+    view.show(PanelState(LONG, phase="training", curve=((0, 1.0),), curve_steps=9))
     assert (view.layout.display, view.button.layout.visibility) == (None, "visible")
-    view.show(Live(LONG, state="measured", curve=((0, 1.0),), curve_steps=9))
+    view.show(PanelState(LONG, phase="measured", curve=((0, 1.0),), curve_steps=9))
     assert (view.layout.display, view.button.layout.visibility) == (None, "hidden")
 
 
@@ -162,13 +165,8 @@ def session(tmp_path):
         tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
     )
     errors = []
-    made = Session(
-        on_live=lambda: None,
-        on_history=lambda: None,
-        on_loaded=lambda: None,
-        on_error=errors.append,
-        on_not_loaded=errors.append,
-    )
+    made = Session()
+    made.on_error.subscribe(errors.append)
     made.bench, made.predictor = bench, bench.predictor()
     yield made
     made.close()
@@ -177,22 +175,22 @@ def session(tmp_path):
 
 def test_stopping_keeps_and_measures_what_has_been_reached(session):
     training, followed = threading.Event(), []
-    session.on_live = lambda: training.set() if session.live.state == "training" else None
-    session.on_recipe = followed.append
+    session.on_state.subscribe(lambda: training.set() if session.state.phase == "training" else None)
+    session.on_recipe.subscribe(followed.append)
     session.start(LONG)
     assert training.wait(30)
     session.stop_training()
     job = session.measurer.running or session.measurer.waiting
     assert job.done.wait(60)
-    point = session.live.point
+    point = session.state.point
     assert point.complete
     stopped = point.recipe.get("distill").stop_at
     assert 1 <= stopped < 100_000
     assert len(point.curve) == stopped
-    assert session.live.recipe == point.recipe
+    assert session.state.recipe == point.recipe
     assert followed == [point.recipe]
-    assert session.live.curve == point.curve
-    assert session.live.curve_steps == 100_000
+    assert session.state.curve == point.curve
+    assert session.state.curve_steps == 100_000
     assert [row.recipe for row in session.rows()] == [point.recipe]
 
 
@@ -213,33 +211,36 @@ def test_steps_of_every_training_are_counted_also_of_a_point_from_the_ledger(ses
     )
     for _ in range(2):  # trained, then found
         assert session.run(recipe).complete
-        assert session.live.curve_steps == len(session.live.curve) == 3
+        assert session.state.curve_steps == len(session.state.curve) == 3
 
 
 def test_what_is_being_computed_is_said_until_there_is_a_look(session, monkeypatch):
     said = []
-    monkeypatch.setattr("widgets.session.session.DOING_SECONDS", 0.0)
-    session.on_live = lambda: (
-        said.append((session.live.doing, badge(session.live))) if session.live.point is None else None
-    )
+    monkeypatch.setattr("widgets.session.measuring_job.DOING_SECONDS", 0.0)
+
+    def note():
+        if session.state.point is None:
+            said.append((session.state.doing, badge(session.state)))
+
+    session.on_state.subscribe(note)
     session.run(wb.Recipe(wb.Prune(sparsity=0.4, criterion="wanda")))
     words = [doing for doing, _ in said if doing]
     assert any(word.startswith("calibration, ") for word in words)
     assert all(f"predicted: {doing}</div>" in html for doing, html in said if doing)
-    assert session.live.doing == ""
-    assert "predicted" not in badge(session.live)
+    assert session.state.doing == ""
+    assert "predicted" not in badge(session.state)
 
 
 def test_moving_on_while_it_trains_leaves_nothing_of_it(session):
     training = threading.Event()
-    session.on_live = lambda: training.set() if session.live.state == "training" else None
+    session.on_state.subscribe(lambda: training.set() if session.state.phase == "training" else None)
     session.start(LONG)
     assert training.wait(30)
     session.start(wb.Recipe(wb.Prune(sparsity=0.3)))
     job = session.measurer.running if session.measurer.waiting is None else session.measurer.waiting
     assert job.done.wait(60)
-    assert session.live.recipe == wb.Recipe(wb.Prune(sparsity=0.3))
-    assert session.live.curve == ()
+    assert session.state.recipe == wb.Recipe(wb.Prune(sparsity=0.3))
+    assert session.state.curve == ()
     assert len(session.rows()) == 1
 
 

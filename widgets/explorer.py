@@ -6,9 +6,7 @@ Composes; decides nothing.
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,22 @@ from widgets.form.preset_bar import PresetBar
 from widgets.form.recipe_form import RecipeForm
 from widgets.labels import Labels
 from widgets.panes.behaviour_view import BehaviourView
-from widgets.panes.code_view import CodeView, line
-from widgets.panes.error_pane import ErrorPane, explain
+from widgets.panes.code_view import CodeView, RecipeLine
+from widgets.panes.dense_line import DenseLine
+from widgets.panes.error_pane import ErrorPane, explain, log_defect
 from widgets.panes.layer_view import LayerView
-from widgets.panes.points_controller import Keeping
-from widgets.panes.static_snapshot import Still
+from widgets.panes.pane_tabs import PaneTabs
+from widgets.panes.points_controller import PointsController
+from widgets.panes.static_snapshot import StaticSnapshot
 from widgets.panes.training_view import TrainingView
-from widgets.panes.verdict_strip import HonestyStrip
+from widgets.panes.verdict_strip import VerdictStrip
 from widgets.plot.tradeoff_view import TradeoffView
-from widgets.session.load_progress import Waiting
-from widgets.session.model_choice import Choice
+from widgets.session.load_progress import LoadProgress
+from widgets.session.model_choice import ModelChoice
 from widgets.session.pacer import Pacer
 from widgets.session.session import Session
-from workbench.errors import WorkbenchError
-from workbench.measure.behaviour import Behaviour, Continuation
 from workbench.measure.measurement import Measurement
-from workbench.metrics.metrics import metric_named
 from workbench.recipe import Recipe
-from workbench.util.text import size
 
 BROWSER_SECONDS = 0.02  # what a browser takes to draw one point
 
@@ -80,45 +76,59 @@ class Explorer(ipw.VBox):
             offline: never reach for the network.
 
         """
-        self.quiet = False
+        self.following = (
+            False  # whether the sliders are put where the session is, and not the other way round
+        )
         self.errors = ErrorPane()
         self.form = RecipeForm(recipe)
-        self.plot = TradeoffView(self.go_to)
-        self.strip, self.code = HonestyStrip(), CodeView()
-        self.behaviour = BehaviourView(lambda: self.guarded(self.ask_behaviour))
-        self.still = Still()
-        self.line, self.dense = ipw.HTML(), ipw.HTML("loading ...")
-        self.picker = ModelPicker(Choice(model, data, device, evaluation_items))
-        self.waiting = Waiting(self.picker.busy)
+        self.picker = ModelPicker(ModelChoice(model, data, device, evaluation_items))
+        self.load_progress = LoadProgress(self.picker.busy)
         self.pacer = Pacer(self.failed)
         self.session = Session(
-            on_live=lambda: self.pacer.post("live", self.draw_live),
-            on_history=lambda: self.pacer.post("history", self.draw_history),
-            on_loaded=self.loaded,
-            on_error=self.failed,
-            on_not_loaded=self.not_loaded,
-            breathe=self.breathe,
-            ledger=ledger,
-            runtime=runtime,
-            placement=placement,
-            offline=offline,
-            progress=False,
+            ledger=ledger, runtime=runtime, placement=placement, offline=offline, progress=False
         )
-        self.keeping = Keeping(
-            self.session,
-            go_to=self.go_to,
-            guarded=self.guarded,
-            post=self.pacer.post,
-            changed=lambda: self.pacer.post("history", self.draw_history),
+        self.make_panes()
+        super().__init__(self.arrange())
+        self.add_class("wb-panel")
+        self.join()
+        self.session.start(self.form.recipe)
+        self.load()
+
+    def make_panes(self) -> None:
+        """Make what shows the session's state. `panes` are drawn in their order, by the pacer's thread."""
+        session, guarded, post = self.session, self.guarded, self.pacer.post
+        self.plot = TradeoffView(self.go_to, self.brushed)
+        self.strip, self.line, self.dense = VerdictStrip(), RecipeLine(), DenseLine()
+        self.points = PointsController(session, go_to=self.go_to, guarded=guarded, post=post)
+        self.training = TrainingView(lambda: guarded(session.stop_training))
+        self.layers = LayerView(session, self.form, guarded=guarded, post=post)
+        self.behaviour = BehaviourView(session, guarded=guarded, post=post)
+        self.code = CodeView()
+        self.history, self.compare = self.points.history, self.points.compare
+        tabs = {
+            "layers": self.layers,
+            "behaviour": self.behaviour,
+            "compare": self.compare,
+            "history": self.history,
+            "code": self.code,
+        }
+        self.tabs = PaneTabs(tabs, post)
+        self.snapshot = StaticSnapshot(self.plot.figure.to_dict)
+        self.panes = (
+            self.plot,
+            self.strip,
+            self.line,
+            self.dense,
+            self.tabs,
+            self.points,
+            self.training,
+            self.snapshot,
         )
-        self.history, self.compare, self.plot.on_select = (
-            self.keeping.history,
-            self.keeping.compare,
-            self.brushed,
-        )
-        self.training = TrainingView(lambda: self.guarded(self.session.stop_training))
-        self.session.on_recipe = self.follow
-        self.layers = LayerView(self.session, self.form, guarded=self.guarded, post=self.pacer.post)
+
+    def arrange(self) -> list[ipw.Widget]:
+        """Return the parts of the panel, top to bottom."""
+        css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+        style = ipw.HTML(f"<style>{css}</style>", layout=ipw.Layout(display="none"))
         self.presets = PresetBar(
             self.form,
             self.session,
@@ -126,204 +136,141 @@ class Explorer(ipw.VBox):
             lambda words: self.errors.say("search", words, "note"),
             self.pacer.post,
         )
-        super().__init__(self.arrange())
-        self.tabs.observe(
-            lambda change: self.layers.set_visible(
-                visible=change["new"] == self.tabs.children.index(self.layers)
-            ),
-            "selected_index",
-        )
-        self.add_class("wb-panel")
-        self.picker.observe(lambda _: self.load(), "choice")
-        self.picker.stop.on_click(lambda _: self.guarded(self.give_up))
-        self.form.observe(self.moved, "recipe")
-        self.form.observe(lambda _: self.errors.say("sliders", self.form.error), "error")
-        self.form.observe(lambda _: self.errors.say("note", self.form.note, "note"), "note")
-        self.session.start(self.form.recipe)
-        self.load()
-
-    @property
-    def model_name(self) -> str:
-        """Return the name of the model on the bench, or of the one that loads."""
-        return (self.session.choice or self.picker.choice).name
-
-    def arrange(self) -> list[ipw.Widget]:
-        """Return the parts of the panel, top to bottom."""
-        style = ipw.HTML(
-            f"<style>{(Path(__file__).parent / 'style.css').read_text(encoding='utf-8')}</style>",
-            layout=ipw.Layout(display="none"),
-        )
         head = ipw.HBox([self.picker, self.picker.loading, self.dense])
-        left = ipw.VBox([self.form, self.presets, self.line])
-        right = ipw.VBox([self.plot])
+        left, right = ipw.VBox([self.form, self.presets, self.line]), ipw.VBox([self.plot])
         main = ipw.HBox([left, right])
-        tabs = self.tabs = ipw.Tab(
-            [self.layers, self.behaviour, self.compare, self.history, self.code],
-            titles=["layers", "behaviour", "compare", "history", "code"],
-        )
-        named = {
-            "wb-head": head,
-            "wb-left": left,
-            "wb-right": right,
-            "wb-main": main,
-            "wb-tabs": tabs,
-            "wb-dense": self.dense,
-            "wb-line": self.line,
-        }
+        named = {"wb-head": head, "wb-left": left, "wb-right": right, "wb-main": main, "wb-line": self.line}
         for name, widget in named.items():
             widget.add_class(name)
-        return [
-            style,
-            Labels(),
-            head,
-            main,
-            self.errors,
-            self.training,
-            self.strip,
-            self.keeping.line,
-            self.keeping.bar,
-            tabs,
-        ]
+        below = [self.errors, self.training, self.strip, self.points.line, self.points.bar, self.tabs]
+        return [style, Labels(), head, main, *below]
+
+    def join(self) -> None:
+        """Let controls and session tell what happens."""
+        session, post = self.session, self.pacer.post
+        session.on_state.subscribe(lambda: post("state", self.draw))
+        session.on_points.subscribe(lambda: post("points", session.read_past))
+        session.on_loaded.subscribe(self.loaded)
+        session.on_error.subscribe(self.failed)
+        session.on_load_error.subscribe(self.not_loaded)
+        session.on_recipe.subscribe(self.follow)
+        session.on_start.subscribe(self.starting)
+        self.form.observe(self.moved, "state")
+        self.picker.observe(lambda _: self.load(), "choice")
+        self.picker.stop.on_click(lambda _: self.guarded(self.give_up))
+        self.tabs.observe(
+            lambda _: self.layers.set_visible(visible=self.tabs.visible is self.layers), "selected_index"
+        )
 
     def _ipython_display_(self) -> None:
         """Show the panel, and under it the picture that stays where no kernel runs."""
         from IPython.display import display
 
         display({**self._repr_mimebundle_(), "text/html": ""}, raw=True)
-        self.still.display()
+        self.snapshot.display()
+
+    # --- what a user does
 
     def guarded(self, act: Callable[[], None]) -> None:
         """Act on a click; what goes wrong is shown in the panel."""
-        try:
-            self.errors.say("action", "")
-            act()
-        except Exception as error:  # noqa: BLE001  an exception in a callback appears nowhere else
-            self.errors.say("action", explain(error, self.form.last))
+        self.errors.guard(act, lambda: self.form.state.last)
+
+    def moved(self, change: dict[str, Any]) -> None:
+        """Start on what the sliders say now, then show what they say of themselves."""
+        state, before = change["new"], change["old"]
+        if state.recipe != before.recipe and not self.following:
+            try:
+                self.session.start(state.recipe)
+            except Exception as error:  # noqa: BLE001  an exception in a callback appears nowhere else
+                self.failed(error)
+            for source in ("action", "search"):
+                self.errors.say(source, "")
+        self.errors.say("sliders", state.error)
+        self.errors.say("note", state.note, "note")
+        self.layers.show_overrides()
 
     def go_to(self, key: str) -> None:
         """Put the sliders back to a point of the ledger."""
-        found = next((row for row in self.session.rows() if row.key == key), None)
-        if found is not None:
-            self.guarded(lambda: self.form.set_recipe(found.recipe))
+        point = next((row for row in self.session.rows() if row.key == key), None)
+        if point is not None:
+            self.guarded(lambda: self.form.set_recipe(point.recipe))
 
     def brushed(self, keys: Sequence[str]) -> None:
         """Put the points of a box side by side, and show them."""
-        self.keeping.select(keys)
+        self.points.select(keys)
         if keys:
-            self.tabs.selected_index = self.tabs.children.index(self.compare)
-
-    def moved(self, _change: dict[str, Any]) -> None:
-        """Start on what the sliders say."""
-        if not self.quiet:
-            self.errors.say("work", "")
-            self.errors.say("search", "")
-            self.guarded(lambda: self.session.start(self.form.recipe))
-
-    def follow(self, recipe: Recipe) -> None:
-        """Put the sliders on what is measured, without starting anew."""
-        self.quiet = True
-        try:
-            self.form.set_recipe(recipe)
-        finally:
-            self.quiet = False
+            self.tabs.select(self.compare)
 
     def load(self) -> None:
         """Load what is picked; what is on the bench stays usable."""
         if self.picker.choice != self.session.choice:
             self.errors.say("load", "")
-            self.waiting.start(self.picker.choice.name)
+            self.load_progress.start(self.picker.choice.name)
             self.session.load(self.picker.choice)
         elif self.session.loader.busy:
             self.give_up()
 
     def give_up(self) -> None:
         """Stop waiting for what loads, and show what is on the bench."""
-        self.session.give_up()
-        self.waiting.stop()
+        self.session.loader.give_up()
+        self.load_progress.stop()
         if self.session.choice is not None:
             self.picker.put(self.session.choice)
 
-    def loaded(self) -> None:
-        """Show a model that has been loaded."""
-        self.waiting.stop()
-        self.errors.say("work", "")
-        self.pacer.post("forget", self.layers.forget)
-        self.pacer.post(
-            "kernels",
-            lambda: self.form.show_kernels(self.session.bench.device.type if self.session.bench else ""),
-        )
-        self.pacer.post("history", self.draw_history)
+    # --- what the session tells
 
-    def breathe(self) -> None:
-        """Let the prediction be drawn, here and in the browser, before the processor is busy with the
-        measurement.
-        """
+    def draw(self) -> None:
+        """Draw the present state."""
+        state = self.session.state
+        for pane in self.panes:
+            pane.show(state)
+        self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(state.past.rows):,})")
+
+    def follow(self, recipe: Recipe) -> None:
+        """Put the sliders on what is measured, without starting anew."""
+        self.following = True
+        try:
+            self.form.set_recipe(recipe)
+        finally:
+            self.following = False
+
+    def loaded(self) -> None:
+        """Show that a model has been loaded."""
+        self.load_progress.stop()
+        device = "" if self.session.bench is None else self.session.bench.device.type
+        self.pacer.post("kernels", lambda: self.form.show_kernels(device))
+
+    def starting(self) -> None:
+        """Let the prediction be drawn, here and in the browser, before a measurement takes the processor."""
+        self.errors.say("work", "")  # what the one before raised
         if self.pacer.flush(0.05):
             time.sleep(BROWSER_SECONDS)
 
     def failed(self, error: BaseException) -> None:
         """Show what a thread raised; where it is a defect of ours, the whole traceback goes to the log."""
         log_defect(error)
-        self.errors.say("work", explain(error, self.form.last))
+        self.errors.say("work", explain(error, self.form.state.last))
 
     def not_loaded(self, error: BaseException) -> None:
         """Go back to the model that is there, and say why the other one is not."""
         wanted = self.picker.choice
-        self.waiting.stop()
+        self.load_progress.stop()
         log_defect(error)
         self.errors.say("load", f"{wanted.name} is not loaded: {explain(error, '')}")
         if self.session.choice is not None:
             self.picker.put(self.session.choice)
-        self.pacer.post("live", self.draw_live)
+        self.pacer.post("state", self.draw)
 
-    def ask_behaviour(self) -> None:
-        """Compare the answers of both models, item by item, behind the panel."""
-        self.session.compare(
-            lambda recipe, found: self.pacer.post("behaviour", lambda: self.draw_behaviour(recipe, found))
-        )
-        self.behaviour.wait()
-
-    def draw_behaviour(self, recipe: Recipe, found: Behaviour | Sequence[Continuation]) -> None:
-        """Draw what changed."""
-        if self.session.bench is None:
-            return
-        if isinstance(found, Behaviour):
-            self.behaviour.show_classes(recipe.label(), found, self.session.bench.task.evaluation)
-        else:
-            self.behaviour.show_texts(recipe.label(), found)
-
-    def draw_live(self) -> None:
-        """Draw the present state."""
-        state = self.session.live
-        self.plot.show_live(state)
-        self.strip.show(state)
-        self.line.value = line(state.recipe)
-        self.code.show(self.model_name, state.recipe)
-        self.layers.show(state.point)
-        if state.state == "measured":
-            self.still.show(self.model_name, state, self.plot.figure)
-        self.keeping.draw_live(state)
-        self.training.show(state)
-        anchor = self.plot.anchor()
-        self.dense.value = dense_words(anchor) if anchor is not None else ""
-
-    def draw_history(self) -> None:
-        """Draw the past."""
-        rows = self.session.rows()
-        said = self.keeping.draw_history(rows)
-        self.plot.pinned = tuple(key for key, annotation in said.items() if annotation.pinned)
-        self.plot.show_history(rows)
-        self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(rows):,})")
+    # --- without a browser
 
     def run(self, recipe: Recipe) -> Measurement:
-        """Put the sliders on a recipe, measure it, wait, and return the complete point: for notebooks without
-        a browser.
+        """Put the sliders on a recipe, measure it, wait, and return the complete point.
 
         Raises:
             WorkbenchError: what loading, compression or measurement raised.
         """
         if self.session.bench is None:
-            self.session.load_now(self.picker.choice)
+            self.session.loader.load_now(self.picker.choice)
         self.follow(recipe)
         point = self.session.run(recipe)
         self.pacer.flush()
@@ -334,34 +281,10 @@ class Explorer(ipw.VBox):
 
         Ipywidgets calls this also for a panel that could not be made.
         """
-        for part in (
-            vars(self).get("waiting"),
-            vars(self).get("keeping"),
-            vars(self).get("session"),
-            vars(self).get("pacer"),
-        ):
-            if part is not None:
+        parts = vars(self)
+        if "load_progress" in parts:
+            self.load_progress.stop()
+        for name, part in parts.items():
+            if name in {"points", "session", "pacer"}:
                 part.close()
         super().close()
-
-
-def log_defect(error: BaseException) -> None:
-    """Write the whole traceback of what is no user's mistake to the log."""
-    if not isinstance(error, WorkbenchError):
-        traceback.print_exception(error)
-
-
-def dense_words(point: Measurement) -> str:
-    """Return the dense model in the head line."""
-    quality = point.primary
-    value = metric_named(quality.metric).words(quality.dense.value)
-    time = f" &middot; {point.latency.dense_median_ms:.1f} ms" if point.latency else ""
-    if point.latency and point.latency.real_time_factors:
-        time += f" &middot; real-time factor {point.latency.real_time_factors[0]:.3f}"
-    about = escape(
-        f"{quality.metric} on {point.items:,} items of {point.context.data_name}; {point.context.device_name}"
-    )
-    return (
-        f"<span title='{about}'><b>\N{BLACK STAR}</b> dense: <b>{value}</b> {escape(quality.metric)} &middot;"
-        f" {size(point.dense_sizes.file_bytes)}{time}</span>"
-    )

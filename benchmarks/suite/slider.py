@@ -14,7 +14,7 @@ import time
 
 import workbench as wb
 from benchmarks.suite.record import Options, Record
-from widgets.session.model_choice import Choice
+from widgets.session.model_choice import ModelChoice
 from widgets.session.session import Session
 from workbench.util.device import pick
 
@@ -79,19 +79,19 @@ class Watch:
             0.0,
             quality_only,
         )
-        session.on_live = self.note
+        session.on_state.subscribe(self.note)
 
     def note(self) -> None:
         """Note the first of each."""
-        live, now = self.session.live, 1000 * (time.perf_counter() - self.start)
-        if live.prediction is not None:
+        state, now = self.session.state, 1000 * (time.perf_counter() - self.start)
+        if state.prediction is not None:
             self.seen.setdefault("predicted", now)
-        if live.point is None:
+        if state.point is None:
             return
         self.seen.setdefault("first", now)
-        if live.point.items == live.point.items_total and "all" not in self.seen:
+        if state.point.items == state.point.items_total and "all" not in self.seen:
             self.seen["all"] = now
-        if live.point.complete:
+        if state.point.complete:
             self.seen.setdefault("complete", now)
         elif self.quality_only and "all" in self.seen:
             self.session.cancel()
@@ -142,16 +142,9 @@ def run(target: str, options: Options, record: Record) -> None:
     if target in AIMS and pick(options.device).type == "cuda":
         record.settings["aim_first_ms"] = AIMS[target]
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(
-            on_live=lambda: None,
-            on_history=lambda: None,
-            on_loaded=lambda: None,
-            on_error=errors.append,
-            on_not_loaded=errors.append,
-            ledger=f"{folder}/points.journal",
-            progress=False,
-        )
-        session.load_now(Choice(task))
+        session = Session(ledger=f"{folder}/points.journal", progress=False)
+        session.on_error.subscribe(errors.append)
+        session.loader.load_now(ModelChoice(task))
         while session.measurer.busy:
             time.sleep(0.01)
         watch = Watch(session, quality_only=options.quality_only)

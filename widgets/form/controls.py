@@ -58,13 +58,9 @@ def bounds(info: FieldInfo) -> Bounds:
     """Return the bounds of a field."""
     found: dict[str, Any] = {}
     for item in info.metadata:
-        found.update(
-            {
-                name: getattr(item, name)
-                for name in ("ge", "gt", "le", "lt")
-                if getattr(item, name, None) is not None
-            }
-        )
+        for name in ("ge", "gt", "le", "lt"):
+            if getattr(item, name, None) is not None:
+                found[name] = getattr(item, name)
     low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
     return Bounds(low, high, "ge" not in found, "le" not in found)
 
@@ -101,9 +97,7 @@ class Scale:
 
 
 def scale(step: type[Step]) -> Scale:
-    """Return the slider of a method: its field's range, or about its stops where the range goes far beyond
-    them.
-    """
+    """Return the slider of a method: its field's range, or about its stops where that is far wider."""
     info = step.options()[step.slider]
     limits, whole = bounds(info), info.annotation is int
     default = float(info.default) if isinstance(info.default, int | float) else 1.0
@@ -156,9 +150,8 @@ def control(name: str, info: FieldInfo) -> ipw.ValueWidget:
         high = 1e9 if limits.high is None else limits.high
         if kind is int:
             return ipw.BoundedIntText(min=int(low), max=int(high), **about)
-        return ipw.BoundedFloatText(
-            min=low, max=high, step=nice_step(high - low) if high - low <= 1 else 1.0, **about
-        )
+        step = nice_step(high - low) if high - low <= 1 else 1.0
+        return ipw.BoundedFloatText(min=low, max=high, step=step, **about)
     return ipw.Combobox(
         options=[str(example) for example in info.examples or [info.default]],
         ensure_option=False,
@@ -168,9 +161,7 @@ def control(name: str, info: FieldInfo) -> ipw.ValueWidget:
 
 
 def tick_marks(step: type[Step], made: Scale, kernels: Sequence[KernelTick] = ()) -> str:
-    """Return the stops as marks under a slider, with the schemes that kernels know: filled where one runs
-    here, else hollow and grey.
-    """
+    """Return the stops as marks under a slider, with the schemes that kernels know: filled where they run."""
     span = made.high - made.low
     values = sorted({*map(float, step.stops), *(float(tick.value) for tick in kernels)})
     marks = []

@@ -14,14 +14,15 @@ from widgets.form.recipe_form import RecipeForm
 from workbench.compress.registry import METHODS
 from workbench.recipe import Recipe, Step
 
-MODES: tuple[tuple[str, Mode], ...] = (
-    ("follow slider", "follow"),
-    ("leave out", "out"),
-    ("own value", "own"),
-)
+# What the modes are called, and what they say of an option by name
+MODES: dict[Mode, tuple[str, str]] = {
+    "follow": ("follow slider", "{name}: as the slider says"),
+    "out": ("leave out", "{name}: not this layer"),
+    "own": ("own value", "{name}: a value for this layer alone"),
+}
 
 
-class LayerControl(ipw.HBox):
+class LayerOverride(ipw.HBox):
     """Controls of one method for the layer that was chosen; they change the recipe through the form."""
 
     def __init__(
@@ -39,14 +40,10 @@ class LayerControl(ipw.HBox):
         self.layer, self.head, self.hold = "", False, False
         name = title(kind.slider)
         self.mode = ipw.ToggleButtons(
-            options=MODES,
+            options=[(words, mode) for mode, (words, _) in MODES.items()],
             value="follow",
             description=name,
-            tooltips=[
-                f"{name}: as the slider says",
-                f"{name}: not this layer",
-                f"{name}: a value for this layer alone",
-            ],
+            tooltips=[about.format(name=name) for _, about in MODES.values()],
         )
         self.slider = slider(kind)
         self.scale = scale(kind)
@@ -76,10 +73,9 @@ class LayerControl(ipw.HBox):
 
     def moved(self, change: dict[str, Any]) -> None:
         """React to a control, and show what the recipe says now, also if the change was refused."""
-        if self.hold or (
-            change["owner"] is self.slider
-            and self.scale.rounded(change["old"]) == self.scale.rounded(change["new"])
-        ):
+        old, new = change["old"], change["new"]
+        noise = change["owner"] is self.slider and self.scale.rounded(old) == self.scale.rounded(new)
+        if self.hold or noise:
             return
         self.guarded(self.apply)
         self.show(self.form.recipe, self.layer, head=self.head)
@@ -100,13 +96,11 @@ class LayerControl(ipw.HBox):
 def layer_steps(recipe: Recipe, kind: str) -> LayerSteps | None:
     """Return all steps of one kind, None if there is none."""
     main = recipe.main(kind)
-    return (
-        None
-        if main is None
-        else LayerSteps(main, Line.around(main, [step for step in recipe if step.kind() == kind]))
-    )
+    if main is None:
+        return None
+    return LayerSteps(main, Line.around(main, [step for step in recipe if step.kind() == kind]))
 
 
-def layer_controls(form: RecipeForm, guarded: Callable[[Callable[[], None]], None]) -> list[LayerControl]:
+def layer_overrides(form: RecipeForm, guarded: Callable[[Callable[[], None]], None]) -> list[LayerOverride]:
     """Return the controls of every registered method."""
-    return [LayerControl(kind, form, guarded) for kind in METHODS.steps()]
+    return [LayerOverride(kind, form, guarded) for kind in METHODS.steps()]

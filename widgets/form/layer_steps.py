@@ -1,6 +1,4 @@
-"""Which layers stand apart from a slider: the steps of one kind, and how one layer is taken out, set apart or
-put back; pure.
-"""
+"""Which layers stand apart from a slider, and how one is taken out, set apart or put back; pure."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ class LayerSteps:
         return self.own.steps(self.main)
 
     def mode(self, layer: str, *, head: bool = False) -> tuple[Mode, Step]:
-        """Return how a layer stands: following `main`, left out, or with a step of its own, which is returned
-        too.
-        """
+        """Return how a layer stands (following `main`, left out, or on its own), and by which step."""
         for step in (*self.own.before, *self.own.after):
             if step.takes(layer, head=head):
                 return "own", step
@@ -67,15 +63,11 @@ class LayerSteps:
         main = without(self.main, layer)
         if main is None:
             raise RecipeError(f"{self.main!r} works on {layer} alone: move its slider, or turn it off")
-        return LayerSteps(
-            main,
-            Line(
-                *(
-                    tuple(left for step in part if (left := without(step, layer)) is not None)
-                    for part in (self.own.before, self.own.after)
-                )
-            ),
+        before, after = (
+            tuple(left for step in part if (left := without(step, layer)) is not None)
+            for part in (self.own.before, self.own.after)
         )
+        return LayerSteps(main, Line(before, after))
 
     def override(self, layer: str, step: Step) -> LayerSteps:
         """Return the steps with `step` for this layer only; it keeps its place if the layer had one already.
@@ -85,12 +77,12 @@ class LayerSteps:
 
         """
         mine = dataclasses.replace(step, targets=(literal(layer),))
-        parts = [
+        before, after = (
             tuple(mine if old.targets == mine.targets else old for old in part)
             for part in (self.own.before, self.own.after)
-        ]
-        if mine in (*parts[0], *parts[1]):
-            return LayerSteps(self.main, Line(*parts))
+        )
+        if mine in (*before, *after):
+            return LayerSteps(self.main, Line(before, after))
         apart = self.exclude(layer)
         return LayerSteps(apart.main, Line(apart.own.before, (*apart.own.after, mine)))
 

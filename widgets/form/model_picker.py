@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as ipw
 import traitlets
 
-from widgets.session.model_choice import Choice
+from widgets.session.model_choice import ModelChoice
 from workbench.tasks.registry import KINDS
 from workbench.tasks.sources import NAMES
 from workbench.util.device import choices as devices
@@ -18,15 +18,15 @@ OTHER = "other: hub id or folder"
 
 
 class ModelPicker(ipw.VBox):
-    """Controls of a `Choice`; `choice` changes only when the user has picked something else.
+    """Controls of a `ModelChoice`; `choice` changes only when the user has picked something else.
 
     What loads another model takes long, so text counts on Enter only. `busy` shows that something loads, with
     a button that gives it up; `put` shows a choice without reacting.
     """
 
-    choice = traitlets.Instance(Choice)
+    choice = traitlets.Instance(ModelChoice)
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: ModelChoice) -> None:
         """Make the controls, and put a choice into them."""
         self.hold = False
         self.entries = {entry.name: entry for entry in models()}
@@ -104,15 +104,14 @@ class ModelPicker(ipw.VBox):
         if wanted != self.choice:
             self.put(wanted)
 
-    def described(self, *, keep_data: bool = True) -> Choice:
+    def described(self, *, keep_data: bool = True) -> ModelChoice:
         """Return what the controls say."""
         model = self.other.value.strip() if self.model.value == OTHER else self.model.value
         device = None if self.device.value == "auto" else self.device.value
-        return Choice(
-            model, (self.data.value.strip() or None) if keep_data else None, device, self.items.value or None
-        )
+        data = (self.data.value.strip() or None) if keep_data else None
+        return ModelChoice(model, data, device, self.items.value or None)
 
-    def put(self, choice: Choice) -> None:
+    def put(self, choice: ModelChoice) -> None:
         """Show a choice; loads nothing by itself (whoever observes `choice` may)."""
         self.hold = True
         try:
@@ -120,10 +119,8 @@ class ModelPicker(ipw.VBox):
             self.model.value = choice.name if listed else OTHER
             self.other.value = "" if listed else choice.name
             if choice.device is not None and choice.device not in [value for _, value in self.device.options]:
-                self.device.options = [
-                    *self.device.options,
-                    (choice.device, choice.device),
-                ]  # whether it is here, loading says
+                # Whether it is here, loading says
+                self.device.options = [*self.device.options, (choice.device, choice.device)]
             self.device.value = choice.device or "auto"
             self.data.options = data_names(self.entries.get(choice.name))
             self.data.value = choice.data or ""
@@ -138,17 +135,12 @@ class ModelPicker(ipw.VBox):
     def busy(self, words: str) -> None:
         """Show that something loads and how far it is; "" when nothing does. `words` are HTML."""
         self.loading.layout.display = None if words else "none"
-        self.words.value = (
-            f"<span role='status'><i class='wb-running' aria-hidden='true'></i>{words}</span>"
-            if words
-            else ""
-        )
+        running = f"<span role='status'><i class='wb-running' aria-hidden='true'></i>{words}</span>"
+        self.words.value = running if words else ""
 
 
 def data_names(entry: Entry | None) -> tuple[str, ...]:
-    """Return the data that can be named for a model: those of its kind of task, or all where the kind is not
-    known yet.
-    """
+    """Return the data that can be named for a model: those of its kind of task, all where that is unknown."""
     return NAMES if entry is None else KINDS.named(entry.task).data_names
 
 

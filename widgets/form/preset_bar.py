@@ -1,6 +1,4 @@
-"""Buttons under the sliders: back and forth, cancel, and the way to the smallest or fastest point within a
-loss that the user names.
-"""
+"""Buttons under the sliders: back and forth, cancel, and the way to the smallest point within a loss."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ from collections.abc import Callable, Sequence
 import ipywidgets as ipw
 
 from widgets.form.recipe_form import RecipeForm
+from widgets.session.point_search import Ended, search
 from widgets.session.session import Session
 from workbench.errors import RecipeError
 from workbench.ledger.pareto import fastest_within, smallest_within
@@ -55,30 +54,24 @@ class PresetBar(ipw.VBox):
             " cancel stops it",
             self.start,
         )
-        back = ipw.HBox(
-            [
-                self.button("undo", "take back the last move", form.undo),
-                self.button("redo", "do it again", form.redo),
-                self.button("cancel", "stop measuring or searching; what has been read stays", self.cancel),
-                self.button("reset", "turn every method off", form.reset),
-            ]
+        smallest = self.button(
+            "smallest",
+            "the smallest measured point whose whole interval is within this loss",
+            lambda: self.preset(smallest_within),
         )
-        ahead = ipw.HBox(
-            [
-                self.within,
-                self.button(
-                    "smallest",
-                    "the smallest measured point whose whole interval is within this loss",
-                    lambda: self.preset(smallest_within),
-                ),
-                self.button(
-                    "fastest",
-                    "the fastest measured point within this loss that is faster than dense on this device,"
-                    " beyond its interval",
-                    lambda: self.preset(fastest_within),
-                ),
-                self.search,
-            ]
+        fastest = self.button(
+            "fastest",
+            "the fastest measured point within this loss that is faster than dense on this device, beyond its"
+            " interval",
+            lambda: self.preset(fastest_within),
+        )
+        undo = self.button("undo", "take back the last move", form.undo)
+        redo = self.button("redo", "do it again", form.redo)
+        stop = self.button("cancel", "stop measuring or searching; what has been read stays", self.cancel)
+        reset = self.button("reset", "turn every method off", form.reset)
+        back, ahead = (
+            ipw.HBox([undo, redo, stop, reset]),
+            ipw.HBox([self.within, smallest, fastest, self.search]),
         )
         for row in (back, ahead):
             row.add_class("wb-buttons")
@@ -116,12 +109,18 @@ class PresetBar(ipw.VBox):
         """Begin a search behind the panel; moving a slider or cancel ends it."""
         drop, label = self.within.value, self.within.label
         self.say(f"search within {label}: starting; a slider or cancel stops it")
-        self.session.search(
-            drop,
-            TRIALS,
-            lambda trial: self.post("search", lambda: self.say(tried(trial, label))),
-            lambda last: self.post("search", lambda: self.ended(last, label)),
-        )
+
+        def heard(news: Trial | Ended) -> None:
+            self.post("search", lambda: self.show(news, label))
+
+        search(self.session, drop, TRIALS, heard)
+
+    def show(self, news: Trial | Ended, label: str) -> None:
+        """Say how far a search is, and at its end put the sliders on its best point."""
+        if isinstance(news, Ended):
+            self.ended(news.last, label)
+        else:
+            self.say(tried(news, label))
 
     def ended(self, last: Trial | None, label: str) -> None:
         """Put the sliders on the best point of a search."""
@@ -142,9 +141,7 @@ class PresetBar(ipw.VBox):
 
 def tried(trial: Trial, label: str) -> str:
     """Return how far a search is."""
-    best = (
-        "none within yet"
-        if trial.best is None
-        else f"smallest within {label}: {size(trial.best.sizes.file_bytes)} ({trial.best.recipe.label()})"
-    )
+    best = "none within yet"
+    if trial.best is not None:
+        best = f"smallest within {label}: {size(trial.best.sizes.file_bytes)} ({trial.best.recipe.label()})"
     return f"search {trial.tried} of at most {trial.trials}: {best}"

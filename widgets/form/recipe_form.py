@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ipywidgets as ipw
@@ -24,30 +25,35 @@ from workbench.recipe import Recipe, Step
 MERGE_SECONDS = 1.0  # moves of one slider that follow each other faster are one step of undo
 
 
-class RecipeForm(ipw.VBox):
-    """Sliders and choices of every registered method; `recipe` is what they describe.
+@dataclass(frozen=True)
+class FormState:
+    """What the sliders describe.
 
-    `error` is why they describe no recipe (`recipe` then keeps its last value), `note` what the form changed
-    by itself, and `last` the control that was moved last, for messages.
+    `error` is why they describe no recipe (`recipe` then stays what it was), `note` what the form changed by
+    itself, and `last` the option that was moved last, for messages.
     """
 
-    recipe = traitlets.Instance(Recipe, read_only=True)
-    error = traitlets.Unicode(read_only=True)
-    note = traitlets.Unicode(read_only=True)
-    last = traitlets.Unicode(read_only=True)
+    recipe: Recipe = field(default_factory=Recipe)
+    error: str = ""
+    note: str = ""
+    last: str = ""
+
+
+class RecipeForm(ipw.VBox):
+    """Sliders and choices of every registered method; `state` is what they describe."""
+
+    state = traitlets.Instance(FormState, (), read_only=True)
 
     def __init__(self, recipe: Recipe | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """Make one group of controls a method; `clock` tells moves of one drag from separate ones."""
         self.clock = clock
-        self.set_trait("recipe", Recipe())
         self.past: list[Recipe] = []
         self.future: list[Recipe] = []
         self.moved_at = float("-inf")
         self.hold = False
-        self.own: dict[str, Line] = {}  # of each kind, the steps beside the one on the slider
         self.forms = [StepForm(kind) for kind in METHODS.steps()]
         for form in self.forms:
-            form.observe(self.moved, ["step", "error"])
+            form.observe(self.moved, "state")
         aside = [form for form in self.forms if form.kind.aside]
         self.fold = ipw.VBox(aside, layout=ipw.Layout(display="none"))
         self.more = ipw.ToggleButton(
@@ -60,7 +66,12 @@ class RecipeForm(ipw.VBox):
         self.add_class("wb-form")
         if recipe is not None:
             self.write(recipe)
-            self.set_trait("recipe", recipe)
+            self.settle(recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the recipe on the sliders."""
+        return self.state.recipe
 
     def unfold(self) -> None:
         """Show or hide the methods in the fold."""
@@ -70,45 +81,32 @@ class RecipeForm(ipw.VBox):
         """React to one method's controls."""
         if self.hold:
             return
-        form: StepForm = change["owner"]
-        last = form.kind.slider
-        if form.error:
-            self.set_trait("last", last)
-            self.set_trait("error", form.error)
+        form, last = change["owner"], change["owner"].kind.slider
+        error = form.state.error
+        if not error:
+            try:
+                steps = [step for one in self.forms for step in one.steps()]
+                recipe = Recipe(*sorted(steps, key=lambda step: step.order))
+            except RecipeError as refused:
+                error = str(refused)
+        if error:
+            self.set_trait("state", replace(self.state, error=error, last=last))
             return
-        try:
-            steps = [
-                step
-                for other in self.forms
-                if other.step is not None
-                for step in self.line(other).steps(other.step)
-            ]
-            made = Recipe(*sorted(steps, key=lambda step: step.order))
-        except RecipeError as error:
-            self.set_trait("last", last)
-            self.set_trait("error", str(error))
-            return
-        self.remember(last)
-        self.settle(made, form.note, last)
-
-    def line(self, form: StepForm) -> Line:
-        """Return the steps beside the one on a slider."""
-        return self.own.get(form.kind.kind(), Line())
+        if recipe != self.recipe:
+            self.remember(last)
+        self.settle(recipe, form.state.note, last)
 
     def remember(self, last: str) -> None:
         """Keep the recipe before this move for undo; the many moves of one drag are one step."""
         now = self.clock()
-        if last != self.last or now - self.moved_at > MERGE_SECONDS or not self.past:
+        if last != self.state.last or now - self.moved_at > MERGE_SECONDS or not self.past:
             self.past.append(self.recipe)
         self.future.clear()
         self.moved_at = now
 
-    def settle(self, made: Recipe, note: str = "", last: str = "") -> None:
+    def settle(self, recipe: Recipe, note: str = "", last: str = "") -> None:
         """Take over a recipe that the controls describe."""
-        self.set_trait("last", last)
-        self.set_trait("error", "")
-        self.set_trait("note", note)
-        self.set_trait("recipe", made)
+        self.set_trait("state", FormState(recipe, note=note, last=last))
 
     def write(self, recipe: Recipe) -> None:
         """Put a recipe into the controls without reacting.
@@ -117,11 +115,10 @@ class RecipeForm(ipw.VBox):
             RecipeError: an order of steps that the sliders cannot show.
 
         """
-        kinds = list(dict.fromkeys(step.kind() for step in recipe))
-        shown = [form.kind.kind() for form in self.forms if form.kind.kind() in kinds]
-        if list(recipe) != sorted(
-            sorted(recipe, key=lambda step: shown.index(step.kind())), key=lambda step: step.order
-        ):
+        kinds = {step.kind() for step in recipe}
+        shown = [kind for form in self.forms if (kind := form.kind.kind()) in kinds]
+        together = sorted(recipe, key=lambda step: shown.index(step.kind()))
+        if list(recipe) != sorted(together, key=lambda step: step.order):
             raise RecipeError(
                 f"{recipe!r} cannot be put on the sliders: they hold steps in the order {', '.join(shown)},"
                 " those of one kind together"
@@ -130,9 +127,7 @@ class RecipeForm(ipw.VBox):
         try:
             for form in self.forms:
                 kind = form.kind.kind()
-                main = recipe.main(kind)
-                self.own[kind] = Line.around(main, [step for step in recipe if step.kind() == kind])
-                form.set_step(main)
+                form.set_steps(recipe.main(kind), [step for step in recipe if step.kind() == kind])
         finally:
             self.hold = False
         if any(recipe.get(form.kind.kind()) for form in self.fold.children):
@@ -177,15 +172,15 @@ class RecipeForm(ipw.VBox):
         if main is None:
             raise RecipeError(f"{kind} is off: turn it on before a layer gets its own setting")
         mine = [step for step in self.recipe if step.kind() == kind]
-        steps = iter([change(LayerSteps(main, Line.around(main, mine))).steps()])
-        made = Recipe(
-            *(new for step in self.recipe for new in (next(steps, ()) if step.kind() == kind else (step,)))
-        )
-        if made == self.recipe:
+        changed = change(LayerSteps(main, Line.around(main, mine))).steps()
+        before = [step for step in self.recipe if step.kind() != kind]
+        place = self.recipe.steps.index(mine[0])
+        recipe = Recipe(*before[:place], *changed, *before[place:])
+        if recipe == self.recipe:
             return
-        self.write(made)
+        self.write(recipe)
         self.remember(last)
-        self.settle(made, "", last)
+        self.settle(recipe, last=last)
 
     def set_recipe(self, recipe: Recipe) -> None:
         """Put a recipe on the sliders, as one step of undo.

@@ -1,18 +1,18 @@
-"""One method as controls: a check box that turns it on, its slider with ticks at the stops, and its other
-choices.
-"""
+"""One method as controls: whether it is on, its slider with ticks at the stops, and its other choices."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import ipywidgets as ipw
 import traitlets
 
 from widgets.form.controls import control, scale, slider, tick_marks, title
+from widgets.form.layer_steps import Line
 from workbench.errors import RecipeError
 from workbench.recipe import Step
 from workbench.runtime.schemes import kernels_for
@@ -20,25 +20,30 @@ from workbench.runtime.schemes import kernels_for
 MAIN = 3  # choices that are always shown; the others are in a fold
 
 
-class StepForm(ipw.VBox):
-    """The controls of one method.
+@dataclass(frozen=True)
+class StepState:
+    """What the controls of a method describe.
 
-    `step` is the configuration that they describe, None while the method is off.
-
-    `error` is why the controls describe none (a typed pattern that is refused, say); `note` says what the
-    form changed by itself, such as a pattern that a slider position does not allow. Both change before `step`
-    does.
+    `step` is None while the method is off, or where the controls describe none (`error` says why). `note`
+    says what the form changed by itself, such as a pattern that a slider position does not allow.
     """
 
-    step = traitlets.Instance(Step, allow_none=True, read_only=True)
-    error = traitlets.Unicode(read_only=True)
-    note = traitlets.Unicode(read_only=True)
+    step: Step | None = None
+    error: str = ""
+    note: str = ""
+
+
+class StepForm(ipw.VBox):
+    """The controls of one method; `state` is what they describe."""
+
+    state = traitlets.Instance(StepState, (), read_only=True)
 
     def __init__(self, kind: type[Step]) -> None:
         """Make the controls of a method, off and on its defaults."""
         self.kind = kind
         self.hold = False
         self.common: dict[str, Any] = {}  # targets and seed, which have no controls here
+        self.beside = Line()  # steps of this kind for single layers, which have no controls here either
         name = title(kind.slider)
         about = f"{kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}"
         self.on = ipw.Checkbox(value=False, indent=False, description=name, tooltip=about)
@@ -64,9 +69,8 @@ class StepForm(ipw.VBox):
         controls = list(self.choices.values())
         rest = controls[MAIN:] if len(controls) > MAIN + 1 else []
         self.fold = ipw.HBox(rest, layout=ipw.Layout(display="none"))
-        self.more = ipw.ToggleButton(
-            description="more", tooltip=f"more choices: {', '.join(control.description for control in rest)}"
-        )
+        about = f"more choices: {', '.join(control.description for control in rest)}"
+        self.more = ipw.ToggleButton(description="more", tooltip=about)
         self.more.observe(lambda _: self.unfold(), "value")
         first = ipw.HBox([*controls[: len(controls) - len(rest)], *([self.more] if rest else [])])
         for row in (first, self.fold):
@@ -98,85 +102,68 @@ class StepForm(ipw.VBox):
         """React to a control: a slider that is moved turns its method on."""
         if self.hold or self.is_noise(change):
             return
-        note = ""
         if change["owner"] is self.slider and not self.on.value:
             with self.silent():
                 self.on.value = True
         try:
-            made, note = self.described(change["owner"]) if self.on.value else (None, "")
+            state = self.described(change["owner"]) if self.on.value else StepState()
         except RecipeError as error:
-            self.settle(None, str(error), "")
-            return
-        self.settle(made, "", note)
+            state = StepState(error=str(error))
+        self.settle(state)
 
     def is_noise(self, change: dict[str, Any]) -> bool:
         """Return whether a slider has not really moved: browsers answer 2.0 with 2.0000000000000004."""
-        return change["owner"] is self.slider and self.scale.rounded(change["old"]) == self.scale.rounded(
-            change["new"]
-        )
+        old, new = change["old"], change["new"]
+        return change["owner"] is self.slider and self.scale.rounded(old) == self.scale.rounded(new)
 
-    def settle(self, made: Step | None, error: str, note: str) -> None:
-        """Take over a new state."""
+    def settle(self, state: StepState) -> None:
+        """Take over a new state; what follows from it goes before how it looks."""
+        self.set_trait("state", state)
         (self.remove_class if self.on.value else self.add_class)("wb-off")
-        self.set_trait("error", error)
-        self.set_trait("note", note)
-        self.set_trait("step", made)
 
-    def described(self, owner: ipw.Widget) -> tuple[Step, str]:
-        """Return the step that the controls describe.
+    def described(self, owner: ipw.Widget) -> StepState:
+        """Return what the controls describe.
 
-        Where the rules refuse it, move what the user did not touch.
+        Where the rules refuse it, move what the user did not touch; `owner` is what was touched.
 
         Raises:
             RecipeError: nothing that the user did not touch would help.
         """
         given = self.values()
         try:
-            return self.kind(**given), ""
+            return StepState(self.kind(**given))
         except RecipeError as error:
             for attempt in self.alternatives(given, owner):
                 try:
-                    made = self.kind(**attempt)
+                    step = self.kind(**attempt)
                 except RecipeError:
                     continue
-                self.write(made)
+                self.write(step)
                 changed = [
                     f"{title(name)} set to {value}" for name, value in attempt.items() if given[name] != value
                 ]
-                return made, f"{', '.join(changed)}: {error}"
+                return StepState(step, note=f"{', '.join(changed)}: {error}")
             raise
 
     def alternatives(self, given: dict[str, Any], owner: ipw.Widget) -> Iterator[dict[str, Any]]:
-        """Yield what else the controls could say: after a slider, default choices.
-
-        After a choice, other stops.
-        """
+        """Yield other values: after a move of the slider default choices, after a choice other stops."""
         if owner is self.slider:
-            yield {
-                name: (
-                    value
-                    if name in {self.kind.slider, "targets", "seed"}
-                    else self.kind.options()[name].default
-                )
-                for name, value in given.items()
-            }
+            kept, options = {self.kind.slider, "targets", "seed"}, self.kind.options()
+            yield {name: value if name in kept else options[name].default for name, value in given.items()}
         elif owner is not self.on:
             yield from ({**given, self.kind.slider: self.scale.rounded(stop)} for stop in self.finer_stops())
 
     def finer_stops(self) -> list[float]:
         """Return slider values to try: the stops, then a finer grid of quarters and eighths of the range."""
-        eighths = [
-            self.scale.low + (self.scale.high + self.scale.step - self.scale.low) * i / 8 for i in range(1, 8)
-        ]
-        return [*self.kind.stops, *eighths]
+        low, span = self.scale.low, self.scale.high + self.scale.step - self.scale.low
+        return [*self.kind.stops, *(low + span * i / 8 for i in range(1, 8))]
 
     def values(self) -> dict[str, Any]:
         """Return what the controls say, by field."""
-        given = {name: widget.value for name, widget in self.choices.items()}
-        given = {
-            name: round(value, 12) if isinstance(value, float) else value for name, value in given.items()
-        }
-        return {self.kind.slider: self.scale.rounded(self.slider.value), **given, **self.common}
+        given = {self.kind.slider: self.scale.rounded(self.slider.value)}
+        for name, widget in self.choices.items():
+            given[name] = round(widget.value, 12) if isinstance(widget.value, float) else widget.value
+        return {**given, **self.common}
 
     def write(self, step: Step) -> None:
         """Put a step into the controls, without reacting."""
@@ -189,22 +176,24 @@ class StepForm(ipw.VBox):
             for name, widget in self.choices.items():
                 widget.value = values[name]
         options = self.kind.options()
-        if any(
-            values[name] != options[name].default
-            for name, widget in self.choices.items()
-            if widget in self.fold.children
-        ):
+        folded = [name for name, widget in self.choices.items() if widget in self.fold.children]
+        if any(values[name] != options[name].default for name in folded):
             self.more.value = True  # nothing that matters is hidden
 
-    def set_step(self, step: Step | None) -> None:
-        """Put a step into the controls.
+    def steps(self) -> tuple[Step, ...]:
+        """Return the steps of this kind in their order: the one on the slider, and those beside it."""
+        return () if self.state.step is None else self.beside.steps(self.state.step)
+
+    def set_steps(self, main: Step | None, steps: Sequence[Step]) -> None:
+        """Put the steps of this kind into the controls, of which `main` is on the slider.
 
         None turns the method off and leaves its controls where they are, on all layers.
         """
+        self.beside = Line.around(main, steps)
         with self.silent():
-            self.on.value = step is not None
-        if step is not None:
-            self.write(step)
-        else:
+            self.on.value = main is not None
+        if main is None:
             self.common = {}
-        self.settle(step, "", "")
+        else:
+            self.write(main)
+        self.settle(StepState(main))

@@ -1,19 +1,20 @@
-"""What the compressed model now answers differently: the pictures, the classes, the confusion.
-
-Or two texts side by side.
-"""
+"""What the compressed model now answers differently: pictures, classes, confusion, or texts side by side."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 import ipywidgets as ipw
 from PIL import Image
 from torch import Tensor
 
+from widgets.session.session import Session
+from widgets.session.state import PanelState
+from widgets.session.worker import Stale
+from workbench.bench import Bench
 from workbench.measure.behaviour import Behaviour, Continuation, Flip
 from workbench.tasks.base import Items
 
@@ -26,47 +27,66 @@ class BehaviourView(ipw.VBox):
     Comparing answers takes as long as one evaluation, so it runs when asked.
     """
 
-    def __init__(self, on_ask: Callable[[], None]) -> None:
-        """Start with the button; `on_ask` starts the work and later calls `show_classes` or `show_texts`."""
+    def __init__(
+        self,
+        session: Session,
+        *,
+        guarded: Callable[[Callable[[], None]], None],
+        post: Callable[[str, Callable[[], None]], None],
+    ) -> None:
+        """Start with the button.
+
+        Args:
+            session: whose models are compared.
+            guarded: runs an action and shows what it raises in the panel.
+            post: takes a slot and a drawing, to be done by the thread that draws.
+
+        """
+        self.session, self.post = session, post
         self.button = ipw.Button(
             description="show what changed",
             tooltip="compare the answers of the dense and the compressed model, item by item",
             layout=ipw.Layout(width="auto", align_self="flex-start"),
         )
-        self.button.on_click(lambda _: on_ask())
+        self.button.on_click(lambda _: guarded(self.ask))
         self.body = ipw.HTML(
             "<p class='wb-dim'>Equal accuracy can hide many changed answers: look at them here.</p>"
         )
         self.body.add_class("wb-table")
         super().__init__([self.button, self.body])
 
-    def wait(self) -> None:
-        """Say that the answer is on its way."""
+    def show(self, _state: PanelState) -> None:
+        """Keep what was found until it is asked for anew."""
+
+    def ask(self) -> None:
+        """Compare the answers of both models, behind the panel; raises as `Session.ask`."""
+        recipe = self.session.state.recipe
+
+        def work(bench: Bench, stale: Stale) -> Iterator[str]:
+            found = bench.behaviour(recipe, compressed=self.session.compressed, cancelled=stale)
+            if isinstance(found, Behaviour):
+                yield classes_html(recipe.label(), found, bench.task.evaluation)
+            else:
+                yield texts_html(recipe.label(), found)
+
+        def draw(html: str) -> None:
+            self.body.value = html
+
+        self.session.ask(work, lambda html: self.post("behaviour", lambda: draw(html)))
         self.body.value = "<p class='wb-dim'>comparing item by item ...</p>"
-
-    def show_classes(self, label: str, record: Behaviour, items: Items) -> None:
-        """Show a classifier's changes; `items` are the evaluation items, for their pictures."""
-        self.body.value = classes_html(label, record, items)
-
-    def show_texts(self, label: str, records: Sequence[Continuation]) -> None:
-        """Show what both models write, hear or find alike."""
-        self.body.value = texts_html(label, records)
 
 
 def classes_html(label: str, record: Behaviour, items: Items) -> str:
     """Return changed items with their pictures, the change of each class, and both confusion tables."""
-    share = len(record.flips) / record.items
+    changed, kl = len(record.flips), record.kl
     head = (
-        f"<p><b>{escape(label)}</b>: {len(record.flips):,} of {record.items:,} answers changed ({share:.1%});"
-        f" KL to the dense model {record.kl.value:.4f} nats ({record.kl.low:.4f} to {record.kl.high:.4f})</p>"
+        f"<p><b>{escape(label)}</b>: {changed:,} of {record.items:,} answers changed"
+        f" ({changed / record.items:.1%}); KL to the dense model {kl.value:.4f} nats"
+        f" ({kl.low:.4f} to {kl.high:.4f})</p>"
     )
     pixels = items.inputs.get("pixel_values")
     cards = "".join(card(flip, None if pixels is None else pixels[flip.item]) for flip in record.flips[:MOST])
-    more = (
-        f"<p class='wb-dim'>The {MOST} most changed of {len(record.flips):,}.</p>"
-        if len(record.flips) > MOST
-        else ""
-    )
+    more = f"<p class='wb-dim'>The {MOST} most changed of {changed:,}.</p>" if changed > MOST else ""
     names = [change.name for change in record.classes]
     tables = (
         f"<div class='wb-side'>{confusion_html('dense', names, record.dense_confusion)}"
@@ -80,21 +100,16 @@ def card(flip: Flip, pixels: Tensor | None) -> str:
     picture = "" if pixels is None else f"<img alt='item {flip.item}' src='{picture_uri(pixels)}'>"
     mark = "wb-lost" if flip.dense == flip.label else "wb-won" if flip.compressed == flip.label else ""
     words = f"<b>{escape(flip.label)}</b>{escape(flip.dense)} \N{RIGHTWARDS ARROW} {escape(flip.compressed)}"
-    return (
-        f"<div class='wb-flip {mark}' title='item {flip.item}, KL {flip.kl:.2f}"
-        f" nats'>{picture}<span>{words}</span></div>"
-    )
+    about = f"item {flip.item}, KL {flip.kl:.2f} nats"
+    return f"<div class='wb-flip {mark}' title='{about}'>{picture}<span>{words}</span></div>"
 
 
 def picture_uri(pixels: Tensor) -> str:
     """Return an image [C, H, W], whatever its normalisation, as a PNG data URI."""
     spread = float(pixels.max() - pixels.min()) or 1.0
     grey = ((pixels - pixels.min()) / spread * 255).byte().cpu()
-    image = (
-        Image.fromarray(grey[0].numpy())
-        if len(grey) != 3
-        else Image.fromarray(grey.permute(1, 2, 0).contiguous().numpy())
-    )
+    channels = grey.permute(1, 2, 0).contiguous() if len(grey) == 3 else grey[0]
+    image = Image.fromarray(channels.numpy())
     if image.height > 96:
         image.thumbnail((96, 96))
     buffer = io.BytesIO()
@@ -110,10 +125,8 @@ def changes_html(record: Behaviour) -> str:
         f" ({100 * c.change.low:+.1f} to {100 * c.change.high:+.1f})</td></tr>"
         for c in sorted(record.classes, key=lambda c: c.change.value)
     )
-    return (
-        "<table><thead><tr><th>class</th><th>items</th><th>dense</th><th>compressed</th><th>paired"
-        f" change</th></tr></thead><tbody>{rows}</tbody></table>"
-    )
+    heads = "".join(f"<th>{name}</th>" for name in ("class", "items", "dense", "compressed", "paired change"))
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def confusion_html(title: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
@@ -137,7 +150,5 @@ def texts_html(label: str, records: Sequence[Continuation]) -> str:
         for r in records
     )
     heads = "<th>given</th><th>dense</th><th>compressed</th>"
-    return (
-        f"<p><b>{escape(label)}</b></p><table"
-        f" class='wb-texts'><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    )
+    table = f"<table class='wb-texts'><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<p><b>{escape(label)}</b></p>{table}"

@@ -8,8 +8,17 @@ from html import escape
 
 import ipywidgets as ipw
 
+from widgets.session.state import PanelState
 from workbench.compress.registry import METHODS
 from workbench.recipe import Recipe, Step
+
+
+class RecipeLine(ipw.HTML):
+    """The recipe as one line under the sliders."""
+
+    def show(self, state: PanelState) -> None:
+        """Show the recipe on the sliders."""
+        self.value = f"<code title='one click selects the line'>{escape(repr(state.recipe))}</code>"
 
 
 class CodeView(ipw.HTML):
@@ -20,22 +29,17 @@ class CodeView(ipw.HTML):
         super().__init__()
         self.add_class("wb-code")
 
-    def show(self, model: str, recipe: Recipe) -> None:
-        """Show a recipe on a model."""
-        rows = [
-            ("Python", python(model, recipe)),
-            ("command", command(model, recipe)),
-            ("report", command(model, recipe, "report")),
-        ]
+    def show(self, state: PanelState) -> None:
+        """Show the recipe on the sliders, on the present model."""
+        lines = {
+            "Python": python(state.model, state.recipe),
+            "command": command(state.model, state.recipe),
+            "report": command(state.model, state.recipe, "report"),
+        }
         self.value = "".join(
             f"<p class='wb-dim'>{name} (one click selects it)</p><code>{escape(line)}</code>"
-            for name, line in rows
+            for name, line in lines.items()
         )
-
-
-def line(recipe: Recipe) -> str:
-    """Return the recipe as one line for the panel."""
-    return f"<code title='one click selects the line'>{escape(repr(recipe))}</code>"
 
 
 def python(model: str, recipe: Recipe) -> str:
@@ -50,14 +54,13 @@ def flat_targets(main: Step, steps: Sequence[Step]) -> tuple[str, ...] | None:
     None where that cannot say it.
     """
     own = {f"!{step.targets[0]}": step for step in steps if step is not main}
-    found = tuple(
+    targets = tuple(
         f"{target[1:]}={getattr(own[target], main.slider)}" if target in own else target
         for target in main.targets
     )
-    said = METHODS.steps_from(
-        {**{name: getattr(main, name) for name in main.options()}, f"{main.kind()}_targets": found}, main.seed
-    )
-    return found if said == list(steps) else None
+    options = {name: getattr(main, name) for name in main.options()}
+    said = METHODS.steps_from({**options, f"{main.kind()}_targets": targets}, main.seed)
+    return targets if said == list(steps) else None
 
 
 def command(model: str, recipe: Recipe, verb: str = "measure") -> str:

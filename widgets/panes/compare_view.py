@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import ipywidgets as ipw
 
 from widgets.figures.compare_html import comparison_html, paired_html
-from widgets.panes.history_view import MOST, NO_NOTES, arranged, line_of
+from widgets.panes.history_view import MOST, arranged, line_of
+from widgets.session.state import PanelState, Past
 from workbench.errors import RecipeError
-from workbench.ledger.annotation import Annotation
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Quality
 from workbench.search.compare import comparison
@@ -32,8 +32,7 @@ class CompareView(ipw.VBox):
 
         `on_test` gets the keys of the points to be tested as pairs, and later calls `show_test`.
         """
-        self.rows: Sequence[Measurement] = ()
-        self.said: Mapping[str, Annotation] = NO_NOTES
+        self.past = Past()
         self.by_key: dict[str, Measurement] = {}
         self.quiet = False
         self.awaited: tuple[str, ...] = ()  # what the running test, or the one that is shown, is of
@@ -46,23 +45,21 @@ class CompareView(ipw.VBox):
         self.button = ipw.Button(
             description="paired test",
             disabled=True,
-            tooltip=(
-                "Compress and evaluate the chosen points again, and compare their answers item by item with"
-                " the first one's"
-            ),
+            tooltip="Evaluate the chosen points again, and compare answers item by item with the first's",
         )
         self.clear = ipw.Button(description="clear", tooltip="Choose nothing")
         self.body, self.test = ipw.HTML(f"<p class='wb-dim'>{HINT}</p>"), ipw.HTML()
         buttons = ipw.VBox([self.button, self.clear])
         bar = ipw.HBox([self.list, buttons])
         super().__init__([bar, self.test, self.body])
-        for name, widget in {
+        named = {
             "wb-points": self.list,
             "wb-table": self.body,
             "wb-tools": bar,
             "wb-testbuttons": buttons,
             "wb-test": self.test,
-        }.items():
+        }
+        for name, widget in named.items():
             widget.add_class(name)
         self.list.observe(lambda _: self.redraw(), "value")
         self.button.on_click(lambda _: on_test(self.chosen))
@@ -73,22 +70,19 @@ class CompareView(ipw.VBox):
         """Return the keys of the chosen points."""
         return tuple(self.list.value)
 
-    def show(self, rows: Sequence[Measurement], said: Mapping[str, Annotation] = NO_NOTES) -> None:
-        """Offer points, oldest first as given; what is chosen stays chosen while it is there."""
-        self.rows, self.said = rows, said
-        self.by_key = {row.key: row for row in rows}
-        self.offer(self.chosen)
+    def show(self, state: PanelState) -> None:
+        """Offer the points of the past, where it is another one; what is chosen stays chosen."""
+        if state.past is not self.past:
+            self.past = state.past
+            self.by_key = {row.key: row for row in state.past.rows}
+            self.choose(self.chosen)
 
     def choose(self, keys: Sequence[str]) -> None:
-        """Choose points by key, as a brush does; unknown keys are left out."""
-        self.offer(keys)
-
-    def offer(self, keys: Sequence[str]) -> None:
         """List the points, with `keys` chosen, whether or not they are among the first."""
-        rows = arranged(self.rows, self.said)
+        rows = arranged(self.past)
         wanted = set(keys)
         listed = [row for index, row in enumerate(rows) if index < MOST or row.key in wanted]
-        options = tuple((line_of(row, self.said), row.key) for row in listed)
+        options = tuple((line_of(row, self.past), row.key) for row in listed)
         before, self.quiet = self.chosen, True
         try:
             if options != self.list.options:
@@ -104,17 +98,14 @@ class CompareView(ipw.VBox):
             return
         if not keep_test:
             self.test.value, self.awaited = "", ()
-        found = [self.by_key[key] for key in self.chosen if key in self.by_key]
-        try:
-            self.body.value = (
-                comparison_html(comparison(found), self.said)
-                if len(found) > 1
-                else f"<p class='wb-dim'>{HINT}</p>"
-            )
-            self.button.disabled = len(found) < 2
-        except RecipeError as error:
-            self.body.value = f"<p role='status'>{escape(str(error))}</p>"
-            self.button.disabled = True
+        points = [self.by_key[key] for key in self.chosen if key in self.by_key]
+        html, comparable = f"<p class='wb-dim'>{HINT}</p>", False
+        if len(points) > 1:
+            try:
+                html, comparable = comparison_html(comparison(points), self.past.said), True
+            except RecipeError as error:
+                html = f"<p role='status'>{escape(str(error))}</p>"
+        self.body.value, self.button.disabled = html, not comparable
 
     def wait(self, keys: tuple[str, ...]) -> None:
         """Say that a paired test of these points is running."""
@@ -122,8 +113,9 @@ class CompareView(ipw.VBox):
         self.test.value = "<p class='wb-dim' role='status'>testing item by item ...</p>"
 
     def show_test(self, keys: tuple[str, ...], found: Sequence[Quality]) -> None:
-        """Show a paired test, unless other points have been chosen meanwhile (the list itself is empty for a
-        moment whenever it is filled anew).
+        """Show a paired test, unless other points have been chosen meanwhile.
+
+        The list itself cannot be asked: it is empty for a moment whenever it is filled anew.
         """
         if keys == self.awaited:
             self.test.value = paired_html(found)
@@ -131,7 +123,5 @@ class CompareView(ipw.VBox):
     def give_up(self, keys: tuple[str, ...]) -> None:
         """Say that this test ended without an answer, unless other points have been chosen meanwhile."""
         if keys == self.awaited:
-            self.test.value = (
-                "<p class='wb-dim' role='status'>the paired test was stopped: ask again when nothing else is"
-                " measured</p>"
-            )
+            words = "the paired test was stopped: ask again when nothing else is measured"
+            self.test.value = f"<p class='wb-dim' role='status'>{words}</p>"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from html import escape
 
 import ipywidgets as ipw
@@ -22,6 +24,8 @@ class ErrorPane(ipw.HTML):
 
     def say(self, source: str, message: str, kind: str = "error") -> None:
         """Show a message of a source in place of its last one. `kind` is error or note."""
+        if not message and source not in self.messages:
+            return
         if message:
             self.messages[source] = (kind, message)
         else:
@@ -31,6 +35,24 @@ class ErrorPane(ipw.HTML):
             for kind, text in self.messages.values()
         )
         self.layout.display = None if self.messages else "none"
+
+    def guard(self, act: Callable[[], None], last: Callable[[], str] = str) -> None:
+        """Act on what a user did, and say what goes wrong: an exception in a callback appears nowhere else.
+
+        `last` names the slider that moved last, see `explain`.
+        """
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001  it is shown in the panel
+            self.say("action", explain(error, last()))
+        else:
+            self.say("action", "")
+
+
+def log_defect(error: BaseException) -> None:
+    """Write the whole traceback of what is no user's mistake to the log."""
+    if not isinstance(error, WorkbenchError):
+        traceback.print_exception(error)
 
 
 def explain(error: BaseException, last: str) -> str:

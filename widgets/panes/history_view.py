@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 import ipywidgets as ipw
 
 from widgets.figures.tables import table
-from workbench.ledger.annotation import Annotation
+from widgets.session.state import PanelState, Past
 from workbench.measure.card import quality_words
 from workbench.measure.measurement import Measurement
 from workbench.util.text import size
@@ -17,7 +17,6 @@ from workbench.util.text import size
 MOST = 100
 PIN = "\N{BLACK DIAMOND}"
 ORDERS = ("newest", "smallest", "best quality", "fastest")
-NO_NOTES: Mapping[str, Annotation] = {}
 
 
 class HistoryView(ipw.VBox):
@@ -34,8 +33,7 @@ class HistoryView(ipw.VBox):
                 it failed.
         """
         self.on_pick, self.on_export = on_pick, on_export
-        self.rows: Sequence[Measurement] = ()
-        self.said: Mapping[str, Annotation] = NO_NOTES
+        self.past: Past | None = None
         self.list = ipw.Dropdown(
             options=[("pick a point: the sliders go there", "")],
             description="go to",
@@ -52,16 +50,11 @@ class HistoryView(ipw.VBox):
         self.path = ipw.Text(
             "points.csv",
             description="to",
-            tooltip=(
-                "A .csv file (a table) or a .jsonl file (everything, a point a line); relative to the"
-                " notebook"
-            ),
+            tooltip="A .csv file (a table) or a .jsonl file (everything); relative to the notebook",
         )
         self.wrote, self.table = ipw.HTML(), ipw.HTML()
-        bar, files = (
-            ipw.HBox([self.list, self.order, self.pinned]),
-            ipw.HBox([self.button, self.path, self.wrote]),
-        )
+        bar = ipw.HBox([self.list, self.order, self.pinned])
+        files = ipw.HBox([self.button, self.path, self.wrote])
         super().__init__([bar, files, self.table])
         named = {
             "wb-goto": self.list,
@@ -89,68 +82,51 @@ class HistoryView(ipw.VBox):
         """Write the points that the filter leaves, and say where they are."""
         rows = self.chosen()
         place = self.on_export(rows, self.path.value.strip())
-        self.wrote.value = (
-            f"<span class='wb-dim'>{len(rows):,} points are in <code>{escape(place)}</code></span>"
-            if place
-            else ""
-        )
+        words = f"{len(rows):,} points are in <code>{escape(place)}</code>"
+        self.wrote.value = f"<span class='wb-dim'>{words}</span>" if place else ""
 
-    def show(self, rows: Sequence[Measurement], said: Mapping[str, Annotation] = NO_NOTES) -> None:
-        """Show points, oldest first as given, with what is said about them."""
-        self.rows, self.said = rows, said
-        self.draw()
+    def show(self, state: PanelState) -> None:
+        """Show the past, where it is another one than before."""
+        if state.past is not self.past:
+            self.past = state.past
+            self.draw()
 
     def chosen(self) -> list[Measurement]:
         """Return every point that the filter leaves, in the chosen order."""
-        rows = arranged(self.rows, self.said, self.order.value)
-        return [row for row in rows if is_pinned(row, self.said)] if self.pinned.value else rows
+        past = self.past or Past()
+        rows = arranged(past, self.order.value)
+        return [row for row in rows if past.about(row).pinned] if self.pinned.value else rows
 
     def draw(self) -> None:
         """Draw the list and the table."""
-        rows = self.chosen()
+        past, rows = self.past or Past(), self.chosen()
         shown = rows[:MOST]
-        self.list.options = [
-            ("pick a point: the sliders go there", ""),
-            *((line_of(row, self.said), row.key) for row in shown),
-        ]
-        more = (
-            f"<p class='wb-dim'>The first {MOST} of {len(rows):,}; all are in the ledger.</p>"
-            if len(rows) > MOST
-            else ""
-        )
-        nothing = "No point is pinned." if self.rows else "Nothing measured yet."
-        self.table.value = (
-            more + table([row_of(row, self.said) for row in shown])
-            if shown
-            else f"<p class='wb-dim'>{nothing}</p>"
-        )
+        lines = [(line_of(row, past), row.key) for row in shown]
+        self.list.options = [("pick a point: the sliders go there", ""), *lines]
+        if not shown:
+            nothing = "No point is pinned." if past.rows else "Nothing measured yet."
+            self.table.value = f"<p class='wb-dim'>{nothing}</p>"
+            return
+        more = f"<p class='wb-dim'>The first {MOST} of {len(rows):,}; all are in the ledger.</p>"
+        html = table([row_of(row, past) for row in shown])
+        self.table.value = (more if len(rows) > MOST else "") + html
 
 
-def is_pinned(row: Measurement, said: Mapping[str, Annotation]) -> bool:
-    """Return whether a point is pinned."""
-    return row.key in said and said[row.key].pinned
-
-
-def arranged(
-    rows: Sequence[Measurement], said: Mapping[str, Annotation], order: str = "newest"
-) -> list[Measurement]:
-    """Return points with the pinned ones first.
-
-    Within both groups by `order`, the newest first where that is equal.
-    """
-    newest = list(reversed(rows))
+def arranged(past: Past, order: str = "newest") -> list[Measurement]:
+    """Return points with the pinned ones first; within both groups by `order`, then the newest first."""
+    newest = list(reversed(past.rows))
     if order == "smallest":
         newest.sort(key=lambda row: row.sizes.file_bytes)
     elif order == "best quality":
         newest.sort(key=lambda row: row.primary.drop.value)
     elif order == "fastest":
         newest.sort(key=lambda row: -row.latency.speedup.value if row.latency else 0.0)
-    return sorted(newest, key=lambda row: not is_pinned(row, said))
+    return sorted(newest, key=lambda row: not past.about(row).pinned)
 
 
-def line_of(row: Measurement, said: Mapping[str, Annotation]) -> str:
+def line_of(row: Measurement, past: Past) -> str:
     """Return a point as one line of a list."""
-    mark = said.get(row.key, Annotation())
+    mark = past.about(row)
     words = [
         f"{PIN} {row.recipe.label()}" if mark.pinned else row.recipe.label(),
         quality_words(row.primary),
@@ -159,23 +135,16 @@ def line_of(row: Measurement, said: Mapping[str, Annotation]) -> str:
     return " | ".join([*words, " ".join(mark.note.split())[:60]] if mark.note else words)
 
 
-def row_of(row: Measurement, said: Mapping[str, Annotation] = NO_NOTES) -> dict[str, str]:
+def row_of(row: Measurement, past: Past) -> dict[str, str]:
     """Return a point as a row of the table."""
-    mark = said.get(row.key, Annotation())
+    mark, speed = past.about(row), None if row.latency is None else row.latency.speedup
     return {
         "pin": PIN if mark.pinned else "",
         "recipe": row.recipe.label(),
         "quality": quality_words(row.primary),
         "file": size(row.sizes.file_bytes),
         "smaller": f"{row.shrink:.2f}\N{MULTIPLICATION SIGN}",
-        "speed": (
-            ""
-            if row.latency is None
-            else (
-                f"{row.latency.speedup.value:.2f} ({row.latency.speedup.low:.2f} to"
-                f" {row.latency.speedup.high:.2f})"
-            )
-        ),
+        "speed": "" if speed is None else f"{speed.value:.2f} ({speed.low:.2f} to {speed.high:.2f})",
         "note": mark.note,
         "when": row.provenance.time[:16].replace("T", " "),
     }

@@ -1,6 +1,4 @@
-"""Pin, note, save report: a quiet bar about the point that is shown, and a line that says how the report
-goes.
-"""
+"""Pin, note, save report: a quiet bar about the point that is shown, and how the report goes."""
 
 from __future__ import annotations
 
@@ -13,9 +11,9 @@ from urllib.parse import quote
 import ipywidgets as ipw
 
 from widgets.session.report_run import ReportState
-from workbench.ledger.annotation import Annotation
+from widgets.session.state import PanelState
 from workbench.ledger.ledger import LONGEST_NOTE
-from workbench.measure.measurement import Measurement
+from workbench.recipe import Recipe
 
 WAIT = "measure the point to its end first"
 
@@ -58,15 +56,16 @@ class KeepBar(ipw.HBox):
         self.pin.observe(lambda change: self.say(pinned=change["new"]), "value")
         self.note.observe(lambda change: self.say(note=change["new"]), "value")
         self.report.on_click(lambda _: on_report())
-        self.show(None, Annotation())
+        self.show(PanelState(Recipe()))
 
     def say(self, *, note: str | None = None, pinned: bool | None = None) -> None:
         """Hand on what the user did."""
         if not self.quiet and self.key:
             self.on_annotate(self.key, note, pinned)
 
-    def show(self, point: Measurement | None, said: Annotation) -> None:
-        """Show what is said about a point; one that is not complete cannot be kept yet."""
+    def show(self, state: PanelState) -> None:
+        """Show what is said about the present point; one that is not complete cannot be kept yet."""
+        point, said = state.point, state.past.about(state.point)
         complete = point is not None and point.complete
         self.key = point.key if point is not None and complete else ""
         self.quiet = True
@@ -111,42 +110,26 @@ def state_html(state: ReportState) -> str:
     if state.state == "running":
         share = 100 * state.done / state.total if state.total else 0
         words = f"cell {state.done} of {state.total}" if state.total else "starting"
-        return (
-            f"<div class='wb-reporting' role='status'><i style='width:{share:.0f}%'></i><span>report:"
-            f" {words}; the panel stays usable</span></div>"
-        )
+        told = f"<span>report: {words}; the panel stays usable</span>"
+        return f"<div class='wb-reporting' role='status'><i style='width:{share:.0f}%'></i>{told}</div>"
     if state.state == "done":
         return f"<span role='status'>The report is written: <code>{name}</code></span>"
     if state.state == "stopped":
-        return (
-            "<span class='wb-dim' role='status'>The report was stopped; what it had measured is in the"
-            " ledger.</span>"
-        )
+        words = "The report was stopped; what it had measured is in the ledger."
+        return f"<span class='wb-dim' role='status'>{words}</span>"
     return f"<span class='wb-failure' role='alert'>No report: {html.escape(state.message)}</span>"
 
 
 def link_outputs(page: Path) -> tuple[dict[str, Any], ...]:
-    """Return a link that JupyterLab resolves from the notebook's folder.
-
-    None for a page that lies outside it.
-    """
-    inside = (
-        page
-        if not page.is_absolute()
-        else page.relative_to(Path.cwd())
-        if page.is_relative_to(Path.cwd())
-        else None
-    )
+    """Return a link that JupyterLab resolves from the notebook's folder; none to a page outside it."""
+    inside: Path | None = page
+    if page.is_absolute():
+        inside = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else None
     if inside is None or ".." in inside.parts:
         return ()
-    text = f"<a href='{html.escape(quote(inside.as_posix()))}' target='_blank'>open the report</a>"
-    text += (
+    text = (
+        f"<a href='{html.escape(quote(inside.as_posix()))}' target='_blank'>open the report</a>"
         " <span style='opacity: 0.7'>(in JupyterLab press <i>Trust HTML</i> there to see its plots)</span>"
     )
-    return (
-        {
-            "output_type": "display_data",
-            "data": {"text/html": text, "text/plain": str(inside)},
-            "metadata": {},
-        },
-    )
+    data = {"text/html": text, "text/plain": str(inside)}
+    return ({"output_type": "display_data", "data": data, "metadata": {}},)

@@ -1,12 +1,9 @@
-"""What the layers tab asks the session's worker for: the weights of the present recipe, and what each layer
-alone costs.
-"""
+"""What the layers tab asks the session's worker for: weights under a recipe, what each layer alone costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from widgets.session.session import Session
 from widgets.session.worker import Stale
@@ -31,11 +28,9 @@ class Found:
 class LayerJobs:
     """Reads weights only while a layer is looked at, and only when the measurement has ended.
 
-    A slider move cancels it.
-
-    The weights come from the compressed model that was just measured. For a point that the ledger had
-    already, the recipe is carried out again, which gives the same bits. Either way only the histograms are
-    kept.
+    A slider move cancels it. The weights come from the compressed model that was just measured. For a point
+    that the ledger had already, the recipe is carried out again, which gives the same bits. Either way only
+    the histograms are kept.
     """
 
     def __init__(self, session: Session, changed: Callable[[], None]) -> None:
@@ -47,13 +42,11 @@ class LayerJobs:
         self.weights: dict[str, WeightChange] = {}
         self.tried: tuple[Recipe, str] | None = None
         self.costs: dict[Recipe, LayerSensitivity] = {}
-        self.known: tuple[Bench | None, Recipe | None, dict[str, Recipe]] = (
-            None,
-            None,
-            {},
-        )  # the layers of the recipe that was asked for last
+        # The layers of the recipe whose costs were asked for last
+        self.parts: tuple[Bench | None, Recipe | None, dict[str, Recipe]] = (None, None, {})
         self.asked: Recipe | None = None  # whose sensitivity is being measured
-        session.follow_up, session.on_extra, session.on_idle = self.follow_up, self.take, self.idle
+        session.after_measuring(self.follow_up, self.take)
+        session.on_idle.subscribe(self.idle)
 
     def look_at(self, layer: str) -> None:
         """Choose the layer whose weights are wanted, none if empty."""
@@ -62,16 +55,12 @@ class LayerJobs:
 
     def lacking(self) -> bool:
         """Return whether the weights of the layer that is looked at are not known for the present recipe."""
-        present = self.session.live.recipe
-        return (
-            bool(self.layer) and self.visible and self.shown() is None and self.tried != (present, self.layer)
-        )
+        looking, present = bool(self.layer) and self.visible, (self.session.state.recipe, self.layer)
+        return looking and self.shown() is None and self.tried != present
 
     def shown(self) -> WeightChange | None:
-        """Return the histogram of the layer that is looked at, None unless it is of the present model and
-        recipe.
-        """
-        fits = self.bench is self.session.bench and self.recipe == self.session.live.recipe
+        """Return the histogram of the layer that is looked at, None unless it is of the present recipe."""
+        fits = self.bench is self.session.bench and self.recipe == self.session.state.recipe
         return self.weights.get(self.layer) if fits else None
 
     def follow_up(self, bench: Bench, compressed: Compressed) -> Iterator[Found]:
@@ -82,14 +71,12 @@ class LayerJobs:
 
     def inspect(self) -> None:
         """Compress again to read the weights, if they are wanted and nothing else is running."""
-        with self.session.measurer.changed:
-            bench, recipe, layer = self.session.bench, self.session.live.recipe, self.layer
-            if (
-                bench is None
-                or self.session.live.state != "measured"
-                or self.session.measurer.busy
-                or not self.lacking()
-            ):
+        session = self.session
+        with session.measurer.changed:
+            bench, recipe, layer = session.bench, session.state.recipe, self.layer
+            if bench is None or session.state.phase != "measured" or session.measurer.busy:
+                return
+            if not self.lacking():
                 return
 
             def make(stale: Stale) -> Iterator[Found]:
@@ -97,7 +84,7 @@ class LayerJobs:
                     yield Found(bench, recipe, change)
                 self.tried = recipe, layer
 
-            self.session.measurer.submit(make, self.take)
+            session.submit(make, self.take)
 
     def idle(self) -> None:
         """Go on when the worker has nothing to do (called by it, under its lock)."""
@@ -113,10 +100,10 @@ class LayerJobs:
             RecipeError: a measurement is running, which this would cancel, or the recipe compresses nothing.
 
         """
-        bench, recipe = self.session.bench, self.session.live.recipe
+        bench, recipe = self.session.bench, self.session.state.recipe
         if bench is None:
             raise ModelError("no model is loaded yet")
-        if self.session.live.state == "measuring":
+        if self.session.state.phase in {"measuring", "training"}:
             raise RecipeError("the measurement is still running: ask again when it has ended")
         if not layers_of(bench.task.model, recipe):
             raise RecipeError(
@@ -127,16 +114,15 @@ class LayerJobs:
             for cost in bench.sensitivity(recipe, cancelled=stale):
                 yield Found(bench, recipe, cost)
 
-        self.session.measurer.submit(make, self.take)
+        self.session.submit(make, self.take)
         self.asked = recipe
 
     def running(self) -> bool:
         """Return whether the sensitivity of the present recipe is being measured."""
-        return (
-            self.asked is not None and self.asked == self.session.live.recipe and self.session.measurer.busy
-        )
+        asked = self.asked is not None and self.asked == self.session.state.recipe
+        return asked and self.session.measurer.busy
 
-    def take(self, found: Any) -> None:
+    def take(self, found: Found) -> None:
         """Keep a result (called by the worker, under its lock)."""
         if self.bench is not found.bench:
             self.bench, self.recipe, self.weights, self.costs = found.bench, None, {}, {}
@@ -151,21 +137,18 @@ class LayerJobs:
             self.changed()
 
     def known_costs(self, recipe: Recipe) -> tuple[Mapping[str, LayerSensitivity], int]:
-        """Return the sensitivities that are known for a recipe, by layer, and of how many layers there could
-        be one.
-        """
+        """Return the sensitivities that are known for a recipe, by layer, and how many there could be."""
         bench = self.session.bench
         if bench is None or self.bench is not bench or not self.costs:
             return {}, 0
-        if (bench, recipe) != self.known[:2]:
+        if (bench, recipe) != self.parts[:2]:
             try:
-                self.known = bench, recipe, layers_of(bench.task.model, recipe)
+                self.parts = bench, recipe, layers_of(bench.task.model, recipe)
             except RecipeError:
-                self.known = bench, recipe, {}
-        parts = self.known[2]
-        return {
-            name: cost for name, part in parts.items() if (cost := self.costs.get(part)) is not None
-        }, len(parts)
+                self.parts = bench, recipe, {}
+        parts = self.parts[2]
+        known = {name: self.costs[part] for name, part in parts.items() if part in self.costs}
+        return known, len(parts)
 
     def head(self) -> str | None:
         """Return the name of the output head of the present model."""

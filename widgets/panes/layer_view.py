@@ -10,13 +10,14 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 
 from widgets.figures.layer_figures import weights_changes, weights_figure
-from widgets.form.layer_override import layer_controls
+from widgets.form.layer_override import layer_overrides
 from widgets.form.recipe_form import RecipeForm
 from widgets.panes.layer_grid import LayerGrid
 from widgets.panes.layer_jobs import LayerJobs
 from widgets.panes.layer_rows import TIMES, full_rank, table_of
 from widgets.plot.kept_figure import kept_figure
 from widgets.session.session import Session
+from widgets.session.state import PanelState
 from workbench.compress.core.layer_report import LayerReport
 from workbench.measure.measurement import Measurement
 from workbench.measure.weight_histograms import WeightChange
@@ -26,15 +27,11 @@ ABOUT = (
     " layers cost together: errors pass on from layer to layer and can add up, cancel or grow. Distillation"
     " is left out, and each interval holds by itself."
 )
-
-
 START = "<span class='wb-dim'>Move a slider: every layer is listed here with what happened to it.</span>"
 
 
 class LayerView(ipw.VBox):
-    """A heat map of the layers of the latest point.
-
-    For the one that is chosen its weights, and its own settings.
+    """A heat map of the layers of the latest point; for the one that is chosen its weights and own settings.
 
     `show` and `draw` are called by the thread that draws; everything that changes controls happens where the
     user's moves arrive.
@@ -72,28 +69,26 @@ class LayerView(ipw.VBox):
         )
         self.status = ipw.HTML(START)
         self.grid = LayerGrid()
-        self.title, self.words, self.log_scale = (
-            ipw.HTML(),
-            ipw.HTML(),
-            ipw.Checkbox(description="log scale", indent=False, value=False),
-        )
-        self.controls = layer_controls(form, guarded)
-        self.detail = ipw.VBox([self.title, *self.controls, self.words], layout=ipw.Layout(display="none"))
-        bar = ipw.HBox([self.pick, self.ask, self.status])
-        super().__init__([bar, ipw.HBox([self.grid, self.detail])])
-        for name, widget in {
+        self.title, self.words = ipw.HTML(), ipw.HTML()
+        self.log_scale = ipw.Checkbox(description="log scale", indent=False, value=False)
+        self.overrides = layer_overrides(form, guarded)
+        self.detail = ipw.VBox([self.title, *self.overrides, self.words], layout=ipw.Layout(display="none"))
+        bar, main = ipw.HBox([self.pick, self.ask, self.status]), ipw.HBox([self.grid, self.detail])
+        super().__init__([bar, main])
+        named = {
             "wb-layers": self,
             "wb-layer-bar": bar,
-            "wb-layer-main": self.children[1],
+            "wb-layer-main": main,
             "wb-layer-detail": self.detail,
             "wb-layer-words": self.words,
-        }.items():
+        }
+        for name, widget in named.items():
             widget.add_class(name)
         self.pick.observe(lambda change: self.choose(change["new"]), "value")
         self.grid.observe(lambda change: self.choose(change["new"]), "chosen")
         self.ask.on_click(lambda _: guarded(self.ask_sensitivity))
         self.log_scale.observe(lambda _: post("layers log", self.draw_log), "value")
-        form.observe(lambda _: self.show_controls(), "recipe")
+        session.on_loaded.subscribe(lambda: post("layers forget", self.forget))
 
     def choose(self, layer: str) -> None:
         """Look at a layer, none if empty."""
@@ -104,20 +99,23 @@ class LayerView(ipw.VBox):
         (self.add_class if layer else self.remove_class)("wb-chosen")
         self.detail.layout.display = None if layer else "none"
         self.jobs.look_at(layer)
-        self.show_controls()
+        self.show_overrides()
         self.post("layers", self.draw)
 
-    def show_controls(self) -> None:
-        """Show how the chosen layer stands in the recipe on the sliders."""
-        head = self.jobs.layer == self.jobs.head()
-        for control in self.controls:
-            control.show(self.form.recipe, self.jobs.layer, head=head)
+    def show_overrides(self) -> None:
+        """Show how the chosen layer stands in the recipe on the sliders; nothing where none is looked at."""
+        layer = self.jobs.layer
+        if layer and self.jobs.visible:
+            head = layer == self.jobs.head()
+            for override in self.overrides:
+                override.show(self.form.recipe, layer, head=head)
 
     def set_visible(self, *, visible: bool) -> None:
-        """Read weights only while the tab is open."""
+        """Read weights and draw only while the tab is open."""
         self.jobs.visible = visible
         if visible:
             self.jobs.inspect()
+            self.show_overrides()
             self.post("layers", self.draw)
 
     def ask_sensitivity(self) -> None:
@@ -125,9 +123,9 @@ class LayerView(ipw.VBox):
         self.jobs.sensitivity()
         self.post("layers", self.draw)
 
-    def show(self, point: Measurement | None) -> None:
+    def show(self, state: PanelState) -> None:
         """Show a point's layers; before the first look at a new recipe the last ones stay."""
-        self.point = point or self.point
+        self.point = state.point or self.point
         self.draw()
 
     def forget(self) -> None:
@@ -144,9 +142,9 @@ class LayerView(ipw.VBox):
         if point is None or not self.jobs.visible:
             return
         costs, most = self.jobs.known_costs(point.recipe)
-        state = (point.key, len(costs), most)
-        if state != self.drawn:
-            self.drawn = state
+        drawn = (point.key, len(costs), most)
+        if drawn != self.drawn:
+            self.drawn = drawn
             self.show_names([row.name for row in point.layers])
             self.grid.show(table_of(point.layers, costs))
         self.status.value = status(point, len(costs), most, running=self.jobs.running())
@@ -165,11 +163,9 @@ class LayerView(ipw.VBox):
     def draw_detail(self, row: LayerReport) -> None:
         """Draw the chosen layer: facts, and its weights once they are read."""
         change = self.jobs.shown()
-        self.title.value = (
-            f"<b>{escape(row.name)}</b> <span class='wb-dim'>{TIMES.join(map(str, row.shape))} ="
-            f" {row.weights:,} weights stored</span>"
-        )
-        self.words.value = words(row, self.jobs.session.live.recipe.label(), change)
+        shape = f"{TIMES.join(map(str, row.shape))} = {row.weights:,} weights stored"
+        self.title.value = f"<b>{escape(row.name)}</b> <span class='wb-dim'>{shape}</span>"
+        self.words.value = words(row, self.jobs.session.state.recipe.label(), change)
         if change is not None:
             self.draw_weights(change)
         if self.figure is not None:
@@ -196,24 +192,15 @@ class LayerView(ipw.VBox):
 
 
 def status(point: Measurement, known: int, most: int, *, running: bool) -> str:
-    """Return the line beside the button: which recipe, how far the sensitivity is, and what it does not
-    say.
-    """
+    """Return the line beside the button: which recipe, how far the sensitivity is, what it does not say."""
     head = f"<b>{escape(point.recipe.label())}</b>"
     if running:
-        return (
-            f"{head} <span class='wb-dim'>measuring one layer at a time: {known} of {most or '...'}; cancel"
-            " or a slider move stops it</span>"
-        )
-    about = (
-        ""
-        if not known
-        else (
-            f" <span class='wb-dim' title='{escape(ABOUT)}'>{known} of {most} layers measured alone; together"
-            " they may cost more or less (hover)</span>"
-        )
-    )
-    return head + about
+        words = f"measuring one layer at a time: {known} of {most or '...'}; cancel or a slider move stops it"
+        return f"{head} <span class='wb-dim'>{words}</span>"
+    if not known:
+        return head
+    words = f"{known} of {most} layers measured alone; together they may cost more or less (hover)"
+    return f"{head} <span class='wb-dim' title='{escape(ABOUT)}'>{words}</span>"
 
 
 def words(row: LayerReport, label: str, change: WeightChange | None) -> str:
@@ -221,25 +208,20 @@ def words(row: LayerReport, label: str, change: WeightChange | None) -> str:
 
     `label` is that of the recipe of `change`.
     """
-    facts = [
-        ("happened", row.outcome),
-        ("zeros", "" if row.sparsity is None else f"{row.sparsity:.1%}"),
-        ("rank", "" if row.rank is None else f"{row.rank} of {full_rank(row)}"),
-        ("bits", "" if row.bits is None else str(row.bits)),
-        ("relative error", "" if row.relative_error is None else f"{row.relative_error:.4f}"),
-    ]
-    told = "".join(f"<div><span>{name}</span>{escape(value)}</div>" for name, value in facts if value)
+    facts = {
+        "happened": row.outcome,
+        "zeros": "" if row.sparsity is None else f"{row.sparsity:.1%}",
+        "rank": "" if row.rank is None else f"{row.rank} of {full_rank(row)}",
+        "bits": "" if row.bits is None else str(row.bits),
+        "relative error": "" if row.relative_error is None else f"{row.relative_error:.4f}",
+    }
+    told = "".join(f"<div><span>{name}</span>{escape(text)}</div>" for name, text in facts.items() if text)
     if change is None:
-        return (
-            f"<div class='wb-facts'>{told}</div><p class='wb-dim'>reading the weights under {escape(label)}"
-            " ...</p>"
+        about = f"reading the weights under {escape(label)} ..."
+    else:
+        product = " (of the product of its two factors)" if row.rank is not None else ""
+        counts = (
+            f"{change.zeros_before:,} before, {change.zeros_after:,} after{product}, of {change.weights:,}"
         )
-    product = " (of the product of its two factors)" if row.rank is not None else ""
-    zeros = (
-        f"exact zeros, not drawn: {change.zeros_before:,} before, {change.zeros_after:,} after{product}, of"
-        f" {change.weights:,}"
-    )
-    return (
-        f"<div class='wb-facts'>{told}</div><p class='wb-dim'>Weights under <b>{escape(label)}</b>;"
-        f" {zeros}.</p>"
-    )
+        about = f"Weights under <b>{escape(label)}</b>; exact zeros, not drawn: {counts}."
+    return f"<div class='wb-facts'>{told}</div><p class='wb-dim'>{about}</p>"

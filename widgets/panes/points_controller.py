@@ -1,45 +1,36 @@
-"""What is kept of the points: pins, notes, exported tables, comparisons and reports.
-
-Joins their views to the session.
-"""
+"""What is kept of the points: pins, notes, exported tables, comparisons and reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from widgets.panes.compare_view import CompareView
 from widgets.panes.history_view import HistoryView
 from widgets.panes.keep_bar import KeepBar, ReportLine
 from widgets.session.report_run import ReportRun, ReportState, free_name, report_command
 from widgets.session.session import Session
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 from widgets.session.worker import Stale
-from workbench.errors import ModelError, RecipeError
-from workbench.ledger.annotation import Annotation
+from workbench.bench import Bench
+from workbench.errors import ModelError
 from workbench.ledger.ledger import Ledger
 from workbench.ledger.table import save_points
 from workbench.measure.measurement import Measurement
+from workbench.metrics.quality import Quality
 from workbench.search.compare import paired_test
 
-Guarded = Callable[[Callable[[], None]], None]
 
-
-class Keeping:
-    """Owns the bar, the report's line, the history and the comparison.
-
-    `changed` asks the panel to draw the past anew.
-    """
+class PointsController:
+    """Owns the bar, the report's line, the history and the comparison, and joins them to the session."""
 
     def __init__(
         self,
         session: Session,
         *,
         go_to: Callable[[str], None],
-        guarded: Guarded,
+        guarded: Callable[[Callable[[], None]], None],
         post: Callable[[str, Callable[[], None]], None],
-        changed: Callable[[], None],
     ) -> None:
         """Make the views.
 
@@ -48,12 +39,10 @@ class Keeping:
             go_to: puts the sliders on a point, by key.
             guarded: runs an action and shows what it raises.
             post: draws later, as `Pacer.post`.
-            changed: called when the past must be drawn anew.
 
         """
-        self.session, self.guarded, self.post, self.changed = session, guarded, post, changed
+        self.session, self.guarded, self.post = session, guarded, post
         self.ledger: Ledger | None = None  # of the point that is shown
-        self.said: Mapping[str, Annotation] = {}
         self.bar = KeepBar(
             lambda key, note, pinned: guarded(lambda: self.annotate(key, note, pinned)),
             lambda: guarded(self.report),
@@ -63,20 +52,10 @@ class Keeping:
         self.compare = CompareView(lambda keys: guarded(lambda: self.test(keys)))
         self.run = ReportRun(self.reported)
 
-    def draw_live(self, live: Live) -> None:
-        """Draw what belongs to the point that is shown."""
-        bench, point = self.session.bench, live.point
-        self.ledger = None if bench is None else bench.ledger
-        self.bar.show(point, self.said.get(point.key, Annotation()) if point else Annotation())
-
-    def draw_history(self, rows: Sequence[Measurement]) -> Mapping[str, Annotation]:
-        """Draw the past; return what is said about it."""
-        bench = self.session.bench
-        self.said = {} if bench is None else bench.ledger.annotations()
-        self.history.show(rows, self.said)
-        self.compare.show(rows, self.said)
-        self.draw_live(self.session.live)
-        return self.said
+    def show(self, state: PanelState) -> None:
+        """Show what is said about the present point."""
+        self.ledger = None if self.session.bench is None else self.session.bench.ledger
+        self.bar.show(state)
 
     def annotate(self, key: str, note: str | None, pinned: bool | None) -> None:
         """Write a note or a pin to the ledger that the point came from."""
@@ -84,44 +63,40 @@ class Keeping:
             if self.ledger is not None:
                 self.ledger.annotate(key, note=note, pinned=pinned)
         finally:
-            self.changed()
+            self.session.tell_points()
 
     def export(self, rows: Sequence[Measurement], path: str) -> str:
         """Write points to a file; return where, "" if that failed (the reason is in the panel)."""
         places: list[Path] = []
-        self.guarded(lambda: places.append(save_points(rows, path, self.said)))
+        said = self.session.state.past.said
+        self.guarded(lambda: places.append(save_points(rows, path, said)))
         return str(places[0]) if places else ""
 
     def select(self, keys: Sequence[str]) -> None:
         """Choose points to compare, as a brush on the plot does."""
-        self.guarded(lambda: self.compare.choose(keys))
+
+        def act() -> None:
+            self.compare.show(self.session.state)
+            self.compare.choose(keys)
+
+        self.guarded(act)
 
     def test(self, keys: tuple[str, ...]) -> None:
-        """Test the chosen points as pairs, behind the panel.
+        """Test the chosen points as pairs, behind the panel; raises as `Session.ask`."""
 
-        Raises:
-            ModelError: no model is loaded.
-            RecipeError: a measurement is running, which this would cancel.
-
-        """
-        bench = self.session.bench
-        if bench is None:
-            raise ModelError("no model is loaded yet")
-        if self.session.measurer.busy:
-            raise RecipeError("the measurement is still running: ask again when it has ended")
-        recipes = [row.recipe for key in keys if (row := bench.ledger.find(key)) is not None]
-
-        def make(stale: Stale) -> Iterator[Any]:
+        def work(bench: Bench, stale: Stale) -> Iterator[tuple[Quality, ...]]:
+            recipes = [row.recipe for key in keys if (row := bench.ledger.find(key)) is not None]
             try:
                 yield paired_test(bench, recipes[0], recipes[1:], cancelled=stale)
             except BaseException:  # what it is goes its way; the line must not say that it still runs
                 self.post("test", lambda: self.compare.give_up(keys))
                 raise
 
+        def take(found: tuple[Quality, ...]) -> None:
+            self.post("test", lambda: self.compare.show_test(keys, found))
+
+        self.session.ask(work, take)
         self.compare.wait(keys)
-        self.session.measurer.submit(
-            make, lambda found: self.post("test", lambda: self.compare.show_test(keys, found))
-        )
 
     def report(self) -> None:
         """Start a report of the point that is shown, or stop the running one.
@@ -134,7 +109,7 @@ class Keeping:
         if self.run.running:
             self.run.stop()
             return
-        bench, point, choice = self.session.bench, self.session.live.point, self.session.choice
+        bench, point, choice = self.session.bench, self.session.state.point, self.session.choice
         if bench is None or point is None or choice is None:
             raise ModelError("nothing is measured yet: a report needs a point")
         if not isinstance(choice.model, str):
@@ -150,13 +125,10 @@ class Keeping:
             "device": bench.device.type,
             "evaluation_items": choice.evaluation_items,
             "ledger": place_of(bench.ledger),
-            "offline": self.session.settings.get("offline"),
-            "runtime": self.session.settings.get("runtime"),
-            "placement": self.session.settings.get("placement"),
+            **{option: self.session.settings.get(option) for option in ("offline", "runtime", "placement")},
         }
-        self.run.start(
-            report_command(choice.model, point.recipe, settings, folder, name), folder / f"{name}.html"
-        )
+        command = report_command(choice.model, point.recipe, settings, folder, name)
+        self.run.start(command, folder / f"{name}.html")
 
     def reported(self, state: ReportState) -> None:
         """Take over news of the report (called from its thread)."""
@@ -168,7 +140,7 @@ class Keeping:
         if state.state != "running":
             if self.session.bench is not None:
                 self.session.bench.ledger.refresh()
-            self.changed()
+            self.session.tell_points()
         self.bar.show_running(running=state.state == "running")
 
     def close(self) -> None:

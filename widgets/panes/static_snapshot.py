@@ -1,5 +1,4 @@
-"""The last finished measurement as a picture in the cell's output: what a saved notebook shows where no
-kernel runs.
+"""The last finished point as a picture in the cell's output: what a saved notebook shows without a kernel.
 
 While the panel is alive its style sheet hides the picture. It is plain HTML with an SVG, so it needs no
 script, no network and no widget; it is only ever drawn from a measured point and says of which recipe.
@@ -7,14 +6,15 @@ script, no network and no widget; it is only ever drawn from a measured point an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from html import escape
+from typing import Any
 
-import plotly.graph_objects as go
 from IPython.display import HTML, DisplayHandle
 
 from widgets.panes.verdict_strip import badge, strip
 from widgets.plot.static_svg import svg
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 
 STYLE = """<style>
 .wb-still { font-family: system-ui, sans-serif; font-size: 14px; }
@@ -26,41 +26,44 @@ STYLE = """<style>
 </style>"""
 
 
-class Still:
-    """Keeps one output of the cell up to date; does nothing before it has been displayed."""
+class StaticSnapshot:
+    """Keeps one output of the cell up to date; draws nothing before it has been displayed."""
 
-    def __init__(self) -> None:
-        """Show nothing yet."""
+    def __init__(self, drawn: Callable[[], dict[str, Any]]) -> None:
+        """Show nothing yet; `drawn` returns the live plot's figure as a dictionary of data and layout."""
+        self.drawn = drawn
+        self.state: PanelState | None = None  # the last one with a complete point
         self.handle: DisplayHandle | None = None
         self.html = ""
 
     def display(self) -> None:
         """Put the picture into the output of the cell that runs."""
         self.handle = DisplayHandle()
+        self.html = self.draw()
         self.handle.display(HTML(self.html))
 
-    def show(self, model: str, live: Live, figure: go.Figure) -> None:
+    def show(self, state: PanelState) -> None:
         """Draw the picture anew if the present point is complete."""
-        if live.point is None or not live.point.complete:
+        if state.phase != "measured" or state.point is None or not state.point.complete:
             return
-        html = still(model, live, figure)
-        if html != self.html:
+        self.state = state
+        if self.handle is not None and (html := self.draw()) != self.html:
             self.html = html
-            if self.handle is not None:
-                self.handle.update(HTML(html))
+            self.handle.update(HTML(html))
+
+    def draw(self) -> str:
+        """Return the picture as HTML, empty before a point is complete."""
+        return "" if self.state is None else snapshot(self.state, self.drawn())
 
 
-def still(model: str, live: Live, figure: go.Figure) -> str:
+def snapshot(state: PanelState, drawn: Mapping[str, Any]) -> str:
     """Return the picture as HTML: which model and recipe, the plot, and the measured numbers in words."""
-    when = f" at {live.point.provenance.time[:16].replace('T', ' ')} UTC" if live.point is not None else ""
+    when = f" at {state.point.provenance.time[:16].replace('T', ' ')} UTC" if state.point is not None else ""
     head = (
-        f"<p><b>{escape(model)}</b>: <code>{escape(repr(live.recipe))}</code>, measured{escape(when)}. A"
-        " picture: run the notebook for the panel.</p>"
+        f"<p><b>{escape(state.model)}</b>: <code>{escape(repr(state.recipe))}</code>, measured{escape(when)}."
+        " A picture: run the notebook for the panel.</p>"
     )
-    drawn = figure.to_dict()
-    picture = svg(drawn["data"], drawn["layout"])
-    words = strip(live).replace(badge(live), "")  # the head line says that it is measured
-    words = words.replace("class='wb-", "class='wb-still-").replace(
-        " role='status'", ""
-    )  # one live strip in a page
-    return f"{STYLE}<div class='wb-still'>{head}{picture}{words}</div>"
+    words = strip(state).replace(badge(state), "")  # the head line says that it is measured
+    # One live strip in a page
+    words = words.replace("class='wb-", "class='wb-still-").replace(" role='status'", "")
+    return f"{STYLE}<div class='wb-still'>{head}{svg(drawn['data'], drawn['layout'])}{words}</div>"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import ipywidgets as ipw
 
 from widgets.figures.softened_html import softened_html
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.metrics import metric_named
 from workbench.util.progress import Curve, Look
@@ -32,52 +32,58 @@ class TrainingView(ipw.HBox):
             tooltip="show what the temperature makes of one answer that the student is taught",
             layout=ipw.Layout(width="auto"),
         )
-        self.lesson.observe(lambda _: self.show(self.live), "value")
-        self.live: Live | None = None
+        self.lesson.observe(lambda _: self.draw(), "value")
+        self.state: PanelState | None = None
         super().__init__([self.picture, self.lesson, self.button], layout=ipw.Layout(display="none"))
         self.add_class("wb-training")
 
-    def show(self, live: Live | None) -> None:
-        """Show the curve of the present state, and one softened answer where that is asked for."""
-        self.live = live
-        self.layout.display = None if live is not None and live.curve else "none"
-        if live is None or not live.curve:
+    def show(self, state: PanelState) -> None:
+        """Show the curve of the present state; hidden where nothing was trained."""
+        self.state = state
+        self.layout.display = None if state.curve else "none"
+        if state.curve:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the curve, and one softened answer where that is asked for."""
+        state = self.state
+        if state is None or not state.curve:
             return
-        self.button.layout.visibility = "visible" if live.state == "training" else "hidden"
-        self.lesson.layout.display = None if live.softened is not None else "none"
-        lesson = softened_html(live.softened) if live.softened is not None and self.lesson.value else ""
-        self.picture.value = (
-            curve_html(live.curve, live.curve_steps, running=live.state == "training", looks=live.looks)
-            + lesson
-        )
+        running = state.phase == "training"
+        self.button.layout.visibility = "visible" if running else "hidden"
+        self.lesson.layout.display = None if state.softened is not None else "none"
+        curve = curve_html(state.curve, state.curve_steps, running=running, looks=state.looks)
+        lesson = softened_html(state.softened) if state.softened is not None and self.lesson.value else ""
+        self.picture.value = curve + lesson
 
 
 def curve_html(curve: Curve, steps: int, *, running: bool, looks: Sequence[Look] = ()) -> str:
-    """Return the curve as a picture with its numbers in words. curve: (step, loss), finite losses.
+    """Return the curve as a picture with its numbers in words.
 
-    Steps: how many were planned.
+    Args:
+        curve: (step, loss), finite losses.
+        steps: how many were planned.
+        running: whether more are to come.
+        looks: at held-out items.
+
     """
     losses = [loss for _, loss in curve]
     words = f"step {len(curve):,} of {steps:,}: loss {losses[0]:.3g} \N{RIGHTWARDS ARROW} {losses[-1]:.3g}"
     lead = "training" if running else "trained" if len(curve) >= steps else "training stopped"
-    return (
-        f"<div class='wb-curve'>{curve_svg(curve, steps, looks)}<span role='status'>{lead},"
-        f" {words}{look_words(looks)}</span></div>"
-    )
+    told = f"<span role='status'>{lead}, {words}{look_words(looks)}</span>"
+    return f"<div class='wb-curve'>{curve_svg(curve, steps, looks)}{told}</div>"
 
 
 def look_words(looks: Sequence[Look]) -> str:
-    """Return the newest look at held-out items in words, and which one was the best.
-
-    Nothing without looks.
-    """
+    """Return the newest look at held-out items in words, and which was the best; nothing without looks."""
     if not looks:
         return ""
     last, best = looks[-1], min(looks, key=lambda look: look.loss)
     metric = metric_named(last.metric)
+    quality = metric.interval(Estimate(last.value, last.low, last.high))
     words = (
-        f"; held-out {last.metric} {metric.interval(Estimate(last.value, last.low, last.high))} after step"
-        f" {last.step} on {last.items} items, dense {metric.words(last.dense)}"
+        f"; held-out {last.metric} {quality} after step {last.step} on {last.items} items,"
+        f" dense {metric.words(last.dense)}"
     )
     return words if best is last else f"{words}; best after step {best.step}: {metric.words(best.value)}"
 
@@ -98,9 +104,7 @@ def curve_svg(curve: Curve, steps: int, looks: Sequence[Look] = ()) -> str:
 
 
 def looks_svg(looks: Sequence[Look], steps: int) -> str:
-    """Return the shapes of looks: the dense model's line, the intervals, and the quality from look to
-    look.
-    """
+    """Return the shapes of looks: the dense model's line, the intervals, and quality from look to look."""
     shown = [look for look in looks if all(map(math.isfinite, (look.value, look.low, look.high, look.dense)))]
     if not shown:
         return ""
@@ -112,10 +116,8 @@ def looks_svg(looks: Sequence[Look], steps: int) -> str:
         for look in shown
     ]
     line = " ".join(f"{across(look.step, steps):.1f},{height(look.value):.1f}" for look in shown)
-    return (
-        f"<line class='wb-dense' x1='0' x2='{WIDTH}' y1='{dense:.1f}'"
-        f" y2='{dense:.1f}'/>{''.join(bars)}<polyline class='wb-look' points='{line}'/>"
-    )
+    level = f"<line class='wb-dense' x1='0' x2='{WIDTH}' y1='{dense:.1f}' y2='{dense:.1f}'/>"
+    return f"{level}{''.join(bars)}<polyline class='wb-look' points='{line}'/>"
 
 
 def across(step: int, steps: int) -> float:

@@ -1,6 +1,4 @@
-"""The strip under the plot: what the recipe costs and saves, what is measured and what only predicted, and
-why nothing is faster.
-"""
+"""The strip under the plot: what a recipe costs and saves, what is only predicted, why nothing is faster."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from html import escape
 
 import ipywidgets as ipw
 
-from widgets.session.state import Live
+from widgets.session.state import PanelState, Phase
 from workbench.measure.card import changed_words, divergence_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
@@ -17,7 +15,8 @@ from workbench.predict.predictor import Prediction
 from workbench.search.compare import time_words
 from workbench.util.text import size
 
-STATES = {
+TIMES = "\N{MULTIPLICATION SIGN}"
+PHASES: dict[Phase, str] = {
     "loading": "loading the model",
     "training": "training",
     "measuring": "predicted",
@@ -28,24 +27,24 @@ STATES = {
 }
 
 
-class HonestyStrip(ipw.HTML):
-    """Shows a `Live` record in words. Numbers that are predicted say so."""
+class VerdictStrip(ipw.HTML):
+    """Shows the present state in words. Numbers that are predicted say so."""
 
     def __init__(self) -> None:
         """Start empty."""
         super().__init__()
         self.add_class("wb-strip")
 
-    def show(self, live: Live) -> None:
+    def show(self, state: PanelState) -> None:
         """Show the present state."""
-        self.value = strip(live)
+        self.value = strip(state)
 
 
-def strip(live: Live) -> str:
+def strip(state: PanelState) -> str:
     """Return the strip as HTML."""
-    point, guess = live.point, live.prediction
+    point, guess = state.point, state.prediction
     if point is None and guess is None:
-        return f"<div class='wb-verdict'>{badge(live)}</div>"
+        return f"<div class='wb-verdict'>{badge(state)}</div>"
     heads = [head_quality(point, guess), head_size(point, guess), head_speed(point, guess)]
     head = "".join(f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in heads)
     facts = "".join(
@@ -53,24 +52,21 @@ def strip(live: Live) -> str:
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(point, guess))
     return (
-        f"<div class='wb-verdict' role='status'>{badge(live)}{head}</div><div"
-        f" class='wb-facts'>{facts}</div><ul class='wb-notes'>{notes}</ul>"
+        f"<div class='wb-verdict' role='status'>{badge(state)}{head}</div>"
+        f"<div class='wb-facts'>{facts}</div><ul class='wb-notes'>{notes}</ul>"
     )
 
 
-def badge(live: Live) -> str:
+def badge(state: PanelState) -> str:
     """Return what kind of numbers these are: predicted, measured on so many items, or measured."""
-    words = STATES[live.state]
-    kind = live.state
-    if live.doing and live.state == "measuring":
-        words = f"{words}: {live.doing}"
-    if live.point is not None and (not live.point.complete or live.point.margin is not None):
-        words = (
-            f"{'stopped' if live.state == 'cancelled' else 'measured'}: {live.point.items:,} of"
-            f" {live.point.items_total:,} items"
-        )
-        words += ", timing" if live.state == "measuring" and only_timed(live.point) else ""
-    return f"<div title='{escape(words)}' class='wb-badge wb-{kind}'>{escape(words)}</div>"
+    words, point = PHASES[state.phase], state.point
+    if state.doing and state.phase == "measuring":
+        words = f"{words}: {state.doing}"
+    if point is not None and (not point.complete or point.margin is not None):
+        kind = "stopped" if state.phase == "cancelled" else "measured"
+        words = f"{kind}: {point.items:,} of {point.items_total:,} items"
+        words += ", timing" if state.phase == "measuring" and only_timed(point) else ""
+    return f"<div title='{escape(words)}' class='wb-badge wb-{state.phase}'>{escape(words)}</div>"
 
 
 def only_timed(point: Measurement) -> bool:
@@ -80,18 +76,11 @@ def only_timed(point: Measurement) -> bool:
 
 def plus_minus(quality: Quality) -> tuple[str, str]:
     """Return the paired change and its interval: `-0.8 points` and `-1.3 to -0.3 at 95%`."""
-    change = quality.change
-    metric = metric_named(quality.metric)
-    scale, digits, unit = (
-        metric.change_scale,
-        metric.change_digits(),
-        metric.change_unit and f" {metric.change_unit}",
-    )
-    spread = f"{signed(scale * change.low, digits)} to {signed(scale * change.high, digits)}"
-    return (
-        f"{signed(scale * change.value, digits)}{unit}",
-        f"{quality.metric}, {spread} at {quality.confidence:.0%}",
-    )
+    change, metric = quality.change, metric_named(quality.metric)
+    scale, digits = metric.change_scale, metric.change_digits()
+    value, low, high = (signed(scale * end, digits) for end in (change.value, change.low, change.high))
+    unit = metric.change_unit and f" {metric.change_unit}"
+    return f"{value}{unit}", f"{quality.metric}, {low} to {high} at {quality.confidence:.0%}"
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -113,10 +102,8 @@ def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[s
     if guess is None or guess.quality is None:
         return "?", "quality unknown yet"
     value = metric_named(guess.metric).words(guess.quality.value)
-    return (
-        f"~{value}",
-        f"{guess.metric}, predicted{': a guess' if guess.wide else f', {span(guess.quality, guess.metric)}'}",
-    )
+    known = ": a guess" if guess.wide else f", {span(guess.quality, guess.metric)}"
+    return f"~{value}", f"{guess.metric}, predicted{known}"
 
 
 def span(estimate: Estimate, metric: str) -> str:
@@ -128,10 +115,8 @@ def span(estimate: Estimate, metric: str) -> str:
 def head_size(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
     """Return the size in large and small words."""
     if point is not None:
-        return (
-            f"{point.shrink:.2f}\N{MULTIPLICATION SIGN} smaller",
-            f"on disk: {size(point.dense_sizes.file_bytes)} to {size(point.sizes.file_bytes)}",
-        )
+        dense, mine = size(point.dense_sizes.file_bytes), size(point.sizes.file_bytes)
+        return f"{point.shrink:.2f}{TIMES} smaller", f"on disk: {dense} to {mine}"
     if guess is None or guess.file_bytes is None:
         return "?", "size unknown yet"
     return size(guess.file_bytes), "on disk, exact" if guess.bytes_exact else "on disk at most"
@@ -141,12 +126,9 @@ def head_speed(point: Measurement | None, guess: Prediction | None) -> tuple[str
     """Return the speed in large and small words."""
     if point is not None and point.latency is not None:
         speed = point.latency.speedup
-        return (
-            f"{speed.value:.2f}\N{MULTIPLICATION SIGN} as fast",
-            f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%",
-        )
+        return f"{speed.value:.2f}{TIMES} as fast", f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%"
     if guess is not None:
-        return f"~{guess.speedup.value:.2f}\N{MULTIPLICATION SIGN} as fast", "predicted, not measured yet"
+        return f"~{guess.speedup.value:.2f}{TIMES} as fast", "predicted, not measured yet"
     return "?", "speed not measured yet"
 
 
@@ -163,6 +145,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
             ("items", "…"),
         ]
     latency = point.latency
+    read, others = f"{point.items:,} of {point.items_total:,}", point.provenance.calibration_items
     return [
         ("theoretical", size(point.sizes.theoretical_bytes)),
         ("packed", size(point.sizes.packed_bytes)),
@@ -171,13 +154,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
         *bound(guess),
         ("time measured", time_words(point) if latency else point.missing.get("latency", "…")),
         ("run by", "; ".join((point.context.runtime, *point.kernels))),
-        (
-            "items",
-            (
-                f"{point.items:,} of {point.items_total:,}; {point.provenance.calibration_items:,} others for"
-                " calibration"
-            ),
-        ),
+        ("items", f"{read}; {others:,} others for calibration"),
         ("answers changed", changed_words(point)),
         *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
     ]
@@ -187,15 +164,8 @@ def bound(guess: Prediction | None) -> list[tuple[str, str]]:
     """Return what the model waits for, as far as it is known."""
     if guess is None or guess.roof is None:
         return []
-    return [
-        (
-            "bound by",
-            (
-                f"{guess.roof.bound}: {guess.roof.memory:.0%} of the time waits for memory;"
-                f" {guess.roof.ratio:.2f}\N{MULTIPLICATION SIGN} as fast by bandwidth and arithmetic"
-            ),
-        )
-    ]
+    waits = f"{guess.roof.bound}: {guess.roof.memory:.0%} of the time waits for memory"
+    return [("bound by", f"{waits}; {guess.roof.ratio:.2f}{TIMES} as fast by bandwidth and arithmetic")]
 
 
 def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:
@@ -203,7 +173,7 @@ def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:
     if guess is None:
         return "…"
     if point is None or point.latency is None:
-        return f"{1 / guess.speedup.value:.2f}\N{MULTIPLICATION SIGN} dense"
+        return f"{1 / guess.speedup.value:.2f}{TIMES} dense"
     return f"{point.latency.dense_median_ms / guess.speedup.value:.2f} ms"
 
 
@@ -221,14 +191,14 @@ def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
 
 def doubts(point: Measurement) -> list[str]:
     """Return what the measured numbers do not show, in words."""
-    drop, found = point.primary.drop, []
+    drop, words = point.primary.drop, []
     if len(point.recipe) and drop.low <= 0 <= drop.high:
-        found.append("the change of quality is within the noise: its interval holds zero")
+        words.append("the change of quality is within the noise: its interval holds zero")
     if point.latency is not None and len(point.recipe) and point.latency.speedup.high < 1:
         cause = (
             f"what {', '.join(point.kernels)} save is less than what rounding and unpacking cost at this size"
             if point.kernels
             else "the compressed form takes more steps, and no kernel makes up for them"
         )
-        found.append(f"slower than the dense model here: {cause}")
-    return found
+        words.append(f"slower than the dense model here: {cause}")
+    return words

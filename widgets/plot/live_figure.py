@@ -1,7 +1,6 @@
-"""The live trade-off plot: fixed traces, and what to write into each; pure.
+"""The live trade-off plot: its fixed traces, and what to write into each; pure.
 
-A `FigureWidget` must get all its traces when it is made, and only the small live ones are rewritten during a
-drag.
+A `FigureWidget` gets all its traces when it is made; only the small live ones are rewritten during a drag.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from widgets.figures.figures import BLUE, GREEN, GREY, GRID, ORANGE, STANDINGS, 
 from widgets.plot import live_axes
 from widgets.plot.colours import painted
 from widgets.plot.plot_choice import PlotChoice, scale
-from widgets.session.state import Live
+from widgets.session.state import PanelState
 from workbench.ledger.pareto import Standing, Tradeoff, TradeoffPoint, cost_of, dense_cost_of, quality_of
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
@@ -144,12 +143,8 @@ def bar(values: Sequence[Estimate], factor: float) -> dict[str, Any]:
 
 
 def history_changes(record: Tradeoff | None, pinned: Collection[str] = ()) -> Changes:
-    """Return what to write into the traces of the past: three standings, the line through the front, rings
-    around pinned points.
-    """
-    points: tuple[TradeoffPoint, ...] = (
-        () if record is None else tuple(p for p in record.points if math.isfinite(p.quality.value))
-    )
+    """Return what to write into the past: three standings, the front's line, rings around pinned points."""
+    points = [] if record is None else [p for p in record.points if math.isfinite(p.quality.value)]
     factor = 1.0 if record is None else scale(record.metric, change=record.change)
     colors = {} if record is None else painted(record)
     changes: Changes = {}
@@ -175,15 +170,10 @@ def looks(standing: Standing, colors: list[str] | None) -> tuple[dict[str, Any],
     """
     own, width, _ = STANDINGS[standing]
     if colors is None:
-        return {
-            "color": own,
-            "size": width,
-            "opacity": OPACITY[standing],
-            "line": {"width": 0, "color": GREY},
-        }, {"color": own}
-    return {"color": colors, "size": max(width, 9), "opacity": 0.95, "line": {"width": 1, "color": GREY}}, {
-        "color": GREY
-    }
+        line = {"width": 0, "color": GREY}
+        return {"color": own, "size": width, "opacity": OPACITY[standing], "line": line}, {"color": own}
+    line = {"width": 1, "color": GREY}
+    return {"color": colors, "size": max(width, 9), "opacity": 0.95, "line": line}, {"color": GREY}
 
 
 def places(record: Tradeoff | None, points: Sequence[TradeoffPoint]) -> dict[str, Any]:
@@ -210,48 +200,35 @@ def dense_changes(point: Measurement | None, choice: PlotChoice) -> Changes:
         return {DENSE: {"x": [], "y": []}}
     y = 0.0 if choice.change else scale(quality.metric, change=False) * quality.dense.value
     words = metric_named(quality.metric).words(quality.dense.value)
-    return {
-        DENSE: {
-            "x": [shown_cost(spent, choice)],
-            "y": [y],
-            "hovertemplate": f"dense model<br>{words}<extra></extra>",
-        }
-    }
+    hover = f"dense model<br>{words}<extra></extra>"
+    return {DENSE: {"x": [shown_cost(spent, choice)], "y": [y], "hovertemplate": hover}}
 
 
-def live_changes(live: Live, anchor: Measurement | None, choice: PlotChoice) -> Changes:
-    """Return what to write into the predicted and the measured point; `anchor` knows the dense model best."""
-    return {
-        PREDICTED: predicted_changes(live, anchor, choice),
-        MEASURED: measured_changes(live, anchor, choice),
-    }
+def live_changes(state: PanelState, choice: PlotChoice) -> Changes:
+    """Return what to write into the predicted and the measured point."""
+    return {PREDICTED: predicted_changes(state, choice), MEASURED: measured_changes(state, choice)}
 
 
 NOTHING: dict[str, Any] = {"x": [], "y": [], "hovertext": [], "error_y": {"array": [], "arrayminus": []}}
 
 
-def predicted_changes(live: Live, anchor: Measurement | None, choice: PlotChoice) -> dict[str, Any]:
+def predicted_changes(state: PanelState, choice: PlotChoice) -> dict[str, Any]:
     """Return the hollow point; it goes once the real one is complete.
 
     Only the main metric, file size and time are predicted.
     """
-    guess = live.prediction
-    if (
-        guess is None
-        or guess.quality is None
-        or live.state == "measured"
-        or choice.metric not in {"", guess.metric}
-    ):
+    guess = state.prediction
+    if guess is None or guess.quality is None or state.phase == "measured":
+        return NOTHING
+    if choice.metric not in {"", guess.metric}:
         return NOTHING
     spent = {"file_bytes": guess.file_bytes, "latency": 1 / guess.speedup.value}.get(choice.cost)
-    quality = changed(guess.quality, anchor) if choice.change else guess.quality
+    quality = changed(guess.quality, state.anchor) if choice.change else guess.quality
     if spent is None or quality is None:
         return NOTHING
     factor = scale(guess.metric, change=choice.change)
-    words = (
-        f"<b>predicted, not measured</b><br>{escape(live.recipe.label())}"
-        f"<br>{'<br>'.join(wrap(escape(n), 60) for n in guess.notes)}"
-    )
+    notes = "<br>".join(wrap(escape(note), 60) for note in guess.notes)
+    words = f"<b>predicted, not measured</b><br>{escape(state.recipe.label())}<br>{notes}"
     return {
         "x": [shown_cost(spent, choice)],
         "y": [factor * quality.value],
@@ -265,11 +242,8 @@ def changed(quality: Estimate, anchor: Measurement | None) -> Estimate | None:
     if anchor is None:
         return None
     dense = anchor.primary.dense.value
-    return (
-        quality.mapped(lambda x: x / dense - 1)
-        if anchor.primary.metric == "perplexity"
-        else quality.mapped(lambda x: x - dense)
-    )
+    ratio = metric_named(anchor.primary.metric).ratio
+    return quality.mapped(lambda x: x / dense - 1) if ratio else quality.mapped(lambda x: x - dense)
 
 
 def paired(mine: Quality, anchor: Quality) -> Estimate:
@@ -280,16 +254,13 @@ def paired(mine: Quality, anchor: Quality) -> Estimate:
     items alone.
     """
     dense, change = anchor.dense.value, mine.change
-    return (
-        change.mapped(lambda x: dense * (1 + x))
-        if mine.metric == "perplexity"
-        else change.mapped(lambda x: dense + x)
-    )
+    ratio = metric_named(mine.metric).ratio
+    return change.mapped(lambda x: dense * (1 + x)) if ratio else change.mapped(lambda x: dense + x)
 
 
-def measured_changes(live: Live, anchor: Measurement | None, choice: PlotChoice) -> dict[str, Any]:
+def measured_changes(state: PanelState, choice: PlotChoice) -> dict[str, Any]:
     """Return the filled point with its bar; there is none before its cost has been measured."""
-    point, metric = live.point, choice.metric or None
+    point, anchor, metric = state.point, state.anchor, choice.metric or None
     spent = None if point is None else cost_of(point, choice.cost)
     if point is None or anchor is None or spent is None:
         return NOTHING
@@ -297,23 +268,18 @@ def measured_changes(live: Live, anchor: Measurement | None, choice: PlotChoice)
     if mine is None or best is None or not math.isfinite(mine.compressed.value):
         return NOTHING
     factor = scale(mine.metric, change=choice.change)
-    words = (
-        f"<b>measured</b> on {point.items:,} of {point.items_total:,} items, bar: paired"
-        f" change<br>{escape(point.recipe.label())}"
-    )
+    head = f"<b>measured</b> on {point.items:,} of {point.items_total:,} items, bar: paired change"
     estimate = mine.change if choice.change else paired(mine, best)
     return {
         "x": [shown_cost(spent.value, choice)],
         "y": [factor * estimate.value],
-        "hovertext": [words],
+        "hovertext": [f"{head}<br>{escape(point.recipe.label())}"],
         "error_y": bar([estimate], factor),
     }
 
 
 def window(changes: Changes, metric: str, choice: PlotChoice) -> dict[str, list[float]]:
-    """Return calm axis ranges: around the dense model, wider in coarse steps where the live point lies
-    outside.
-    """
+    """Return calm axis ranges: around the dense model, wider in coarse steps where a live point lies."""
     star = changes[DENSE]
     if not star["x"]:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as ipw
@@ -25,17 +25,18 @@ from widgets.plot.live_figure import (
 from widgets.plot.plot_bar import PlotBar
 from widgets.plot.plot_choice import PlotChoice
 from widgets.plot.plotly_internals import send_unmarked, set_config
-from widgets.session.state import Live, thin
-from workbench.ledger.pareto import Tradeoff, tradeoff
+from widgets.plot.thinning import thin
+from widgets.session.state import PanelState
+from workbench.ledger.pareto import tradeoff
 from workbench.measure.measurement import Measurement
+from workbench.recipe import Recipe
 
 
 class TradeoffView(ipw.VBox):
     """Quality against cost, coloured by a third number. What is shown is `bar.choice`.
 
-    `show_history`, `show_pinned` and `show_live` write into separate traces; during a drag only the two live
-    ones are sent. Points arrive from the thread that draws, choices from the browser's: one is drawn at a
-    time.
+    The past and the present have separate traces; during a drag only the two live points are sent. States
+    arrive from the thread that draws, choices from the browser's: one is drawn at a time.
     """
 
     def __init__(
@@ -49,9 +50,8 @@ class TradeoffView(ipw.VBox):
 
         """
         self.on_pick, self.on_select = on_pick, on_select
-        self.rows: Sequence[Measurement] = ()
-        self.pinned: Collection[str] = ()
-        self.live: Live | None = None
+        self.state = PanelState(Recipe())
+        self.pinned: tuple[str, ...] = ()  # keys of points with a ring
         self.changes: Changes = {}
         self.framed: tuple[Any, ...] = ()
         self.marked: dict[int, list[str]] = {}
@@ -71,8 +71,8 @@ class TradeoffView(ipw.VBox):
     @property
     def choice(self) -> PlotChoice:
         """Return what stands on the axes."""
-        chosen: PlotChoice = self.bar.choice
-        return chosen
+        choice: PlotChoice = self.bar.choice
+        return choice
 
     def clicked(self, trace: Any, points: Any, _state: Any) -> None:
         """Name the point that was clicked."""
@@ -103,71 +103,52 @@ class TradeoffView(ipw.VBox):
             self.boxed = False
             send_unmarked(self.figure)
 
-    def show_history(self, rows: Sequence[Measurement]) -> None:
-        """Draw the past anew."""
+    def show(self, state: PanelState) -> None:
+        """Draw the present, and the past where it is another one."""
         with self.drawing:
-            self.rows = rows
+            past, self.state = self.state.past, state
+            if state.past is past:
+                self.draw(self.present())
+                return
+            self.pinned = tuple(key for key, said in state.past.said.items() if said.pinned)
             self.unmark()
-            anchor = self.anchor()
-            self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
-            self.draw(self.history())
-
-    def show_pinned(self, keys: Collection[str]) -> None:
-        """Draw rings around the points with these keys; they are drawn however many points there are."""
-        with self.drawing:
-            self.pinned = tuple(keys)
-            self.draw(self.history())
-
-    def show_live(self, live: Live) -> None:
-        """Draw the present: only the two live points (and the star) are sent."""
-        with self.drawing:
-            self.live = live
-            self.draw(self.present())
+            self.offer()
+            self.draw({**self.history(), **self.present()})
 
     def redraw(self) -> None:
         """Draw everything, after the axes have changed."""
         with self.drawing:
             self.framed = ()
-            anchor = self.anchor()
-            self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
+            self.offer()
             self.draw({**self.history(), **self.present()})
 
-    def record(self) -> Tradeoff | None:
-        """Return the record of what is drawn of the past, None without a point that has this cost."""
-        choice, metric = self.choice, self.choice.metric or None
-        known = [row for row in self.rows if len(row.recipe)]
-        shown = thin(known, choice.cost, metric=metric, keep=self.pinned)
-        return (
-            tradeoff(shown, choice.cost, metric=metric, change=choice.change, shade=choice.shade)
-            if shown
-            else None
-        )
+    def offer(self) -> None:
+        """Offer the metrics that the present model is measured by."""
+        anchor = self.state.anchor
+        self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
 
     def history(self) -> Changes:
         """Return what the past looks like, and say how much of it is shown."""
-        record = self.record()
-        self.bar.show(record, sum(1 for row in self.rows if len(row.recipe)))
+        choice, metric = self.choice, self.choice.metric or None
+        known = [row for row in self.state.past.rows if len(row.recipe)]
+        shown = thin(known, choice.cost, metric=metric, keep=self.pinned)
+        record = None
+        if shown:
+            record = tradeoff(shown, choice.cost, metric=metric, change=choice.change, shade=choice.shade)
+        self.bar.show(record, len(known))
         return history_changes(record, self.pinned)
 
     def present(self) -> Changes:
         """Return what the live points and the star look like."""
-        anchor = self.anchor()
-        return dense_changes(self.dense(), self.choice) | (
-            live_changes(self.live, anchor, self.choice) if self.live else {}
-        )
-
-    def anchor(self) -> Measurement | None:
-        """Return the point that knows the dense model best: the one with the most items."""
-        known = [*self.rows[-1:], *([self.live.point] if self.live and self.live.point else [])]
-        return max(known, key=lambda point: point.items, default=None)
+        return dense_changes(self.dense(), self.choice) | live_changes(self.state, self.choice)
 
     def dense(self) -> Measurement | None:
         """Return the point that the star is drawn from; memory is known only where it could be measured."""
+        anchor = self.state.anchor
         if self.choice.cost != "peak_memory_bytes":
-            return self.anchor()
-        return next(
-            (row for row in reversed(self.rows) if row.dense_peak_memory_bytes is not None), self.anchor()
-        )
+            return anchor
+        newest = reversed(self.state.past.rows)
+        return next((row for row in newest if row.dense_peak_memory_bytes is not None), anchor)
 
     def draw(self, changes: Changes) -> None:
         """Send what has changed, in one message."""
@@ -190,14 +171,14 @@ class TradeoffView(ipw.VBox):
             return {}
         metric, choice = self.metric(), self.choice
         wanted = window(self.changes, metric, choice)
-        state = (metric, choice, tuple(map(tuple, wanted.values())))
-        if state == self.framed or not wanted:
+        framed = (metric, choice, tuple(map(tuple, wanted.values())))
+        if framed == self.framed or not wanted:
             return {}
-        made = axes(metric, choice) if self.framed[:2] != state[:2] else {"xaxis": {}, "yaxis": {}}
-        self.framed = state
-        return {axis: {**made[axis], "range": wanted[axis]} for axis in wanted}
+        changes = axes(metric, choice) if self.framed[:2] != framed[:2] else {"xaxis": {}, "yaxis": {}}
+        self.framed = framed
+        return {axis: {**changes[axis], "range": wanted[axis]} for axis in wanted}
 
     def metric(self) -> str:
         """Return the metric on the axis."""
-        anchor = self.anchor()
+        anchor = self.state.anchor
         return self.choice.metric or (anchor.primary.metric if anchor else "")

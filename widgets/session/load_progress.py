@@ -13,7 +13,7 @@ from workbench.zoo.download_progress import arrived_bytes
 PAUSE_SECONDS = 0.5
 
 
-class Waiting:
+class LoadProgress:
     """A thread that lives while something loads; `show` gets words in HTML, and "" at the end."""
 
     def __init__(self, show: Callable[[str], None], arrived: Callable[[str], int] = arrived_bytes) -> None:
@@ -26,31 +26,26 @@ class Waiting:
         """Begin to say that a model loads, in place of the one before."""
         with self.changed:
             self.generation += 1
-            self.show(said(name, 0.0, 0))
-            threading.Thread(
-                target=self.loop, args=(name, self.generation), name="workbench-waiting", daemon=True
-            ).start()
+            self.show(words(name, 0.0, 0))
+            args = (name, self.generation)
+            threading.Thread(target=self.loop, args=args, name="workbench-loading", daemon=True).start()
 
     def stop(self) -> None:
-        """Say nothing more."""
+        """Say nothing more, and end the thread."""
         with self.changed:
             self.generation += 1
             self.show("")
             self.changed.notify_all()
-
-    def close(self) -> None:
-        """End the thread."""
-        self.stop()
 
     def loop(self, name: str, generation: int) -> None:
         """Say it again and again, until something else is to be said (the thread's body)."""
         begin, before = time.monotonic(), self.arrived(name)
         with self.changed:
             while not self.changed.wait_for(lambda: self.generation != generation, PAUSE_SECONDS):
-                self.show(said(name, time.monotonic() - begin, self.arrived(name) - before))
+                self.show(words(name, time.monotonic() - begin, self.arrived(name) - before))
 
 
-def said(name: str, seconds: float, fetched: int) -> str:
-    """Return what is said, in HTML."""
+def words(name: str, seconds: float, fetched: int) -> str:
+    """Return what is said, in HTML; `fetched` are bytes."""
     more = f", {size(fetched)} fetched" if fetched > 0 else ""
     return f"loading {escape(name)}: {seconds:.0f} s{more}"

@@ -8,7 +8,7 @@ from workbench.tasks.base import Task
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """What `workbench.Bench` is made from.
 
     None is always the default: the model's own data, the GPU where there is one, all items.

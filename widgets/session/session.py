@@ -1,165 +1,116 @@
 """One model on the bench, predictions and measurements of what the sliders say; knows no widget.
 
-`Session` owns two background runners: one loads models, the other measures. Callbacks come from their
-threads; they are expected to be quick (`widgets.session.pacer` draws later).
+`Session` owns two runners that work behind the panel: one measures, one finds meanwhile what predictions rest
+on. Its loader has a third. Signals come from their threads, under the lock that keeps newer moves away: who
+subscribes is expected to be quick (`widgets.session.pacer` draws later).
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from widgets.session.model_choice import Choice
-from widgets.session.state import Live
-from widgets.session.worker import Stale, Worker
+from widgets.session.measuring_job import MeasuringJob
+from widgets.session.model_choice import ModelChoice
+from widgets.session.model_loader import Loaded, ModelLoader
+from widgets.session.signals import Signal
+from widgets.session.state import PanelState, Past, Phase
+from widgets.session.worker import Make, Stale, Worker
 from workbench.bench import Bench
-from workbench.compress import Compressed, Distill
-from workbench.errors import Cancelled, DataError, ModelError, RecipeError
+from workbench.compress import Compressed
+from workbench.errors import Cancelled, ModelError, RecipeError
 from workbench.ledger.comparable import comparable
 from workbench.measure.measurement import Measurement
-from workbench.predict.predictor import Predictor
+from workbench.predict.predictor import Prediction, Predictor
 from workbench.recipe import Recipe
-from workbench.report.temperature_lesson import softened
-from workbench.search.local_search import Trial, descend
 from workbench.util import garbage
-from workbench.util.progress import Curve, Look, Progress, Training
 
-CURVE_SECONDS = 0.1  # between two pictures of a training curve
-DOING_SECONDS = 0.5  # between two words on what is being computed
-Loaded = tuple[Choice, Bench, Predictor]
+T = TypeVar("T")
+FollowUp = Callable[[Bench, Compressed], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a follow-up found, and who takes it."""
+
+    take: Callable[[Any], None]
+    value: Any
 
 
 class Session:
-    """Loads models and measures the newest recipe.
+    """Measures the newest recipe on the model that was loaded last.
 
-    `live` is the present state, replaced and never changed in place.
+    `state` is the present, replaced and never changed in place. Each signal has any number of subscribers:
+
+        on_state: `state` has been replaced.
+        on_points: the ledger has new points, or something new is said about them; `on_state` follows.
+        on_loaded: another model is on the bench.
+        on_recipe(recipe): what was measured is not quite what was asked for: its training was stopped.
+        on_start: a measurement is about to take the processor; what waits to be drawn is drawn first.
+        on_idle: nothing is being measured.
+        on_error(error): measuring or a subscriber raised.
+        on_load_error(error): loading raised.
     """
 
-    def __init__(
-        self,
-        *,
-        on_live: Callable[[], None],
-        on_history: Callable[[], None],
-        on_loaded: Callable[[], None],
-        on_error: Callable[[BaseException], None],
-        on_not_loaded: Callable[[BaseException], None],
-        breathe: Callable[[], Any] = lambda: None,
-        **settings: Any,
-    ) -> None:
-        """Load nothing yet.
-
-        Args:
-            on_live: `live` has been replaced.
-            on_history: the ledger has a new point.
-            on_loaded: another model is on the bench.
-            on_error: measuring raised.
-            on_not_loaded: loading raised.
-            breathe: called before a measurement starts, to let the prediction be drawn while the processor is
-                free.
-            settings: those of `workbench.Bench` that no `Choice` holds.
-        """
-        self.breathe = breathe
-        self.on_live, self.on_history, self.on_loaded, self.on_error = (
-            on_live,
-            on_history,
-            on_loaded,
-            on_error,
-        )
+    def __init__(self, **settings: Any) -> None:
+        """Load nothing yet; `settings` are those of `workbench.Bench` that no `ModelChoice` holds."""
         self.settings = settings
-        self.live = Live(Recipe(), state="loading")
+        self.state = PanelState(Recipe(), phase="loading")
+        self.choice: ModelChoice | None = None  # what is on the bench
         self.bench: Bench | None = None
         self.predictor: Predictor | None = None
-        self.follow_up: Callable[[Bench, Compressed], Iterator[Any]] = lambda _bench, _compressed: iter(
-            ()
-        )  # work on what was just measured
-        self.on_extra: Callable[[Any], None] = lambda _value: None  # takes what `follow_up` yields
-        self.on_recipe: Callable[[Recipe], None] = lambda _recipe: (
-            None
-        )  # what was measured is not quite what was asked for
         self.compressed: Compressed | None = None  # the model that was measured last
         self.enough = threading.Event()  # ends the training step that runs
-        self.curve_at = float("-inf")
-        self.on_idle: Callable[[], None] = lambda: None
-        self.measurer: Worker[Any] = Worker(self.failed, self.idle)
-        self.preparer: Worker[None] = Worker(
-            on_error
-        )  # what predictions rest on, found while nothing is measured
-        self.on_not_loaded = on_not_loaded
-        self.choice: Choice | None = None
         # How often garbage is to be collected: when a model that was loaded is first measured, and when that
         # is done
         self.unsettled = 0
-        self.loader: Worker[Loaded] = Worker(on_not_loaded)
+        self.follow_ups: tuple[tuple[FollowUp, Callable[[Any], None]], ...] = ()
+        self.on_error: Signal[BaseException] = Signal(traceback.print_exception)
+        self.on_load_error: Signal[BaseException] = Signal(self.tell_error)
+        self.on_recipe: Signal[Recipe] = Signal(self.tell_error)
+        self.on_state, self.on_points, self.on_loaded, self.on_start, self.on_idle = (
+            Signal[[]](self.tell_error) for _ in range(5)
+        )
+        self.measurer: Worker[Measurement | Extra] = Worker(self.failed, self.idle)
+        self.preparer: Worker[None] = Worker(self.tell_error)
+        self.loader = ModelLoader(settings, self.loaded, self.on_load_error.emit)
 
-    def load(self, choice: Choice) -> None:
+    # --- loading
+
+    def load(self, choice: ModelChoice) -> None:
         """Start loading a model with its data; the present one stays usable until it is there."""
-        self.give_up()
-        self.loader.submit(self.loading(choice), self.loaded)
-
-    def load_now(self, choice: Choice) -> None:
-        """Load a model with its data, wait, and raise what goes wrong."""
-        self.loader.run(self.loading(choice), self.loaded)
-
-    def give_up(self) -> None:
-        """Stop waiting for what loads.
-
-        A library in the middle of a download cannot be stopped: its thread is left to end alone.
-        """
-        if self.loader.busy:
-            self.loader.close(timeout=0)
-            self.loader = Worker(self.on_not_loaded)
-
-    def loading(self, choice: Choice) -> Callable[[Stale], Iterator[Loaded]]:
-        """Return the job that loads a model with its data."""
-
-        def make(_stale: Stale) -> Iterator[Loaded]:
-            bench = Bench(
-                choice.model,
-                choice.data,
-                device=choice.device,
-                evaluation_items=choice.evaluation_items,
-                **self.settings,
-            )
-            predictor = bench.predictor()
-            predictor.predict(Recipe())  # the first one is slow: libraries warm up
-            bench.predicts = predictor.record
-            yield choice, bench, predictor
-
-        return make
+        if self.bench is None:
+            self.state = replace(self.state, model=choice.name)
+        self.loader.start(choice)
 
     def loaded(self, made: Loaded) -> None:
         """Take over a model that has been loaded, and measure what the sliders say on it."""
         with self.measurer.changed:
-            self.choice, self.bench, self.predictor = made
+            self.choice, self.bench, self.predictor = made.choice, made.bench, made.predictor
             self.compressed, self.unsettled = None, 2
-            self.on_loaded()
-            self.start(self.live.recipe)
+            self.state = replace(self.state, model=made.choice.name, past=Past())
+            self.on_loaded.emit()
+            self.on_points.emit()
+            self.start(self.state.recipe)
 
     def settle(self) -> None:
         """Collect garbage now, so that no move waits for it; see `workbench.util.garbage`."""
         self.unsettled -= 1
         garbage.settle()
 
-    def start(self, recipe: Recipe) -> None:
-        """Predict a recipe and start to measure it; whatever ran before is cancelled.
+    # --- measuring
 
-        Without a model, remember it only.
-        """
+    def start(self, recipe: Recipe) -> None:
+        """Cancel what runs, predict a recipe and start to measure it; without a model, remember it only."""
         with self.measurer.changed:
             self.measurer.cancel()  # first, so that the processor is free for the prediction
             self.preparer.cancel()
-            self.live = Live(
-                recipe, self.predicted(recipe), state="loading" if self.bench is None else "measuring"
-            )
+            self.show(self.asked(recipe))
             if self.bench is not None:
-                self.on_live()
-                self.measurer.submit(self.measuring(self.bench, recipe), self.looked)
-            else:
-                self.on_live()
+                self.measurer.submit(self.measuring(self.bench, recipe), self.take)
 
     def run(self, recipe: Recipe) -> Measurement:
         """Measure a recipe, wait, and return the complete point.
@@ -172,146 +123,111 @@ class Session:
         if self.bench is None:
             raise ModelError("no model is loaded")
         self.preparer.cancel()
-        self.live = Live(recipe, self.predicted(recipe), state="measuring")
-        self.measurer.run(self.measuring(self.bench, recipe), self.looked)
-        if self.live.point is None or not self.live.point.complete:
+        self.state = self.asked(recipe)
+        self.measurer.run(self.measuring(self.bench, recipe), self.take)
+        if self.state.point is None or not self.state.point.complete:
             raise Cancelled("the sliders were moved before the measurement had ended")
-        return self.live.point
+        return self.state.point
 
-    def measuring(self, bench: Bench, recipe: Recipe) -> Callable[[Stale], Iterator[Any]]:
+    def asked(self, recipe: Recipe) -> PanelState:
+        """Return the state of a recipe that nothing has been measured of: what is predicted."""
+        phase: Phase = "loading" if self.bench is None else "measuring"
+        past, model = self.state.past, self.state.model
+        return PanelState(recipe, self.predicted(recipe), phase=phase, past=past, model=model)
+
+    def predicted(self, recipe: Recipe) -> Prediction | None:
+        """Return the prediction of a recipe, None without a model."""
+        return None if self.predictor is None else self.predictor.predict(recipe)
+
+    def show(self, state: PanelState) -> None:
+        """Replace the state, and tell it."""
+        self.state = state
+        self.on_state.emit()
+
+    def measuring(self, bench: Bench, recipe: Recipe) -> Make[Measurement | Extra]:
         """Return the job that measures a recipe."""
 
-        def make(stale: Stale) -> Iterator[Any]:
-            self.breathe()
+        def make(stale: Stale) -> Iterator[Measurement | Extra]:
+            self.on_start.emit()
             self.compressed = None  # never two compressed models at once
             if self.unsettled == 2:
                 self.settle()  # frees the model before this one
-            stop = self.enough = threading.Event()
-            self.soften(stale, bench, recipe)
-            training = Training(
-                lambda curve, steps: self.trained(stale, curve, steps),
-                stop.is_set,
-                lambda looks: self.looked_at(stale, looks),
-            )
-            yield from bench.stream(
-                recipe,
-                cancelled=stale,
-                on_compressed=self.take,
-                training=training,
-                working=self.working(stale),
-            )
+
+            def tell(**changes: Any) -> None:
+                with self.measurer.changed:
+                    if not stale():
+                        self.show(replace(self.state, **changes))
+
+            job = MeasuringJob(bench, recipe, stale, tell)
+            self.enough = job.enough
+            yield from job.looks(self.keep)
             if self.compressed is not None:
-                yield from self.follow_up(bench, self.compressed)
+                yield from self.followed_up(bench, self.compressed)
             if self.unsettled:  # by now nobody predicts on the model before this one either
                 self.settle()
 
         return make
 
-    def working(self, stale: Stale) -> Progress:
-        """Return what takes over what is being computed, twice a second, once it has taken more than a
-        moment.
-        """
-        told = time.monotonic()
-
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal told
-            if time.monotonic() - told < DOING_SECONDS:
-                return
-            told = time.monotonic()
-            with self.measurer.changed:
-                if not stale() and self.live.state == "measuring":
-                    self.live = replace(
-                        self.live, doing=f"{what}, {done:,} of {total:,}" if total > 1 else what
-                    )
-                    self.on_live()
-
-        return report
-
-    def soften(self, stale: Stale, bench: Bench, recipe: Recipe) -> None:
-        """Find out what the temperature of a recipe makes of one answer, for the curve's lesson.
-
-        Nothing where there is no distribution.
-        """
-        wanted = next((float(step.temperature) for step in recipe if isinstance(step, Distill)), None)
-        if wanted is None:
-            return
-        with contextlib.suppress(DataError):
-            found = softened(bench.task, 0, sorted({1.0, wanted}))
-            with self.measurer.changed:
-                if not stale():
-                    self.live = replace(self.live, softened=found)
-
-    def take(self, compressed: Compressed) -> None:
+    def keep(self, compressed: Compressed) -> None:
         """Keep the model that is being measured, for what is asked about it afterwards."""
         self.compressed = compressed
 
-    def search(
-        self,
-        drop: float,
-        trials: int,
-        on_trial: Callable[[Trial], None],
-        on_end: Callable[[Trial | None], None],
-    ) -> None:
-        """Search for the smallest file within a loss, behind the panel.
-
-        Every point goes to the ledger and shows as it comes.
+    def after_measuring(self, work: FollowUp, take: Callable[[Any], None]) -> Callable[[], None]:
+        """Let each model that has just been measured be looked at, until what is returned is called.
 
         Args:
-            drop: the loss, as for `workbench.search.local_search`.
-            trials: at most so many recipes.
-            on_trial: called after each measured recipe.
-            on_end: called with the last one, None if there was nothing to try; not after a cancel or a newer
-                job.
+            work: yields what it finds in the bench and its compressed model (on the worker's thread).
+            take: gets each value, under the worker's lock, unless the sliders have moved meanwhile.
 
-        Raises:
-            ModelError: no model is loaded.
         """
-        bench = self.bench
-        if bench is None:
-            raise ModelError("no model is loaded yet")
+        mine = (work, take)
+        self.follow_ups = (*self.follow_ups, mine)
 
-        def make(stale: Stale) -> Iterator[tuple[Trial | None, bool]]:
-            last = None
-            for last in descend(bench, drop, trials=trials, cancelled=stale):
-                yield last, False
-            yield last, True
+        def unsubscribe() -> None:
+            self.follow_ups = tuple(one for one in self.follow_ups if one is not mine)
 
-        def draw(found: tuple[Trial | None, bool]) -> None:
-            trial, ended = found
-            if ended:
-                on_end(trial)
-            elif trial is not None:
-                self.live = Live(trial.point.recipe, point=trial.point, state="measured")
-                self.on_history()
-                self.on_live()
-                on_trial(trial)
+        return unsubscribe
 
-        with self.measurer.changed:
-            self.preparer.cancel()
-            self.measurer.submit(make, draw)
+    def followed_up(self, bench: Bench, compressed: Compressed) -> Iterator[Extra]:
+        """Yield what follow-ups find; one that raises does not stop the others."""
+        for work, take in self.follow_ups:
+            try:
+                for value in work(bench, compressed):
+                    yield Extra(take, value)
+            except Cancelled:
+                raise
+            except Exception as error:  # noqa: BLE001  it is shown in the panel
+                self.tell_error(error)
 
-    def trained(self, stale: Stale, curve: Curve, steps: int) -> None:
-        """Take over the training curve, about ten times a second."""
-        now = time.monotonic()
-        if now - self.curve_at < CURVE_SECONDS and len(curve) < steps:
+    def take(self, found: Measurement | Extra) -> None:
+        """Take over a look at the current recipe, or what a follow-up found (called by the worker, under its
+        lock).
+        """
+        if isinstance(found, Extra):
+            found.take(found.value)
             return
-        self.curve_at = now
-        with self.measurer.changed:
-            if not stale():
-                self.live = replace(
-                    self.live,
-                    state="training" if len(curve) < steps else "measuring",
-                    curve=tuple(curve),
-                    curve_steps=steps,
-                )
-                self.on_live()
-
-    def looked_at(self, stale: Stale, looks: Sequence[Look]) -> None:
-        """Take over the looks at held-out items."""
-        with self.measurer.changed:
-            if not stale():
-                self.live = replace(self.live, looks=tuple(looks))
-                self.on_live()
+        if self.predictor is not None:
+            self.predictor.learn(found)
+        if found.recipe != self.state.recipe:  # training was stopped: the recipe says where
+            self.state = replace(self.state, recipe=found.recipe)
+            self.on_recipe.emit(found.recipe)
+        # Of a point from the ledger, the steps that were done
+        steps = max(self.state.curve_steps, found.curve[-1][0] + 1 if found.curve else 0)
+        self.state = replace(
+            self.state,
+            point=found,
+            doing="",
+            phase="measured" if found.complete else "measuring",
+            curve=found.curve,
+            looks=found.held_out,
+            curve_steps=steps,
+        )
+        if self.state.prediction is not None and self.state.prediction.quality is None:
+            self.state = replace(self.state, prediction=self.predicted(found.recipe))
+        if found.complete:
+            self.predicted(found.recipe)  # reads the new point now, so that the next move need not
+            self.on_points.emit()
+        self.on_state.emit()
 
     def stop_training(self) -> None:
         """End the training that runs and measure what it has reached.
@@ -320,78 +236,68 @@ class Session:
             RecipeError: nothing is being trained.
 
         """
-        if self.live.state != "training":
+        if self.state.phase != "training":
             raise RecipeError("nothing is being trained now")
         self.enough.set()
 
-    def compare(self, on_found: Callable[[Recipe, Any], None]) -> None:
-        """Compare the answers of the dense model and of the recipe on the sliders, behind the panel.
+    def cancel(self) -> None:
+        """Stop measuring; what has been read so far stays on the plot."""
+        with self.measurer.changed:
+            if self.measurer.busy:
+                self.measurer.cancel()
+                complete = self.state.point is not None and self.state.point.complete
+                self.show(replace(self.state, phase="measured" if complete else "cancelled", doing=""))
+
+    def failed(self, error: BaseException) -> None:
+        """Report what the current measurement raised (called by the worker, under its lock)."""
+        self.state = replace(self.state, phase="failed", doing="")
+        self.tell_error(error)
+        self.on_state.emit()
+
+    def tell_error(self, error: BaseException) -> None:
+        """Tell an error; where nobody listens, it goes to the log."""
+        if self.on_error.subscribers:
+            self.on_error.emit(error)
+        else:
+            traceback.print_exception(error)
+
+    # --- what is asked besides
+
+    def ask(self, work: Callable[[Bench, Stale], Iterator[T]], take: Callable[[T], None]) -> None:
+        """Let the worker do something else on the model, behind the panel; a slider's move cancels it.
 
         Args:
-            on_found: called with the recipe and a `Behaviour`, or the continuations of a language model.
+            work: yields what it finds.
+            take: gets each value, under the worker's lock.
 
         Raises:
             ModelError: no model is loaded.
             RecipeError: a measurement is running, which this would cancel.
 
         """
-        bench, recipe = self.bench, self.live.recipe
+        bench = self.bench
         if bench is None:
             raise ModelError("no model is loaded yet")
         if self.measurer.busy:
             raise RecipeError("the measurement is still running: ask again when it has ended")
+        self.submit(lambda stale: work(bench, stale), take)
 
-        def make(stale: Stale) -> Iterator[Any]:
-            yield bench.behaviour(recipe, compressed=self.compressed, cancelled=stale)
+    def submit(self, make: Make[T], take: Callable[[T], None]) -> None:
+        """Let the worker do this in place of what it does."""
 
-        self.measurer.submit(make, lambda found: on_found(recipe, found))
+        def extras(stale: Stale) -> Iterator[Extra]:
+            for value in make(stale):
+                yield Extra(take, value)
 
-    def predicted(self, recipe: Recipe) -> Any:
-        """Return the prediction of a recipe, None without a model."""
-        return None if self.predictor is None else self.predictor.predict(recipe)
-
-    def looked(self, point: Any) -> None:
-        """Take over a look at the current recipe, or what `follow_up` found (called by the worker, under its
-        lock).
-        """
-        if not isinstance(point, Measurement):
-            self.on_extra(point)
-            return
-        if self.predictor is not None:
-            self.predictor.learn(point)
-        if point.recipe != self.live.recipe:  # training was stopped: the recipe says where
-            self.live = replace(self.live, recipe=point.recipe)
-            self.on_recipe(point.recipe)
-        steps = max(
-            self.live.curve_steps, point.curve[-1][0] + 1 if point.curve else 0
-        )  # of a point from the ledger, those that were done
-        self.live = replace(
-            self.live,
-            point=point,
-            doing="",
-            state="measured" if point.complete else "measuring",
-            curve=point.curve,
-            looks=point.held_out,
-            curve_steps=steps,
-        )
-        if self.live.prediction is not None and self.live.prediction.quality is None:
-            self.live = replace(self.live, prediction=self.predicted(point.recipe))
-        if point.complete:
-            self.predicted(
-                point.recipe
-            )  # reads the new point into the predictor now, so that the next move need not
-            self.on_history()
-        self.on_live()
+        self.measurer.submit(extras, self.take)
 
     def idle(self) -> None:
-        """Tell that the worker has nothing to do (called by it, under its lock), and find meanwhile what
-        predictions rest on.
-        """
+        """Find what predictions rest on while the worker has nothing to do (called by it, under its lock)."""
         if self.predictor is not None and not self.preparer.closed:
-            self.preparer.submit(self.preparing(self.predictor, self.live.recipe), lambda _nothing: None)
-        self.on_idle()
+            self.preparer.submit(self.preparing(self.predictor, self.state.recipe), lambda _nothing: None)
+        self.on_idle.emit()
 
-    def preparing(self, predictor: Predictor, recipe: Recipe) -> Callable[[Stale], Iterator[None]]:
+    def preparing(self, predictor: Predictor, recipe: Recipe) -> Make[None]:
         """Return the job that finds what predictions of this recipe and its neighbours rest on.
 
         Any move of a slider ends it.
@@ -409,31 +315,27 @@ class Session:
 
         return make
 
-    def cancel(self) -> None:
-        """Stop measuring; what has been read so far stays on the plot."""
-        with self.measurer.changed:
-            if self.measurer.busy:
-                self.measurer.cancel()
-                self.live = replace(
-                    self.live,
-                    state=(
-                        "measured"
-                        if self.live.point is not None and self.live.point.complete
-                        else "cancelled"
-                    ),
-                    doing="",
-                )
-                self.on_live()
-
-    def failed(self, error: BaseException) -> None:
-        """Report what the current measurement raised."""
-        self.live = replace(self.live, state="failed", doing="")
-        self.on_error(error)
-        self.on_live()
+    # --- the past
 
     def rows(self) -> list[Measurement]:
         """Return the ledger's points of this model, data and device, oldest first."""
         return [] if self.bench is None else comparable(self.bench.ledger.rows(), self.bench.context)
+
+    def read_past(self) -> None:
+        """Take the points of the ledger, and what is said about them, over into the state.
+
+        With thousands of points that takes a moment: whoever draws calls it.
+        """
+        bench = self.bench
+        past = Past() if bench is None else Past(self.rows(), bench.ledger.annotations())
+        with self.measurer.changed:
+            if bench is self.bench:
+                self.state = replace(self.state, past=past)
+
+    def tell_points(self) -> None:
+        """Tell that the ledger's points, or what is said about them, have changed."""
+        self.on_points.emit()
+        self.on_state.emit()
 
     def close(self) -> None:
         """Stop all runners; what was alive when the model was loaded is looked at for garbage again."""

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
-
-from workbench.ledger.pareto import Cost, costs_of, drops_of, quality_of, spending
+from workbench.ledger.annotation import Annotation
 from workbench.measure.measurement import Measurement
 from workbench.predict.predictor import Prediction
 from workbench.recipe import Recipe
 from workbench.report.temperature_lesson import Softened
 from workbench.util.progress import Look
 
-MOST = 250  # points drawn; a browser needs a third of a second for 5,000
+Phase = Literal["ready", "loading", "training", "measuring", "measured", "cancelled", "failed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """The points of the ledger on the present model, oldest first, and what is said about them, by key."""
+
+    rows: Sequence[Measurement] = ()
+    said: Mapping[str, Annotation] = field(default_factory=dict)
+
+    def about(self, point: Measurement | None) -> Annotation:
+        """Return what is said about a point."""
+        return Annotation() if point is None else self.said.get(point.key, Annotation())
 
 
 @dataclass(frozen=True)
-class Live:
-    """The recipe on the sliders and what is known about it so far.
+class PanelState:
+    """The recipe on the sliders and what is known about it so far; replaced, never changed.
 
     `point` is the latest look, None before the first.
     """
@@ -27,36 +38,17 @@ class Live:
     recipe: Recipe
     prediction: Prediction | None = None
     point: Measurement | None = None
-    state: str = "ready"  # loading, training, measuring, measured, cancelled, failed
+    phase: Phase = "ready"
     doing: str = ""  # what is being computed, where it takes longer than a moment
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of the recipe, as far as it has come
     curve_steps: int = 0  # training steps planned
     looks: tuple[Look, ...] = ()  # at held-out items while it was trained
     softened: Softened | None = None  # one answer that the student is taught, at T = 1 and at the recipe's
+    model: str = ""  # the name of the model on the bench, or of the first one that loads
+    past: Past = field(default_factory=Past)
 
-
-def thin(
-    rows: Sequence[Measurement],
-    cost: Cost,
-    most: int = MOST,
-    *,
-    metric: str | None = None,
-    keep: Collection[str] = (),
-) -> list[Measurement]:
-    """Return at most about `most` rows: all that nothing beats in both quality and cost, those in `keep`, and
-    the newest others.
-    """
-    read = spending(cost)
-    known = [
-        (row, quality, spent)
-        for row in rows
-        if (spent := read(row)) is not None and (quality := quality_of(row, metric)) is not None
-    ]
-    if len(known) <= most:
-        return [row for row, _, _ in known]
-    drops, costs = drops_of(known)[0], costs_of(known, cost)[0]
-    order = np.lexsort((drops, costs))
-    best_before = np.fmin.accumulate(np.append(np.inf, drops[order]))[:-1]
-    front = {known[index][0].key for index in order[drops[order] < best_before]} | set(keep)
-    newest = {row.key for row, _, _ in known[-max(1, most - len(front)) :]}
-    return [row for row, _, _ in known if row.key in front or row.key in newest]
+    @property
+    def anchor(self) -> Measurement | None:
+        """Return the point that knows the dense model best: the one with the most items."""
+        known = [*self.past.rows[-1:], *([] if self.point is None else [self.point])]
+        return max(known, key=lambda point: point.items, default=None)
