@@ -48,7 +48,7 @@ def guessed(way: str, spots: list[Spot], drops: list[float], spot: Spot, link: L
     known = history(spots, drops, link if way == WAYS[0] else None)
     start = time.perf_counter()
     if way == WAYS[1]:
-        value = float(link.at(spot.contributions[None])[0])  # type: ignore[index]
+        value = float(link.at(spot.costs.most[None])[0])  # type: ignore[index]
         return Guess(value, math.inf, 0, wide=True), time.perf_counter() - start
     made = (
         local_fit(known.known, np.array(spot.place), np.array(spot.mark), 0.8)
@@ -131,7 +131,7 @@ def measured(model: str, path: Path, orders: int) -> dict:
     spots = [spot_of(recipe, prior) for recipe in recipes]
     spot_ms = (time.perf_counter() - start) / len(spots) * 1000
     chance = 1 / len(statistics.task.labels)
-    link = Link.usual(dense - chance, ratio=False)
+    link = Link.usual(dense - chance, len(prior.kinds), ratio=False)
     return {
         "model": model,
         "items": kept["correct"].shape[1],
@@ -144,7 +144,7 @@ def measured(model: str, path: Path, orders: int) -> dict:
         "seconds_of_tables": round(tables, 2),
         "ms_of_a_recipe": round(spot_ms, 2),
         "rank_correlation_before_any_point": round(
-            spearman(link.at(np.array([spot.contributions for spot in spots])), drops), 3
+            spearman(link.at(np.array([spot.costs.most for spot in spots])), drops), 3
         ),
         "ways": {
             way: summary(replay(way, spots, drops, link, chance=chance, orders=orders), len(recipes))

@@ -11,12 +11,12 @@ from torch import nn
 import workbench as wb
 from workbench.bench import Bench
 from workbench.compress import compress
+from workbench.compress.outlines import after
 from workbench.export import load
 from workbench.measure.size import counted_sizes, sizes
 from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.layer import replace_module
 from workbench.recipe import Recipe
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.tasks import score
 

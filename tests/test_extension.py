@@ -188,5 +188,5 @@ def test_points_of_a_plugin_wait_in_the_ledger_until_it_is_loaded_again(plugin, 
     METHODS.unregister(module.Shrink)
     without = Ledger(where)
     assert (len(without), without.unreadable) == (0, 1)
-    METHODS.functions[module.Shrink] = module.shrink
+    METHODS.register(module.Shrink)(module.shrink)
     assert Ledger(where).rows() == [point]

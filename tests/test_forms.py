@@ -13,8 +13,9 @@ from torch import nn
 
 from workbench.compress.quantization.scales import Spec, fit, form_of
 from workbench.formats.affine import Grid
+from workbench.formats.number_formats import FORMATS
+from workbench.formats.number_formats.nf4 import LEVELS as NF4
 from workbench.formats.stored_forms import (
-    NF4,
     Cast,
     FloatGrid,
     InputScaled,
@@ -32,13 +33,12 @@ SPECS = {
     "group": Spec(3, 8),
     "tensor": Spec(4, whole=True),
     "symmetric": Spec(2, 4, symmetric=True),
-    "nf4 row": Spec(4, 0, "nf4"),
-    "nf4 group": Spec(4, 8, "nf4"),
-    "nf4 tensor": Spec(4, 0, "nf4", whole=True),
-    "float8 row": Spec(8, 0, "float8"),
-    "float8 tensor": Spec(8, 0, "float8", whole=True),
-    "float16": Spec(16, 0, "float16"),
-    "bfloat16": Spec(16, 0, "bfloat16"),
+} | {
+    f"{record.name} {way}": Spec(record.bits, group, record.name, whole=whole)
+    for record in FORMATS
+    if not record.affine
+    for way, group, whole in (("row", 0, False), ("group", 8, False), ("tensor", 0, True))
+    if record.cast is None or way == "row"  # casts have no scales
 }
 
 
@@ -275,17 +275,7 @@ def test_effective_bits_by_hand():
 def test_classes_say_their_widths():
     made = forms(gaussian(4, 16))
     assert {name: part.bits for name, part in made.items()} == {
-        "row": 5,
-        "group": 3,
-        "tensor": 4,
-        "symmetric": 2,
-        "nf4 row": 4,
-        "nf4 group": 4,
-        "nf4 tensor": 4,
-        "float8 row": 8,
-        "float8 tensor": 8,
-        "float16": 16,
-        "bfloat16": 16,
+        **{name: spec.bits for name, spec in SPECS.items()},
         "offset": 3,
         "scaled": 3,
         "scaled nf4": 4,

@@ -53,7 +53,7 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
         middle = 1 << (spec.bits - 1) if zero is None else zero.double()
         return ((torch.round(weight / scale) + middle).clamp(0, spec.levels) - middle) * scale
     if spec.number_format == "nf4":
-        from workbench.formats.stored_forms import NF4
+        from workbench.formats.number_formats.nf4 import LEVELS as NF4
 
         levels = torch.tensor(NF4, dtype=torch.float32).double()
         return levels[(weight[:, None] / scale[:, None] - levels).abs().argmin(1)] * scale

@@ -16,15 +16,15 @@ from pydantic import Field
 
 import workbench as wb
 from workbench.calibration.statistics import Statistics
+from workbench.compress.outlines import after
 from workbench.compress.registry import METHODS
 from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.size import sizes
 from workbench.predict.history import Spot, history
 from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
-from workbench.predict.prior import KINDS, Link, prior_of
+from workbench.predict.prior import Costs, Link, prior_of
 from workbench.predict.spots import coordinates, spot_of
 from workbench.recipe import Step, configuration
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 EXACT = {
@@ -152,15 +152,66 @@ class Shake(Step):
     shake: Annotated[float, Field(ge=0, le=1, description="how much")] = 0.5
 
 
+def shaken(step, work):
+    for layer in work.select(step):
+        layer.write(layer.matrix() * (1 - step.shake))
+        work.took(step, layer, "shaken")
+
+
 def test_a_method_without_rules_is_unknown_not_guessed(bench):
     METHODS.register(Shake)(lambda step, work: None)
     try:
         guess = bench.predictor().predict(wb.Recipe(Shake(shake=0.5)))
         assert guess.file_bytes is None
+        assert guess.speedup is None
         assert any("file size unknown" in note for note in guess.notes)
         assert any("speed unknown" in note for note in guess.notes)
     finally:
         METHODS.unregister(Shake)
+
+
+UNRULED = {
+    "heads": wb.Prune(sparsity=0.5, pattern="heads"),
+    "layers": wb.Prune(sparsity=0.5, pattern="layers"),
+    "own method": Shake(shake=0.5),
+}
+
+
+@pytest.mark.parametrize("name", UNRULED)
+def test_without_a_rule_the_interval_is_the_whole_range_and_the_words_say_so(name, ledger):
+    METHODS.register(Shake)(shaken)
+    try:
+        bench = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=ledger, progress=False, device="cpu")
+        predictor, recipe = bench.predictor(), wb.Recipe(UNRULED[name])
+        for sparsity in (0.0, 0.3, 0.4, 0.5, 0.6):  # what is known of others says nothing about this
+            bench.measure(wb.Recipe(wb.Prune(sparsity=sparsity)))
+        for prepared in (False, True):
+            if prepared:
+                assert predictor.prepare(recipe)
+            guess = predictor.predict(recipe)
+            assert (guess.quality.low, guess.quality.high, guess.wide) == (0.0, 1.0, True)
+            assert any(f"how {type(recipe.steps[0]).__name__} changes quality" in n for n in guess.notes)
+            both = predictor.predict(wb.Recipe(UNRULED[name], wb.Quantize(weight_bits=8)))
+            assert (both.quality.low, both.quality.high) == (0.0, 1.0)
+        point = bench.measure(recipe)
+        again = predictor.predict(recipe)
+        assert again.quality.low <= point.primary.compressed.value <= again.quality.high
+        assert any("1 measured points have the same settings" in note for note in again.notes)
+    finally:
+        METHODS.unregister(Shake)
+
+
+def test_how_much_training_wins_back_is_left_open(ledger):
+    bench = wb.Bench(tiny_tasks.tiny_task("vit"), ledger=ledger, progress=False, device="cpu")
+    predictor = bench.predictor()
+    plain = wb.Recipe(wb.Prune(sparsity=0.8))
+    taught = wb.Recipe(*plain, wb.Distill(temperature=2))
+    bench.measure(wb.Recipe())
+    assert predictor.prepare(taught)
+    before, after = predictor.predict(plain), predictor.predict(taught)
+    assert after.quality.low <= before.quality.low
+    assert after.quality.high >= before.quality.high
+    assert any("how much training wins back is not known" in note for note in after.notes)
 
 
 def made_up(count, seed):
@@ -219,23 +270,28 @@ def coordinates_of(kind, stop):
     return coordinates(wb.Recipe(*before, kind(**{kind.slider: stop})))
 
 
+def costs(nats):
+    """Return costs of which training wins nothing back."""
+    return Costs(nats, nats)
+
+
 def ledgers(count, seed, *, wrong=1.0, noise=0.15):
     """Return spots and values as a link makes them, with noise in proportion to its doubt.
 
     Contributions are off by a factor.
     """
     random = np.random.default_rng(seed)
-    link = Link.usual(0.8, ratio=False)
+    link = Link.usual(0.8, 4, ratio=False)
     strengths = random.uniform(0, 1, (count, 2))
-    contributions = np.zeros((count, len(KINDS)))
+    contributions = np.zeros((count, 4))
     contributions[:, 0], contributions[:, 2] = 0.6 * strengths[:, 0] ** 4, 0.3 * strengths[:, 1] ** 4
     true = link.at(contributions)
     values = np.clip(true + noise * link.doubt(true) * random.standard_normal(count), 0, 0.8)
     spots = [
-        Spot((*place, 0.0), (int(place[0] > 0), int(place[1] > 0), 0), wrong * row)
+        Spot((*place, 0.0), (int(place[0] > 0), int(place[1] > 0), 0), costs(wrong * row))
         for place, row in zip(strengths, contributions, strict=True)
     ]
-    return [Spot((0.0, 0.0, 0.0), (0, 0, 0), np.zeros(len(KINDS))), *spots], [0.0, *values], link
+    return [Spot((0.0, 0.0, 0.0), (0, 0, 0), costs(np.zeros(4))), *spots], [0.0, *values], link
 
 
 def foreseen(spots, values, link):
@@ -259,7 +315,7 @@ def test_a_wrong_prior_is_corrected_by_the_ledger():
     before, after = [], []
     for seed in range(120):
         spots, values, link = ledgers(41 + seed % 50, seed, wrong=8.0)
-        before.append(abs(float(link.at(spots[-1].contributions[None])[0]) - values[-1]))
+        before.append(abs(float(link.at(spots[-1].costs.most[None])[0]) - values[-1]))
         after.append(foreseen(spots, values, link))
     errors, reaches = np.array(after).T
     statistical.assert_mean_below(0.2 - np.array(before))
@@ -274,7 +330,7 @@ def test_a_prior_that_knows_nothing_does_not_spoil_what_neighbours_say():
         spots, values, link = ledgers(61 + seed % 60, seed)
         order = np.random.default_rng(seed).permutation(len(spots))
         shuffled = [
-            Spot(spot.place, spot.mark, spots[order[index]].contributions) for index, spot in enumerate(spots)
+            Spot(spot.place, spot.mark, spots[order[index]].costs) for index, spot in enumerate(spots)
         ]
         error, reach = foreseen([spots[0], *shuffled[1:]], values, link)
         worse.append(error - 0.7 * abs(values[-1] - float(np.median(values[:-1]))))
@@ -324,7 +380,7 @@ def test_residuals_are_fitted_as_a_gaussian_process():
 
 def test_points_without_a_table_leave_the_prediction_to_the_sliders():
     spots, values, link = ledgers(40, 4)
-    blind = dataclasses.replace(spots[-1], contributions=None)
+    blind = dataclasses.replace(spots[-1], costs=None)
     made = history(spots[:-1], values[:-1], link)
     assert made.guess(blind) == local_fit(made.known, np.array(blind.place), np.array(blind.mark))
 
@@ -400,7 +456,7 @@ def test_predictions_hold_on_a_real_model(fashion_cnn):
         spots.append(spot_of(recipe, prior))
         drops.append(dense - float(evaluator.scores(made.model, [], 500).correct.mean()))
     spots, drops = [spot_of(wb.Recipe(), prior), *spots], [0.0, *drops]
-    link, counts = Link.usual(dense - 0.1, ratio=False), range(12, len(spots) + 1)
+    link, counts = Link.usual(dense - 0.1, len(prior.kinds), ratio=False), range(12, len(spots) + 1)
     new = np.array([foreseen(spots[:count], drops[:count], link) for count in counts])
     old = np.array([foreseen(spots[:count], drops[:count], None) for count in counts])
     statistical.assert_covers(new[:, 1], LEVEL, narrow=0.125)

@@ -13,10 +13,11 @@ from torch import nn
 
 import workbench as wb
 from workbench.calibration.statistics import Gradients, Statistics
+from workbench.compress.core.layer_sample import conditional, sample, weighed
 from workbench.errors import Cancelled
 from workbench.modules.layer import Layer
-from workbench.predict.layer_errors import conditional, errors_of, key_of, knots_of, sample, weighed
-from workbench.predict.prior import KINDS, Prior, fits, prior_of, samples_of
+from workbench.predict.layer_errors import errors_of, key_of, rule_of
+from workbench.predict.prior import Prior, fits, prior_of, samples_of
 
 STEPS = {
     "magnitude": wb.Prune(sparsity=0.5),
@@ -70,9 +71,10 @@ def test_a_table_says_what_the_method_does(model, name, device, kept):
     statistics, step = kept[model, device], STEPS[name]
     task = statistics.task
     samples = samples_of(statistics)
-    errors = errors_of(step, samples).numpy()
-    assert errors.shape == (len(samples), len(knots_of(step)))
-    place = int(np.abs(knots_of(step) - getattr(step, step.slider)).argmin())
+    table = rule_of(step)
+    errors = errors_of(table, samples).numpy()
+    assert errors.shape == (len(samples), len(table.knots))
+    place = int(np.abs(np.array(table.knots) - getattr(step, step.slider)).argmin())
     compressed = wb.compress(task, wb.Recipe(step), statistics)
     changed = {
         row.name.removesuffix(".0").removesuffix(".1")
@@ -96,13 +98,13 @@ def test_a_table_says_what_the_method_does(model, name, device, kept):
 def test_errors_grow_with_the_slider(device):
     samples = samples_of(Statistics(tiny_tasks.tiny_task("vit", device)))
     for step in (wb.Prune(), wb.Prune(criterion="sparsegpt"), wb.Prune(criterion="random")):
-        errors = errors_of(step, samples)
+        errors = errors_of(rule_of(step), samples)
         assert (errors[:, 0] == 0).all()
         assert (errors[:, 8:].diff(dim=1) >= -0.2).all()
         assert (errors[:, 16] > errors[:, 4]).all()
         assert (errors[:, 32] > errors[:, 16]).all()
-    assert (errors_of(wb.LowRank(), samples).diff(dim=1) <= 1e-6).all()
-    assert (errors_of(wb.Quantize(), samples).diff(dim=1)[:, :3] <= 0).all()
+    assert (errors_of(rule_of(wb.LowRank()), samples).diff(dim=1) <= 1e-6).all()
+    assert (errors_of(rule_of(wb.Quantize()), samples).diff(dim=1)[:, :3] <= 0).all()
 
 
 def test_what_is_left_of_an_input_once_later_ones_make_up_for_it():
@@ -120,7 +122,7 @@ def test_gptq_is_predicted_to_lose_what_it_loses(fashion_cnn):
     statistics = Statistics(fashion_cnn)
     samples = samples_of(statistics)
     step = wb.Quantize(weight_bits=4, rounding="gptq")
-    predicted = errors_of(step, samples)[:, 2]
+    predicted = errors_of(rule_of(step), samples)[:, 2]
     for index in (3, 8, 12):
         real = direct(fashion_cnn, statistics, step, samples[index].layer.name, alike=False)
         assert 0.5 < float(predicted[index]) / real < 2
@@ -142,7 +144,7 @@ def test_the_sum_over_layers_is_the_change_of_a_quadratic_loss():
             inputs.t() @ inputs / rows,
         )
         step = wb.Prune(sparsity=0.5)
-        load, error = float(weighed(about.weight, about)) / 2, float(errors_of(step, [about])[0, 16])
+        load, error = float(weighed(about.weight, about)) / 2, float(errors_of(rule_of(step), [about])[0, 16])
         predicted += load * error
         weight = module.weight.detach()
         kept = weight.abs() >= weight.abs().flatten().sort().values[weight.numel() // 2]
@@ -151,30 +153,31 @@ def test_the_sum_over_layers_is_the_change_of_a_quadratic_loss():
     assert predicted == pytest.approx(float(change.double().mean()), rel=0.05)
 
 
-def test_contributions_follow_targets_heads_and_what_saves_nothing():
+def test_costs_follow_targets_heads_and_what_saves_nothing():
     task = tiny_tasks.tiny_task("vit")
     statistics = Statistics(task)
     prior = prior_of(statistics)
     whole, one = wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",)))
-    assert prior.contributions(whole) is None  # no table yet
-    prior.prepare(statistics, [whole, wb.Recipe(wb.LowRank(rank_ratio=0.9))])
-    everything, some = prior.contributions(whole), prior.contributions(one)
-    assert 0 < some[0] < everything[0]
-    assert (everything[1:] == 0).all()
+    zeros, factors = prior.kinds.index("prune"), prior.kinds.index("lowrank")
+    assert prior.costs(whole) is None  # no table yet
+    prior.prepare(statistics, [whole, wb.Recipe(wb.LowRank(rank_ratio=0.9)), wb.Recipe(wb.Activations())])
+    everything, some = prior.costs(whole).most, prior.costs(one).most
+    assert 0 < some[zeros] < everything[zeros]
+    assert everything.sum() == everything[zeros]
     assert (
-        prior.contributions(wb.Recipe(wb.LowRank(rank_ratio=0.9)))[KINDS.index("lowrank")]
-        < prior.contributions(wb.Recipe(wb.LowRank(rank_ratio=0.2)))[KINDS.index("lowrank")]
+        prior.costs(wb.Recipe(wb.LowRank(rank_ratio=0.9))).most[factors]
+        < prior.costs(wb.Recipe(wb.LowRank(rank_ratio=0.2))).most[factors]
     )
     head = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "classifier")))
-    assert prior.contributions(head)[0] > everything[0]
+    assert prior.costs(head).most[zeros] > everything[zeros]
+    assert prior.costs(wb.Recipe(wb.Prune(sparsity=0.25, pattern="neurons"))) is None  # no rule for structure
+    repaired = prior.costs(wb.Recipe(wb.Prune(sparsity=0.5), wb.Repair(repair_ratio=0.1)))
+    assert 0 < repaired.most[zeros] == repaired.least[zeros] < everything[zeros]
+    taught = prior.costs(wb.Recipe(wb.Prune(sparsity=0.5), wb.Distill(temperature=2)))
+    assert (taught.most[zeros], taught.least[zeros]) == (everything[zeros], 0)
     assert (
-        prior.contributions(wb.Recipe(wb.Prune(sparsity=0.25, pattern="neurons"))).sum() == 0
-    )  # no rule for structure
-    repaired = prior.contributions(wb.Recipe(wb.Prune(sparsity=0.5), wb.Repair(repair_ratio=0.1)))
-    assert 0 < repaired[0] < everything[0]
-    assert (
-        prior.contributions(wb.Recipe(wb.Activations(activation_bits=4))).sum()
-        > prior.contributions(wb.Recipe(wb.Activations())).sum()
+        prior.costs(wb.Recipe(wb.Activations(activation_bits=4))).most.sum()
+        > prior.costs(wb.Recipe(wb.Activations())).most.sum()
         > 0
     )
 

@@ -14,6 +14,7 @@ import workbench as wb
 from workbench.bench import Bench
 from workbench.compress import compress
 from workbench.compress.core.batch import Batch
+from workbench.compress.outlines import after
 from workbench.compress.quantization.qat import start_of
 from workbench.compress.training.lsq import gradients, steps_of, with_steps
 from workbench.errors import CompressionError, RecipeError
@@ -24,7 +25,6 @@ from workbench.measure.size import sizes
 from workbench.modules.layer import find_layers
 from workbench.recipe import Recipe
 from workbench.sensitivity import layers_of
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.util.progress import Training
 

@@ -18,7 +18,7 @@ from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.calibration.statistics import Statistics
-from workbench.compress import compress
+from workbench.compress import compress, outlines
 from workbench.compress.core.batch import Batch
 from workbench.compress.quantization import awq, hqq, mixed_precision, quantize
 from workbench.compress.quantization.scales import Spec, fit, form_of
@@ -27,7 +27,6 @@ from workbench.formats.stored_forms import InputScaled, OffsetGrid
 from workbench.measure.size import counted_sizes, file_content, sizes
 from workbench.modules.packing import pack_model, unpack_state
 from workbench.recipe import Recipe
-from workbench.shapes import changes
 from workbench.shapes.outline import Outline
 from workbench.tasks import score
 
@@ -101,7 +100,7 @@ def test_every_way_combines_with_every_other_step(sort, device, way, around):
     assert real.file_bytes == len(file_content(packed))
     state = unpack_state(packed.tensors, packed.manifest())
     assert all(torch.equal(state[name], value.cpu()) for name, value in made.model.state_dict().items())
-    predicted = changes.after(Outline.of(task.model), recipe)
+    predicted = outlines.after(Outline.of(task.model), recipe)
     kinds = {packed.encodings[f"{layer.name}.weight"].kind for layer in gridded}
     if not way.mixed and not before and kinds <= {"grid", "dense"}:
         assert predicted.file_bytes() == real.file_bytes

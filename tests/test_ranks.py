@@ -15,11 +15,11 @@ from torch import nn
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.low_rank.rank_allocation import Candidate, allocate, slopes
+from workbench.compress.outlines import after
 from workbench.errors import RecipeError
 from workbench.measure.size import sizes
 from workbench.modules.factored import Form, Shape, cost, most_rank
 from workbench.recipe import Recipe
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 

@@ -13,12 +13,12 @@ from tiny_tasks import same, tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.low_rank.repair import best_term, same_budget
+from workbench.compress.outlines import after
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import counted_sizes, sizes
 from workbench.modules.factored import Repaired
 from workbench.recipe import Recipe
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 PRUNE, QUANTIZE = wb.Prune(sparsity=0.5, pattern="2:4"), wb.Quantize(weight_bits=3, grid="symmetric")

@@ -43,7 +43,7 @@ ALL = sorted(
     [
         *(
             step
-            for kind in METHODS.functions
+            for kind in METHODS.records
             if kind.__module__.startswith("workbench.")
             for step in steps_of(kind)
         ),

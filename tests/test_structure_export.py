@@ -18,11 +18,11 @@ import workbench as wb
 from workbench.bench import Bench
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.compress.outlines import after
+from workbench.compress.pruning.structured_shapes import anatomy_of
 from workbench.export import export
 from workbench.measure.size import sizes
 from workbench.recipe import Recipe
-from workbench.shapes.anatomy import Anatomy
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 CASES = [(name, pattern) for name, patterns in ALL.items() for pattern in (*patterns, "+".join(patterns))]
@@ -101,7 +101,7 @@ def test_the_bytes_are_known_before_it_runs(name, patterns, later):
     task = task_of(name)
     statistics = Statistics(task)
     recipe = Recipe(*steps(patterns), *later)
-    outline = after(Outline.of(task.model, None, Anatomy.of(task, statistics)), recipe)
+    outline = after(Outline.of(task.model, None, anatomy_of(task, statistics)), recipe)
     made = compress(task, recipe, statistics)
     if name == "bottleneck" and "layers" in patterns:
         assert outline is None  # two blocks may go, of two sizes: shapes do not say which does
@@ -117,7 +117,7 @@ def test_the_bytes_are_known_before_it_runs(name, patterns, later):
 def test_what_shapes_do_not_say_is_unknown():
     task = task_of("vit")
     recipe = Recipe(wb.Prune(pattern="neurons", allocation="global"))
-    assert after(Outline.of(task.model, None, Anatomy.of(task, Statistics(task))), recipe) is None
+    assert after(Outline.of(task.model, None, anatomy_of(task, Statistics(task))), recipe) is None
     assert (
         after(Outline.of(task.model), Recipe(wb.Prune(pattern="heads"))) is None
     )  # nobody told it where the heads are
@@ -129,7 +129,7 @@ def test_targets_count_in_the_prediction():
         recipe = Recipe(wb.Prune(pattern="neurons", targets=targets))
         made = compress(task, recipe)
         assert (
-            after(Outline.of(task.model, None, Anatomy.of(task, Statistics(task))), recipe).file_bytes()
+            after(Outline.of(task.model, None, anatomy_of(task, Statistics(task))), recipe).file_bytes()
             == sizes(made.model, made.layers).file_bytes
         )
 

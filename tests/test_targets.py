@@ -16,10 +16,10 @@ import workbench as wb
 from widgets.panes.code_view import command
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.compress.outlines import after
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.size import sizes
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 NAMES = ("a", "a.0", "a.1", "b", "b.fc1", "head")

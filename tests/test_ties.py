@@ -9,13 +9,13 @@ from tiny_tasks import same, tiny_task, weights
 
 import workbench as wb
 from workbench.compress import compress
+from workbench.compress.outlines import after
 from workbench.errors import CompressionError
 from workbench.measure.size import counted_sizes, sizes
 from workbench.modules.factored import Factors
 from workbench.modules.layer import find_layers
 from workbench.modules.packing import pack_model, unpack_state
 from workbench.recipe import Recipe
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 
 TIED = [("llama", "model.embed_tokens"), ("gpt2", "transformer.wte")]

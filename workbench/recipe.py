@@ -12,21 +12,38 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast, dataclass_transform
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import CoreSchema, core_schema
 
 from workbench.errors import RecipeError
+from workbench.util.about import About
+from workbench.util.registry import Registry
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 Targets = tuple[str, ...]
+# What a step leaves in layers: zeros by a mask; fewer units; codes of a grid with scales; 16-bit numbers; two
+# or three factors; a term beside the weight; inputs that are rounded; weights that have learned; a cache
+Mark = Literal["zeros", "fewer", "grid", "cast", "factors", "term", "inputs", "learned", "cache"]
 
 
 def explain(owner: str, error: ValidationError) -> str:
@@ -76,14 +93,21 @@ def configuration(cls: type[T]) -> type[T]:
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """A line of the table of methods, for readers: one choice of a method."""
+class OneOf:
+    """The choices of an option: the names in a registry, also those that a plugin registers later."""
 
-    choice: str  # such as `criterion=wanda`
-    source: str  # paper and year
-    once: str  # what is computed once per model and kept
-    move: str  # what a move of the slider costs after that
-    limits: str  # what it does not achieve
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Tell pydantic how the value is checked."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def check(self, value: str) -> str:
+        """Return a value that is one of the names; ValueError with all of them otherwise."""
+        if value not in self.registry:
+            *first, last = map(repr, self.registry.names())
+            raise ValueError(f"input should be {', '.join(first)} or {last}")
+        return value
 
 
 @configuration
@@ -153,6 +177,15 @@ class Step:
         fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
         return {name: info for name, info in fields.items() if name not in {"targets", "seed"}}
 
+    @classmethod
+    def choices(cls, option: str) -> tuple[Any, ...]:
+        """Return the values that an option can have, () where they are no list."""
+        info = cls.options()[option]
+        if get_origin(info.annotation) is Literal:
+            return get_args(info.annotation)
+        listed = [name for one in info.metadata if isinstance(one, OneOf) for name in one.registry.names()]
+        return tuple(listed) or ((True, False) if info.annotation is bool else ())
+
     def unchanged(self) -> set[str]:
         """Return the options of later versions that are at their defaults."""
         return {
@@ -163,6 +196,16 @@ class Step:
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Raise `RecipeError`, with the reason, if this step cannot follow the `earlier` ones."""
+
+    @property
+    def leaves(self) -> frozenset[Mark]:
+        """Return what later steps find in the layers that it took; their order follows from that."""
+        return frozenset()
+
+    @property
+    def zeros(self) -> str | None:
+        """Return the pattern of the zeros that it leaves, such as `2:4`; None without any."""
+        return None
 
     @property
     def order(self) -> int:
@@ -296,6 +339,11 @@ class Recipe:
         """Return a few words for a legend, such as `50% + W4`, with the layers where those are not all."""
         return " + ".join(step.label() + scope(step.targets) for step in self.steps) or "dense"
 
+    @property
+    def zeros(self) -> str | None:
+        """Return the pattern of the zeros that its first step with any leaves, None without."""
+        return next((step.zeros for step in self.steps if step.zeros is not None), None)
+
     def get(self, kind: str) -> Step | None:
         """Return the first step of this kind, or None."""
         return next((step for step in self.steps if step.kind() == kind), None)
@@ -329,3 +377,8 @@ class Recipe:
             for step in self.steps
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def first_leaving(earlier: Iterable[Step], *marks: Mark) -> Step | None:
+    """Return the first of some steps that leaves one of these marks, or None."""
+    return next((step for step in earlier if step.leaves & set(marks)), None)

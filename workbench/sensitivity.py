@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from workbench.compress import compress
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.kl import Reference
 from workbench.measure.setting import Setting
@@ -27,8 +28,6 @@ from workbench.util.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
-
-WHOLE = {"distill", "qat", "transfer", "kvcache"}  # steps that make no sense on one layer alone
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,11 @@ def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
     for step in recipe:
         whole = step.takes(layer, head=layer == head)
         parts = {step.takes(f"{layer}.{index}", layer, head=layer == head) for index in (0, 1)}
-        if parts != {whole} and step.kind() not in WHOLE:
+        if not METHODS.of(step).alone:  # or it does not say
+            continue
+        if parts != {whole}:
             raise RecipeError(f"{step!r} works on one factor of {layer} only: its sensitivity is not defined")
-        if whole and step.kind() not in WHOLE:
+        if whole:
             steps.append(dataclasses.replace(step, targets=(layer,)))
     return Recipe(*steps)
 

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
+
+from workbench.compress.registry import METHODS
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -29,15 +31,6 @@ SHORT = {
     "activation_format": "format",
     "activation_scaling": "scaling",
     "activation_granularity": "per",
-}
-TITLES = {
-    "rank_ratio": "rank",
-    "weight_bits": "bits",
-    "repair_ratio": "repair",
-    "activation_bits": "activations",
-    "kv_bits": "cache bits",
-    "qat_steps": "QAT steps",
-    "transfer_steps": "transfer",
 }
 
 
@@ -65,9 +58,9 @@ def bounds(info: FieldInfo) -> Bounds:
     return Bounds(low, high, "ge" not in found, "le" not in found)
 
 
-def title(name: str) -> str:
+def title(step: type[Step], name: str) -> str:
     """Return an option's name as a person reads it: `rank_ratio` is rank."""
-    return TITLES.get(name, name.replace("_", " "))
+    return METHODS.of(step).slider_title if name == step.slider else name.replace("_", " ")
 
 
 def nice_step(span: float) -> float:
@@ -116,8 +109,8 @@ def slider(step: type[Step]) -> ipw.FloatSlider | ipw.IntSlider:
     """Return the slider of a method, on its own default."""
     info, made = step.options()[step.slider], scale(step)
     about = {
-        "description": title(step.slider),
-        "tooltip": f"{title(step.slider)}: {info.description}",
+        "description": title(step, step.slider),
+        "tooltip": f"{title(step, step.slider)}: {info.description}",
         "continuous_update": True,
     }
     if made.whole:
@@ -132,18 +125,19 @@ def slider(step: type[Step]) -> ipw.FloatSlider | ipw.IntSlider:
     )
 
 
-def control(name: str, info: FieldInfo) -> ipw.ValueWidget:
+def control(name: str, step: type[Step]) -> ipw.ValueWidget:
     """Return the control of a choice: drop-down, check box, bounded number, or text with suggestions."""
+    info, choices = step.options()[name], step.choices(name)
     kind: Any = info.annotation
     about = {
-        "description": SHORT.get(name, title(name)),
-        "tooltip": f"{title(name)}: {info.description}",
+        "description": SHORT.get(name, title(step, name)),
+        "tooltip": f"{title(step, name)}: {info.description}",
         "value": info.default,
     }
-    if get_origin(kind) is Literal:
-        return ipw.Dropdown(options=list(get_args(kind)), **about)
     if kind is bool:
         return ipw.Checkbox(indent=False, **about)
+    if choices:
+        return ipw.Dropdown(options=list(choices), **about)
     if kind in (int, float):
         limits = bounds(info)
         low = -1e9 if limits.low is None else limits.low

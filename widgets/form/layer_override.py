@@ -38,7 +38,7 @@ class LayerOverride(ipw.HBox):
         """
         self.kind, self.form, self.guarded = kind, form, guarded
         self.layer, self.head, self.hold = "", False, False
-        name = title(kind.slider)
+        name = title(kind, kind.slider)
         self.mode = ipw.ToggleButtons(
             options=[(words, mode) for mode, (words, _) in MODES.items()],
             value="follow",

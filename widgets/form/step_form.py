@@ -44,14 +44,12 @@ class StepForm(ipw.VBox):
         self.hold = False
         self.common: dict[str, Any] = {}  # targets and seed, which have no controls here
         self.beside = Line()  # steps of this kind for single layers, which have no controls here either
-        name = title(kind.slider)
+        name = title(kind, kind.slider)
         about = f"{kind.__name__}: {(kind.__doc__ or '').splitlines()[0]}"
         self.on = ipw.Checkbox(value=False, indent=False, description=name, tooltip=about)
         self.slider = slider(kind)
         self.scale = scale(kind)
-        self.choices = {
-            option: control(option, info) for option, info in kind.options().items() if option != kind.slider
-        }
+        self.choices = {option: control(option, kind) for option in kind.options() if option != kind.slider}
         for widget in (self.on, self.slider, *self.choices.values()):
             widget.observe(self.moved, "value")
         self.on.add_class("wb-on")
@@ -140,7 +138,9 @@ class StepForm(ipw.VBox):
                     continue
                 self.write(step)
                 changed = [
-                    f"{title(name)} set to {value}" for name, value in attempt.items() if given[name] != value
+                    f"{title(self.kind, name)} set to {value}"
+                    for name, value in attempt.items()
+                    if given[name] != value
                 ]
                 return StepState(step, note=f"{', '.join(changed)}: {error}")
             raise

@@ -127,7 +127,7 @@ def head_speed(point: Measurement | None, guess: Prediction | None) -> tuple[str
     if point is not None and point.latency is not None:
         speed = point.latency.speedup
         return f"{speed.value:.2f}{TIMES} as fast", f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%"
-    if guess is not None:
+    if guess is not None and guess.speedup is not None:
         return f"~{guess.speedup.value:.2f}{TIMES} as fast", "predicted, not measured yet"
     return "?", "speed not measured yet"
 
@@ -172,6 +172,8 @@ def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:
     """Return the predicted time: in milliseconds if the dense model's is known, else as a ratio."""
     if guess is None:
         return "…"
+    if guess.speedup is None:
+        return "unknown"
     if point is None or point.latency is None:
         return f"{1 / guess.speedup.value:.2f}{TIMES} dense"
     return f"{point.latency.dense_median_ms / guess.speedup.value:.2f} ms"

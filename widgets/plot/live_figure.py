@@ -222,7 +222,8 @@ def predicted_changes(state: PanelState, choice: PlotChoice) -> dict[str, Any]:
         return NOTHING
     if choice.metric not in {"", guess.metric}:
         return NOTHING
-    spent = {"file_bytes": guess.file_bytes, "latency": 1 / guess.speedup.value}.get(choice.cost)
+    time = None if guess.speedup is None else 1 / guess.speedup.value
+    spent = {"file_bytes": guess.file_bytes, "latency": time}.get(choice.cost)
     quality = changed(guess.quality, state.anchor) if choice.change else guess.quality
     if spent is None or quality is None:
         return NOTHING

@@ -20,6 +20,7 @@ from workbench.compress.distillation.distill import Distill
 from workbench.compress.distillation.transfer import Transfer
 from workbench.compress.low_rank.lowrank import LowRank
 from workbench.compress.low_rank.repair import Repair
+from workbench.compress.placed import refuse
 from workbench.compress.pruning.prune import Prune
 from workbench.compress.quantization.activations import Activations
 from workbench.compress.quantization.kv_cache import KVCache
@@ -30,7 +31,6 @@ from workbench.errors import CompressionError
 from workbench.kernels import weight_passes
 from workbench.kernels.weight_passes import WEIGHT_PASSES
 from workbench.modules.layer import Layer
-from workbench.modules.placement import refuse
 from workbench.modules.sharing import (
     SHARED_COPIES,
     can_share,
@@ -121,7 +121,7 @@ def compress(
     done: list[Step] = [] if begun is None else list(begun.done)
     for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
         changes = work.changes
-        done.append(METHODS.functions[type(step)](step, work) or step)
+        done.append(METHODS.of(step).apply(step, work) or step)
         if work.changes == changes:
             said = Counter(
                 words[-1] for words in work.outcomes.values() if words

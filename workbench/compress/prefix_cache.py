@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from workbench.compress.registry import METHODS
 from workbench.modules.offload import streams_to
 from workbench.modules.sharing import can_share, twin
 from workbench.util.progress import Training, no_progress
@@ -99,8 +100,9 @@ def keep(steps: tuple[Step, ...], done: Iterable[Step], work: Work) -> None:
 
 
 def trains(step: Step) -> bool:
-    """Return whether a step trains: it may be ended early, and is watched."""
-    return step.kind() in {"distill", "qat", "transfer"} or bool(getattr(step, "train_steps", 0))
+    """Return whether a step may train, as one does whose method does not say: what it leaves is not kept."""
+    trains = METHODS.of(step).trains
+    return trains is None or trains(step)
 
 
 def twin_of(work: Work) -> Work | None:

@@ -5,16 +5,18 @@ Importing this module imports `workbench.compress` first, which registers the bu
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from workbench.compress.method import Method
 from workbench.errors import RecipeError
 from workbench.recipe import Recipe, Step, Targets
 from workbench.util.text import nearest
 
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 PLAIN = (
     "model",
@@ -48,19 +50,39 @@ RESERVED = {
 
 
 class Methods:
-    """The methods that exist: step classes by kind, with the function that carries each out."""
+    """The methods that exist: one record for each kind of step."""
 
     def __init__(self) -> None:
         """Start with none; `workbench.compress` registers the built-in ones."""
-        self.functions: dict[type[Step], Callable[..., Step | None]] = {}
+        self.records: dict[type[Step], Method] = {}
 
-    def register(self, step: type[Step]) -> Callable[[T], T]:
+    def register(self, step: type[Step], **facts: Any) -> Callable[[F], F]:
         """Return a decorator that makes `function(step, work)` the way to carry out `step`.
 
+        facts: what else is known, by the names of `workbench.compress.method.Method`; what is left out is
+        unknown, and shown so.
+
         Raises:
-            RecipeError: the kind or one of the option names is taken, or the slider names no field.
+            RecipeError: the kind or one of the option names is taken, the slider names no field, or a fact
+                has an unknown name.
 
         """
+        known = [field.name for field in dataclasses.fields(Method) if field.name not in {"step", "apply"}]
+        for name in facts:
+            if name not in known:
+                raise RecipeError(
+                    f"{step.__name__} states {name!r}, which is no fact; {nearest(name, known)}"
+                )
+        self.check(step)
+
+        def keep(function: F) -> F:
+            self.records[step] = Method(step, function, **facts)
+            return function
+
+        return keep
+
+    def check(self, step: type[Step]) -> None:
+        """Refuse a step whose names clash with others'."""
         if step.slider not in step.options():
             raise RecipeError(
                 f"{step.__name__}.slider is {step.slider!r}, which is none of its options:"
@@ -74,7 +96,7 @@ class Methods:
                 f"{step.__name__} cannot be registered: the workbench itself uses {', '.join(taken)} (and"
                 " max_, min_ for gates); rename it"
             )
-        for other in self.functions:
+        for other in self.records:
             shared = set(step.options()) & set(other.options())
             if other.kind() == step.kind() or shared:
                 raise RecipeError(
@@ -82,23 +104,33 @@ class Methods:
                     f" {', '.join(sorted(shared)) or 'this name'}"
                 )
 
-        def keep(function: T) -> T:
-            self.functions[step] = function  # type: ignore[assignment]
-            return function
-
-        return keep
-
     def unregister(self, step: type[Step]) -> None:
         """Forget a method (for tests and for reloading a plugin)."""
-        self.functions.pop(step, None)
+        self.records.pop(step, None)
+
+    def of(self, step: Step | type[Step]) -> Method:
+        """Return the record of a step's method.
+
+        Raises:
+            RecipeError: nobody has registered it.
+
+        """
+        kind = step if isinstance(step, type) else type(step)
+        if kind not in self.records:
+            raise RecipeError(f"{kind.__name__} is not registered: import the module that registers it")
+        return self.records[kind]
+
+    def __iter__(self) -> Iterator[Method]:
+        """Iterate over the records, in the order in which flat options are applied."""
+        return iter(self.records[step] for step in self.steps())
 
     def steps(self) -> list[type[Step]]:
         """Return every step class, in the order in which flat options are applied."""
-        return sorted(self.functions, key=lambda step: step.position)
+        return sorted(self.records, key=lambda step: step.position)
 
     def step(self, kind: str) -> type[Step]:
         """Return the step class of this kind, or raise `RecipeError` with the nearest names."""
-        found = next((step for step in self.functions if step.kind() == kind), None)
+        found = next((step for step in self.records if step.kind() == kind), None)
         if found is None:
             raise RecipeError(
                 f"unknown step {kind!r}; {nearest(kind, [step.kind() for step in self.steps()])}"

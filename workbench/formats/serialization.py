@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from workbench.formats.affine import Grid
 from workbench.formats.bit_packing import pack, unpack
+from workbench.formats.number_format import OFFSET
+from workbench.formats.number_formats import FORMATS
 from workbench.formats.stored_forms import (
-    FLOAT_BITS,
-    NF4,
     Cast,
-    FloatFormat,
     FloatGrid,
     Form,
     InputScaled,
     OffsetGrid,
 )
+from workbench.util.text import nearest
 
-INTEGER, OFFSET = (
-    "integer",
-    "offset",
-)  # number formats of integer codes; the second has zero points that are no integers
+INTEGER = "integer"  # number format of integer codes
 
 
 def format_of(form: Form) -> str:
@@ -107,14 +103,10 @@ def base_form(stored: Codes, sides: dict[str, Tensor]) -> Grid | FloatGrid | Off
             stored.bits,
             stored.kept,
         )
-    if kind in FLOAT_BITS:
-        return FloatGrid(
-            stored.whole(torch.tensor(NF4.index(0.0) if kind == "nf4" else 0)),
-            scale,
-            cast("FloatFormat", kind),
-        )
     if kind != INTEGER:
-        raise ValueError(f"unknown number format {kind!r}")
+        if kind not in FORMATS:
+            raise ValueError(f"unknown number format {kind!r}; {nearest(kind, FORMATS.names())}")
+        return FloatGrid(stored.whole(torch.tensor(FORMATS[kind].zero())), scale, kind)
     packed = sides.get(".zero_point")
     zero_point = None if packed is None else unpack(packed, stored.bits, scale.numel()).view(stored.scales)
     if stored.kept is None or zero_point is None:

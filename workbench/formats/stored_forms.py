@@ -11,85 +11,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from workbench.formats.affine import Grid
-
-FloatFormat = Literal["nf4", "float8"]
-FLOAT_BITS = {"nf4": 4, "float8": 8}
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-FLOAT8_MOST = 448.0  # the largest number of float8 e4m3fn
-
-# NormalFloat4 (Dettmers et al. 2023, appendix E): quantiles of a normal distribution, scaled to [-1, 1], with
-# an exact zero.
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-
-
-@cache
-def nf4_levels(device: torch.device) -> Tensor:
-    """Return the 16 levels of NF4, float32."""
-    return torch.tensor(NF4, device=device)
-
-
-@cache
-def nf4_bounds(device: torch.device) -> Tensor:
-    """Return the 15 midpoints between levels of NF4, float32."""
-    levels = torch.tensor(NF4, dtype=torch.float64)
-    return ((levels[1:] + levels[:-1]) / 2).float().to(device)
-
-
-def encode_float(values: Tensor, number_format: str) -> Tensor:
-    """Return the nearest codes, uint8, of float32 values that are already divided by their scale."""
-    if number_format == "nf4":
-        return torch.bucketize(values, nf4_bounds(values.device)).to(torch.uint8)
-    return values.clamp(-FLOAT8_MOST, FLOAT8_MOST).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def decode_float(codes: Tensor, number_format: str) -> Tensor:
-    """Return the numbers that codes stand for, float32, before scaling."""
-    if number_format == "nf4":
-        return nf4_levels(codes.device)[codes.int()]
-    return codes.view(torch.float8_e4m3fn).to(torch.float32)
+from workbench.formats.number_format import NumberFormat
+from workbench.formats.number_formats import FORMATS
 
 
 @dataclass(frozen=True)
 class FloatGrid:
-    """weight[o, i] = number(codes[o, i]) * scale[o, g]: small floating-point numbers, `nf4` (16 levels) or
-    `float8` (e4m3fn).
+    """weight[o, i] = number(codes[o, i]) * scale[o, g]: small numbers of a registered number format.
 
-    `codes` uint8 [outputs, inputs]; `scale` [outputs, groups] or [1, 1], float16 where its range allows for
-    nf4, float32 for float8.
+    `codes` uint8 [outputs, inputs]; `scale` [outputs, groups] or [1, 1], in the format's `scale_dtype`
+    (float16 where the range allows, else float32).
     """
 
     codes: Tensor
     scale: Tensor
-    number_format: FloatFormat
+    number_format: str
 
     @property
     def bits(self) -> int:
         """Return the width of a code."""
-        return FLOAT_BITS[self.number_format]
+        return int(self.format.bits or 0)
+
+    @property
+    def format(self) -> NumberFormat:
+        """Return what its codes stand for."""
+        return FORMATS[self.number_format]
 
     @property
     def overhead_bits(self) -> int:
@@ -98,14 +50,14 @@ class FloatGrid:
 
     def dequantize(self) -> Tensor:
         """Return the weights as float32 [outputs, inputs]."""
-        grouped = decode_float(self.codes, self.number_format).unflatten(-1, (self.scale.shape[-1], -1))
+        grouped = self.format.decoded(self.codes).unflatten(-1, (self.scale.shape[-1], -1))
         weights: Tensor = grouped * self.scale.float().unsqueeze(-1)
         return weights.flatten(-2)
 
     def snap(self, matrix: Tensor) -> FloatGrid:
         """Return the same scales with the codes nearest to `matrix` (float32 [outputs, inputs])."""
         scaled = matrix.unflatten(-1, (self.scale.shape[-1], -1)) / self.scale.float().unsqueeze(-1)
-        return FloatGrid(encode_float(scaled, self.number_format).flatten(-2), self.scale, self.number_format)
+        return FloatGrid(self.format.encoded(scaled).flatten(-2), self.scale, self.number_format)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.formats.stored_forms import decode_float, encode_float
+from workbench.formats.number_formats import FORMATS
 from workbench.kernels.selection import keep_of_groups
 
 
@@ -28,7 +28,7 @@ class Columns:
 
     def bounds(self) -> tuple[Tensor, Tensor] | None:
         """Return the least and the largest multiple of the scale, for an integer grid."""
-        if self.number_format != "integer":
+        if not FORMATS[self.number_format].affine:
             return None
         below = (
             torch.full_like(self.scale, -(1 << (self.bits - 1)))
@@ -46,12 +46,12 @@ def round_columns(block: Tensor, upper: Tensor, rounded: Tensor, to: Columns) ->
     Few kernels a column: on a GPU the loop waits for their launches, not for their work.
     """
     errors = torch.empty_like(block)
-    bounds = to.bounds()
+    bounds, number_format = to.bounds(), FORMATS[to.number_format]
     for column in range(block.shape[2]):
         weights, scale = block[:, :, column], to.scale[:, :, column]
         steps = weights / scale
         if bounds is None:
-            steps = decode_float(encode_float(steps, to.number_format), to.number_format)
+            steps = number_format.decoded(number_format.encoded(steps))
         else:
             steps.round_().clamp_(bounds[0][:, :, column], bounds[1][:, :, column])
         values = torch.mul(steps, scale, out=rounded[:, :, column])

@@ -77,12 +77,12 @@ class Predicted:
     """What was predicted of a point before it was measured; `level` is that of both intervals.
 
     `quality` is in the task's metric. `wide` says that too few points were near for an interval of their own;
-    `points` were. `speedup` is against the dense model.
+    `points` were. `speedup` is against the dense model, None where it was unknown.
     """
 
     metric: str
     quality: Estimate
-    speedup: Estimate
+    speedup: Estimate | None
     level: float
     points: int
     wide: bool

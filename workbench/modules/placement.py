@@ -9,29 +9,24 @@ that copies that share its tensors are spread too.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
-from workbench.errors import CompressionError, DeviceError
+from workbench.errors import DeviceError
 from workbench.modules.offload import HOST, attach, blocks_of, moved, outside, streams_to
 from workbench.modules.sharing import holds_modules, sharing_copy
 from workbench.util.device import free_bytes, host_bytes
 from workbench.util.library_internals import buffers_of
-
-if TYPE_CHECKING:
-    from workbench.recipe import Recipe, Step
 
 Placement = Literal["auto", "device", "streamed", "spread"]
 COPIES = 2  # the dense model, and as much again for the compressed one
 ROOM = 0.25  # of the model's bytes, for activations and what is computed once
 LEAST_ROOM = {"cuda": 2**30, "cpu": 0}  # at least so many bytes
 PINNED = 3  # times the model's bytes that the host must have before its tensors are pinned
-STREAMABLE = ("prune", "lowrank", "quantize", "repair", "activations", "kvcache")
 
 
 def placement_named(placement: str | None) -> Placement:
@@ -167,48 +162,6 @@ def untimed(model: nn.Module) -> str:
             " between the devices"
         )
     return ""
-
-
-def why_not(step: Step) -> str:
-    """Return why a step cannot be taken on a model that is streamed or spread, empty if it can."""
-    option = functools.partial(getattr, step)
-    if step.kind() not in STREAMABLE:
-        return "it trains or runs the model in a way that needs all of it on one device"
-    if option("structured", False):
-        return "taking out structure rebuilds modules across blocks"
-    if (
-        option("train_steps", 0)
-        or option("criterion", "") in {"taylor", "fisher"}
-        or option("rank_allocation", "") == "loss"
-    ):
-        return "gradients need all of the model on one device"
-    if (
-        option("allocation", "uniform") != "uniform"
-        or option("rank_allocation", "uniform") != "uniform"
-        or option("mixed", False)
-    ):
-        return (
-            "sharing out over layers needs all of them on one device; take the uniform allocation and a whole"
-            " width"
-        )
-    return ""
-
-
-def refuse(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse a recipe with a step that a streamed or spread model cannot take.
-
-    Raises:
-        CompressionError: names the step, the reason, and what would work.
-
-    """
-    if not is_placed(model):
-        return
-    for step in recipe:
-        if reason := why_not(step):
-            raise CompressionError(
-                f"{step!r} does not work on a model that is {words(model)}"
-                f" ({gigabytes(model_bytes(model))}): {reason}"
-            )
 
 
 # --- several GPUs

@@ -5,6 +5,7 @@ By the sliders alone elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +15,7 @@ import numpy as np
 from workbench.predict.local_fit import Guess, Kernel, Known, kernel_for, local_fit, residual_fit
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from workbench.predict.prior import Link
+    from workbench.predict.prior import Costs, Link
 
 LATEST = 400  # points, the newest, that a link is fitted to
 
@@ -25,12 +24,14 @@ LATEST = 400  # points, the newest, that a link is fitted to
 class Spot:
     """Where a recipe stands: a coordinate and a mark of the other choices for each method.
 
-    Contributions in nats by kind, if known.
+    `costs` in nats by kind, if known; `unknown` are the places of methods of which no rule says how they
+    change the value.
     """
 
     place: tuple[float, ...]
     mark: tuple[int, ...]
-    contributions: NDArray[np.float64] | None = None
+    costs: Costs | None = None
+    unknown: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,36 @@ class History:
         points.
         """
         mark = np.array(spot.mark)
-        if self.link is None or self.residuals is None or self.kernel is None or spot.contributions is None:
+        if spot.unknown:
+            return self.guess_unknown(spot)
+        if self.link is None or self.residuals is None or self.kernel is None or spot.costs is None:
             return local_fit(self.known, np.array(spot.place), mark)
-        prior = self.link.at(spot.contributions[None])
+        prior = self.link.at(spot.costs.most[None])
         doubt = float(self.link.doubt(prior)[0])
         left = residual_fit(
             self.residuals, self.kernel, np.array([*spot.place, *self.link.strength(prior)]), mark
         )
         highest = max(self.link.most, float(self.known.values.max()))
         value = min(float(prior[0]) + left.value * doubt, highest)
-        return Guess(value, left.half * doubt, left.near, left.wide)
+        spare = float(prior[0] - self.link.at(spot.costs.least[None])[0])
+        return Guess(value, left.half * doubt, left.near, left.wide, spare)
+
+    def guess_unknown(self, spot: Spot) -> Guess:
+        """Return what points with the very same settings of the methods without a rule say, nothing at all
+        where there are none: no other point stands for what they do.
+        """
+        here = list(spot.unknown)
+        same = (self.known.marks[:, here] == np.array(spot.mark)[here]).all(1)
+        if not same.any():
+            return Guess(math.nan, math.inf, 0, wide=True)
+        alike = Known(self.known.places[same], self.known.marks[same], self.known.values[same])
+        return local_fit(alike, np.array(spot.place), np.array(spot.mark))
 
 
 def history(spots: Sequence[Spot], values: Sequence[float], link: Link | None = None) -> History:
     """Return what measured points teach; `link` is the one to start from, None without a prior.
 
-    The first spot should be the dense model's, whose value is 0. Points without contributions help where
+    The first spot should be the dense model's, whose value is 0. Points without costs help where
     there is no prior only.
     """
     places, marks, found = (
@@ -73,15 +88,18 @@ def history(spots: Sequence[Spot], values: Sequence[float], link: Link | None = 
         np.array(values, dtype=float),
     )
     known = Known(places, marks, found)
-    told = [index for index, spot in enumerate(spots) if spot.contributions is not None]
+    told = [(index, spot.costs) for index, spot in enumerate(spots) if spot.costs is not None]
     if link is None:
         return History(known, None, None)
-    contributions = np.array([spots[index].contributions for index in told]).reshape(len(told), -1)
-    own = np.clip(found[told], None, link.most)
+    costs = np.array([each.most for _, each in told]).reshape(len(told), -1)
+    places_told = [index for index, _ in told]
+    own = np.clip(found[places_told], None, link.most)
     if len(told) > 1:
-        link = link.fitted(contributions[-LATEST:], own[-LATEST:])
-    prior = link.at(contributions) if told else np.zeros(0)
+        link = link.fitted(costs[-LATEST:], own[-LATEST:])
+    prior = link.at(costs) if told else np.zeros(0)
     residuals = Known(
-        np.column_stack([places[told], link.strength(prior)]), marks[told], (own - prior) / link.doubt(prior)
+        np.column_stack([places[places_told], link.strength(prior)]),
+        marks[places_told],
+        (own - prior) / link.doubt(prior),
     )
     return History(known, link, residuals, kernel_for(residuals))

@@ -39,13 +39,16 @@ class Known:
 class Guess:
     """A fit: `half` is half the interval, infinite where nothing can be said.
 
-    `wide`: too few of the `near` points are close for a real one.
+    `wide`: too few of the `near` points are close for a real one. `spare` is by how much the value may be
+    less than the interval says, where training may win back what was lost. A `value` of NaN: nothing is
+    known.
     """
 
     value: float
     half: float
     near: int
     wide: bool
+    spare: float = 0.0
 
 
 def squared_distances(

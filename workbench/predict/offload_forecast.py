@@ -9,11 +9,13 @@ from math import ceil
 
 import torch
 
+from workbench.compress.method import Reads
+from workbench.compress.registry import METHODS
 from workbench.measure.setting import Setting
 from workbench.modules.layer import find_layers
 from workbench.modules.offload import HOST, blocks_of, fetched, streams_to
 from workbench.modules.placement import gigabytes, model_bytes
-from workbench.recipe import Recipe
+from workbench.recipe import Recipe, Step
 from workbench.runtime.roofline import best, limits_of
 from workbench.shapes.positions import positions
 from workbench.util.device import Clock
@@ -21,8 +23,6 @@ from workbench.util.device import Clock
 SAMPLE = 2**26  # bytes at most that a way is timed with
 STEP_PASSES = 3  # a step fetches the layers it changes, takes them home, and they are fetched to be checked
 CLOSING_PASSES = 3  # the report compares them with the dense ones, and the sizes count their zeros
-BY_INPUTS = {"wanda", "sparsegpt", "gptq", "awq", "whitened"}  # choices that read second moments
-CHOICES = ("criterion", "rounding", "factorization")
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,17 @@ def item_products(setting: Setting) -> int:
     return setting.statistics.once("multiply-adds of an item", count)
 
 
+def may_read(step: Step, what: Reads) -> bool:
+    """Return whether a step reads a statistic, as one may whose method does not say."""
+    reads = METHODS.of(step).reads
+    return reads is None or what in reads(step)
+
+
 def moment_seconds(setting: Setting, recipe: Recipe, pass_seconds: float) -> float:
     """Return the seconds for the second moments, 0 if the recipe reads none or they are there: passes, and
     each batch's moments taken home.
     """
-    reads = (
-        any(getattr(step, choice, "") in BY_INPUTS for step in recipe for choice in CHOICES)
-        or recipe.main("repair") is not None
-    )
+    reads = any(may_read(step, "moments") for step in recipe)
     if not reads or "second moments" in setting.statistics.kept:
         return 0.0
     task = setting.task

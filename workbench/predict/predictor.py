@@ -14,14 +14,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from workbench.compress.outlines import after
+from workbench.compress.pruning.structured_shapes import anatomy_of
 from workbench.errors import CompressionError
 from workbench.ledger.comparable import comparable
 from workbench.ledger.ledger import Ledger
 from workbench.measure.measurement import Measurement, Predicted
 from workbench.measure.setting import Setting
+from workbench.metrics.metric import Metric
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
 from workbench.predict.history import History, Spot, history
+from workbench.predict.layer_errors import unknown
 from workbench.predict.local_fit import LEVEL, Guess
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.prior import Link, Prior, fits, prior_of
@@ -30,8 +34,6 @@ from workbench.predict.spots import spot_of
 from workbench.recipe import Recipe
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
-from workbench.shapes.anatomy import Anatomy
-from workbench.shapes.changes import after
 from workbench.shapes.outline import Outline
 from workbench.shapes.positions import positions
 from workbench.util.progress import Progress, no_progress
@@ -61,7 +63,7 @@ class Prediction:
     wide: bool
     file_bytes: int | None
     bytes_exact: bool
-    speedup: Estimate
+    speedup: Estimate | None
     notes: tuple[str, ...]
     no_kernel: tuple[str, ...]
     roof: Roof | None = None
@@ -78,7 +80,7 @@ class Predictor:
         self.outline = Outline.of(
             setting.task.model,
             positions(setting.task, setting.evaluation),
-            Anatomy.of(setting.task, setting.statistics),
+            anatomy_of(setting.task, setting.statistics),
         )
         self.limits = limits_of(str(setting.device))
         self.dense_quality: Quality | None = None
@@ -133,7 +135,7 @@ class Predictor:
         self.spots = {
             row.key: (
                 known[row.key]
-                if row.key in known and known[row.key].contributions is not None
+                if row.key in known and known[row.key].costs is not None
                 else spot_of(row.recipe, prior)
             )
             for row in rows
@@ -167,7 +169,13 @@ class Predictor:
         quality, guess = self.quality(recipe)
         speed, note = self.speed(recipe, outline)
         notes = [note] if note else []
-        if guess.wide:
+        lost = [type(step).__name__ for step in unknown(recipe)]
+        if lost:
+            notes.append(
+                f"nothing is known of how {' and '.join(dict.fromkeys(lost))} changes quality before it is"
+                f" measured: no rule holds; {guess.near} measured points have the same settings"
+            )
+        elif guess.wide:
             by = (
                 "quality is a guess"
                 if not math.isfinite(guess.half)
@@ -176,6 +184,8 @@ class Predictor:
             notes.append(f"{by}: only {guess.near} measured points near these sliders")
         if self.prior is None and any(step.targets != ("*",) for step in recipe):
             notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
+        elif guess.spare > 0:
+            notes.append("how much training wins back is not known before it is measured")
         if outline is None:
             notes.append("file size unknown before it is measured: a method without a size rule")
         if (told := forecast(self.setting, self.pace, recipe, self.setting.first_look)) is not None:
@@ -192,34 +202,33 @@ class Predictor:
             bytes_exact=outline is not None and outline.exact(),
             speedup=speed,
             notes=tuple(notes),
-            no_kernel=tuple(self.reasons(recipe, pattern(recipe), widths(outline))),
-            roof=None if outline is None else self.roof(recipe, outline),
+            no_kernel=tuple(self.reasons(outline, recipe.zeros, widths(outline))),
+            roof=None if outline is None else self.roof(outline),
         )
 
-    def reasons(self, recipe: Recipe, zeros: str | None, bits: list[int]) -> list[str]:
-        """Return why zeros and grids of these widths make nothing faster where this recipe runs."""
-        stored, rounded = recipe.main("quantize"), recipe.main("activations")
+    def reasons(self, outline: Outline | None, zeros: str | None, bits: list[int]) -> list[str]:
+        """Return why zeros and grids of these widths make nothing faster where such a model runs."""
         return reasons_for(
             zeros,
             bits,
             self.setting.device.type,
-            group_size=getattr(stored, "group_size", 0),
-            inputs=getattr(rounded, "rounding", None),
+            group_size=0 if outline is None else outline.group_size,
+            inputs=None if outline is None else outline.inputs,
             runtime=self.setting.runtime,
         )
 
-    def roof(self, recipe: Recipe, outline: Outline) -> Roof:
+    def roof(self, outline: Outline) -> Roof:
         """Return what bounds a recipe: bandwidth or arithmetic as measured on this device, with the kernels
         that there are.
         """
         wide = max(self.limits.multiply_adds_per_s)
-        rounded = recipe.main("activations") is not None
+        rounded = outline.inputs is not None
         narrow, passes = (
             (8, 1 if self.setting.runtime == "onnx" else PASSES[self.setting.device.type])
             if rounded
             else (wide, 0)
         )
-        kernels = {bits: narrow if not self.reasons(recipe, None, [bits]) else 0 for bits in widths(outline)}
+        kernels = {bits: narrow if not self.reasons(outline, None, [bits]) else 0 for bits in widths(outline)}
         items = len(self.setting.latency_items)
         before, after = (
             products(self.outline, items, lambda _: 0),
@@ -241,35 +250,16 @@ class Predictor:
         if self.dense_quality is None:
             return None, guess
         dense = self.dense_quality.dense.value
-        if not metric.ratio:
-            middle = dense - guess.value if metric.higher else dense + guess.value
-            half = guess.half if metric.destroyed is None else min(guess.half, 1.0)
-            return (
-                Estimate(
-                    *(min(metric.high, max(metric.low, x)) for x in (middle, middle - half, middle + half))
-                ),
-                guess,
-            )
-        low = guess.value - guess.half if math.isfinite(guess.half) else 0.0
         return (
-            Estimate(
-                *(
-                    dense * math.exp(min(x, 700.0))
-                    for x in (guess.value, low, guess.value + min(guess.half, 700.0))
-                )
-            ),
-            guess,
-        )
+            whole_range(metric, dense) if math.isnan(guess.value) else estimate(metric, dense, guess)
+        ), guess
 
-    def speed(self, recipe: Recipe, outline: Outline | None) -> tuple[Estimate, str]:
-        """Return the predicted speed against dense and, where it is not 1, what it rests on."""
+    def speed(self, recipe: Recipe, outline: Outline | None) -> tuple[Estimate | None, str]:
+        """Return the predicted speed against dense, None where it is unknown, and what it rests on."""
         if outline is None:
-            return (
-                Estimate(1.0, 1.0, 1.0),
-                "speed unknown before it is measured: a method without a speed rule",
-            )
+            return None, "speed unknown before it is measured: a method without a speed rule"
         work = outline.multiply_adds() / self.outline.multiply_adds()
-        most = self.roof(recipe, outline).ratio
+        most = self.roof(outline).ratio
         if work > 0.999 and abs(most - 1) < 0.001:
             return Estimate(1.0, 1.0, 1.0), ""
         guess = self.guess(
@@ -322,19 +312,33 @@ class Predictor:
         if metric.destroyed is None:
             return None
         if metric.ratio:
-            return Link.usual(LARGEST_RATIO, ratio=True)
+            return Link.usual(LARGEST_RATIO, len(self.prior.kinds), ratio=True)
         chance = 1 / len(self.setting.task.labels) if self.setting.task.labels else metric.destroyed
-        return Link.usual(
-            max(0.1, dense - chance if metric.higher else metric.destroyed - dense), ratio=False
-        )
+        most = max(0.1, dense - chance if metric.higher else metric.destroyed - dense)
+        return Link.usual(most, len(self.prior.kinds), ratio=False)
 
 
-def pattern(recipe: Recipe) -> str | None:
-    """Return the pattern of the zeros, or None without any: structure that is removed leaves none."""
-    step = next(
-        (step for step in recipe if step.kind() == "prune" and not getattr(step, "structured", False)), None
-    )
-    return None if step is None else str(getattr(step, "pattern", "unstructured"))
+def estimate(metric: Metric, dense: float, guess: Guess) -> Estimate:
+    """Return the quality of a model that loses what a guess says, with its interval."""
+    if not metric.ratio:
+        half = guess.half if metric.destroyed is None else min(guess.half, 1.0)
+        loss = (guess.value, guess.value - half - guess.spare, guess.value + half)
+        middle, best, worst = (dense - x if metric.higher else dense + x for x in loss)
+        ends = (middle, min(best, worst), max(best, worst))
+        return Estimate(*(min(metric.high, max(metric.low, x)) for x in ends))
+    low = guess.value - guess.half - guess.spare if math.isfinite(guess.half) else 0.0
+    ends = (guess.value, low, guess.value + min(guess.half, 700.0))
+    return Estimate(*(dense * math.exp(min(x, 700.0)) for x in ends))
+
+
+def whole_range(metric: Metric, dense: float) -> Estimate:
+    """Return the interval of a quality of which nothing is known: all that the metric can be. Its value is
+    the middle, for a ratio the middle between the dense model and a destroyed one.
+    """
+    if metric.ratio:
+        return Estimate(dense * math.exp(LARGEST_RATIO / 2), max(metric.low, 0.0), dense * math.exp(700.0))
+    high = metric.high if math.isfinite(metric.high) else max(2 * dense, 1.0)
+    return Estimate((metric.low + high) / 2, metric.low, high)
 
 
 def widths(outline: Outline | None) -> list[int]:

@@ -23,10 +23,13 @@ import numpy as np
 import torch
 
 from workbench.calibration.statistics import gradients, second_moments
-from workbench.modules.factored import Shape, cost, form_for, shape_of
+from workbench.compress.core.layer_sample import LayerSample, sample, weighed
+from workbench.compress.method import ErrorTable, Recovery
+from workbench.compress.registry import METHODS
+from workbench.modules.factored import Shape, shape_of
 from workbench.modules.layer import find_layers, output_head
 from workbench.modules.offload import streams_to
-from workbench.predict.layer_errors import Curve, Key, Sample, errors_of, key_of, knots_of, sample, weighed
+from workbench.predict.layer_errors import Curve, Key, errors_of, key_of, rule_of
 from workbench.util.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -35,19 +38,10 @@ if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
     from workbench.recipe import Recipe, Step
 
-KINDS = (
-    "prune",
-    "lowrank",
-    "quantize",
-    "activations",
-)  # what costs quality at once, by rules; the columns of contributions
 MOST_WEIGHTS = {
     "cpu": 30_000_000,
     "cuda": 300_000_000,
 }  # of models for which a backward pass behind the panel is no burden
-FLOAT8 = 2.0**-10  # relative squared error of e4m3 numbers: three bits of mantissa
-INTEGER = 64 / 12  # that of b-bit integers over a range of 4 standard deviations each way is this times 4^-b
-REPAIRED = 3.0  # times the rank that a repair adds: the share of the error that it takes away, as a rule
 FALL = (1.4, 1.25)  # scale and power of an accuracy's fall, rounded: half of it is gone at about 0.2 nats
 # Doubt about a value that the prior is sure of, in units of the whole range (of nats, for a ratio)
 FLOOR = 0.01
@@ -66,14 +60,25 @@ class Place:
     shape: Shape
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What steps should cost by kind of step, in nats [kinds]: `most`, and `least` where training may win
+    back some of it.
+    """
+
+    most: NDArray[np.float64]
+    least: NDArray[np.float64]
+
+
 @dataclass
 class Prior:
     """The layers of one model, what each weighs in the loss [layers], and tables of errors by the choices of
-    a step.
+    a step. `kinds` are the methods with such tables.
     """
 
     places: tuple[Place, ...]
     loads: NDArray[np.float64]
+    kinds: tuple[str, ...]
     curves: dict[Key, Curve] = field(default_factory=dict)
 
     def missing(self, recipes: Iterable[Recipe]) -> dict[Key, Step]:
@@ -88,66 +93,51 @@ class Prior:
         kernel. `progress` may raise to stop.
         """
         for key, step in self.missing(recipes).items():
+            table = rule_of(step)
+            assert isinstance(table, ErrorTable)  # noqa: S101  that is what has a key
             errors = statistics.once(
                 ("predicted errors", *key),
-                partial(errors_of, step, samples_of(statistics, progress), progress),
+                partial(errors_of, table, samples_of(statistics, progress), progress),
                 lasting=True,
             )
-            self.curves[key] = Curve(knots_of(step), errors.cpu().numpy())
+            self.curves[key] = Curve(np.array(table.knots, dtype=float), errors.cpu().numpy())
 
-    def contributions(self, recipe: Recipe) -> NDArray[np.float64] | None:
-        """Return the predicted change of the loss by kind of step, [kinds], in nats.
+    def costs(self, recipe: Recipe) -> Costs | None:
+        """Return the predicted change of the loss by kind of step, in nats.
 
-        None where a table is not there yet.
+        None where a table is not there yet, or no rule says what a step does.
         """
-        errors = np.zeros((len(KINDS), len(self.loads)))
+        most = np.zeros((len(self.kinds), len(self.loads)))
+        least = most.copy()
         for step in recipe:
-            if step.kind() == "repair":
-                left = 1 - min(0.9, REPAIRED * float(getattr(step, step.slider)))
-                errors[[KINDS.index("prune"), KINDS.index("quantize")]] *= np.where(
-                    self.taken(step), left, 1.0
-                )
+            rule = rule_of(step)
+            if isinstance(rule, Recovery):
+                rows = [index for index, kind in enumerate(self.kinds) if rule.of is None or kind in rule.of]
+                most[rows] *= np.where(self.taken(step), rule.most, 1.0)
+                least[rows] *= np.where(self.taken(step), rule.least, 1.0)
                 continue
-            found = self.errors(step)
+            if rule is None or step.kind() not in self.kinds:
+                return None
+            found = self.errors(step, rule)
             if found is None:
                 return None
-            if step.kind() in KINDS:
-                errors[KINDS.index(step.kind())] += np.where(self.taken(step), found, 0.0)
-        return errors @ self.loads
+            own = np.where(self.taken(step), found, 0.0)
+            most[self.kinds.index(step.kind())] += own
+            least[self.kinds.index(step.kind())] += own
+        return Costs(most @ self.loads, least @ self.loads)
 
-    def errors(self, step: Step) -> NDArray[np.float64] | None:
-        """Return the relative errors of a step on its own, [layers]: 0 for steps without a rule, None without
-        its table.
-        """
-        if step.kind() == "activations":
-            bits = float(getattr(step, step.slider))
-            return np.full(
-                len(self.loads),
-                FLOAT8 if getattr(step, "activation_format", "") == "float8" else INTEGER * 4.0**-bits,
-            )
-        key = key_of(step)
-        if key is None:
-            return np.zeros(len(self.loads))
-        if key not in self.curves:
+    def errors(self, step: Step, table: ErrorTable) -> NDArray[np.float64] | None:
+        """Return the relative errors of a step on its own, [layers]; None without its table."""
+        curve = self.curves.get((step.kind(), *table.key))
+        if curve is None:
             return None
-        found = self.curves[key].at(float(getattr(step, step.slider)))
-        return (
-            np.where([saves(step, place.shape) for place in self.places], found, 0.0)
-            if step.kind() == "lowrank"
-            else found
-        )
+        found = curve.at(float(getattr(step, step.slider)))
+        works = table.works
+        return found if works is None else np.where([works(place.shape) for place in self.places], found, 0.0)
 
     def taken(self, step: Step) -> NDArray[np.bool_]:
         """Return which layers a step works on."""
         return np.array([step.takes(*place.names, head=place.head) for place in self.places])
-
-
-def saves(step: Step, shape: Shape) -> bool:
-    """Return whether low rank makes a layer smaller: else it is left whole."""
-    return (
-        cost(shape, form_for(shape, getattr(step, "conv", "channel"), float(getattr(step, step.slider))))
-        < shape.count
-    )
 
 
 def fits(statistics: Statistics) -> bool:
@@ -161,7 +151,7 @@ def fits(statistics: Statistics) -> bool:
     ) <= MOST_WEIGHTS.get(device, 0)
 
 
-def samples_of(statistics: Statistics, progress: Progress = no_progress) -> list[Sample]:
+def samples_of(statistics: Statistics, progress: Progress = no_progress) -> list[LayerSample]:
     """Return what is looked at of every layer that takes part in the loss: one pass over the calibration data
     forward, one backward.
 
@@ -172,7 +162,7 @@ def samples_of(statistics: Statistics, progress: Progress = no_progress) -> list
         CompressionError: a layer's inputs or gradients are not finite.
     """
 
-    def compute() -> list[Sample]:
+    def compute() -> list[LayerSample]:
         task = statistics.task
         felt = statistics.once("gradients", lambda: gradients(task, progress), lasting=True)
         moments = statistics.once(
@@ -202,7 +192,8 @@ def prior_of(statistics: Statistics, progress: Progress = no_progress) -> Prior:
     loads = [
         weighed(about.weight, about) * (about.layer.shape[0] / len(about.weight)) / 2 for about in samples
     ]
-    return Prior(places, torch.stack(loads).double().cpu().numpy() if loads else np.zeros(0))
+    kinds = tuple(method.kind for method in METHODS if method.errors is not None)
+    return Prior(places, torch.stack(loads).double().cpu().numpy() if loads else np.zeros(0), kinds)
 
 
 # --- from nats to the metric
@@ -220,15 +211,16 @@ class Link:
     ratio: bool  # the values are logarithms of a ratio: nats
     scale: float = 0.0
     power: float = 1.0
-    weights: tuple[float, ...] = (0.0,) * len(KINDS)
+    weights: tuple[float, ...] = ()
 
     @classmethod
-    def usual(cls, most: float, *, ratio: bool) -> Link:
+    def usual(cls, most: float, kinds: int, *, ratio: bool) -> Link:
         """Return the link before anything is measured: nats are nats.
 
         What accuracies do was found on `fashion-cnn` and `fashion-vit`.
         """
-        return cls(most, ratio, scale=-float(np.log(most))) if ratio else cls(most, ratio, *FALL)
+        scale, power = (-float(np.log(most)), 1.0) if ratio else FALL
+        return cls(most, ratio, scale, power, (0.0,) * kinds)
 
     def at(self, contributions: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the values of contributions [n, kinds], as [n]."""
@@ -252,7 +244,7 @@ class Link:
         from scipy.optimize import least_squares  # takes a third of a second, which no import of ours should
 
         start = parameters(self)
-        spread = np.array([1.0, 0.3, *[0.7] * len(KINDS)])
+        spread = np.array([1.0, 0.3, *[0.7] * len(self.weights)])
 
         def residuals(at: NDArray[np.float64]) -> NDArray[np.float64]:
             values_at = curve_of(at, contributions, self.most)

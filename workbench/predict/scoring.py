@@ -97,7 +97,7 @@ def score(rows: Iterable[Measurement], last: int = LAST) -> PredictionScore | No
     timed = [
         (row.predicted.speedup, row.latency.speedup)
         for row in same
-        if row.predicted is not None and row.latency is not None
+        if row.predicted is not None and row.predicted.speedup is not None and row.latency is not None
     ]
     wide = sum(row.predicted.wide for row in same if row.predicted is not None)
     return PredictionScore(

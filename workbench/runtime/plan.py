@@ -93,18 +93,9 @@ def plan(compressed: Compressed, device: str, runtime: Runtime = "auto") -> Plan
 
     Runs nothing.
     """
-    step = next(
-        (
-            step
-            for step in compressed.recipe
-            if step.kind() == "prune" and not getattr(step, "structured", False)
-        ),
-        None,
-    )
-    masked = step is not None and any(layer.mask is not None for layer in compressed.layers)
-    return plan_layers(
-        compressed.layers, str(getattr(step, "pattern", "unstructured")) if masked else None, device, runtime
-    )
+    masked = any(layer.mask is not None for layer in compressed.layers)
+    pattern = (compressed.recipe.zeros or "unnamed") if masked else None
+    return plan_layers(compressed.layers, pattern, device, runtime)
 
 
 def plan_layers(layers: Iterable[Layer], pattern: str | None, device: str, runtime: Runtime = "auto") -> Plan:

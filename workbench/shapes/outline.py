@@ -9,15 +9,28 @@ values.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from workbench.modules.input_quantizer import InputFormat
 from workbench.modules.layer import Layer, find_layers, output_head
 from workbench.modules.weight_shapes import DTYPES, Entry, Weight, file_length
 from workbench.recipe import Step
-from workbench.shapes.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the dense model has units that may be taken out, and its lists of blocks.
+
+    spaces: of a step, the places that it may cut, as the family of pruning describes them.
+    blocks: places of blocks that may go, by the name of their list.
+    """
+
+    spaces: Callable[[Any], Any]
+    blocks: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,8 @@ class Outline:
     """A model as shapes: the weights that methods can take, everything else, and the name of the output head.
 
     `positions` says how often each weight is applied to one item (tokens, or pixels of a convolution's
-    output). `slack` are bytes that the header may take beyond what is known from shapes.
+    output). `slack` are bytes that the header may take beyond what is known from shapes. `inputs` is how the
+    inputs of products are rounded, None where they are not.
     """
 
     weights: tuple[Weight, ...]
@@ -34,6 +48,7 @@ class Outline:
     positions: dict[str, int] = dataclasses.field(default_factory=dict)
     slack: int = 0
     anatomy: Anatomy | None = None  # without it, what a structured step leaves is unknown
+    inputs: InputFormat | None = None
 
     @classmethod
     def of(
@@ -84,6 +99,34 @@ class Outline:
             weight.name, weight.origin, *weight.others, head=weight.origin == self.head or weight.reserved
         )
 
+    def each(self, step: Step, change: Callable[[Weight, Any], list[Weight]]) -> Outline:
+        """Return the outline in which each weight that a step works on is what `change` makes of it."""
+        weights = (
+            part
+            for weight in self.weights
+            for part in (change(weight, step) if self.takes(weight, step) else [weight])
+        )
+        return dataclasses.replace(self, weights=tuple(weights))
+
+    def settled(self) -> Outline:
+        """Return the outline in which what stood beside a weight, a bias or what rounds its inputs, has the
+        name that it has once the layer is several modules: that of the last.
+        """
+        moved = {
+            weight.origin: weight.name
+            for weight in self.weights
+            if weight.name != weight.origin and not weight.others
+        }
+        return dataclasses.replace(self, rest=tuple(moved_bias(entry, moved) for entry in self.rest))
+
+    @property
+    def group_size(self) -> int:
+        """Return how many inputs share a scale in the first weight on a grid; 0 for one scale a row, or no
+        grid.
+        """
+        gridded = next((weight for weight in self.weights if weight.groups > 1), None)
+        return 0 if gridded is None else gridded.columns // gridded.groups
+
     def entries(self) -> list[Entry]:
         """Return the tensors that are stored."""
         return [*self.rest, *(entry for weight in self.weights for entry in weight.encoded())]
@@ -110,3 +153,16 @@ class Outline:
         return sum(
             weight.count * self.positions.get(weight.origin, 1) for weight in self.weights if not weight.table
         )
+
+
+BESIDE = ("bias", "smooth", "input_scale", "input_zero")  # what may stand beside a weight in its module
+
+
+def moved_bias(entry: Entry, moved: dict[str, str]) -> Entry:
+    """Return an entry beside a weight under the name of the module that holds it now."""
+    owner, _, last = entry.name.rpartition(".")
+    return (
+        dataclasses.replace(entry, name=f"{moved[owner]}.{last}")
+        if last in BESIDE and owner in moved
+        else entry
+    )

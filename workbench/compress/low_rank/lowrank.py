@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from workbench.compress.core.batch import Batch, of_one_shape
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
+from workbench.compress.low_rank import predicted
 from workbench.compress.low_rank.convolution import convolution_factors, spatial
 from workbench.compress.low_rank.decompose import Stack, decompose
+from workbench.compress.low_rank.options import LowRank
 from workbench.compress.low_rank.rank_allocation import (
     Candidate,
     allocate,
@@ -22,6 +22,7 @@ from workbench.compress.low_rank.rank_allocation import (
     slopes,
     spatial_energies,
 )
+from workbench.compress.method import GRADIENTS, SHARED_OUT, Reads
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.factored import (
@@ -37,125 +38,25 @@ from workbench.modules.factored import (
 )
 from workbench.modules.layer import Layer, replace_module
 from workbench.modules.visiting import settle
-from workbench.recipe import About, Step, configuration
+
+__all__ = ["LowRank", "lowrank"]
 
 
-@configuration
-class LowRank(Step):
-    """Replace each layer by two of rank r = round(rank_ratio * full rank), at least 1.
+def why_not_placed(step: LowRank) -> str:
+    """Return why a step cannot be taken block by block, "" if it can."""
+    if step.rank_allocation == "loss":
+        return GRADIENTS
+    return SHARED_OUT if step.rank_allocation != "uniform" else ""
 
-    A convolution by two or three.
 
-    `svd` truncates the singular value decomposition of the weight (Eckart & Young 1936). `whitened` minimises
-    the error of the layer's outputs on the calibration data instead: W' = Q Q^T W with Q the first r
-    eigenvectors of the outputs' second moment W E[x x^T] W^T (as in SVD-LLM, Wang et al. 2024, and its
-    eigenvector form).
-
-    `rank_allocation` shares out the weights that uniform ranks take: by `energy`, where a step of rank saves
-    the most error of the layer's outputs, relative to all of them, or by `loss`, where outputs weigh as much
-    as the task's loss feels them (diagonal Fisher information). No layer falls below half of its uniform
-    rank.
-
-    A convolution becomes r filters and a 1x1 (`channel`), k x 1 and 1 x k (`spatial`, Jaderberg et al. 2014),
-    or 1x1, core and 1x1 (`tucker2`, Kim et al. 2016: both ranks by the same ratio); of the last two,
-    `whitened` refits the last factor to the outputs. An embedding that targets name becomes a narrower one
-    and a product, always by `svd`.
-
-    What it does not do: train, or touch a layer where factors would have no fewer weights than the layer (a
-    square one above rank_ratio 0.5) or where the weight is shared; such a layer is left whole and the report
-    says so.
-    """
-
-    slider: ClassVar[str] = "rank_ratio"
-    position: ClassVar[int] = 10
-    stops: ClassVar[tuple[float, ...]] = (0.2, 0.3, 0.45)
-    added: ClassVar[tuple[str, ...]] = ("rank_allocation", "conv")
-    about: ClassVar[tuple[About, ...]] = (
-        About(
-            "factorization=svd",
-            "Eckart & Young 1936",
-            "one decomposition a layer",
-            "a slice and two products less wide",
-            "best for weights, which is seldom best for outputs",
-        ),
-        About(
-            "factorization=whitened",
-            "as SVD-LLM, Wang et al. 2024",
-            "second moments of every layer's inputs, one pass over calibration data, one decomposition a"
-            " layer",
-            "a slice",
-            "as good as its calibration data",
-        ),
-        About(
-            "rank_allocation=energy, loss",
-            "greedy under one budget (this project)",
-            "as the factorization; loss: squared gradients",
-            "one sort over all ranks",
-            "ranks are chosen layer by layer: layers interact",
-        ),
-        About(
-            "conv=spatial",
-            "Jaderberg et al. 2014",
-            "one decomposition a layer",
-            "a slice",
-            "k x k kernels only",
-        ),
-        About(
-            "conv=tucker2", "Kim et al. 2016", "nothing", "an iterated decomposition", "uniform ranks only"
-        ),
-    )
-
-    rank_ratio: Annotated[float, Field(gt=0, le=1, description="fraction of the full rank that is kept")] = (
-        0.5
-    )
-    factorization: Annotated[
-        Literal["svd", "whitened"], Field(description="what the truncation keeps best: weights or outputs")
-    ] = "whitened"
-    rank_allocation: Annotated[
-        Literal["uniform", "energy", "loss"],
-        Field(description="the same ratio for all layers, or shared out by what it saves"),
-    ] = "uniform"
-    conv: Annotated[
-        Literal["channel", "spatial", "tucker2"],
-        Field(description="how convolutions are split: k x k and 1x1; k x 1 and 1 x k; 1x1, core and 1x1"),
-    ] = "channel"
-
-    @model_validator(mode="after")
-    def one_rank_to_share(self) -> LowRank:
-        """Refuse to share out what has two ranks a layer."""
-        if self.conv == "tucker2" and self.rank_allocation != "uniform":
-            raise ValueError(
-                f"conv='tucker2' has two ranks a layer, which rank_allocation={self.rank_allocation!r} cannot"
-                " share out: take uniform, or conv='spatial'"
-            )
-        return self
-
-    def check_order(self, earlier: tuple[Step, ...]) -> None:
-        """Refuse low rank after a step whose promise a factorisation would break."""
-        broken = {
-            "quantize": "the factors would leave the grid",
-            "repair": "the repaired weight is of full rank again",
-        }
-        for step in earlier:
-            if step.kind() == "prune" and not getattr(step, "structured", False):
-                raise RecipeError(
-                    "LowRank cannot follow Prune: factors of a pruned weight are dense, so its zeros would be"
-                    " lost; put LowRank first"
-                )
-            if step.kind() == "activations":
-                raise RecipeError(
-                    "LowRank cannot follow Activations: its factors would read inputs as they are; put"
-                    " LowRank first, then the inputs of all factors are rounded"
-                )
-            if step.kind() in broken:
-                raise RecipeError(
-                    f"LowRank cannot follow {type(step).__name__}: {broken[step.kind()]}; put LowRank first"
-                )
-
-    def label(self) -> str:
-        """Return such as `rank 40%`."""
-        shared = "" if self.rank_allocation == "uniform" else f" by {self.rank_allocation}"
-        return f"rank {self.rank_ratio:.0%}{shared}"
+def reads(step: LowRank) -> frozenset[Reads]:
+    """Return the statistics that a step reads."""
+    found: set[Reads] = set()
+    if step.factorization == "whitened" or step.rank_allocation != "uniform":
+        found.add("moments")
+    if step.rank_allocation == "loss":
+        found.add("gradients")
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -166,7 +67,17 @@ class Plan:
     form: Form
 
 
-@METHODS.register(LowRank)
+@METHODS.register(
+    LowRank,
+    title="rank",
+    shapes=predicted.lowrank_shapes,
+    errors=predicted.lowrank_errors,
+    strength=lambda ratio: 1 - ratio,
+    trains=lambda _: False,
+    placed=why_not_placed,
+    reads=reads,
+    alone=True,
+)
 def lowrank(step: LowRank, work: Work) -> None:
     """Factorise layers, replacing each module by two or three in a row."""
     layers = [layer for layer in work.choose(step) if can_split(layer, work)]

@@ -3,129 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from workbench.compress.core.batch import Batch, grouped
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
+from workbench.compress.low_rank import predicted
 from workbench.compress.low_rank.decompose import factors, leading, one_by_one
+from workbench.compress.low_rank.options import Repair
+from workbench.compress.pruning.criteria import CRITERIA
+from workbench.compress.pruning.criterion import Seen
+from workbench.compress.pruning.options import Prune
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.modules.factored import Repaired, copies_of, repaired_like
 from workbench.modules.layer import Layer, find_layers, replace_module
 from workbench.modules.visiting import settle, visiting
-from workbench.recipe import About, Step, configuration
+
+__all__ = ["Repair", "repair"]
 
 
-@configuration
-class Repair(Step):
-    """Add L R of rank r = round(repair_ratio * min(outputs, inputs)), at least 1, to what earlier steps left
-    of each weight.
-
-    L R is the rank-r matrix that makes the error of the layer's outputs on calibration data least: min ||(W -
-    W' - L R) X||, with W the dense weight (EoRA, Liu et al. 2024). It has a closed form, L = Q and R = Q^T (W
-    - W') with Q the first r eigenvectors of the second moment of the lost outputs. Masks and grids of W' stay
-    as they are; L and R are stored in the model's dtype, and count in every size. `repair_rounds` above 1
-    alternates with the pruning before it: prune W - L R to the same number of zeros by the same criterion,
-    then fit L R again (sparse plus low rank as in OATS, Zhang & Papyan 2024).
-
-    What it does not do: train, repair factors of a low-rank layer, embeddings or shared weights, or change a
-    bias.
-    """
-
-    slider: ClassVar[str] = "repair_ratio"
-    position: ClassVar[int] = 35
-    aside: ClassVar[bool] = True
-    stops: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1)
-    about: ClassVar[tuple[About, ...]] = (
-        About(
-            "repair_ratio",
-            "EoRA, Liu et al. 2024",
-            "second moments of every layer's inputs, one pass over calibration data",
-            "one decomposition a layer, of what was lost",
-            "costs bytes: count them against a milder recipe",
-        ),
-        About(
-            "repair_rounds",
-            "OATS, Zhang & Papyan 2024",
-            "second moments of every layer's inputs, one pass over calibration data",
-            "the same, several times",
-            "no convergence is promised",
-        ),
-    )
-
-    repair_ratio: Annotated[
-        float,
-        Field(gt=0, le=0.5, description="rank of the term that is added, as a fraction of the full rank"),
-    ] = 0.05
-    repair_rounds: Annotated[
-        int,
-        Field(
-            ge=1, le=64, description="fits of the term; above 1 the pruning before it is done again each time"
-        ),
-    ] = 1
-
-    def rank(self, rows: int, columns: int) -> int:
-        """Return the rank for a weight of this shape."""
-        return max(1, round(self.repair_ratio * min(rows, columns)))
-
-    def check_order(self, earlier: tuple[Step, ...]) -> None:
-        """Refuse where there is nothing to repair, or what would be undone."""
-        kinds = [step.kind() for step in earlier]
-        if not {"prune", "quantize"} & set(kinds):
-            raise RecipeError("Repair needs something to repair: put it after Prune or Quantize")
-        if "distill" in kinds:
-            raise RecipeError(
-                "Repair cannot follow Distill: it would pull trained weights back to the dense ones; put"
-                " Repair first, then its factors train too"
-            )
-        if "transfer" in kinds:
-            raise RecipeError(
-                "Repair cannot follow Transfer: it would pull taught weights back to the dense ones; put"
-                " Repair first, then its factors are taught too"
-            )
-        if self.repair_rounds > 1:
-            self.check_rounds(earlier)
-
-    def check_rounds(self, earlier: tuple[Step, ...]) -> None:
-        """Refuse to prune again what no rule here could prune again."""
-        if any(step.kind() == "quantize" for step in earlier):
-            raise RecipeError(
-                f"repair_rounds={self.repair_rounds} prunes again after each fit, which would leave the grid"
-                " of Quantize: take repair_rounds=1"
-            )
-        for step in earlier:
-            if step.kind() != "prune":
-                continue
-            if getattr(step, "train_steps", 0):
-                raise RecipeError(
-                    f"repair_rounds={self.repair_rounds} prunes the dense weights again, which would undo the"
-                    " training of Prune: take repair_rounds=1"
-                )
-            pattern, criterion = getattr(step, "pattern", ""), getattr(step, "criterion", "")
-            if pattern != "unstructured" and ":" not in pattern:
-                raise RecipeError(
-                    f"repair_rounds={self.repair_rounds} needs zeros that can be chosen again;"
-                    f" pattern={pattern!r} takes parts out: take repair_rounds=1"
-                )
-            if criterion not in {"magnitude", "wanda"}:
-                raise RecipeError(
-                    f"repair_rounds={self.repair_rounds} chooses zeros again by magnitude or wanda, not by"
-                    f" {criterion!r}: take one of these, or repair_rounds=1"
-                )
-
-    def label(self) -> str:
-        """Return such as `repair 5%`."""
-        return f"repair {100 * self.repair_ratio:.3g}%" + (
-            f" x{self.repair_rounds}" if self.repair_rounds > 1 else ""
-        )
-
-
-@METHODS.register(Repair)
+@METHODS.register(
+    Repair,
+    title="repair",
+    shapes=predicted.repair_shapes,
+    errors=predicted.repair_errors,
+    strength=lambda ratio: min(1.0, (4 * ratio) ** 0.5),
+    trains=lambda _: False,
+    placed=lambda _: "",
+    reads=lambda _: frozenset({"moments"}),
+    alone=True,
+)
 def repair(step: Repair, work: Work) -> None:
     """Fit the term of every layer that lost something, and put it beside the layer."""
     layers = [layer for layer in work.choose(step) if can_repair(step, layer, work)]
@@ -204,16 +116,43 @@ def best_term(lost: Tensor, moments: list[Tensor], rank: int) -> tuple[Tensor, T
     return torch.cat([stack.left for stack in found]), torch.cat([stack.right for stack in found])
 
 
+@dataclass(frozen=True)
+class RestSeen(Seen):
+    """What a term leaves over, as a criterion that `repeats` sees it: weights and second moments alone."""
+
+    weights: Tensor
+    moments: list[Tensor]
+
+    def input_norms(self) -> Tensor:
+        """Return sqrt(E[x_i^2]), [layers, inputs]."""
+        return torch.stack([moment.diagonal().clamp_min(0).sqrt() for moment in self.moments])
+
+    def mean_gradients(self) -> Tensor:
+        """Refuse: the loss was never asked about these weights."""
+        raise RecipeError("what a repair leaves over has no gradients")
+
+    def squared_gradients(self) -> Tensor:
+        """Refuse, as `mean_gradients`."""
+        return self.mean_gradients()
+
+    def removal_errors(self) -> Tensor:
+        """Refuse: nothing makes up for what is removed here."""
+        raise RecipeError("what a repair leaves over is not adjusted when zeros are chosen again")
+
+    def random(self, seed: int) -> Tensor:
+        """Refuse: a draw is not repeated."""
+        raise RecipeError(f"zeros drawn by seed {seed} are not chosen again")
+
+
 def prune_again(batch: Batch, rest: Tensor, moments: list[Tensor], work: Work) -> None:
     """Prune what the term leaves over, to as many zeros as before, by the criterion of the recipe's own
     pruning.
     """
-    pruning: Any = work.done[batch.layers[0].origin, "prune"]
-    importance = rest.abs()
-    if pruning.criterion == "wanda":
-        importance *= torch.stack([moment.diagonal().clamp_min(0).sqrt() for moment in moments]).unsqueeze(1)
+    pruning: Any = work.done[batch.layers[0].origin, Prune.kind()]
+    criterion = CRITERIA[pruning.criterion]
+    importance = criterion.scores(RestSeen(rest, moments), pruning.seed)
     old = torch.stack([layer.mask for layer in batch.layers if layer.mask is not None])
-    masks = same_budget(importance, old, pruning.group, by_row=pruning.criterion == "wanda")
+    masks = same_budget(importance, old, pruning.group, by_row=criterion.by_row)
     batch.write(rest * masks)
     for layer, mask in zip(batch.layers, masks, strict=True):
         layer.mask = mask

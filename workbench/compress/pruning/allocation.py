@@ -15,8 +15,9 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch, grouped
 from workbench.compress.pruning import magnitude_histogram
-from workbench.compress.pruning.criteria import comparable, importance
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.evidence import Evidence
+from workbench.compress.pruning.importance import comparable, importance
 from workbench.errors import CompressionError
 from workbench.kernels.selection import keep_fewer, spread
 from workbench.modules.layer import Layer
@@ -234,11 +235,11 @@ def slope(points: list[int], harm: list[float], a: int, b: int) -> float:
 def mask_of(step: Prune, scores: Tensor, removed: list[int]) -> Tensor:
     """Return which weights stay, bool [layers, outputs, inputs], with exactly `removed[i]` gone from layer i.
 
-    Wanda compares within each row, unless one threshold goes over all layers: row r gives up removed // rows
-    weights, the first removed % rows one more. Every other criterion compares within the layer.
+    A criterion that compares within each row (`by_row`), unless one threshold goes over all layers: row r
+    gives up removed // rows weights, the first removed % rows one more. Any other compares within the layer.
     """
     layers, rows, columns = scores.shape
-    if step.criterion == "wanda" and step.allocation != "global":
+    if CRITERIA[step.criterion].by_row and step.allocation != "global":
         return keep_fewer(
             scores.reshape(layers * rows, columns),
             [count for total in removed for count in spread(total, rows)],

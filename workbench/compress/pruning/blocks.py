@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.prunable_units import find_blocks
 from workbench.compress.pruning.surgery import drop_blocks, own_config
 from workbench.errors import CompressionError
@@ -93,7 +94,7 @@ def block_scores(step: Prune, work: Work, candidates: list[tuple[str, int]]) -> 
 
     Computed once while no weight has changed.
     """
-    if step.criterion == "random":
+    if CRITERIA[step.criterion].units == "draw":
         return torch.rand(
             len(candidates), generator=torch.Generator().manual_seed(step.seed), dtype=torch.float64
         ).tolist()
@@ -177,7 +178,7 @@ def report(
     """
     given = len(gone) / len(candidates)
     asked = "" if abs(given - step.sparsity) < 5e-4 else f", {step.sparsity:.3g} asked, {given:.3g} given"
-    by = "random choice" if step.criterion == "random" else "block influence"
+    by = "random choice" if CRITERIA[step.criterion].units == "draw" else "block influence"
     for (name, place), score in zip(candidates, scores, strict=True):
         went = (name, place) in gone
         words = (

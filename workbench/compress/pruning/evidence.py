@@ -9,10 +9,9 @@ from torch import Tensor
 from workbench.calibration.statistics import Gradients, Statistics
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of, smoothed
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.options import Prune
 from workbench.modules.layer import Layer
-
-BY_GRADIENT = ("taylor", "fisher")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def evidence_for(step: Prune, work: Work, layers: list[Layer], *, now: bool = Fa
     Second moments of inputs are the dense model's until something was trained (`now`): those of a factor
     follow from its layer's. Gradients are those of the weights as they are.
     """
-    by_gradient = step.criterion in BY_GRADIENT or step.allocation == "sensitivity"
+    by_gradient = "gradients" in CRITERIA[step.criterion].reads or step.allocation == "sensitivity"
     if now or (by_gradient and not all(layer.pristine for layer in layers)):
         return Evidence(work, Statistics(replace(work.task, model=work.model), work.progress), dense=False)
     return Evidence(work, work.statistics, dense=True)

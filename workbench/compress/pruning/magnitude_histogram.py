@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workbench.compress.core.batch import Batch, grouped, matrices_in_place
-from workbench.formats.stored_forms import HALVES
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.kernels import magnitudes
 from workbench.kernels.magnitudes import VALUES
 from workbench.modules.layer import Layer
@@ -35,10 +35,10 @@ def countable(step: Prune, layers: Sequence[Layer]) -> bool:
     formats = {layer.parameter.dtype for layer in layers}
     fit = all(layer.mask is None and layer.parameter.numel() <= MOST for layer in layers)
     return (
-        step.criterion == "magnitude"
+        CRITERIA[step.criterion].kernel == "magnitudes"
         and step.group is None
         and len(formats) == 1
-        and formats <= set(HALVES.values())
+        and formats <= {torch.float16, torch.bfloat16}
         and fit
     )
 

@@ -6,8 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.errors import RecipeError
-from workbench.recipe import About, Step, configuration
+from workbench.recipe import Mark, OneOf, Step, configuration, first_leaving
+from workbench.util.about import About
 
 STRUCTURES = ("heads", "neurons", "channels", "layers")
 
@@ -20,11 +22,12 @@ class Prune(Step):
     whole model where the allocation is not uniform; `n:m` keeps n of every m consecutive inputs; `heads`,
     `neurons`, `channels` and `layers` take out structure, which leaves a smaller ordinary module.
 
-    Criteria: `magnitude` |w| (Han et al. 2015). `wanda` |w| * ||x||, compared within each output row (Sun et
-    al. 2023). `sparsegpt` removes what costs least and lets the weights that stay make up for it (Frantar &
-    Alistarh 2023). `taylor` |w * g| with the mean gradient (Molchanov et al. 2019) and `fisher`
-    w^2 * E[g^2] / 2 (LeCun et al. 1990, Theis et al. 2018), from the task's loss on calibration items with
-    their labels. `random`: the baseline that every other should beat.
+    Criteria, registered in `workbench.compress.pruning.criteria`: `magnitude` |w| (Han et al. 2015). `wanda`
+    |w| * ||x||, compared within each output row (Sun et al. 2023). `ria`, shares of rows and columns times
+    ||x||^(1/2) (Zhang et al. 2024). `sparsegpt` removes what costs least and lets the weights that stay make
+    up for it (Frantar & Alistarh 2023). `taylor` |w * g| with the mean gradient (Molchanov et al. 2019) and
+    `fisher` w^2 * E[g^2] / 2 (LeCun et al. 1990, Theis et al. 2018), from the task's loss on calibration
+    items with their labels. `random`: the baseline that every other should beat.
 
     Allocation: `uniform`; `global`, one threshold over all layers (magnitude as it is, others on a common
     scale: relative output error, or change of the loss); `sensitivity`, the budget spent where a closed form
@@ -50,49 +53,7 @@ class Prune(Step):
         "penalty",
     )
     about: ClassVar[tuple[About, ...]] = (
-        About(
-            "criterion=magnitude",
-            "Han et al. 2015",
-            "nothing",
-            "a selection in each layer",
-            "sees weights only: falls behind where inputs differ in size",
-        ),
-        About(
-            "criterion=wanda",
-            "Sun et al. 2023",
-            "second moments of every layer's inputs, one pass over calibration data",
-            "a selection in each row",
-            "moves no weight to make up for those that go",
-        ),
-        About(
-            "criterion=sparsegpt",
-            "Frantar & Alistarh 2023",
-            "second moments of every layer's inputs, one pass over calibration data, and their inverse"
-            " factors",
-            "a pass over all columns",
-            "solves layers for the dense model's inputs, not one after another",
-        ),
-        About(
-            "criterion=taylor",
-            "Molchanov et al. 2019",
-            "gradients of the task's loss on calibration data",
-            "a selection in each layer",
-            "first order: the mean gradient of a trained model is near zero",
-        ),
-        About(
-            "criterion=fisher",
-            "LeCun et al. 1990; Theis et al. 2018",
-            "squared gradients of the task's loss on calibration data",
-            "a selection in each layer",
-            "diagonal: weights are judged one by one",
-        ),
-        About(
-            "criterion=random",
-            "baseline",
-            "nothing",
-            "a selection in each layer",
-            "what every other criterion should beat",
-        ),
+        *(record.about for record in CRITERIA),
         About(
             "pattern=n:m",
             "Mishra et al. 2021",
@@ -159,10 +120,9 @@ class Prune(Step):
             examples=["unstructured", "2:4", "4:8", "1:4", *STRUCTURES],
         ),
     ] = "unstructured"
-    criterion: Annotated[
-        Literal["magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random"],
-        Field(description="what makes a weight unimportant"),
-    ] = "magnitude"
+    criterion: Annotated[str, OneOf(CRITERIA), Field(description="what makes a weight unimportant")] = (
+        "magnitude"
+    )
     allocation: Annotated[
         Literal["uniform", "global", "sensitivity"],
         Field(description="how the sparsity is divided over the layers"),
@@ -224,10 +184,16 @@ class Prune(Step):
                 f"reconstruct=True is for structure ({', '.join(STRUCTURES)}): with pattern={self.pattern!r}"
                 " use criterion='sparsegpt', which adjusts the weights that stay"
             )
-        if self.structured and self.criterion == "sparsegpt":
+        judged = CRITERIA[self.criterion]
+        if self.structured and judged.units is None:
             raise ValueError(
-                f"criterion='sparsegpt' removes single weights: with pattern={self.pattern!r} use another"
-                " criterion and reconstruct=True"
+                f"criterion={self.criterion!r} removes single weights: with pattern={self.pattern!r} use"
+                " another criterion and reconstruct=True"
+            )
+        if self.allocation == "global" and judged.across is None:
+            raise ValueError(
+                f"criterion={self.criterion!r} has no scale that all layers share: allocation='global' needs"
+                " another criterion, such as 'wanda'; or take allocation='uniform'"
             )
         return self
 
@@ -243,7 +209,7 @@ class Prune(Step):
                 f"train_steps={self.train_steps} never come: training is between rounds; give rounds of 2 or"
                 " more, a penalty, or a Distill step after this one"
             )
-        if self.rounds > 1 and not self.train_steps and self.criterion in {"magnitude", "random"}:
+        if self.rounds > 1 and not self.train_steps and CRITERIA[self.criterion].settled:
             raise ValueError(
                 f"rounds={self.rounds} with criterion={self.criterion!r} and no training removes what one"
                 " round does: give train_steps, such as 100"
@@ -277,25 +243,36 @@ class Prune(Step):
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse pruning after quantization."""
-        if any(step.kind() == "quantize" for step in earlier):
+        if after := first_leaving(earlier, "grid", "cast"):
             raise RecipeError(
-                "Prune cannot follow Quantize: scales would be fitted to weights that are then removed; prune"
-                " first (Harma et al. 2025)"
+                f"Prune cannot follow {type(after).__name__}: scales would be fitted to weights that are then"
+                " removed; prune first (Harma et al. 2025)"
             )
-        if any(step.kind() == "repair" for step in earlier):
+        if after := first_leaving(earlier, "term"):
+            name = type(after).__name__
             raise RecipeError(
-                "Prune cannot follow Repair: what it removes would not be repaired; put Repair after it"
+                f"Prune cannot follow {name}: what it removes would not be repaired; put {name} after it"
             )
-        if self.structured and any(step.kind() == "activations" for step in earlier):
+        if self.structured and (after := first_leaving(earlier, "inputs")):
             raise RecipeError(
-                f"Prune(pattern={self.pattern!r}) cannot follow Activations: ranges and divisors are those of"
-                f" the {self.pattern} that are there; put it first"
+                f"Prune(pattern={self.pattern!r}) cannot follow {type(after).__name__}: ranges and divisors"
+                f" are those of the {self.pattern} that are there; put it first"
             )
-        if self.structured and any(step.kind() == "lowrank" for step in earlier):
+        if self.structured and (after := first_leaving(earlier, "factors")):
             raise RecipeError(
-                f"Prune(pattern={self.pattern!r}) cannot follow LowRank: two factors have no {self.pattern}"
-                " to remove; put it first"
+                f"Prune(pattern={self.pattern!r}) cannot follow {type(after).__name__}: two factors have no"
+                f" {self.pattern} to remove; put it first"
             )
+
+    @property
+    def leaves(self) -> frozenset[Mark]:
+        """Return what later steps find: zeros, or fewer units."""
+        return frozenset({"fewer" if self.structured else "zeros"})
+
+    @property
+    def zeros(self) -> str | None:
+        """Return the pattern of its zeros, None for structure, which leaves none."""
+        return None if self.structured else self.pattern
 
     def label(self) -> str:
         """Return such as `50% sparse`, `2:4` or `25% fewer neurons`."""

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch, matrices_in_place, reported
 from workbench.compress.core.context import Work
-from workbench.compress.pruning import allocation, magnitude_histogram, sparsegpt
-from workbench.compress.pruning.criteria import importance, input_norms
+from workbench.compress.method import GRADIENTS, SHARED_OUT, Reads
+from workbench.compress.pruning import allocation, magnitude_histogram, predicted, sparsegpt
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.evidence import Evidence, evidence_for
+from workbench.compress.pruning.importance import importance, input_norms
 from workbench.compress.pruning.options import Prune
 from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.structured import remove_structure
@@ -24,7 +26,31 @@ from workbench.modules.layer import Layer
 __all__ = ["Prune", "prune"]
 
 
-@METHODS.register(Prune)
+def why_not_placed(step: Prune) -> str:
+    """Return why a step cannot be taken block by block, "" if it can."""
+    if step.structured:
+        return "taking out structure rebuilds modules across blocks"
+    if step.train_steps or "gradients" in CRITERIA[step.criterion].reads:
+        return GRADIENTS
+    return SHARED_OUT if step.allocation != "uniform" else ""
+
+
+def reads(step: Prune) -> frozenset[Reads]:
+    """Return the statistics that a step reads."""
+    own: frozenset[Reads] = CRITERIA[step.criterion].reads
+    return own | {"moments", "gradients"} if step.allocation == "sensitivity" else own
+
+
+@METHODS.register(
+    Prune,
+    shapes=predicted.shapes,
+    errors=predicted.error_table,
+    strength=lambda sparsity: sparsity,
+    trains=lambda step: bool(step.train_steps),
+    placed=why_not_placed,
+    reads=reads,
+    alone=True,
+)
 def prune(step: Prune, work: Work) -> None:
     """Zero weights and leave the mask as a promise to later steps, or take out structure."""
     if step.structured:
@@ -93,7 +119,7 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         promise(batch, kept)
         return
     matrices = batch.matrices()
-    if step.criterion == "sparsegpt":
+    if CRITERIA[step.criterion].makes_up:
         masks = [layer.mask for layer in batch.layers if layer.mask is not None]
         kept = torch.stack(masks) if masks else torch.ones_like(matrices, dtype=torch.bool)
         matrices, kept = sparsegpt.solve(
@@ -124,7 +150,7 @@ def by_rows(step: Prune, batch: Batch) -> list[Tensor] | None:
 
 def rows_fit(step: Prune, layers: Sequence[Layer]) -> bool:
     """Return whether each row is pruned by `wanda` alone, and is short enough for one program of a kernel."""
-    alone = step.criterion == "wanda" and step.allocation != "global" and step.group is None
+    alone = CRITERIA[step.criterion].kernel == "rows" and step.allocation != "global" and step.group is None
     return alone and all(layer.mask is None and layer.shape[1] <= weight_passes.WIDEST for layer in layers)
 
 

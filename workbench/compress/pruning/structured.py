@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from workbench.compress.pruning.blocks import remove_blocks
 from workbench.compress.pruning.channels import find_channels
 from workbench.compress.pruning.config_sync import settle_numbers
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.prunable_units import (
     Found,
     Space,
@@ -38,12 +39,6 @@ if TYPE_CHECKING:
     from workbench.tasks.base import Task
 
 BELONGS = {"heads": "attention", "neurons": "MLP", "channels": "group of channels", "layers": "block"}
-NORMALISED = {
-    "magnitude",
-    "wanda",
-    # Criteria whose scale differs from block to block: divided by the block's mean before all are ranked
-    # together
-}
 
 
 def remove_structure(step: Prune, work: Work) -> None:
@@ -190,10 +185,9 @@ def choose(step: Prune, spaces: list[Space], scores: list[Tensor]) -> list[Tenso
     if step.allocation == "uniform":
         counts = [removed_count(space.units, step.sparsity) for space in spaces]
     else:
-        even = [
-            score / score.mean().clamp_min(1e-30) if step.criterion in NORMALISED else score
-            for score in scores
-        ]
+        # The scale of norms differs from block to block: each is divided by its block's mean
+        norms = CRITERIA[step.criterion].units == "norm"
+        even = [score / score.mean().clamp_min(1e-30) if norms else score for score in scores]
         # the best unit of each space cannot go
         free = [values.sort(stable=True).values[:-1] for values in even]
         owners = torch.cat([torch.full((len(values),), place) for place, values in enumerate(free)])

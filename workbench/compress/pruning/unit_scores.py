@@ -8,25 +8,23 @@ import torch
 from torch import Tensor
 
 from workbench.compress.core.batch import Batch, grouped
-from workbench.compress.pruning.criteria import raw_importance
+from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.evidence import Evidence, evidence_for
+from workbench.compress.pruning.importance import raw_importance
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
     from workbench.compress.pruning.options import Prune
     from workbench.compress.pruning.prunable_units import Space
 
-SQUARED = {"magnitude", "wanda"}  # criteria like a norm: squares are added, and the root is taken of the sum
-
 
 def unit_scores(step: Prune, work: Work, spaces: list[Space]) -> list[Tensor]:
     """Return the importance of the units of each space, float64 [units] on the CPU.
 
-    `magnitude` is the L2 norm of a unit's weights (a group norm, as in Li et al. 2017), `wanda` that of |w|
-    ||x||; `taylor` and `fisher` add up the changes of the loss (Molchanov et al. 2019); `random` draws from
-    the step's seed.
+    How weights' importance makes up a unit's is a fact of the criterion (`units`): a norm of its weights (a
+    group norm, as in Li et al. 2017), a sum of changes of the loss (Molchanov et al. 2019), or a draw.
     """
-    if step.criterion == "random":
+    if CRITERIA[step.criterion].units == "draw":
         generator = torch.Generator().manual_seed(step.seed)
         return [torch.rand(space.units, generator=generator, dtype=torch.float64) for space in spaces]
     names = list(dict.fromkeys(name for space in spaces for name in space.modules() if name in work.layers))
@@ -51,7 +49,7 @@ def unit_scores(step: Prune, work: Work, spaces: list[Space]) -> list[Tensor]:
         ).sum(0)
         for space in spaces
     ]
-    return [score.sqrt() for score in scores] if step.criterion in SQUARED else scores
+    return [score.sqrt() for score in scores] if CRITERIA[step.criterion].units == "norm" else scores
 
 
 def side_sums(step: Prune, work: Work, names: list[str]) -> dict[tuple[str, str], Tensor]:
@@ -73,7 +71,7 @@ def batch_sums(step: Prune, batch: Batch, evidence: Evidence) -> tuple[Tensor, T
     the CPU.
     """
     scores = raw_importance(step, batch, batch.matrices(), evidence)
-    if step.criterion in SQUARED:
+    if CRITERIA[step.criterion].units == "norm":
         scores = scores.square()
     channels = scores.sum(1, dtype=torch.float64).unflatten(1, (-1, batch.layers[0].patch)).sum(2)
     return scores.sum(2, dtype=torch.float64).cpu(), channels.cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,12 +11,16 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch, of_one_shape
 from workbench.compress.core.context import Work
+from workbench.compress.method import ErrorTable
 from workbench.compress.quantization.observers import Ranges, called_layers, ranges_now
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs, quantized_class, quantized_like
 from workbench.modules.layer import Layer, can_hold, replace_module
-from workbench.recipe import About, Step, configuration
+from workbench.modules.weight_shapes import Entry
+from workbench.recipe import Mark, Step, configuration, first_leaving
+from workbench.shapes.outline import Outline
+from workbench.util.about import About
 
 LEAST_SMOOTHING = 1e-5  # as in the paper's code: no weight is divided by less
 
@@ -121,12 +125,17 @@ class Activations(Step):
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse smoothing where it would move weights off a grid or away from what was fitted to them."""
-        after = next((step for step in earlier if step.kind() in {"quantize", "repair"}), None)
+        after = first_leaving(earlier, "grid", "cast", "term")
         if self.smoothing and after is not None:
             raise RecipeError(
                 f"Activations(smoothing={self.smoothing:g}) cannot follow {type(after).__name__}: it"
                 " multiplies weights that are settled; put Activations before it, or take smoothing=0"
             )
+
+    @property
+    def leaves(self) -> frozenset[Mark]:
+        """Return what later steps find: inputs that are rounded."""
+        return frozenset({"inputs"})
 
     @property
     def rounding(self) -> InputFormat:
@@ -157,7 +166,45 @@ class Fitted:
     zero: Tensor | None
 
 
-@METHODS.register(Activations)
+def shapes(outline: Outline, step: Activations) -> Outline:
+    """Return the outline with what rounds inputs beside the weights: divisors, scales and zero points."""
+    added: list[Entry] = []
+    for weight in outline.weights:
+        if weight.table or not outline.takes(weight, step):
+            continue
+        name = weight.origin if weight.others else weight.name
+        if step.smoothing and not weight.others:
+            channels = weight.shape[1] if len(weight.shape) == 4 else weight.columns
+            added.append(Entry(f"{name}.smooth", "F32", (channels,), 4 * channels))
+        if step.activation_scaling == "static":
+            added += [Entry(f"{name}.input_scale", "F32", (), 4), Entry(f"{name}.input_zero", "I32", (), 4)]
+    return replace(outline, rest=(*outline.rest, *added), inputs=step.rounding)
+
+
+WIDTHS = tuple(range(2, 9))
+FLOAT8 = 2.0**-10  # relative squared error of e4m3 numbers: three bits of mantissa
+INTEGER = 64 / 12  # that of b-bit integers over a range of 4 standard deviations each way is this times 4^-b
+
+
+def error_table(step: Activations) -> ErrorTable:
+    """Return the errors of rounded inputs, the same in every layer: by the width alone."""
+    if step.activation_format == "float8":
+        return ErrorTable(("float8",), (8,), lambda _: torch.tensor([FLOAT8], dtype=torch.float64))
+    errors = torch.tensor([INTEGER * 4.0**-bits for bits in WIDTHS], dtype=torch.float64)
+    return ErrorTable(("integer",), WIDTHS, lambda _: errors)
+
+
+@METHODS.register(
+    Activations,
+    title="activations",
+    shapes=shapes,
+    errors=error_table,
+    strength=lambda bits: min(1.0, (2.0 ** (4 - bits)) ** 0.5),
+    trains=lambda _: False,
+    placed=lambda _: "",
+    reads=lambda step: frozenset({"ranges"} if step.activation_scaling == "static" or step.smoothing else ()),
+    alone=True,
+)
 def activations(step: Activations, work: Work) -> None:
     """Replace layers by ones that round their inputs; smoothing multiplies their weights."""
     calls = called_layers(work.statistics)

@@ -140,7 +140,7 @@ def solve(stack: Tensor, scales: Scales, order: Order, spec: Spec, masks: Tensor
     kept = None if masks is None else masks.gather(2, places)
     rounded, by_kernel = (
         torch.empty_like(weights),
-        spec.number_format == "integer" and column_solver.suited(weights),
+        spec.format.affine and column_solver.suited(weights),
     )
     with full_precision():
         for start in range(0, stack.shape[2], BLOCK):

@@ -14,7 +14,8 @@ from workbench.compress.core.context import Work
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.kv_cache import CacheFormat
-from workbench.recipe import About, Step, configuration
+from workbench.recipe import Mark, Step, configuration, first_leaving
+from workbench.util.about import About
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task
@@ -67,10 +68,15 @@ class KVCache(Step):
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse a second one."""
-        if any(step.kind() == "kvcache" for step in earlier):
+        if first_leaving(earlier, "cache") is not None:
             raise RecipeError(
                 f"{self!r} cannot follow another KVCache: a model has one cache; keep one of them"
             )
+
+    @property
+    def leaves(self) -> frozenset[Mark]:
+        """Return what later steps find: a cache of its own."""
+        return frozenset({"cache"})
 
     @property
     def form(self) -> CacheFormat:
@@ -82,7 +88,16 @@ class KVCache(Step):
         return f"KV{self.kv_bits}" + (f" g{self.kv_group_size}" if self.kv_group_size else "")
 
 
-@METHODS.register(KVCache)
+@METHODS.register(
+    KVCache,
+    title="cache bits",
+    shapes=lambda outline, _: outline,  # weights stay as they are
+    strength=lambda bits: min(1.0, (2.0 ** (2 - bits)) ** 0.5),
+    trains=lambda _: False,
+    placed=lambda _: "",
+    reads=lambda _: frozenset(),
+    alone=False,
+)
 def kv_cache(step: KVCache, work: Work) -> None:
     """Give the model a cache of rounded keys and values, once it is sure that the model uses it."""
     if not work.task.kind.kv_cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch
 from workbench.compress.core.context import Work
+from workbench.compress.method import TRAINING, Recovery
 from workbench.compress.registry import METHODS
 from workbench.compress.training.trainer import Plan, train
 from workbench.errors import CompressionError, RecipeError
-from workbench.formats.stored_forms import HALVES, Cast
+from workbench.formats.stored_forms import Cast
 from workbench.modules.layer import Layer, find_layers
-from workbench.recipe import About, Step, configuration
+from workbench.recipe import Step, configuration, first_leaving
 from workbench.tasks.base import Items
+from workbench.util.about import About
 
 
 @configuration
@@ -92,21 +95,29 @@ class QAT(Step):
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse where no grid is there to train on."""
-        formats = [getattr(step, "number_format", "integer") for step in earlier if step.kind() == "quantize"]
-        if not formats:
+        if first_leaving(earlier, "grid") is not None:
+            return
+        after = first_leaving(earlier, "cast")
+        if after is None:
             raise RecipeError("QAT needs weights on a grid to start from: put Quantize before it")
-        if all(name in HALVES for name in formats):
-            raise RecipeError(
-                f"QAT has no step sizes to learn after Quantize(number_format={formats[0]!r}): take another"
-                " format, or Distill"
-            )
+        raise RecipeError(f"QAT has no step sizes to learn after {after!r}: take another format, or Distill")
 
     def label(self) -> str:
         """Return such as `QAT 200`, with the step where it was stopped."""
         return f"QAT {self.qat_steps}" + (f" to step {self.qat_stop_at}" if self.qat_stop_at else "")
 
 
-@METHODS.register(QAT)
+@METHODS.register(
+    QAT,
+    title="QAT steps",
+    shapes=lambda outline, _: outline,  # training moves values, not shapes
+    errors=lambda _: Recovery(0.0, 1.0),  # how much comes back, no rule says
+    strength=lambda steps: min(1.0, 0.25 * math.log10(1 + steps)),
+    trains=lambda _: True,
+    placed=lambda _: TRAINING,
+    reads=lambda _: frozenset(),
+    alone=False,
+)
 def qat(step: QAT, work: Work) -> QAT:
     """Train the layers that the targets pick, and what is not rounded if they begin with all.
 

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from workbench.formats.affine import Grid, nearest_codes
-from workbench.formats.stored_forms import (
-    FLOAT8_MOST,
-    HALVES,
-    Cast,
-    FloatFormat,
-    FloatGrid,
-    Form,
-    decode_float,
-    encode_float,
-    split,
-)
+from workbench.formats.number_format import NumberFormat
+from workbench.formats.number_formats import FORMATS
+from workbench.formats.stored_forms import Cast, FloatGrid, Form, split
 from workbench.kernels import weight_passes
 
 Ranges: TypeAlias = tuple[Tensor, Tensor]  # of groups, float32 [layers, outputs, groups] each
@@ -57,6 +49,11 @@ class Spec:
             if self.whole
             else stack.unflatten(2, (-1, self.group_size or stack.shape[2]))
         )
+
+    @property
+    def format(self) -> NumberFormat:
+        """Return what a code stands for."""
+        return FORMATS[self.number_format]
 
     @property
     def levels(self) -> int:
@@ -124,11 +121,7 @@ def fit_in_place(weights: list[Tensor], spec: Spec, known: Ranges | None = None)
 
 def in_place(spec: Spec, columns: int) -> bool:
     """Return whether `fit_in_place` fits matrices of so many inputs."""
-    return (
-        spec.number_format == "integer"
-        and not spec.whole
-        and (spec.group_size or columns) <= weight_passes.WIDEST
-    )
+    return spec.format.affine and not spec.whole and (spec.group_size or columns) <= weight_passes.WIDEST
 
 
 def among(low: Tensor, high: Tensor, spec: Spec, best: Callable[[Tensor, Tensor | None], Tensor]) -> Scales:
@@ -137,11 +130,11 @@ def among(low: Tensor, high: Tensor, spec: Spec, best: Callable[[Tensor, Tensor 
     `best` is given candidates for scales and zero points, [candidates, layers, outputs, groups], and returns
     which one each group takes, int64 [1, layers, outputs, groups]: of equal ones the first, the widest range.
     """
-    search = spec.search and spec.number_format != "float8"  # whose precision is the same at every scale
+    search = spec.search and spec.format.searches
     shrinks = torch.linspace(1.0, 0.4, SHRINKS) if search else torch.ones(1)
     half = (
         torch.zeros_like(low[:, :1, :1], dtype=torch.bool)
-        if spec.number_format == "float8"
+        if spec.format.scale_dtype == torch.float32
         else fit_half(widest_scale(low, high, spec), float(shrinks[-1]))
     )
     factors = shrinks.to(low.device)[:, None, None, None]
@@ -163,10 +156,10 @@ def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor | None, spec: Spe
     group].
     """
     wide = scale.unsqueeze(-1)
-    if spec.number_format == "integer":
+    if spec.format.affine:
         rounded = clamp((groups / wide).round_(), None if zero is None else zero.unsqueeze(-1), spec)
     else:
-        rounded = decode_float(encode_float(groups / wide, spec.number_format), spec.number_format)
+        rounded = spec.format.decoded(spec.format.encoded(groups / wide))
     error: Tensor = torch.linalg.vector_norm(torch.addcmul(groups, rounded, wide, value=-1), dim=-1)
     return error
 
@@ -184,8 +177,8 @@ def clamp(steps: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
 
 def widest_scale(low: Tensor, high: Tensor, spec: Spec) -> Tensor:
     """Return the scales that cover [low, high] (low <= 0 <= high), 0 for an all-zero group; same shape."""
-    if spec.number_format != "integer":
-        return torch.maximum(-low, high) / (FLOAT8_MOST if spec.number_format == "float8" else 1.0)
+    if not spec.format.affine:
+        return torch.maximum(-low, high) / spec.format.most()
     if spec.symmetric:
         return torch.maximum(-low / (1 << (spec.bits - 1)), high / ((1 << (spec.bits - 1)) - 1))
     return (high - low) / spec.levels
@@ -207,7 +200,7 @@ def affine(low: Tensor, high: Tensor, half: Tensor, spec: Spec) -> tuple[Tensor,
     """
     scale = widest_scale(low, high, spec)
     scale = torch.where(scale > 0, torch.where(half, scale.half().float(), scale), torch.ones_like(scale))
-    if spec.symmetric or spec.number_format != "integer":
+    if spec.symmetric or not spec.format.affine:
         return scale, None
     return scale, torch.round(-low / scale).clamp_(0, spec.levels).to(torch.uint8)
 
@@ -217,13 +210,13 @@ def form_of(stack: Tensor, scales: Scales | None, spec: Spec) -> Form:
 
     `scales` is None for 16-bit numbers, which have none.
     """
-    if spec.number_format in HALVES or scales is None:
-        return Cast(stack.to(HALVES[spec.number_format]))
-    if spec.number_format == "integer":
+    if scales is None:
+        return Cast(stack.to(spec.format.cast))
+    if spec.format.affine:
         return Grid(
             nearest_codes(stack, scales.scale, scales.zero, spec.bits), scales.scale, scales.zero, spec.bits
         )
-    return FloatGrid(torch.empty(0), scales.scale, cast("FloatFormat", spec.number_format)).snap(stack)
+    return FloatGrid(torch.empty(0), scales.scale, spec.number_format).snap(stack)
 
 
 def fit_grids(stack: Tensor, bits: int, group_size: int, *, symmetric: bool, search: bool) -> list[Grid]:

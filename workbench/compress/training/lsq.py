@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workbench.formats.affine import Grid
-from workbench.formats.stored_forms import FLOAT8_MOST, Cast, FloatGrid, Form, InputScaled, OffsetGrid
+from workbench.formats.stored_forms import Cast, FloatGrid, Form, InputScaled, OffsetGrid
 
 LEAST, MOST = 2.0**-14, 65504.0  # of step sizes that float16 stores in full precision
 
@@ -70,7 +70,7 @@ def within(form: Grid | FloatGrid | OffsetGrid, steps: Tensor) -> Tensor:
     [..., outputs, groups, inputs of a group].
     """
     if isinstance(form, FloatGrid):
-        return steps.abs() <= (1.0 if form.number_format == "nf4" else FLOAT8_MOST)
+        return steps.abs() <= form.format.most()
     zero = (
         form.zero_point.float().unsqueeze(-1) if form.zero_point is not None else float(1 << (form.bits - 1))
     )
@@ -81,5 +81,5 @@ def within(form: Grid | FloatGrid | OffsetGrid, steps: Tensor) -> Tensor:
 def largest_code(form: Grid | FloatGrid | OffsetGrid) -> float:
     """Return the largest number before scaling, for a grid with its zero in the middle."""
     if isinstance(form, FloatGrid):
-        return 1.0 if form.number_format == "nf4" else FLOAT8_MOST
+        return form.format.most()
     return float((1 << (form.bits - 1)) - 1)

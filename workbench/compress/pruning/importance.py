@@ -1,8 +1,9 @@
-"""How much each weight matters: the criteria of pruning, for a batch of layers of one shape at a time."""
+"""How much each weight of a batch matters: what calibration says about its layers, read by a criterion."""
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from workbench.compress.core.batch import Batch
 from workbench.compress.core.moments import source_of
+from workbench.compress.pruning.criteria import CRITERIA
+from workbench.compress.pruning.criterion import Seen
 from workbench.compress.pruning.evidence import Evidence
 from workbench.compress.pruning.sparsegpt import inverse_factors
 from workbench.kernels.column_loops import saliency
@@ -18,18 +21,11 @@ from workbench.modules.layer import Layer
 if TYPE_CHECKING:
     from workbench.compress.pruning.options import Prune
 
-BY_INPUTS = ("wanda", "sparsegpt")
-
 
 def importance(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) -> Tensor:
     """Return the importance of each weight, float32 [layers, outputs, inputs].
 
     -1 for those that an earlier round has taken.
-
-    `magnitude` |w|; `wanda` |w| * sqrt(E[x^2]); `taylor` |w * E[g]|; `fisher` w^2 * E[g^2] / 2; `random`
-    uniform in [0, 1) from the step's seed and the layer's name; `sparsegpt` w^2 / d^2, with d the diagonal of
-    the inverse second moment's Cholesky factor: what removing the weight costs once the columns after it have
-    been adjusted (0 where the layer never reads).
     """
     scores = raw_importance(step, batch, matrices, evidence)
     if batch.layers[0].mask is not None:
@@ -39,37 +35,50 @@ def importance(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) 
     return scores
 
 
+@dataclass(frozen=True)
+class BatchSeen(Seen):
+    """Weights of a batch, and the evidence about its layers."""
+
+    weights: Tensor
+    batch: Batch
+    evidence: Evidence
+
+    def input_norms(self) -> Tensor:
+        """Return sqrt(E[x_i^2]), [layers, inputs]."""
+        return input_norms(self.batch, self.evidence)
+
+    def mean_gradients(self) -> Tensor:
+        """Return E[g] by each weight."""
+        return torch.stack([self.evidence.gradients(layer).mean for layer in self.batch.layers])
+
+    def squared_gradients(self) -> Tensor:
+        """Return E[g^2] by each weight."""
+        return torch.stack([self.evidence.gradients(layer).square for layer in self.batch.layers])
+
+    def removal_errors(self) -> Tensor:
+        """Return w^2 / d^2, from the damped inverse of each second moment."""
+        kept = torch.ones_like(self.weights, dtype=torch.bool)
+        return saliency(self.weights, inverse_factors(self.batch.layers, self.evidence), kept)
+
+    def random(self, seed: int) -> Tensor:
+        """Return numbers by the seed and each layer's name."""
+        return torch.stack([random_scores(seed, layer, self.weights) for layer in self.batch.layers])
+
+
 def raw_importance(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) -> Tensor:
     """Return the importance without regard to masks; a new tensor."""
-    if step.criterion == "random":
-        return torch.stack([random_scores(step.seed, layer, matrices) for layer in batch.layers])
-    if step.criterion == "wanda":
-        return matrices.abs() * input_norms(batch, evidence).unsqueeze(1)
-    if step.criterion == "taylor":
-        return (matrices * torch.stack([evidence.gradients(layer).mean for layer in batch.layers])).abs_()
-    if step.criterion == "fisher":
-        return (
-            matrices.square() * torch.stack([evidence.gradients(layer).square for layer in batch.layers]) / 2
-        )
-    if step.criterion == "sparsegpt":
-        return saliency(
-            matrices, inverse_factors(batch.layers, evidence), torch.ones_like(matrices, dtype=torch.bool)
-        )
-    return matrices.abs()
+    return CRITERIA[step.criterion].scores(BatchSeen(matrices, batch, evidence), step.seed)
 
 
 def comparable(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) -> Tensor:
-    """Return importance on one scale for all layers, as `importance` is shaped.
+    """Return importance on one scale for all layers, as `importance` is shaped: what one threshold over the
+    model needs.
 
-    What one threshold over the model needs.
-
-    `magnitude` is |w| itself (Han et al. 2015, See et al. 2016); `taylor` and `fisher` are changes of the
-    loss, `random` draws from one distribution: all as they are. `wanda` and `sparsegpt` measure squared
-    errors of a layer's outputs: squared where they are not, and divided by the layer's squared outputs
-    E|Wx|^2, so that they are relative errors.
+    How is a fact of the criterion (`across`): as it is, or as a squared error of the layer's outputs, divided
+    by E|Wx|^2, so that it is relative.
     """
-    scores = importance(step, batch, matrices, evidence)
-    if step.criterion not in BY_INPUTS:
+    scores, across = importance(step, batch, matrices, evidence), CRITERIA[step.criterion].across
+    if across == "as it is":
         return scores
     outputs = torch.stack(
         [
@@ -78,7 +87,7 @@ def comparable(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) 
         ]
     )
     taken = scores < 0
-    squared = scores.square() if step.criterion == "wanda" else scores
+    squared = scores.square() if across == "root of output error" else scores
     tiny = torch.finfo(torch.float32).tiny
     return (squared / outputs.clamp_min(tiny)[:, None, None]).masked_fill_(taken, -1.0)
 

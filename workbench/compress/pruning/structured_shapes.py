@@ -11,9 +11,21 @@ import dataclasses
 import math
 from typing import Any
 
-from workbench.compress.pruning.prunable_units import Space, removed_count
+from workbench.calibration.statistics import Statistics
+from workbench.compress.pruning.prunable_units import Space, find_blocks, removed_count
+from workbench.compress.pruning.structured import find_spaces
 from workbench.modules.weight_shapes import Entry, Weight
-from workbench.shapes.outline import Outline
+from workbench.shapes.outline import Anatomy, Outline
+from workbench.tasks.base import Task
+
+
+def anatomy_of(task: Task, statistics: Statistics) -> Anatomy:
+    """Return where a task's model has units. Channels are followed when they are first asked for, and kept
+    with the statistics.
+    """
+    return Anatomy(
+        lambda step: find_spaces(step, task.model, task, statistics, pristine=True), find_blocks(task.model)
+    )
 
 
 def after_structure(outline: Outline, step: Any) -> Outline | None:
