@@ -42,8 +42,7 @@ from workbench.metrics.metrics import other_losses
 from workbench.metrics.scores import Scores
 from workbench.tasks import columns
 from workbench.tasks.image_classification import image_items, plain_processor
-from workbench.tasks.items import Items
-from workbench.tasks.lazy_items import Pool, Sizes, split_pools
+from workbench.tasks.items import Items, Pool, Sizes, split_pools
 
 METRICS.register(Metric("mean absolute error", other_losses, higher=False, unit="years"))
 

@@ -16,6 +16,7 @@ from widgets.session.state import PanelState
 from widgets.session.worker import Stale
 from workbench.bench import Bench
 from workbench.measure.behaviour import Behaviour, Continuation, Flip
+from workbench.recipe import Recipe
 from workbench.tasks.base import Items
 
 MOST = 24  # pictures shown
@@ -152,3 +153,17 @@ def texts_html(label: str, records: Sequence[Continuation]) -> str:
     heads = "<th>given</th><th>dense</th><th>compressed</th>"
     table = f"<table class='wb-texts'><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     return f"<p><b>{escape(label)}</b></p>{table}"
+
+
+def answers_html(bench: Bench, recipe: Recipe) -> str:
+    """Return what both models answer in words, or where it is shown instead, or why it is not."""
+    kind = bench.task.kind
+    if kind.behaviour is None:
+        return f"<p>What changed is not shown: {escape(kind.name)} does not say how it could be.</p>"
+    found = () if kind.behaviour == "classes" else bench.behaviour(recipe)
+    if isinstance(found, Behaviour) or kind.behaviour == "classes":
+        return (
+            "<p>Shown for models that answer in words; the panel shows a classifier's changed answers as"
+            " pictures.</p>"
+        )
+    return texts_html(recipe.label(), found)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.metrics.scores import Scores
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Batch, Items
-from workbench.tasks.lazy_items import Pools, Reading, Sizes
+from workbench.tasks.items import Batch, Items, Pools, Reading, Sizes
 
 __all__ = ["Batch", "Items", "Kind", "Losses", "Task", "View"]
 

@@ -29,6 +29,16 @@ def classes(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
+def not_one_class(config: Mapping[str, Any]) -> str:
+    """Return why a model's head does not choose one class (several labels an item, or a regression), "" if it
+    does.
+    """
+    problem = config.get("problem_type")
+    if problem in (None, "single_label_classification"):
+        return ""
+    return f"the model's problem_type is {problem!r}, and single_label_classification only is scored"
+
+
 def held_out(raw: Raw) -> str | None:
     """Return the split to evaluate on, or None when there is only one.
 

@@ -18,7 +18,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks.audio import RATE
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.lazy_items import Pools, Reading, Sizes
+from workbench.tasks.items import Pools, Reading, Sizes
 from workbench.tasks.speech_recognition import SpeechRecognition, tokens_and_features
 from workbench.tasks.transcripts import Writing, spoken_scores
 from workbench.tasks.utterances import Frames, speech_pools

@@ -20,7 +20,7 @@ from workbench.tasks import columns, sources
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.fashion_mnist import LABELS, MEAN, SLICE, STD, slice_arrays
 from workbench.tasks.image_classification import grey_items
-from workbench.tasks.lazy_items import Pool, Reading, Sizes
+from workbench.tasks.items import Pool, Reading, Sizes
 
 FEW = 16  # evaluation items below which a number says little
 

@@ -15,8 +15,7 @@ from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.fashion_mnist import SLICE
-from workbench.tasks.labelled_rows import labelled_pools, not_one_class
-from workbench.tasks.lazy_items import Pools, Reading, Sizes
+from workbench.tasks.items import Pools, Reading, Sizes, labelled_pools
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import FEATURE_FILES, load_from
 
@@ -48,7 +47,7 @@ class ImageClassification(Choosing):
 
     def why_not(self, config: Mapping[str, Any]) -> str:
         """Return why a head does not choose one class."""
-        return not_one_class(config)
+        return columns.not_one_class(config)
 
     def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:
         """Return the image processor of a folder, a `PlainProcessor` where it has no

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
-from workbench.tasks.lazy_items import Pool, Pools, Reading, Sizes
+from workbench.tasks.items import Pool, Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import GENERATION_FILES, TOKENIZER_FILES, load_tokenizer
 from workbench.tasks.sources import PYTHON_DOCS, WIKITEXT

@@ -21,7 +21,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.lazy_items import Pool, Pools, Reading, Sizes
+from workbench.tasks.items import Pool, Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer
 from workbench.tasks.sources import STSB, WORDSIM

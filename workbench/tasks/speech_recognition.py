@@ -17,7 +17,7 @@ from workbench.errors import ModelError, RuntimeRefused
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.lazy_items import Pools, Reading, Sizes
+from workbench.tasks.items import Pools, Reading, Sizes
 from workbench.tasks.likelihood import Choosing, likelihoods
 from workbench.tasks.processors import (
     FEATURE_FILES,

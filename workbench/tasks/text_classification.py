@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
-from workbench.tasks.labelled_rows import labelled_pools, not_one_class
-from workbench.tasks.lazy_items import Pools, Reading, Sizes
+from workbench.tasks.items import Pools, Reading, Sizes, labelled_pools
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer, set_padding
 
@@ -43,7 +42,7 @@ class TextClassification(Choosing):
 
     def why_not(self, config: Mapping[str, Any]) -> str:
         """Return why a head does not choose one class."""
-        return not_one_class(config)
+        return columns.not_one_class(config)
 
     def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:  # noqa: ARG002
         """Return the tokenizer of a folder."""

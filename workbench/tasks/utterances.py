@@ -20,8 +20,7 @@ from workbench.errors import DataError
 from workbench.hub import debian
 from workbench.tasks import audio, columns
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Items
-from workbench.tasks.lazy_items import Pool, Pools, Sizes
+from workbench.tasks.items import Items, Pool, Pools, Sizes
 from workbench.tasks.transcripts import Writing
 
 MOST_SECONDS = 30.0

@@ -15,7 +15,7 @@ from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
 from workbench.tasks.base import Kind, Task
 from workbench.tasks.fashion_mnist import SLICE
-from workbench.tasks.lazy_items import Reading
+from workbench.tasks.items import Reading
 from workbench.tasks.registry import KINDS
 from workbench.util.device import pick
 from workbench.util.text import nearest
