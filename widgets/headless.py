@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 
-SIGNS = (
-    "JPY_SESSION_NAME",
-    "VOILA_BASE_URL",
-)  # jupyter_server gives the kernels of its sessions their name; Voila gives its kernels its address
+# jupyter_server gives the kernels of its sessions their name; Voila gives its kernels its address
+SIGNS = ("JPY_SESSION_NAME", "VOILA_BASE_URL")
 
 
 def without_browser() -> bool:

@@ -73,12 +73,8 @@ class Watch:
 
     def __init__(self, session: Session, *, quality_only: bool = False) -> None:
         """Watch nothing yet."""
-        self.session, self.seen, self.start, self.quality_only = (
-            session,
-            dict[str, float](),
-            0.0,
-            quality_only,
-        )
+        self.session, self.quality_only = session, quality_only
+        self.seen, self.start = dict[str, float](), 0.0
         session.on_state.subscribe(self.note)
 
     def note(self) -> None:
@@ -101,17 +97,13 @@ class Watch:
         self.seen = {}
         self.start = time.perf_counter()
         self.session.start(recipe)
+        # What is seen is timed where it arrives; a thread that asks all the time takes turns from the others
         while self.session.measurer.busy:
-            time.sleep(
-                0.02
-                # What is seen is timed where it arrives; a thread that asks all the time takes turns from the
-                # one that computes
-            )
+            time.sleep(0.02)
             if time.perf_counter() - self.start > longest:
                 self.session.cancel()
-        while (
-            self.session.measurer.running is not None
-        ):  # what was cancelled comes to its next checkpoint, which the next move must not wait for
+        # What was cancelled comes to its next checkpoint, which the next move must not wait for
+        while self.session.measurer.running is not None:
             time.sleep(0.02)
         return self.seen
 

@@ -1,7 +1,4 @@
-"""A comparison record to HTML: recipes with their differences marked, numbers with bars, layers.
-
-Pure, every text escaped.
-"""
+"""A comparison record to HTML: recipes with their differences marked, numbers with bars, layers; pure."""
 
 from __future__ import annotations
 
@@ -14,14 +11,14 @@ from workbench.metrics.quality import Quality
 from workbench.search.compare import Comparison, Fact, LayerErrors, Setting, facts
 
 MOST_LAYERS = 24
+DIFFERS = " class='wb-differs'"
 
 
 def comparison_html(record: Comparison, said: Mapping[str, Annotation]) -> str:
     """Return the whole comparison."""
-    return (
-        f"{noise_html(record)}<table class='wb-compare'>{head(record, said)}"
-        f"<tbody>{choices_html(record)}{facts_html(record)}</tbody></table>{layers_html(record)}"
-    )
+    rows = f"{choices_html(record)}{facts_html(record)}"
+    table = f"<table class='wb-compare'>{head(record, said)}<tbody>{rows}</tbody></table>"
+    return f"{noise_html(record)}{table}{layers_html(record)}"
 
 
 def head(record: Comparison, said: Mapping[str, Annotation]) -> str:
@@ -41,10 +38,8 @@ def choices_html(record: Comparison) -> str:
     rows = "".join(choice_html(choice) for choice in different)
     if same:
         words = ", ".join(f"{choice.step} {choice.option} {choice.texts[0]}" for choice in same)
-        rows += (
-            "<tr><th scope='row'>the same</th><td class='wb-words'"
-            f" colspan='{len(record.points)}'>{escape(words)}</td></tr>"
-        )
+        cell = f"<td class='wb-words' colspan='{len(record.points)}'>{escape(words)}</td>"
+        rows += f"<tr><th scope='row'>the same</th>{cell}</tr>"
     return rows
 
 
@@ -53,16 +48,11 @@ def choice_html(choice: Setting) -> str:
     common = max(set(choice.texts), key=choice.texts.count)
     usual = common if choice.texts.count(common) > 1 else None
     cells = "".join(
-        f"<td{'' if value == usual else _DIFFERS}>{escape(value) or '<i>no such step</i>'}</td>"
+        f"<td{'' if value == usual else DIFFERS}>{escape(value) or '<i>no such step</i>'}</td>"
         for value in choice.texts
     )
-    return (
-        f"<tr><th scope='row'>{escape(choice.step)}"
-        f" {escape(choice.option.replace('_', ' '))}</th>{cells}</tr>"
-    )
-
-
-_DIFFERS = " class='wb-differs'"
+    name = f"{choice.step} {choice.option.replace('_', ' ')}"
+    return f"<tr><th scope='row'>{escape(name)}</th>{cells}</tr>"
 
 
 def facts_html(record: Comparison) -> str:
@@ -81,38 +71,30 @@ def fact_html(fact: Fact) -> str:
 
 def bar(length: float | None) -> str:
     """Return a bar, `length` between 0 and 1 of the cell; nothing for None."""
-    return (
-        ""
-        if length is None
-        else f"<i class='wb-length' style='width:{100 * length:.1f}%' aria-hidden='true'></i>"
-    )
+    if length is None:
+        return ""
+    return f"<i class='wb-length' style='width:{100 * length:.1f}%' aria-hidden='true'></i>"
 
 
 def noise_html(record: Comparison) -> str:
     """Return which points' quality differs beyond the noise, in words."""
     first = record.points[0].primary
-    pairs = {
-        overlap: [f"{a.first + 1} and {a.second + 1}" for a in record.apart if a.overlap is overlap]
-        for overlap in (False, True)
-    }
+    intervals = f"Their {first.confidence:.0%} intervals of {escape(first.metric)}"
     lines = []
-    if pairs[False]:
-        lines.append(
-            f"<b>Beyond the noise</b>: {', '.join(pairs[False])}. Their {first.confidence:.0%} intervals of"
-            f" {escape(first.metric)} do not overlap."
-        )
-    if pairs[True]:
-        lines.append(
-            f"<b>Not told apart</b>: {', '.join(pairs[True])}. Their {first.confidence:.0%} intervals of"
-            f" {escape(first.metric)} overlap."
-        )
-    devices = {point.context.device_name for point in record.points}
+    for name, verb, overlap in (
+        ("Beyond the noise", "do not overlap", False),
+        ("Not told apart", "overlap", True),
+    ):
+        pairs = [f"{a.first + 1} and {a.second + 1}" for a in record.apart if a.overlap is overlap]
+        if pairs:
+            lines.append(f"<b>{name}</b>: {', '.join(pairs)}. {intervals} {verb}.")
     about = (
         "Each interval is of the paired change against the dense model; this is no paired test of two points"
         " (the button makes one)."
     )
-    more = " Times come from different devices." if len(devices) > 1 else ""
-    return f"<p>{'<br>'.join(lines)}<br><span class='wb-dim'>{about}{more}</span></p>"
+    if len({point.context.device_name for point in record.points}) > 1:
+        about += " Times come from different devices."
+    return f"<p>{'<br>'.join(lines)}<br><span class='wb-dim'>{about}</span></p>"
 
 
 def layers_html(record: Comparison) -> str:
@@ -123,15 +105,10 @@ def layers_html(record: Comparison) -> str:
     top = changed[0].worst
     heads = "".join(f"<th scope='col'><b>{number}</b></th>" for number in range(1, len(record.points) + 1))
     body = "".join(layer_html(layer, top) for layer in changed[:MOST_LAYERS])
-    more = (
-        f"<p class='wb-dim'>The {MOST_LAYERS} worst of {len(changed):,} changed layers.</p>"
-        if len(changed) > MOST_LAYERS
-        else ""
-    )
-    return (
-        "<table class='wb-compare'><thead><tr><th scope='col'>relative error of each layer's"
-        f" weights</th>{heads}</tr></thead><tbody>{body}</tbody></table>{more}"
-    )
+    top_left = "<th scope='col'>relative error of each layer's weights</th>"
+    table = f"<thead><tr>{top_left}{heads}</tr></thead><tbody>{body}</tbody>"
+    more = f"<p class='wb-dim'>The {MOST_LAYERS} worst of {len(changed):,} changed layers.</p>"
+    return f"<table class='wb-compare'>{table}</table>{more if len(changed) > MOST_LAYERS else ''}"
 
 
 def layer_html(layer: LayerErrors, top: float) -> str:
@@ -150,9 +127,6 @@ def paired_html(found: Sequence[Quality]) -> str:
         beyond = not quality.change.low <= 0 <= quality.change.high
         verdict = "differs beyond the noise" if beyond else "no difference shown"
         lines.append(f"<b>1 to {number}, {verdict}</b>: {escape(quality_words(quality))}")
-    first = found[0]
-    about = (
-        f"Paired on the same {first.items:,} items, {first.confidence:.0%} intervals, joint over {len(found)}"
-        f" pair{'s' if len(found) > 1 else ''}."
-    )
+    first, pairs = found[0], f"{len(found)} pair{'s' if len(found) > 1 else ''}"
+    about = f"Paired on the same {first.items:,} items, {first.confidence:.0%} intervals, joint over {pairs}."
     return f"<p>{'<br>'.join(lines)}<br><span class='wb-dim'>{about}</span></p>"

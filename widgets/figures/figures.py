@@ -35,15 +35,9 @@ def layout(figure: go.Figure, title: str, x: str, y: str, height: int = 430) -> 
         "tickcolor": GREY,
         "automargin": True,
     }
+    place = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.97}
     figure.update_layout(
-        title={
-            "text": title,
-            "x": 0,
-            "xanchor": "left",
-            "font": {"size": 18},
-            "yref": "container",
-            "y": 0.97,
-        },
+        title={"text": title, "font": {"size": 18}, **place},
         xaxis={"title": x, **axis},
         yaxis={"title": y, **axis},
         height=height,
@@ -68,13 +62,12 @@ def shown_cost(record: Tradeoff, cost: float) -> float:
 
 
 def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure:
-    """Return quality against cost: every point with its interval, the front as a line, the dense model as a
-    star.
+    """Return quality against cost: every point with its interval, the front as a line, dense as a star.
 
     `highlight` is the key of the point that the report is about; it gets a ring.
     """
-    figure = go.Figure()
-    scale = scale_of(record)
+    figure, about = go.Figure(), metric_named(record.metric)
+    scale, exact = about.scale, record.cost_name == "file_bytes"
     front = [point for point in record.points if point.standing == "front"]
     figure.add_scatter(
         x=[shown_cost(record, p.cost.value) for p in front],
@@ -94,9 +87,7 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
         mode="markers",
         name="dense model",
         marker={"symbol": "star", "size": 17, "color": ORANGE},
-        hovertemplate=(
-            f"dense model<br>{metric_named(record.metric).words(record.dense_quality)}<extra></extra>"
-        ),
+        hovertemplate=f"dense model<br>{about.words(record.dense_quality)}<extra></extra>",
     )
     ringed = [point for point in record.points if point.key == highlight]
     if ringed:
@@ -108,33 +99,25 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
             marker={"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}},
             hoverinfo="skip",
         )
-    cost = (
-        "file size (MB)" if record.cost_name == "file_bytes" else "time relative to dense (lower is faster)"
-    )
-    layout(
-        figure,
-        f"{escape(record.model)}: {record.metric} against"
-        f" {'size' if record.cost_name == 'file_bytes' else 'latency'}",
-        cost,
-        metric_title(record.metric),
-    )
-    if record.metric == "perplexity":
-        figure.update_yaxes(type="log", autorange="reversed")
-    elif not metric_named(record.metric).higher:
+    title = f"{escape(record.model)}: {record.metric} against {'size' if exact else 'latency'}"
+    cost = "file size (MB)" if exact else "time relative to dense (lower is faster)"
+    layout(figure, title, cost, metric_title(record.metric))
+    if not about.higher:
         figure.update_yaxes(autorange="reversed")
-    if record.cost_name == "file_bytes":
+    if about.logarithmic:
+        figure.update_yaxes(type="log")
+    if exact:
         ticks = [base * 10**power for power in range(-3, 6) for base in (1, 1.5, 2, 3, 5, 7)]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return figure
 
 
 def metric_title(metric: str) -> str:
-    """Return the axis title of a metric."""
-    if metric == "perplexity":
-        return "perplexity (log, better upwards)"
-    unit = ["%"] if metric_named(metric).percent else []
-    words = unit if metric_named(metric).higher else [*unit, "better upwards"]
-    return f"{metric} ({', '.join(words)})" if words else metric
+    """Return the axis title of a metric; where less is better the axis is turned over."""
+    about = metric_named(metric)
+    facts = {"%": about.percent, "log": about.logarithmic, "better upwards": not about.higher}
+    words = ", ".join(word for word, holds in facts.items() if holds)
+    return f"{metric} ({words})" if words else metric
 
 
 def markers(
@@ -143,31 +126,23 @@ def markers(
     """Return one trace of points with their intervals and the verdict as hover text."""
     scale = scale_of(record)
     finite = [p for p in points if math.isfinite(p.quality.value)]
-    exact = record.cost_name == "file_bytes"
+    look = {"thickness": 1.2, "width": 3, "color": color}
+    across = {
+        "array": [p.cost.high - p.cost.value for p in finite],
+        "arrayminus": [p.cost.value - p.cost.low for p in finite],
+    }
+    upwards = {
+        "array": [scale * (p.quality.high - p.quality.value) for p in finite],
+        "arrayminus": [scale * (p.quality.value - p.quality.low) for p in finite],
+    }
     return go.Scatter(
         x=[shown_cost(record, p.cost.value) for p in finite],
         y=[scale * p.quality.value for p in finite],
         mode="markers",
         name=name,
         marker={"color": color, "size": width, "opacity": 0.9},
-        error_y={
-            "array": [scale * (p.quality.high - p.quality.value) for p in finite],
-            "arrayminus": [scale * (p.quality.value - p.quality.low) for p in finite],
-            "thickness": 1.2,
-            "width": 3,
-            "color": color,
-        },
-        error_x=(
-            None
-            if exact
-            else {
-                "array": [p.cost.high - p.cost.value for p in finite],
-                "arrayminus": [p.cost.value - p.cost.low for p in finite],
-                "thickness": 1.2,
-                "width": 3,
-                "color": color,
-            }
-        ),
+        error_x=None if record.cost_name == "file_bytes" else {**across, **look},
+        error_y={**upwards, **look},
         hovertext=[wrap(escape(p.verdict)) for p in finite],
         hovertemplate="%{hovertext}<extra></extra>",
     )
@@ -194,51 +169,49 @@ def sliders_figure(sweeps: Mapping[str, Sequence[Measurement]], centre: Measurem
     told = ", ".join(filter(None, (about.change_unit, "" if about.higher else "less is better")))
     unit = f"{about.name} change ({told})" if told else f"{about.name} change"
     for index, (slider, points) in enumerate(shown.items()):
+        place = {"row": index // 2 + 1, "col": index % 2 + 1}
         for trace in slider_traces(slider, points, centre):
-            figure.add_trace(trace, row=index // 2 + 1, col=index % 2 + 1)
-        figure.add_hline(
-            y=0, line={"color": ORANGE, "dash": "dot", "width": 1}, row=index // 2 + 1, col=index % 2 + 1
-        )
+            figure.add_trace(trace, **place)
+        figure.add_hline(y=0, line={"color": ORANGE, "dash": "dot", "width": 1}, **place)
     layout(figure, "", "", "", height=330 * rows)
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=GREY)
-    figure.update_yaxes(
-        gridcolor=GRID, zeroline=False, linecolor=GREY, title={"text": unit, "font": {"size": 12}}
-    )
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis, title={"text": unit, "font": {"size": 12}})
     figure.update_layout(showlegend=False, margin={"t": 40})
     return figure
 
 
 def slider_traces(slider: str, points: Sequence[Measurement], centre: Measurement) -> list[go.Scatter]:
     """Return the traces of one panel of `sliders_figure`."""
-    found = sorted(
-        ((value_of(p, slider), p) for p in points if math.isfinite(p.primary.change.value)),
-        key=lambda pair: pair[0],
-    )
-    factor = metric_named(centre.primary.metric).change_scale
-    change = [factor * p.primary.change.value for _, p in found]
+    finite = [p for p in points if math.isfinite(p.primary.change.value)]
+    shown = sorted(finite, key=lambda p: value_of(p, slider))
+    scale = metric_named(centre.primary.metric).change_scale
+    changes = [p.primary.change.mapped(lambda x: scale * x) for p in shown]
     line = go.Scatter(
-        x=[value for value, _ in found],
-        y=change,
+        x=[value_of(p, slider) for p in shown],
+        y=[change.value for change in changes],
         mode="lines+markers",
         line={"color": BLUE},
         marker={"size": 10},
         error_y={
-            "array": [factor * p.primary.change.high - c for (_, p), c in zip(found, change, strict=True)],
-            "arrayminus": [
-                c - factor * p.primary.change.low for (_, p), c in zip(found, change, strict=True)
-            ],
+            "array": [change.high - change.value for change in changes],
+            "arrayminus": [change.value - change.low for change in changes],
             "thickness": 1.2,
             "width": 3,
         },
         hovertext=[
             f"{escape(p.recipe.label())}<br>{size(p.sizes.file_bytes)}, {p.shrink:.1f}x smaller"
-            for _, p in found
+            for p in shown
         ],
         hovertemplate="%{hovertext}<br>%{y:+.2f}<extra></extra>",
     )
-    mine = [(value, factor * p.primary.change.value) for value, p in found if p.key == centre.key]
     ring = {"symbol": "circle-open", "size": 22, "color": GREEN, "line": {"width": 3}}
-    return [line, *(go.Scatter(x=[x], y=[y], mode="markers", marker=ring, hoverinfo="skip") for x, y in mine)]
+    rings = [
+        go.Scatter(x=[x], y=[y], mode="markers", marker=ring, hoverinfo="skip")
+        for p, x, y in zip(shown, line.x, line.y, strict=True)
+        if p.key == centre.key
+    ]
+    return [line, *rings]
 
 
 def value_of(point: Measurement, slider: str) -> float:
@@ -247,17 +220,13 @@ def value_of(point: Measurement, slider: str) -> float:
 
 
 def layers_figure(point: Measurement) -> go.Figure:
-    """Return what the recipe did to each layer: relative error of the weights, and sparsity, rank and bits on
-    hover.
-    """
+    """Return what the recipe did to each layer: the relative error of its weights, and the rest on hover."""
     rows = [row for row in point.layers if row.relative_error is not None]
     texts = []
     for row in rows:
         given = {"sparsity": row.sparsity and f"{row.sparsity:.0%}", "rank": row.rank, "bits": row.bits}
-        texts.append(
-            f"{escape(row.name)} {row.shape}<br>{', '.join(f'{k} {v}' for k, v in given.items() if v)}"
-            f"<br>{wrap(escape(row.outcome))}"
-        )
+        facts = ", ".join(f"{name} {value}" for name, value in given.items() if value)
+        texts.append(f"{escape(row.name)} {row.shape}<br>{facts}<br>{wrap(escape(row.outcome))}")
     figure = go.Figure(
         go.Bar(
             y=[row.name for row in rows],
@@ -268,20 +237,13 @@ def layers_figure(point: Measurement) -> go.Figure:
             hovertemplate="%{hovertext}<br>relative error %{x:.3f}<extra></extra>",
         )
     )
-    layout(
-        figure,
-        "relative error of each layer's weights",
-        "||W' - W|| / ||W||",
-        "",
-        height=150 + 17 * len(rows),
-    )
+    title, height = "relative error of each layer's weights", 150 + 17 * len(rows)
+    layout(figure, title, "||W' - W|| / ||W||", "", height)
     return figure.update_yaxes(autorange="reversed", tickfont={"size": 11})
 
 
 def curve_figure(point: Measurement) -> go.Figure:
-    """Return the training loss, and on the right the quality at each look at held-out items with its
-    interval, the dense model's dashed.
-    """
+    """Return the training loss, and on the right the quality of each look at held-out items."""
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     steps, losses = zip(*point.curve, strict=True)
     figure.add_scatter(
@@ -336,20 +298,16 @@ def add_looks(figure: go.Figure, looks: Sequence[Look]) -> None:
 def softened_figure(record: Softened) -> go.Figure:
     """Return what each temperature makes of one answer: bars by answer, a colour each temperature."""
     figure = go.Figure()
-    for temperature, line, entropy in zip(
-        record.temperatures, record.probabilities, record.entropy, strict=True
-    ):
+    bars = zip(record.temperatures, record.probabilities, record.entropy, strict=True)
+    for temperature, line, entropy in bars:
         figure.add_bar(x=list(record.answers), y=list(line), name=f"T = {temperature:g} ({entropy:.2f} nats)")
-    title = (
-        f"What T does to one answer: the dense model on training item {record.item}, in truth {record.truth}"
-    )
+    item = f"training item {record.item}, in truth {record.truth}"
+    title = f"What T does to one answer: the dense model on {item}"
     return layout(figure, title, "answer", "probability that the student is taught", 320)
 
 
 def use_offline_renderer() -> None:
-    """Make figures show in JupyterLab, and in HTML with no network: plotly.js goes into the page once (5
-    MB).
-    """
+    """Make figures show in JupyterLab, and in HTML with no network: plotly.js goes into the page (5 MB)."""
     import plotly.io as pio
 
     pio.renderers.default = "plotly_mimetype+notebook"

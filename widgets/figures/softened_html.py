@@ -11,9 +11,7 @@ WIDEST = 90  # pixels
 
 
 def softened_html(record: Softened) -> str:
-    """Return the likeliest answers of the dense model to one training item, with what each temperature makes
-    of their probabilities.
-    """
+    """Return the dense model's likeliest answers to one item, with what each temperature makes of them."""
     heads = "".join(
         f"<th>T = {temperature:g}, {entropy:.2f} nats</th>"
         for temperature, entropy in zip(record.temperatures, record.entropy, strict=True)

@@ -34,9 +34,8 @@ def verdict_box(point: Measurement) -> str:
 
 def summary_table(point: Measurement) -> str:
     """Return everything measured at this point."""
-    return table(
-        [{"": what, "dense": dense, "compressed": compressed} for what, dense, compressed in summary(point)]
-    )
+    rows = summary(point)
+    return table([{"": what, "dense": dense, "compressed": compressed} for what, dense, compressed in rows])
 
 
 def layer_table(point: Measurement) -> str:
@@ -51,25 +50,21 @@ def provenance_table(point: Measurement) -> str:
 
 def points_table(points: Sequence[Measurement]) -> str:
     """Return one row a point, smallest file first, every number with its interval."""
-    return table(
-        [
-            {
-                "recipe": p.recipe.label(),
-                p.primary.metric: quality_words(p.primary).removeprefix(f"{p.primary.metric} "),
-                "file": size(p.sizes.file_bytes),
-                "smaller": f"{p.shrink:.2f}x",
-                "speed against dense": (
-                    ""
-                    if p.latency is None
-                    else (
-                        f"{p.latency.speedup.value:.2f}x ({p.latency.speedup.low:.2f} to"
-                        f" {p.latency.speedup.high:.2f})"
-                    )
-                ),
-            }
-            for p in sorted(points, key=lambda p: p.sizes.file_bytes)
-        ]
-    )
+    return table([point_row(point) for point in sorted(points, key=lambda p: p.sizes.file_bytes)])
+
+
+def point_row(point: Measurement) -> dict[str, str]:
+    """Return a point as one row."""
+    quality, speed = point.primary, None if point.latency is None else point.latency.speedup
+    return {
+        "recipe": point.recipe.label(),
+        quality.metric: quality_words(quality).removeprefix(f"{quality.metric} "),
+        "file": size(point.sizes.file_bytes),
+        "smaller": f"{point.shrink:.2f}x",
+        "speed against dense": (
+            "" if speed is None else f"{speed.value:.2f}x ({speed.low:.2f} to {speed.high:.2f})"
+        ),
+    }
 
 
 def left_out_list(moves: Sequence[Moved]) -> str:
@@ -85,20 +80,17 @@ def left_out_list(moves: Sequence[Moved]) -> str:
 def gates_box(verdicts: Sequence[Verdict]) -> str:
     """Return each gate with whether it held."""
     if not verdicts:
-        return (
-            "<p>No gate was set: give <code>max_quality_drop</code>, <code>max_file_bytes</code> or"
-            " <code>min_speedup</code>.</p>"
-        )
-    lines = [
-        f'<div class="gate {"held" if v.held else "failed"}"><b>{"held" if v.held else "failed"}</b>'
-        f" {escape(v.gate)}: {escape(v.words)}</div>"
-        for v in verdicts
-    ]
+        names = "<code>max_quality_drop</code>, <code>max_file_bytes</code> or <code>min_speedup</code>"
+        return f"<p>No gate was set: give {names}.</p>"
+    lines = []
+    for one in verdicts:
+        outcome = "held" if one.held else "failed"
+        words = f"{escape(one.gate)}: {escape(one.words)}"
+        lines.append(f'<div class="gate {outcome}"><b>{outcome}</b> {words}</div>')
     return "".join(lines)
 
 
 def notes_list(point: Measurement) -> str:
     """Return what a reader must know about model and data."""
-    return (
-        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in point.warnings)}</ul>" if point.warnings else ""
-    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in point.warnings)
+    return f"<ul>{notes}</ul>" if notes else ""

@@ -144,8 +144,8 @@ def control(name: str, step: type[Step]) -> ipw.ValueWidget:
         high = 1e9 if limits.high is None else limits.high
         if kind is int:
             return ipw.BoundedIntText(min=int(low), max=int(high), **about)
-        step = nice_step(high - low) if high - low <= 1 else 1.0
-        return ipw.BoundedFloatText(min=low, max=high, step=step, **about)
+        spacing = nice_step(high - low) if high - low <= 1 else 1.0
+        return ipw.BoundedFloatText(min=low, max=high, step=spacing, **about)
     return ipw.Combobox(
         options=[str(example) for example in info.examples or [info.default]],
         ensure_option=False,

@@ -97,28 +97,18 @@ def rows_of(layers: Sequence[LayerReport], costs: Mapping[str, LayerSensitivity]
     worst = max((row.relative_error or 0.0 for row in layers), default=0.0)
     shared = prefix([row.name for row in layers])
     frame = frame_of(cost.drop for cost in costs.values() if cost.drop is not None)
-    return tuple(
-        Row(
-            row.name,
-            row.name.removeprefix(shared),
-            (
-                weights(row, total, most),
-                zeros(row),
-                rank(row),
-                bits(row),
-                error(row, worst),
-                cost(costs.get(row.name), frame),
-            ),
-            row.outcome,
-        )
-        for row in layers
-    )
+
+    def cells(row: LayerReport) -> tuple[Cell, ...]:
+        of_weights, of_cost = weights(row, total, most), cost(costs.get(row.name), frame)
+        return of_weights, zeros(row), rank(row), bits(row), error(row, worst), of_cost
+
+    return tuple(Row(row.name, row.name.removeprefix(shared), cells(row), row.outcome) for row in layers)
 
 
 def prefix(names: Sequence[str]) -> str:
     """Return the dotted beginning that all names but those without a dot share, such as `vit.`."""
-    first = {name.split(".", 1)[0] for name in names if "." in name}
-    return f"{first.pop()}." if len(first) == 1 else ""
+    firsts = {name.split(".", 1)[0] for name in names if "." in name}
+    return f"{firsts.pop()}." if len(firsts) == 1 else ""
 
 
 def full_rank(row: LayerReport) -> int:
@@ -128,12 +118,8 @@ def full_rank(row: LayerReport) -> int:
 
 def weights(row: LayerReport, total: int, most: int) -> Cell:
     """Return how many of all stored weights a layer holds."""
-    return Cell(
-        f"{row.weights / total:.1%}",
-        0.6 * row.weights / most,
-        row.weights,
-        about=f"{row.weights:,} weights stored",
-    )
+    about = f"{row.weights:,} weights stored"
+    return Cell(f"{row.weights / total:.1%}", 0.6 * row.weights / most, row.weights, about=about)
 
 
 def zeros(row: LayerReport) -> Cell:
@@ -153,11 +139,9 @@ def rank(row: LayerReport) -> Cell:
 
 def bits(row: LayerReport) -> Cell:
     """Return the width of the codes."""
-    return (
-        Cell()
-        if row.bits is None
-        else Cell(str(row.bits), 1 - row.bits / 12, -row.bits, about=f"{row.bits} bits per weight")
-    )
+    if row.bits is None:
+        return Cell()
+    return Cell(str(row.bits), 1 - row.bits / 12, -row.bits, about=f"{row.bits} bits per weight")
 
 
 def error(row: LayerReport, worst: float) -> Cell:
@@ -169,8 +153,8 @@ def error(row: LayerReport, worst: float) -> Cell:
 
 def frame_of(drops: Iterable[Estimate]) -> tuple[float, float]:
     """Return the range that the bars of all layers share; it holds zero."""
-    found = [end for drop in drops for end in (drop.low, drop.high) if abs(end) < 1e6]
-    return min([0.0, *found]), max([0.0, *found])
+    ends = [end for drop in drops for end in (drop.low, drop.high) if abs(end) < 1e6]
+    return min([0.0, *ends]), max([0.0, *ends])
 
 
 def cost(found: LayerSensitivity | None, frame: tuple[float, float]) -> Cell:
@@ -179,24 +163,19 @@ def cost(found: LayerSensitivity | None, frame: tuple[float, float]) -> Cell:
         return Cell()
     if found.drop is None:
         return Cell("does not fit", about=found.reason)
-    low, high = frame
-    span = (high - low) or 1.0
-    bar = [
-        min(1.0, max(0.0, (x - low) / span)) for x in (found.drop.low, found.drop.value, found.drop.high, 0.0)
-    ]
+    drop, loss, low = found.drop, found.loss, frame[0]
+    span = (frame[1] - low) or 1.0
+
+    def share(x: float) -> float:
+        return min(1.0, max(0.0, (x - low) / span))
+
     metric = metric_named(found.metric)
     scale, digits = metric.change_scale, metric.change_digits()
-    spread = f"{signed(scale * found.drop.low, digits)} to {signed(scale * found.drop.high, digits)}"
-    words = (
-        f"{scale * found.drop.value:+.{digits}f} {metric.change_unit} worse ({spread}) on {found.items}"
-        f" items; saves {size(found.saved_bytes)}".replace("  ", " ")
-    )
-    if found.loss is not None:
-        words += f"; loss {found.loss.value:+.4f} nats ({found.loss.low:+.4f} to {found.loss.high:+.4f})"
-    return Cell(
-        signed(scale * found.drop.value, digits),
-        None,
-        found.drop.value,
-        (bar[0], bar[1], bar[2], bar[3]),
-        words,
-    )
+    spread = f"{signed(scale * drop.low, digits)} to {signed(scale * drop.high, digits)}"
+    unit = metric.change_unit and f" {metric.change_unit}"
+    words = f"{scale * drop.value:+.{digits}f}{unit} worse ({spread}) on {found.items} items"
+    words += f"; saves {size(found.saved_bytes)}"
+    if loss is not None:
+        words += f"; loss {loss.value:+.4f} nats ({loss.low:+.4f} to {loss.high:+.4f})"
+    bar = (share(drop.low), share(drop.value), share(drop.high), share(0.0))
+    return Cell(signed(scale * drop.value, digits), None, drop.value, bar, words)

@@ -35,20 +35,19 @@ def painted(record: Tradeoff) -> dict[str, str]:
     """Return each point's colour by key, grey where it has no number; empty if colour means standing."""
     if record.shade_name == "standing":
         return {}
-    found = ends(record)
-    return {
-        p.key: (
-            NONE
-            if found is None or p.shade is None or not math.isfinite(p.shade)
-            else color_at(place(p.shade, found))
-        )
-        for p in record.points
-    }
+    values = ends(record)
+
+    def color(shade: float | None) -> str:
+        if values is None or shade is None or not math.isfinite(shade):
+            return NONE
+        return color_at(place(shade, values))
+
+    return {p.key: color(p.shade) for p in record.points}
 
 
-def place(value: float, found: tuple[float, float]) -> float:
+def place(value: float, values: tuple[float, float]) -> float:
     """Return where a value lies between both ends."""
-    low, high = found
+    low, high = values
     return (value - low) / (high - low) if high > low else 0.5
 
 
@@ -64,9 +63,7 @@ def words(value: float, shade: Shade) -> str:
 
 
 def legend(record: Tradeoff | None) -> str:
-    """Return what marks and colours mean, as HTML that stays where it is (plotly's own legend moves the plot
-    as entries come and go).
-    """
+    """Return what marks and colours mean, in HTML (plotly's own legend would move the plot)."""
     marks = [
         ("\N{BLACK STAR}", ORANGE, "dense"),
         ("\N{WHITE CIRCLE}", GREEN, "predicted"),
@@ -78,26 +75,22 @@ def legend(record: Tradeoff | None) -> str:
             ("\N{BLACK CIRCLE}", "rgba(59,130,246,0.5)", "within noise"),
             ("\N{BLACK CIRCLE}", "rgba(139,149,165,0.6)", "dominated"),
         ]
-    found = "".join(
+    html = "".join(
         f"<span class='wb-mark'><i style='color:{color}' aria-hidden='true'>{mark}</i>{name}</span>"
         for mark, color, name in marks
     )
-    return found if record is None or record.shade_name == "standing" else found + color_bar(record)
+    return html if record is None or record.shade_name == "standing" else html + color_bar(record)
 
 
 def color_bar(record: Tradeoff) -> str:
     """Return the scale with its ends in words."""
-    name, found = escape(SHADE_NAMES[record.shade_name]), ends(record)
-    if found is None:
+    name, values = escape(SHADE_NAMES[record.shade_name]), ends(record)
+    if values is None:
         return f"<span class='wb-mark wb-scale'>{name}: no point has it</span>"
-    low, high = (escape(words(value, record.shade_name)) for value in found)
-    without = (
-        "<i style='color:{NONE}' aria-hidden='true'>\N{BLACK CIRCLE}</i>none".replace("{NONE}", NONE)
-        if any(p.shade is None for p in record.points)
-        else ""
-    )
-    return (
-        f"<span class='wb-mark wb-scale'>{name}: {low} <b"
-        f" style='background:linear-gradient(90deg,{','.join(SCALE)})' role='img' aria-label='from dark to"
-        f" light'></b> {high} {without}</span>"
-    )
+    low, high = (escape(words(value, record.shade_name)) for value in values)
+    ramp = f"background:linear-gradient(90deg,{','.join(SCALE)})"
+    bar = f"<b style='{ramp}' role='img' aria-label='from dark to light'></b>"
+    without = f"<i style='color:{NONE}' aria-hidden='true'>\N{BLACK CIRCLE}</i>none"
+    if all(p.shade is not None for p in record.points):
+        without = ""
+    return f"<span class='wb-mark wb-scale'>{name}: {low} {bar} {high} {without}</span>"

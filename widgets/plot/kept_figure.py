@@ -11,10 +11,8 @@ import plotly.graph_objects as go
 
 from widgets.plot.plotly_internals import drawn, set_config, set_silently
 
-CONFIG = {
-    "displaylogo": False,
-    "modeBarButtonsToRemove": ["sendChartToCloud", "lasso2d"],
-}  # no button and no link leads to another site
+# No button and no link leads to another site
+CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["sendChartToCloud", "lasso2d"]}
 
 
 @contextlib.contextmanager
@@ -55,9 +53,7 @@ def kept_figure(figure: go.Figure) -> go.FigureWidget:
         def _remove_overlapping_props(
             _input_data: Any, _delta_data: Any, _prop_path: tuple[Any, ...] = ()
         ) -> list[Any]:
-            """Keep what was written: plotly drops from the figure what the page reports as a default, at
-            times a point's x.
-            """
+            """Keep what was written: plotly drops what pages report as defaults, at times a point's x."""
             return []
 
     made = KeptFigure(figure)

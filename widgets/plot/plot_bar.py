@@ -26,24 +26,12 @@ class PlotBar(ipw.VBox):
     def __init__(self) -> None:
         """Make the controls."""
         self.hold = False
-        self.cost = menu(
-            "x",
-            [(name, cost) for cost, name in COST_NAMES.items()],
-            "file_bytes",
-            "what stands across: less is always left",
-        )
-        self.metric = menu(
-            "y",
-            [("quality", ("", False)), ("change", ("", True))],
-            ("", False),
-            "what stands upwards: better is always up",
-        )
-        self.shade = menu(
-            "colour",
-            [(name, shade) for shade, name in SHADE_NAMES.items()],
-            "standing",
-            "what the colour of measured points means",
-        )
+        costs = [(name, cost) for cost, name in COST_NAMES.items()]
+        shades = [(name, shade) for shade, name in SHADE_NAMES.items()]
+        qualities = [("quality", ("", False)), ("change", ("", True))]
+        self.cost = menu("x", costs, "file_bytes", "what stands across: less is always left")
+        self.metric = menu("y", qualities, ("", False), "what stands upwards: better is always up")
+        self.shade = menu("colour", shades, "standing", "what the colour of measured points means")
         self.log_cost = switch("log x", True, "a logarithmic axis for the cost")
         self.log_quality = switch("log y", True, "a logarithmic axis for quality, where it has no zero")
         self.select = switch(
@@ -70,19 +58,19 @@ class PlotBar(ipw.VBox):
         if self.hold:
             return
         log_cost = self.cost.value != "latency" if change["owner"] is self.cost else self.log_cost.value
-        metric, change_of = self.metric.value
+        metric, as_change = self.metric.value
         self.choice = PlotChoice(
-            self.cost.value, metric, change_of, self.shade.value, log_cost, self.log_quality.value
+            self.cost.value, metric, as_change, self.shade.value, log_cost, self.log_quality.value
         )
 
     def chosen(self, change: dict[str, Any]) -> None:
         """Show a choice that came from Python."""
-        made = cast("PlotChoice", change["new"])
+        choice = cast("PlotChoice", change["new"])
         self.hold = True
         try:
-            self.cost.value, self.shade.value = made.cost, made.shade
-            self.metric.value = (made.metric, made.change)
-            self.log_cost.value, self.log_quality.value = made.log_cost, made.log_quality
+            self.cost.value, self.shade.value = choice.cost, choice.shade
+            self.metric.value = (choice.metric, choice.change)
+            self.log_cost.value, self.log_quality.value = choice.log_cost, choice.log_quality
         finally:
             self.hold = False
 
@@ -91,14 +79,10 @@ class PlotBar(ipw.VBox):
 
         Each as it is, and as its change against the dense model.
         """
-        options = [
-            (words, value)
-            for i, name in enumerate(metrics)
-            for words, value in (
-                (name, ("" if i == 0 else name, False)),
-                (f"{name}, change", ("" if i == 0 else name, True)),
-            )
-        ]
+        options = []
+        for name in metrics:
+            metric = "" if name == metrics[0] else name
+            options += [(name, (metric, False)), (f"{name}, change", (metric, True))]
         if options and tuple(options) != tuple(self.metric.options):
             known = self.choice.metric in {"", *metrics[1:]}
             self.hold = True
@@ -116,26 +100,20 @@ class PlotBar(ipw.VBox):
     def show(self, record: Tradeoff | None, total: int) -> None:
         """Say what marks and colours mean, and how many of how many points are drawn."""
         drawn = 0 if record is None else len(record.points)
-        count = (
-            f"<span class='wb-count'>{drawn:,} of {total:,}"
-            f" points{': front and newest' if drawn < total else ''}</span>"
-            if total
-            else ""
-        )
-        words = legend(record) + count
-        if self.words.value != words:
-            self.words.value = words
+        which = ": front and newest" if drawn < total else ""
+        count = f"<span class='wb-count'>{drawn:,} of {total:,} points{which}</span>" if total else ""
+        self.words.value = legend(record) + count
 
 
 def menu(name: str, options: list[tuple[str, Any]], value: Any, about: str) -> ipw.Dropdown:
     """Return a drop-down of the bar."""
-    made = ipw.Dropdown(options=options, value=value, description=name, tooltip=about)
-    made.add_class("wb-menu")
-    return made
+    dropdown = ipw.Dropdown(options=options, value=value, description=name, tooltip=about)
+    dropdown.add_class("wb-menu")
+    return dropdown
 
 
 def switch(name: str, value: bool, about: str) -> ipw.ToggleButton:
     """Return a toggle of the bar."""
-    made = ipw.ToggleButton(value=value, description=name, tooltip=about)
-    made.add_class("wb-switch")
-    return made
+    button = ipw.ToggleButton(value=value, description=name, tooltip=about)
+    button.add_class("wb-switch")
+    return button

@@ -49,9 +49,7 @@ class PlotChoice:
 
 
 def can_be_logarithmic(choice: PlotChoice, metric: str) -> bool:
-    """Return whether quality is a positive number without an upper end, so that a logarithmic axis makes
-    sense.
-    """
+    """Return whether quality is a positive number without an upper end, which a logarithmic axis may show."""
     return not choice.change and metric_named(metric).logarithmic
 
 
@@ -62,20 +60,17 @@ def logarithmic(choice: PlotChoice, metric: str) -> bool:
 
 def better_upwards(metric: str, *, change: bool) -> str:
     """Return the quality axis' title; axes where less is better are turned over."""
+    about = metric_named(metric)
     if change:
-        unit = metric_named(metric).change_unit
-        return (
-            f"change of {metric} ({unit}, better upwards)" if unit else f"change of {metric} (better upwards)"
-        )
-    if metric_named(metric).percent:
-        return f"{metric} (%)" if metric_named(metric).higher else f"{metric} (%, better upwards)"
+        unit = f"{about.change_unit}, " if about.change_unit else ""
+        return f"change of {metric} ({unit}better upwards)"
+    if about.percent:
+        return f"{metric} (%)" if about.higher else f"{metric} (%, better upwards)"
     return f"{metric} (better upwards)"
 
 
 def scale(metric: str, *, change: bool) -> float:
-    """Return the factor from a metric to its axis: percent for accuracies and error rates, and for the
-    relative change of perplexity.
-    """
+    """Return the factor from a metric to its axis: percent of accuracies, error rates, relative changes."""
     return metric_named(metric).change_scale if change else metric_named(metric).scale
 
 

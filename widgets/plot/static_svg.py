@@ -48,21 +48,18 @@ def axis_of(layout: Mapping[str, Any], start: float, end: float) -> Axis | None:
 
 
 def ticks(axis: Axis, layout: Mapping[str, Any]) -> list[float]:
-    """Return the ticks that the figure names, else about six round numbers (1, 2 and 5 of each power on a log
-    axis).
-    """
+    """Return the ticks that the figure names, else some round numbers (on a log axis 1, 2, 5 a power)."""
     if layout.get("tickmode") == "array" and layout.get("tickvals"):
-        found = [float(value) for value in layout["tickvals"]]
+        values = [float(value) for value in layout["tickvals"]]
     elif axis.log:
-        found = [base * 10.0**power for power in range(-4, 9) for base in (1, 2, 5)]
+        values = [base * 10.0**power for power in range(-4, 9) for base in (1, 2, 5)]
     else:
         low, high = sorted((axis.low, axis.high))
         power = 10.0 ** math.floor(math.log10((high - low) / 5))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * 6.5 >= high - low)
-        found = [
-            round(step * index, 10) for index in range(math.ceil(low / step), math.floor(high / step) + 1)
-        ]
-    return [value for value in found if axis.holds(value)]
+        first, last = math.ceil(low / step), math.floor(high / step)
+        values = [round(step * index, 10) for index in range(first, last + 1)]
+    return [value for value in values if axis.holds(value)]
 
 
 def numbers(values: Any) -> list[Any]:
@@ -89,27 +86,20 @@ def marks(trace: Mapping[str, Any], across: Axis, up: Axis) -> str:
     """Return one trace: its line or its markers with their bars."""
     places = points_of(trace, across, up)
     if trace.get("mode") == "lines":
+        stroke = colour((trace.get("line") or {}).get("color"))
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
-        return (
-            f"<polyline points='{path}' fill='none' stroke='{colour((trace.get('line') or {}).get('color'))}'"
-            " stroke-dasharray='3 3'/>"
-            if len(places) > 1
-            else ""
-        )
+        line = f"<polyline points='{path}' fill='none' stroke='{stroke}' stroke-dasharray='3 3'/>"
+        return line if len(places) > 1 else ""
     marker = trace.get("marker") or {}
-    shape, shade, width = (
-        str(marker.get("symbol", "circle")),
-        colour(marker.get("color")),
-        marker.get("size", 8),
-    )
+    shape, shade = str(marker.get("symbol", "circle")), colour(marker.get("color"))
+    width = marker.get("size", 8)
     radius = (width if isinstance(width, int | float) else 8) / 2
     drawn = []
     for x, y, index in places:
         drawn.append(error_bar(trace, index, x, up))
         if shape.startswith("star"):
             drawn.append(
-                f"<text x='{x:.1f}' y='{y + 8:.1f}' font-size='24' text-anchor='middle'"
-                f" fill='{shade}'>\N{BLACK STAR}</text>"
+                text(f"{x:.1f}", f"{y + 8:.1f}", "\N{BLACK STAR}", more=f"font-size='24' fill='{shade}'")
             )
         else:
             fill, edge = ("none", shade) if shape.endswith("open") else (shade, "none")
@@ -123,11 +113,8 @@ def marks(trace: Mapping[str, Any], across: Axis, up: Axis) -> str:
 def error_bar(trace: Mapping[str, Any], index: int, x: float, up: Axis) -> str:
     """Return the bar of one point, cut at the ends of the plot."""
     bars = trace.get("error_y") or {}
-    above, below, y = (
-        numbers(bars.get("array")),
-        numbers(bars.get("arrayminus")),
-        numbers(trace.get("y"))[index],
-    )
+    above, below = numbers(bars.get("array")), numbers(bars.get("arrayminus"))
+    y = numbers(trace.get("y"))[index]
     if index >= len(above) or index >= len(below):
         return ""
     ends = [up.place(y + above[index]), up.place(y - below[index])]
@@ -138,30 +125,28 @@ def error_bar(trace: Mapping[str, Any], index: int, x: float, up: Axis) -> str:
     )
 
 
+def text(x: float | str, y: float | str, words: str, *, anchor: str = "middle", more: str = "") -> str:
+    """Return words at a place; `more` are further attributes."""
+    return f"<text x='{x}' y='{y}' text-anchor='{anchor}'{more and ' ' + more}>{words}</text>"
+
+
 def frame(across: Axis, up: Axis, layout: Mapping[str, Any]) -> str:
     """Return grid, tick labels and axis titles."""
     x, y = layout.get("xaxis") or {}, layout.get("yaxis") or {}
     parts, bottom, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
+    grid = f"stroke='{GREY}' stroke-opacity='.25'"
     for value in ticks(across, x):
         at = across.place(value)
-        parts.append(
-            f"<line x1='{at:.1f}' x2='{at:.1f}' y1='{TOP}' y2='{bottom}' stroke='{GREY}'"
-            f" stroke-opacity='.25'/><text x='{at:.1f}' y='{bottom + 18}'"
-            f" text-anchor='middle'>{value:g}</text>"
-        )
+        parts.append(f"<line x1='{at:.1f}' x2='{at:.1f}' y1='{TOP}' y2='{bottom}' {grid}/>")
+        parts.append(text(f"{at:.1f}", bottom + 18, f"{value:g}"))
     for value in ticks(up, y):
-        at = up.place(value)
-        parts.append(
-            f"<line x1='{LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' stroke='{GREY}'"
-            f" stroke-opacity='.25'/><text x='{LEFT - 8}' y='{(at or 0) + 5:.1f}'"
-            f" text-anchor='end'>{value:g}</text>"
-        )
+        at = up.place(value) or 0.0
+        parts.append(f"<line x1='{LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' {grid}/>")
+        parts.append(text(LEFT - 8, f"{at + 5:.1f}", f"{value:g}", anchor="end"))
     titles = [escape(str((axis.get("title") or {}).get("text") or "")) for axis in (x, y)]
-    middle = (TOP + bottom) / 2
-    parts.append(
-        f"<text x='{(LEFT + right) / 2}' y='{HEIGHT - 8}' text-anchor='middle'>{titles[0]}</text><text"
-        f" transform='translate(16 {middle}) rotate(-90)' text-anchor='middle'>{titles[1]}</text>"
-    )
+    turned = f"transform='translate(16 {(TOP + bottom) / 2}) rotate(-90)'"
+    parts.append(text((LEFT + right) / 2, HEIGHT - 8, titles[0]))
+    parts.append(text(0, 0, titles[1], more=turned))
     return "".join(parts)
 
 

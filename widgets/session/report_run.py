@@ -1,4 +1,4 @@
-"""The report notebook in a process of its own, started, watched and stopped from the panel; knows no widget.
+"""The report notebook in a process of its own: started, watched and stopped from the panel.
 
 A process keeps the panel's own free, runs papermill with its kernel, and can be stopped at any moment. What
 it measures goes to the same ledger, so that points that are there are not measured again.
@@ -52,27 +52,13 @@ def report_command(
         RecipeError: a step's method was defined in the notebook itself, where another process cannot find it.
     """
     plugins = plugins_of(recipe)
-    words = [
-        sys.executable,
-        "-m",
-        "workbench",
-        *(word for plugin in plugins for word in ("--plugin", plugin)),
-        "report",
-        model,
-        "--recipe",
-        recipe.to_json(),
-    ]
+    loaded = [word for plugin in plugins for word in ("--plugin", plugin)]
+    words = [sys.executable, "-m", "workbench", *loaded, "report", model, "--recipe", recipe.to_json()]
     for option in ("data", "device", "ledger", "evaluation_items", "runtime", "placement"):
         if settings.get(option) is not None:
             words += [f"--{option.replace('_', '-')}", str(settings[option])]
-    return [
-        *words,
-        *(["--offline"] if settings.get("offline") else []),
-        "--output",
-        str(output),
-        "--name",
-        name,
-    ]
+    offline = ["--offline"] if settings.get("offline") else []
+    return [*words, *offline, "--output", str(output), "--name", name]
 
 
 def plugins_of(recipe: Recipe) -> list[str]:
@@ -130,9 +116,8 @@ class ReportRun:
                     f"cannot write a report to {str(page.parent)!r}: {error.strerror}; give another folder"
                 ) from None
             self.stopping.clear()
-            self.thread = threading.Thread(
-                target=self.watch, args=(command, page), name="workbench-report", daemon=True
-            )
+            args = (command, page)
+            self.thread = threading.Thread(target=self.watch, args=args, name="workbench-report", daemon=True)
             self.thread.start()
 
     def stop(self) -> None:
@@ -192,23 +177,19 @@ def end(process: subprocess.Popen[bytes], patience_s: float = 8.0) -> None:
 
 
 def progress_of(notebook: Path) -> tuple[int, int] | None:
-    """Return (cells done, cells) of a notebook that papermill is executing.
-
-    None while that cannot be read.
-    """
+    """Return (cells done, cells) of a notebook that papermill is executing, None while it cannot be read."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError):
         return None  # not there yet, or half written: the next look will tell
-    return sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells), len(
-        cells
-    )
+    statuses = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
+    return statuses.count("completed"), len(cells)
 
 
 def reason(text: str, code: int) -> str:
     """Return why a report failed: the command's own message, or the end of what it printed."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = next(
-        (line.removeprefix("error: ") for line in reversed(lines) if line.lower().startswith("error: ")), None
-    )
-    return said or (lines[-1] if lines else f"the report ended with exit code {code} and said nothing")
+    for line in reversed(lines):
+        if line.lower().startswith("error: "):
+            return line.removeprefix("error: ")
+    return lines[-1] if lines else f"the report ended with exit code {code} and said nothing"

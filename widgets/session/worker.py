@@ -146,9 +146,8 @@ class Worker(Generic[T]):
                     job.draw(value)
             job.finished = job.generation == self.generation
         except BaseException as error:  # noqa: BLE001  it belongs to whoever waits, or into the panel
-            let_go(
-                error, telling=not isinstance(error, Cancelled)
-            )  # of a compressed model, where its measurement was cancelled
+            # Of a compressed model, where its measurement was cancelled
+            let_go(error, telling=not isinstance(error, Cancelled))
             job.error = error
             if not isinstance(error, Cancelled):
                 self.tell(job, error)
