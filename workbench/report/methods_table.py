@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from workbench.compress.registry import METHODS
+from workbench.recipe import OneOf, Step
+from workbench.util.about import About
 
 COLUMNS = ("step", "choice", "source", "computed once", "a move of the slider", "what it does not do")
 
 
+def described(step: type[Step]) -> tuple[About, ...]:
+    """Return what a step says of its choices, and what plugins say of those that they registered."""
+    lists = [
+        one.registry for info in step.options().values() for one in info.metadata if isinstance(one, OneOf)
+    ]
+    told = [record.about for registry in lists for record in registry]
+    lines = [line for about in told for line in ((about,) if isinstance(about, About) else about)]
+    return (*step.about, *(line for line in lines if line not in step.about))
+
+
 def method_rows() -> list[dict[str, str]]:
-    """Return one row for each choice that a registered method describes, in the order in which steps are
-    applied.
+    """Return one row for each choice that a registered method, criterion or number format describes, in the
+    order in which steps are applied.
     """
     return [
         dict(
@@ -20,7 +32,7 @@ def method_rows() -> list[dict[str, str]]:
             )
         )
         for step in METHODS.steps()
-        for line in step.about
+        for line in described(step)
     ]
 
 
