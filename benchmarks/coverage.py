@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from workbench.measure.setting import LOOKS
-from workbench.metrics.control_variates import Known
+from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.intervals import mean
 from workbench.metrics.quality import Quality, quality
 from workbench.metrics.scores import Scores
@@ -92,7 +92,7 @@ def said(kind: str, dense: Scores, mine: Scores, near: Scores | None) -> list[tu
     counts, primary = looks_of(dense), primary_of(dense)
     if kind == "plain":
         return [plainly(primary, dense.first(n), mine.first(n), len(counts)) for n in counts]
-    known = None if kind == "joint" else Known(dense, near)
+    known = None if kind == "joint" else ControlVariates(dense, near)
     return [
         quality(
             primary,

@@ -30,7 +30,7 @@ import workbench as wb
 from workbench.compress import compress
 from workbench.errors import WorkbenchError
 from workbench.measure.memory import unique_bytes
-from workbench.runtime.execution import Captured, Compiled
+from workbench.runtime.execution import CapturedModel, Compiled
 from workbench.runtime.plan import plan, with_kernels
 from workbench.util.device import Clock, describe, pick
 from workbench.util.environment import versions
@@ -51,7 +51,7 @@ RECIPES = {
         wb.Quantize(weight_bits=4, group_size=64, scale_search=False),
     ),
 }
-MODES = {"graph": Captured, "compiled": lambda model: Captured(Compiled(model))}
+MODES = {"graph": CapturedModel, "compiled": lambda model: CapturedModel(Compiled(model))}
 
 
 def ratio(

@@ -26,7 +26,7 @@ from workbench.ledger.table import points_frame
 from workbench.measure import kl as module
 from workbench.measure.card import card, divergence_words
 from workbench.measure.evaluation import outputs as outputs_module
-from workbench.measure.evaluation.cuda_graphs import Captured, Graphs
+from workbench.measure.evaluation.cuda_graphs import CapturedPass, Graphs
 from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.evaluation.outputs import Outputs, Sampler, spread
 from workbench.measure.kl import Each, Reference, divergence, kl_of_logits
@@ -410,11 +410,11 @@ class Stepwise:
 
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_graphs_give_what_is_kept_of_each_batch(name, monkeypatch):
-    def capture(self: Graphs, items: Items) -> Captured:
+    def capture(self: Graphs, items: Items) -> CapturedPass:
         made = Stepwise(
             self, Items({key: tensor.clone() for key, tensor in items.inputs.items()}, items.labels.clone())
         )
-        return Captured(made, made.inputs, made.loss, made.answers, made.sampled)
+        return CapturedPass(made, made.inputs, made.loss, made.answers, made.sampled)
 
     monkeypatch.setattr(Graphs, "capture", capture)
     monkeypatch.setattr(Graphs, "why_not", lambda self: "")

@@ -23,7 +23,7 @@ from workbench.compress.quantization.activations import Activations
 from workbench.measure.evaluation.block_chain import alike, find_chain
 from workbench.measure.evaluation.chunked_head import Head, Headless, find_head
 from workbench.measure.evaluation.evaluator import Evaluator
-from workbench.measure.evaluation.prefix_reuse import Kept
+from workbench.measure.evaluation.prefix_reuse import KeptPrefix
 from workbench.metrics.scores import Scores
 from workbench.modules.layer import find_layers
 from workbench.modules.substitution import with_stand_ins
@@ -350,7 +350,7 @@ def test_only_a_plain_chain_is_cut(way, chained):
 
 
 def test_kept_states_stay_within_the_budget_and_one_block_does_not_push_out_itself():
-    kept = Kept(100)
+    kept = KeptPrefix(100)
     states = torch.zeros(10)  # 40 bytes
     kept.put("a", 1, states)
     kept.put("b", 1, states)

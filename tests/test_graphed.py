@@ -17,7 +17,7 @@ import workbench as wb
 from workbench.compress import compress
 from workbench.compress.quantization.activations import Activations
 from workbench.measure.evaluation import cuda_graphs
-from workbench.measure.evaluation.cuda_graphs import Captured, Graphs, counterparts
+from workbench.measure.evaluation.cuda_graphs import CapturedPass, Graphs, counterparts
 from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.metrics.scores import Scores
 from workbench.tasks import score
@@ -54,11 +54,11 @@ class Replayed:
 def stepwise(monkeypatch):
     """Let the CPU stand in for a GPU: the captured copy is run step by step."""
 
-    def capture(self: Graphs, items: Items) -> Captured:
+    def capture(self: Graphs, items: Items) -> CapturedPass:
         made = Replayed(
             self, Items({name: tensor.clone() for name, tensor in items.inputs.items()}, items.labels.clone())
         )
-        return Captured(made, made.inputs, made.loss, made.answers)
+        return CapturedPass(made, made.inputs, made.loss, made.answers)
 
     monkeypatch.setattr(Graphs, "capture", capture)
     monkeypatch.setattr(Graphs, "why_not", lambda self: "")

@@ -11,7 +11,7 @@ import statistical
 import torch
 from scipy import stats
 
-from workbench.metrics.control_variates import Known
+from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.hard_items import MOST, hardness, widening
 from workbench.metrics.intervals import mean
 from workbench.metrics.quality import quality
@@ -93,7 +93,7 @@ def test_a_mean_loss_of_few_items_is_covered_although_most_are_easy():
         found = {
             "student": mean(few.loss - some.loss, some.weight, LEVEL),
             "alone": quality("accuracy", some, few, level=LEVEL)[1].change,
-            "known": quality("accuracy", some, few, level=LEVEL, known=Known(before))[1].change,
+            "known": quality("accuracy", some, few, level=LEVEL, known=ControlVariates(before))[1].change,
         }
         for name, one in found.items():
             reaches[name].append(statistical.reach(wanted, one.value, one.low, one.high))
@@ -108,7 +108,7 @@ def test_perplexity_is_the_exponential_of_the_losses_interval():
     weight = draw.integers(20, 128, 40).astype(float)
     dense = made(draw.gamma(9.0, 0.3, 40), draw.random(40), weight)
     mine = made(dense.loss.numpy() + draw.gamma(2.0, 0.1, 40), draw.random(40), weight)
-    for count, known in ((12, None), (12, Known(dense)), (40, None)):
+    for count, known in ((12, None), (12, ControlVariates(dense)), (40, None)):
         some, few = dense.first(count), mine.first(count)
         loss, found = (
             quality("accuracy", some, few, known=known)[1],
@@ -146,7 +146,7 @@ def test_no_interval_of_a_loss_reaches_below_zero_and_no_upper_end_moves():
     """8 utterances, one of which is lost: Student's interval of the mean, which is positive, begins at -1."""
     before, after = np.array([0.02] * 7 + [0.9]), np.array([0.05] * 7 + [6.0])
     dense, mine = made(before, before < 0.7), made(after, after < 0.7)
-    for primary, known in (("accuracy", None), ("accuracy", Known(dense)), ("perplexity", None)):
+    for primary, known in (("accuracy", None), ("accuracy", ControlVariates(dense)), ("perplexity", None)):
         few = 8 if known is None else 7
         some, read = dense.first(few), mine.first(few)
         found = quality(primary, some, read, known=known)

@@ -42,7 +42,7 @@ from workbench.metrics.metrics import other_losses
 from workbench.metrics.scores import Scores
 from workbench.tasks import columns
 from workbench.tasks.image_classification import image_items, plain_processor
-from workbench.tasks.items import Items, Pool, Sizes, split_pools
+from workbench.tasks.items import Items, Pool, ItemCounts, split_pools
 
 METRICS.register(Metric("mean absolute error", other_losses, higher=False, unit="years"))
 
@@ -59,7 +59,7 @@ class ImageRegression(Kind):
     flips_by = None
     distribution = None
     outputs = "numbers"
-    sizes = Sizes(500, 128, 1000)
+    sizes = ItemCounts(500, 128, 1000)
     latency_items = 16
     sensitivity_items = 64
     data_names = ()

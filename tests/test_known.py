@@ -11,7 +11,7 @@ import statistical
 import torch
 from scipy import stats
 
-from workbench.metrics.control_variates import Known
+from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.quality import mean, paired_proportions, proportion, quality
 from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
@@ -60,8 +60,8 @@ def truth(near: float, skewed: bool) -> tuple[float, float]:
 
 KINDS = {
     "plain": lambda _: None,
-    "dense": lambda known: Known(known[0]),
-    "near": lambda known: Known(*known),
+    "dense": lambda known: ControlVariates(known[0]),
+    "near": lambda known: ControlVariates(*known),
 }
 TRIALS = 160  # of which 152 hold at 95%, 140 but once in 10,000 draws, and 108 with half the width
 
@@ -139,7 +139,7 @@ def test_single_answers_are_covered_however_few_of_them_flip(items, share):
             made(moved, dense).first(items),
             made(moved, mine).first(items),
             level=level,
-            known=Known(made(moved, dense)),
+            known=ControlVariates(made(moved, dense)),
         )[0].change
         hits += found.low <= -0.9 * share + 0.1 * share / 3 <= found.high
     statistical.assert_at_least(hits, trials, level)
@@ -147,14 +147,18 @@ def test_single_answers_are_covered_however_few_of_them_flip(items, share):
 
 def test_nothing_is_known_that_changes_the_last_look():
     dense, mine, other = population(np.random.default_rng(1), 100, 0.5)
-    assert quality("accuracy", dense, mine, known=Known(dense, other)) == quality("accuracy", dense, mine)
-    assert quality("perplexity", dense, mine, known=Known(dense, other)) == quality("perplexity", dense, mine)
+    assert quality("accuracy", dense, mine, known=ControlVariates(dense, other)) == quality(
+        "accuracy", dense, mine
+    )
+    assert quality("perplexity", dense, mine, known=ControlVariates(dense, other)) == quality(
+        "perplexity", dense, mine
+    )
 
 
 def test_the_estimate_meets_the_plain_one_where_all_but_one_item_are_read():
     dense, mine, other = population(np.random.default_rng(2), 300, 0.5)
     before = quality("accuracy", dense, mine)
-    after = quality("accuracy", dense.first(299), mine.first(299), known=Known(dense, other))
+    after = quality("accuracy", dense.first(299), mine.first(299), known=ControlVariates(dense, other))
     for one, two in zip(before, after, strict=True):
         assert one.change.value == pytest.approx(two.change.value, abs=0.01)
         assert one.change.half_width == pytest.approx(two.change.half_width, rel=0.03)
@@ -170,7 +174,7 @@ def wider(read: np.ndarray, whole: np.ndarray) -> float:
 def test_without_a_neighbour_the_change_of_a_mean_is_the_plain_one():
     dense, mine, _ = population(np.random.default_rng(4), 200, 0.5)
     plain = mean(mine.loss[:64] - dense.loss[:64], dense.weight[:64], 0.95)
-    found = quality("accuracy", dense.first(64), mine.first(64), known=Known(dense))[1]
+    found = quality("accuracy", dense.first(64), mine.first(64), known=ControlVariates(dense))[1]
     half = plain.half_width * wider(dense.loss[:64].numpy(), dense.loss.numpy())
     assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
         (plain.value, plain.value - half, plain.value + half)
@@ -191,7 +195,10 @@ def test_the_difference_estimator_is_the_formula_worked_out():
     near = mine + 0.1 * near
     count = 10
     found = quality(
-        "perplexity", made(dense).first(count), made(mine).first(count), known=Known(made(dense), made(near))
+        "perplexity",
+        made(dense).first(count),
+        made(mine).first(count),
+        known=ControlVariates(made(dense), made(near)),
     )[0].change
     z = mine[:count] - near[:count]
     y = mine[:count] - dense[:count]
@@ -212,7 +219,7 @@ def test_weighted_windows_are_a_ratio_with_a_control():
     dense = draw.gamma(5.0, 0.5, 30)
     near, mine = dense + 0.2, dense + 0.21
     one, other, third = (made(loss, np.full(30, 0.5), weight) for loss in (dense, near, mine))
-    found = quality("perplexity", one.first(8), third.first(8), known=Known(one, other))[0]
+    found = quality("perplexity", one.first(8), third.first(8), known=ControlVariates(one, other))[0]
     assert math.log1p(found.change.value) == pytest.approx(0.21)
     assert found.change.half_width < 1e-6
     assert found.compressed.value == pytest.approx(math.exp(np.average(mine, weights=weight)))
@@ -226,7 +233,7 @@ def test_answers_are_stratified_by_the_formula_worked_out():
     dense = np.array([1] * 7 + [0] * 3 + [1] * 9 + [0])
     mine = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
     one, two = made(dense * 1.0, dense), made(mine * 1.0, mine)
-    found = quality("accuracy", one.first(10), two, known=Known(one))[0]
+    found = quality("accuracy", one.first(10), two, known=ControlVariates(one))[0]
     lost, gained = (
         proportion(torch.tensor(part, dtype=torch.float64), 0.95)
         for part in ([1, 1, 1, 0, 0, 0, 0], [1, 0, 0])
@@ -251,11 +258,17 @@ def test_lost_models_get_no_control():
     dense = np.ones(20)
     broken = np.full(20, np.inf)
     found = quality(
-        "perplexity", made(dense).first(8), made(broken).first(8), known=Known(made(dense), made(dense))
+        "perplexity",
+        made(dense).first(8),
+        made(broken).first(8),
+        known=ControlVariates(made(dense), made(dense)),
     )[0]
     assert found.change.value == found.compressed.value == math.inf
     useless = quality(
-        "perplexity", made(dense).first(8), made(dense * 2).first(8), known=Known(made(dense), made(broken))
+        "perplexity",
+        made(dense).first(8),
+        made(dense * 2).first(8),
+        known=ControlVariates(made(dense), made(broken)),
     )[0]
     assert useless.change.value == pytest.approx(math.e - 1)
 
@@ -266,7 +279,7 @@ def test_one_stratum_may_be_empty():
         "accuracy",
         made(right, right).first(16),
         made(right, right).first(16),
-        known=Known(made(right, right)),
+        known=ControlVariates(made(right, right)),
     )[0].change
     assert found.value == 0
     assert -0.25 < found.low < 0 <= found.high < 0.25

@@ -14,7 +14,7 @@ from workbench.errors import DataError, RecipeError
 from workbench.ledger.ledger import Ledger
 from workbench.measure.recent_scores import MOST, Neighbours
 from workbench.measure.summary import summary
-from workbench.metrics.control_variates import Known
+from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.quality import quality
 from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
@@ -123,7 +123,12 @@ def test_early_looks_use_the_dense_model_and_the_nearest_complete_point(bench):
         mine = bench.setting.evaluator.scores(bench.compress(RECIPE).model, [], point.items)
         level = joint_level((16, 64, 256, 300), 0.95)
         expected = quality(
-            "accuracy", dense.first(point.items), mine, looks=4, level=level, known=Known(dense, close)
+            "accuracy",
+            dense.first(point.items),
+            mine,
+            looks=4,
+            level=level,
+            known=ControlVariates(dense, close),
         )
         plain = quality("accuracy", dense.first(point.items), mine, looks=4, level=level)
         for found, wanted, before in zip(point.quality, expected, plain, strict=True):

@@ -21,7 +21,15 @@ from workbench.compress.registry import METHODS
 from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.size import sizes
 from workbench.predict.history import Spot, history
-from workbench.predict.local_fit import LEVEL, UNKNOWN, Known, conformal, kernel_for, local_fit, residual_fit
+from workbench.predict.local_fit import (
+    LEVEL,
+    UNKNOWN,
+    MeasuredValues,
+    conformal,
+    kernel_for,
+    local_fit,
+    residual_fit,
+)
 from workbench.predict.prior import Costs, Link, prior_of
 from workbench.predict.spots import coordinates, spot_of
 from workbench.recipe import Step, configuration
@@ -220,7 +228,7 @@ def made_up(count, seed):
     places = np.zeros((count, 4))
     places[:, :2] = random.uniform(0, 1, (count, 2))
     values = 0.4 * places[:, 0] ** 3 + 0.2 * places[:, 0] * places[:, 1] + random.normal(0, 0.01, count)
-    return Known(places, np.where(places > 0, 1, 0), values)
+    return MeasuredValues(places, np.where(places > 0, 1, 0), values)
 
 
 @pytest.mark.parametrize(("count", "near", "wide"), [(40, 0.3, 0.08), (300, 0.95, 0.04)])
@@ -244,7 +252,7 @@ def test_the_interval_covers_what_is_then_measured(count, near, wide):
 def test_too_few_neighbours_give_an_infinite_interval():
     assert conformal(np.array([0.1, 0.2]), np.array([1.0, 1.0])) == math.inf
     assert conformal(np.full(9, 0.1), np.ones(9)) == 0.1
-    far = Known(np.zeros((30, 4)), np.zeros((30, 4), int), np.zeros(30))
+    far = MeasuredValues(np.zeros((30, 4)), np.zeros((30, 4), int), np.zeros(30))
     assert local_fit(far, np.array([0.9, 0.9, 0.9, 0]), np.ones(4, int)).half == math.inf
 
 
@@ -355,12 +363,12 @@ def test_few_points_are_said_to_be_few_and_have_an_interval_all_the_same():
     assert math.isfinite(first.half)
     assert not late.wide
     assert late.half < first.half
-    nothing = Known(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros(0))
+    nothing = MeasuredValues(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros(0))
     assert residual_fit(nothing, kernel_for(nothing), np.zeros(3), np.zeros(3, int)).half == UNKNOWN
 
 
 def test_residuals_are_fitted_as_a_gaussian_process():
-    known = Known(
+    known = MeasuredValues(
         np.array([[0.0], [0.3], [0.5], [0.9]]), np.zeros((4, 1), int), np.array([0.5, -0.2, 0.4, 1.0])
     )
     kernel = kernel_for(known)

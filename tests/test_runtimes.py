@@ -25,10 +25,10 @@ from workbench.recipe import Recipe
 from workbench.runtime import execution
 from workbench.runtime import plan as module
 from workbench.runtime.engine_list import layer_engines, model_engines
-from workbench.runtime.execution import WORDS, Captured, Compiled, chosen, repeated, runner, why_not
+from workbench.runtime.execution import WORDS, CapturedModel, Compiled, chosen, repeated, runner, why_not
 from workbench.runtime.int8 import wide_bytes
 from workbench.runtime.int8_torch import Int8Linear
-from workbench.runtime.onnx_engine import Session
+from workbench.runtime.onnx_engine import OnnxSession
 from workbench.runtime.plan import plan, realise, reasons_for
 from workbench.runtime.probes import probe
 from workbench.runtime.roofline import Limits, Product, Roof, limits_of, roof
@@ -150,8 +150,8 @@ def test_onnx_runtime_answers_as_the_compressed_model(sort, steps):
     compressed = compress(task, Recipe(*steps))
     run = realise(compressed, "cpu", "onnx", dense=task.model, kind=task.kind, items=task.evaluation[:4])
     assert run.warnings == ()
-    assert isinstance(run.model, Session)
-    assert isinstance(run.dense, Session)
+    assert isinstance(run.model, OnnxSession)
+    assert isinstance(run.dense, OnnxSession)
     with torch.inference_mode():
         wanted, found = (
             task.kind.logits(model, task.evaluation[4:8]) for model in (compressed.model, run.model)
@@ -350,7 +350,7 @@ def test_a_captured_model_answers_as_it_did_on_other_inputs_too(sort):
     made = runner(
         task.model, (), "graph", kind=task.kind, items=items[:4], once=lambda _key, compute: compute()
     )
-    assert isinstance(made, Captured)
+    assert isinstance(made, CapturedModel)
     with torch.inference_mode():
         for part in (items[:4], items[4:8], items[:2], items[8:12]):
             assert torch.allclose(task.kind.logits(made, part), task.kind.logits(task.model, part), atol=1e-4)
@@ -361,7 +361,7 @@ def test_a_captured_model_answers_as_it_did_on_other_inputs_too(sort):
 def test_a_compiled_model_can_be_captured():
     task = tiny_task("llama", "cuda")
     items = task.evaluation.to("cuda")
-    made = Captured(Compiled(task.model))
+    made = CapturedModel(Compiled(task.model))
     with torch.inference_mode():
         for part in (items[:4], items[4:8]):
             assert torch.allclose(task.kind.logits(made, part), task.kind.logits(task.model, part), atol=1e-4)

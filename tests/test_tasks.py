@@ -18,7 +18,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks import columns, data, score, sources
 from workbench.tasks.base import Items
 from workbench.tasks.ctc import FRAME_RECOGNITION
-from workbench.tasks.data import Reading, Sizes
+from workbench.tasks.data import ItemCounts, Reading
 from workbench.tasks.fashion_mnist import SLICE
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION, PlainProcessor, grey_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING, window_items, windows
@@ -505,7 +505,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_sizes():
-    assert LANGUAGE_MODELLING.sizes.limited() == Sizes(64, 32, 256)
-    assert IMAGE_CLASSIFICATION.sizes.limited(evaluation=7) == Sizes(7, 512, 5000)
+    assert LANGUAGE_MODELLING.sizes.limited() == ItemCounts(64, 32, 256)
+    assert IMAGE_CLASSIFICATION.sizes.limited(evaluation=7) == ItemCounts(7, 512, 5000)
     with pytest.raises(DataError, match="calibration_items=0: give at least 1"):
         IMAGE_CLASSIFICATION.sizes.limited(calibration=0)

@@ -17,7 +17,7 @@ import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.compress.distillation import teacher_outputs
-from workbench.compress.distillation.hidden_states import Seen, see
+from workbench.compress.distillation.hidden_states import SeenStates, see
 from workbench.compress.distillation.teacher_cache import teacher_cache
 from workbench.compress.distillation.teacher_tables import DiskTable, disk_folder, free_bytes
 from workbench.errors import CompressionError
@@ -76,7 +76,7 @@ def test_a_head_that_something_follows_is_not_replayed():
     task = tiny_task("llama")
 
     def answers(items):
-        return Seen(task.kind.logits(task.model, items) / 8)
+        return SeenStates(task.kind.logits(task.model, items) / 8)
 
     cache, size = teacher_cache(answers, task.model, task.training, 16)
     assert cache.head is None
@@ -365,7 +365,9 @@ def test_states_that_have_no_row_for_each_item_are_not_kept(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "__call__", flat)
     cache, _ = teacher_cache(
-        lambda items: Seen(torch.zeros(len(items), 4), {"aims": (Rows()(torch.zeros(len(items), 5, 3)),)}),
+        lambda items: SeenStates(
+            torch.zeros(len(items), 4), {"aims": (Rows()(torch.zeros(len(items), 5, 3)),)}
+        ),
         task.model,
         task.training,
         16,
@@ -379,7 +381,7 @@ def test_a_teacher_that_runs_out_of_memory_is_asked_about_fewer_items_at_a_time(
     def answers(items):
         if len(items) > 3:
             raise torch.OutOfMemoryError(f"CUDA out of memory for {len(items)} items")
-        return Seen(task.kind.logits(task.model, items))
+        return SeenStates(task.kind.logits(task.model, items))
 
     cache, _ = teacher_cache(answers, task.model, task.training, 16)
     index = torch.tensor([5, 39, 0, 5])

@@ -23,7 +23,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks import fashion_mnist, score
 from workbench.tasks.image_classification import PlainProcessor, image_items
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
-from workbench.zoo import Entry, load_task, local, models
+from workbench.zoo import CatalogueEntry, load_task, local, models
 from workbench.zoo.catalogue import CATALOGUE, EMBEDDED
 from workbench.zoo.local import load_model
 
@@ -91,7 +91,7 @@ def test_models_lists_every_entry():
         ]
     )
     assert all(
-        isinstance(entry, Entry) and entry.licence and entry.source and entry.parameters > 0
+        isinstance(entry, CatalogueEntry) and entry.licence and entry.source and entry.parameters > 0
         for entry in listed
     )
     assert all(entry.here for entry in listed[:2])

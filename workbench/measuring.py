@@ -19,7 +19,7 @@ from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.recent_scores import Neighbours
 from workbench.measure.setting import Setting
 from workbench.measure.size import Sizes, counted_sizes, sizes
-from workbench.metrics.control_variates import Known
+from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.quality import flips, quality
 from workbench.metrics.scores import Scores
 from workbench.metrics.sequential_looks import joint_level
@@ -87,10 +87,10 @@ class Partial:
             if self.last.known_to(self.margin):
                 return
 
-    def known(self) -> Known | None:
+    def known(self) -> ControlVariates | None:
         """Return what is known of all evaluation items; None until the dense model has read them."""
         dense = self.reference.all_scores()
-        return None if dense is None else Known(dense, self.neighbour)
+        return None if dense is None else ControlVariates(dense, self.neighbour)
 
     def look(self, count: int) -> Measurement:
         """Return the measurement after the first `count` evaluation items, without latency."""

@@ -8,7 +8,7 @@ from html import escape
 from workbench.ledger.annotation import Annotation
 from workbench.measure.card import quality_words
 from workbench.metrics.quality import Quality
-from workbench.search.compare import Comparison, Fact, LayerErrors, Setting, facts
+from workbench.search.compare import ComparedOption, Comparison, Fact, LayerErrors, facts
 
 MOST_LAYERS = 24
 DIFFERS = " class='wb-differs'"
@@ -43,7 +43,7 @@ def choices_html(record: Comparison) -> str:
     return rows
 
 
-def choice_html(choice: Setting) -> str:
+def choice_html(choice: ComparedOption) -> str:
     """Return an option in which the recipes differ; what only some have is marked there."""
     common = max(set(choice.texts), key=choice.texts.count)
     usual = common if choice.texts.count(common) > 1 else None

@@ -12,7 +12,7 @@ from widgets.session.model_choice import ModelChoice
 from workbench.tasks.registry import KINDS
 from workbench.tasks.sources import NAMES
 from workbench.util.device import choices as devices
-from workbench.zoo import Entry, models
+from workbench.zoo import CatalogueEntry, models
 
 OTHER = "other: hub id or folder"
 
@@ -139,7 +139,7 @@ class ModelPicker(ipw.VBox):
         self.words.value = running if words else ""
 
 
-def data_names(entry: Entry | None) -> tuple[str, ...]:
+def data_names(entry: CatalogueEntry | None) -> tuple[str, ...]:
     """Return the data that can be named for a model: those of its kind of task, all where that is unknown."""
     return NAMES if entry is None else KINDS.named(entry.task).data_names
 

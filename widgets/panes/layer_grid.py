@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import anywidget
 import traitlets
 
-from widgets.panes.layer_rows import Table
+from widgets.panes.layer_rows import LayerTable
 
 SCRIPT = """
 function make(tag, parent, name, text) {
@@ -127,7 +127,7 @@ class LayerGrid(anywidget.AnyWidget):
     rows = traitlets.List(traitlets.Dict()).tag(sync=True)
     chosen = traitlets.Unicode().tag(sync=True)
 
-    def show(self, table: Table) -> None:
+    def show(self, table: LayerTable) -> None:
         """Show a table; the same one is not sent again."""
         rows: list[dict[str, Any]] = [row.plain() for row in table.rows]
         with self.hold_sync():

@@ -17,7 +17,7 @@ from workbench.sensitivity import LayerSensitivity, layers_of
 
 
 @dataclass(frozen=True)
-class Found:
+class LayerResult:
     """One result of the worker for one model and recipe."""
 
     bench: Bench
@@ -63,11 +63,11 @@ class LayerJobs:
         fits = self.bench is self.session.bench and self.recipe == self.session.state.recipe
         return self.weights.get(self.layer) if fits else None
 
-    def follow_up(self, bench: Bench, compressed: Compressed) -> Iterator[Found]:
+    def follow_up(self, bench: Bench, compressed: Compressed) -> Iterator[LayerResult]:
         """Yield the weights of a model that has just been measured, if a layer is looked at."""
         if self.layer and self.visible:
             for change in weight_changes(bench.task.model, compressed, self.layer):
-                yield Found(bench, compressed.recipe, change)
+                yield LayerResult(bench, compressed.recipe, change)
 
     def inspect(self) -> None:
         """Compress again to read the weights, if they are wanted and nothing else is running."""
@@ -79,9 +79,9 @@ class LayerJobs:
             if not self.lacking():
                 return
 
-            def make(stale: Stale) -> Iterator[Found]:
+            def make(stale: Stale) -> Iterator[LayerResult]:
                 for change in bench.weights(recipe, layer, cancelled=stale):
-                    yield Found(bench, recipe, change)
+                    yield LayerResult(bench, recipe, change)
                 self.tried = recipe, layer
 
             session.submit(make, self.take)
@@ -110,9 +110,9 @@ class LayerJobs:
                 "no layer is compressed: turn a slider on first, then ask what each layer costs"
             )
 
-        def make(stale: Stale) -> Iterator[Found]:
+        def make(stale: Stale) -> Iterator[LayerResult]:
             for cost in bench.sensitivity(recipe, cancelled=stale):
-                yield Found(bench, recipe, cost)
+                yield LayerResult(bench, recipe, cost)
 
         self.session.submit(make, self.take)
         self.asked = recipe
@@ -122,7 +122,7 @@ class LayerJobs:
         asked = self.asked is not None and self.asked == self.session.state.recipe
         return asked and self.session.measurer.busy
 
-    def take(self, found: Found) -> None:
+    def take(self, found: LayerResult) -> None:
         """Keep a result (called by the worker, under its lock)."""
         if self.bench is not found.bench:
             self.bench, self.recipe, self.weights, self.costs = found.bench, None, {}, {}

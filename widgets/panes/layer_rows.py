@@ -69,7 +69,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class LayerTable:
     """The heat map: names of its columns with what each means, and rows.
 
     A column without a single cell is left out.
@@ -79,12 +79,12 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def table_of(layers: Sequence[LayerReport], costs: Mapping[str, LayerSensitivity]) -> Table:
+def table_of(layers: Sequence[LayerReport], costs: Mapping[str, LayerSensitivity]) -> LayerTable:
     """Return the heat map; `costs` are the sensitivities that are known, by layer."""
     rows = rows_of(layers, costs)
     shown = [index for index in range(len(COLUMNS)) if any(row.cells[index].text for row in rows)]
     unit = next((metric_named(cost.metric).change_unit for cost in costs.values()), "points")
-    return Table(
+    return LayerTable(
         tuple((COLUMNS[i][0].format(unit=unit and f", {unit}"), COLUMNS[i][1]) for i in shown),
         tuple(replace(row, cells=tuple(row.cells[i] for i in shown)) for row in rows),
     )

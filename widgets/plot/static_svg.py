@@ -13,7 +13,7 @@ GREY, BLUE = "#8b95a5", "#3b82f6"
 
 
 @dataclass(frozen=True)
-class Axis:
+class PlotAxis:
     """Where numbers lie: `low` and `high` are logarithms on a log axis, `start` and `end` are in SVG
     units.
     """
@@ -39,15 +39,15 @@ class Axis:
         )
 
 
-def axis_of(layout: Mapping[str, Any], start: float, end: float) -> Axis | None:
+def axis_of(layout: Mapping[str, Any], start: float, end: float) -> PlotAxis | None:
     """Return an axis of the figure, None where it has no range yet."""
     ends = layout.get("range")
     if not ends or ends[0] == ends[1]:
         return None
-    return Axis(float(ends[0]), float(ends[1]), start, end, layout.get("type") == "log")
+    return PlotAxis(float(ends[0]), float(ends[1]), start, end, layout.get("type") == "log")
 
 
-def ticks(axis: Axis, layout: Mapping[str, Any]) -> list[float]:
+def ticks(axis: PlotAxis, layout: Mapping[str, Any]) -> list[float]:
     """Return the ticks that the figure names, else some round numbers (on a log axis 1, 2, 5 a power)."""
     if layout.get("tickmode") == "array" and layout.get("tickvals"):
         values = [float(value) for value in layout["tickvals"]]
@@ -67,7 +67,7 @@ def numbers(values: Any) -> list[Any]:
     return [] if values is None else [value.item() if hasattr(value, "item") else value for value in values]
 
 
-def points_of(trace: Mapping[str, Any], across: Axis, up: Axis) -> list[tuple[float, float, int]]:
+def points_of(trace: Mapping[str, Any], across: PlotAxis, up: PlotAxis) -> list[tuple[float, float, int]]:
     """Return the places of a trace's points that lie inside, with their index."""
     pairs = enumerate(zip(numbers(trace.get("x")), numbers(trace.get("y")), strict=False))
     return [
@@ -82,7 +82,7 @@ def colour(value: Any) -> str:
     return escape(value) if isinstance(value, str) else BLUE
 
 
-def marks(trace: Mapping[str, Any], across: Axis, up: Axis) -> str:
+def marks(trace: Mapping[str, Any], across: PlotAxis, up: PlotAxis) -> str:
     """Return one trace: its line or its markers with their bars."""
     places = points_of(trace, across, up)
     if trace.get("mode") == "lines":
@@ -110,7 +110,7 @@ def marks(trace: Mapping[str, Any], across: Axis, up: Axis) -> str:
     return "".join(drawn)
 
 
-def error_bar(trace: Mapping[str, Any], index: int, x: float, up: Axis) -> str:
+def error_bar(trace: Mapping[str, Any], index: int, x: float, up: PlotAxis) -> str:
     """Return the bar of one point, cut at the ends of the plot."""
     bars = trace.get("error_y") or {}
     above, below = numbers(bars.get("array")), numbers(bars.get("arrayminus"))
@@ -130,7 +130,7 @@ def text(x: float | str, y: float | str, words: str, *, anchor: str = "middle", 
     return f"<text x='{x}' y='{y}' text-anchor='{anchor}'{more and ' ' + more}>{words}</text>"
 
 
-def frame(across: Axis, up: Axis, layout: Mapping[str, Any]) -> str:
+def frame(across: PlotAxis, up: PlotAxis, layout: Mapping[str, Any]) -> str:
     """Return grid, tick labels and axis titles."""
     x, y = layout.get("xaxis") or {}, layout.get("yaxis") or {}
     parts, bottom, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT

@@ -22,7 +22,7 @@ Make = Callable[[Stale], Iterator[T]]
 
 
 @dataclass
-class Job(Generic[T]):
+class WorkerJob(Generic[T]):
     """One submitted piece of work. `done` is set when it has ended, however it ended."""
 
     make: Make[T]
@@ -50,8 +50,8 @@ class Worker(Generic[T]):
         self.on_error, self.on_idle = on_error, on_idle
         self.changed = threading.Condition(threading.RLock())
         self.generation = 0
-        self.waiting: Job[T] | None = None
-        self.running: Job[T] | None = None
+        self.waiting: WorkerJob[T] | None = None
+        self.running: WorkerJob[T] | None = None
         self.thread: threading.Thread | None = None
         self.closed = False
 
@@ -63,7 +63,7 @@ class Worker(Generic[T]):
                 self.running is not None and self.running.generation == self.generation
             )
 
-    def submit(self, make: Make[T], draw: Callable[[T], None], *, quiet: bool = False) -> Job[T]:
+    def submit(self, make: Make[T], draw: Callable[[T], None], *, quiet: bool = False) -> WorkerJob[T]:
         """Make this the newest job and return at once.
 
         Args:
@@ -79,7 +79,7 @@ class Worker(Generic[T]):
             if self.closed:
                 raise RuntimeError("this panel is closed: make a new one")
             self.cancel()
-            self.waiting = job = Job(make, draw, self.generation, quiet)
+            self.waiting = job = WorkerJob(make, draw, self.generation, quiet)
             if self.thread is None:
                 self.thread = threading.Thread(target=self.loop, name="workbench-worker", daemon=True)
                 self.thread.start()
@@ -135,7 +135,7 @@ class Worker(Generic[T]):
             job.done.set()
             del job  # what it was made of is not kept while nothing is to be done
 
-    def work(self, job: Job[T]) -> None:
+    def work(self, job: WorkerJob[T]) -> None:
         """Run one job to its end, to its first stale checkpoint, or to its exception."""
         try:
             steps = job.make(lambda: job.generation != self.generation)
@@ -152,7 +152,7 @@ class Worker(Generic[T]):
             if not isinstance(error, Cancelled):
                 self.tell(job, error)
 
-    def tell(self, job: Job[T], error: BaseException) -> None:
+    def tell(self, job: WorkerJob[T], error: BaseException) -> None:
         """Report the exception of a job that still matters."""
         with self.changed:
             if not job.quiet and job.generation == self.generation:

@@ -218,7 +218,7 @@ def files_under(place: Path) -> list[tuple[Path, int, float]]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedModel:
     """What is on disk for one model: its fingerprint and name, files, bytes, and when one was last used
     (seconds since 1970).
     """
@@ -230,7 +230,7 @@ class Kept:
     used: float
 
 
-def contents(place: Path) -> tuple[Kept, ...]:
+def contents(place: Path) -> tuple[CachedModel, ...]:
     """Return what is on disk, model by model, the most recently used first."""
     models: dict[str, list[tuple[Path, int, float]]] = {}
     for one in files_under(place):
@@ -240,7 +240,7 @@ def contents(place: Path) -> tuple[Kept, ...]:
         note = place / fingerprint / "name"
         name = note.read_text() if note.exists() else ""
         found.append(
-            Kept(
+            CachedModel(
                 fingerprint,
                 name,
                 len(files),

@@ -49,7 +49,7 @@ class Budget:
 
 
 @dataclass
-class Entry:
+class CacheEntry:
     """One kept value; `used` is the move that asked for it last."""
 
     value: Any
@@ -81,7 +81,7 @@ class Cache:
     budget: Budget | None = None
     disk: DiskCache | None = None
     held: Callable[[], Any] = tuple
-    entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
+    entries: OrderedDict[Hashable, CacheEntry] = field(default_factory=OrderedDict)
     moves: int = 0
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Cache:
                 size for place, size in storages.items() if not self.users[place]
             ) > self.limits.device:
                 return
-            self.entries[key] = Entry(value, storages, self.moves, first_out)
+            self.entries[key] = CacheEntry(value, storages, self.moves, first_out)
             self.count(storages, "device", 1)
 
     def begin(self) -> None:
@@ -257,7 +257,7 @@ class Cache:
         entry.storages = {place: storage.numel() for place, storage in storages_in(entry.value).items()}
         self.count(entry.storages, "host", 1)
 
-    def bring_back(self, key: Hashable, entry: Entry) -> Any:
+    def bring_back(self, key: Hashable, entry: CacheEntry) -> Any:
         """Move an entry from host memory to its devices, and return its value."""
         homes = iter(entry.homes)
         value = relocated(entry.value, lambda storage: storage.to(next(homes), non_blocking=True))

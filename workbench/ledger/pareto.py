@@ -214,7 +214,7 @@ def tradeoff(
 
 
 @dataclass(frozen=True)
-class Known:
+class ComparedPoints:
     """Complete points of one model that have a cost and a metric, their quality drops and costs."""
 
     rows: list[Measurement]
@@ -222,7 +222,7 @@ class Known:
     costs: Ends
 
 
-def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = None) -> Known:
+def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = None) -> ComparedPoints:
     """Return the complete rows that have this cost and metric.
 
     Raises:
@@ -244,7 +244,7 @@ def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = Non
             f"a trade-off needs points of one model on one data set; got {len(models)} in {len(chosen)}"
             " points"
         )
-    return Known(chosen, drops_of(known), costs_of(known, cost))
+    return ComparedPoints(chosen, drops_of(known), costs_of(known, cost))
 
 
 def drops_of(known: Sequence[tuple[Measurement, Quality, Any]]) -> Ends:

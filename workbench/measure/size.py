@@ -14,7 +14,7 @@ from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import Cast, InputScaled, OffsetGrid
 from workbench.modules.layer import Layer
 from workbench.modules.packing import Packed, pack_model
-from workbench.modules.weight_shapes import DTYPES, Entry, Weight, ceil8, file_length, total
+from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, ceil8, file_length, total
 from workbench.shapes.outline import Outline
 
 
@@ -110,7 +110,7 @@ def sizes(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Sizes:
     """
     packed = pack_model(model, layers, kept=shape_only)
     entries = [
-        Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+        StoredTensor(name, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
         for name, tensor in packed.tensors.items()
     ]
     return Sizes(packed.theoretical_bytes, packed.packed_bytes, file_length(entries))

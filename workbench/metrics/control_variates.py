@@ -54,7 +54,7 @@ Triple = tuple[Estimate, Estimate, Estimate]  # of dense, of compressed, of the 
 
 
 @dataclass(frozen=True)
-class Known:
+class ControlVariates:
     """What is known of all N evaluation items before a look has read them: `dense`, and the scores of a
     neighbouring recipe.
     """
@@ -128,7 +128,7 @@ def average(values: Tensor, weight: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Part:
+class UnreadChange:
     """How compressed and reference differ in what is not read yet: the estimate and the distances to the ends
     of its interval.
     """
@@ -159,7 +159,7 @@ def answers(dense: Tensor, near: Tensor | None, compressed: Tensor, level: float
     )
 
 
-def joined(base: float, part: Part, unread: float, spread: float, least: float) -> Estimate:
+def joined(base: float, part: UnreadChange, unread: float, spread: float, least: float) -> Estimate:
     """Return `base` plus a part that is uncertain by its distances where items are unread, and by the root of
     `spread` everywhere; clipped to [least, 1].
     """
@@ -168,15 +168,15 @@ def joined(base: float, part: Part, unread: float, spread: float, least: float) 
     return Estimate(min(1.0, max(least, value)), max(least, value - low), min(1.0, value + high))
 
 
-def paired(reference: Tensor, compressed: Tensor, level: float) -> Part:
+def paired(reference: Tensor, compressed: Tensor, level: float) -> UnreadChange:
     """Return mean(compressed - reference) over the items read, with Bonett and Price's interval. reference
     [N], compressed [n].
     """
     found = paired_proportions(reference[: len(compressed)], compressed, level)
-    return Part(found.value, max(0.0, found.value - found.low), max(0.0, found.high - found.value))
+    return UnreadChange(found.value, max(0.0, found.value - found.low), max(0.0, found.high - found.value))
 
 
-def stratified(reference: Tensor, compressed: Tensor, level: float) -> Part:
+def stratified(reference: Tensor, compressed: Tensor, level: float) -> UnreadChange:
     """Return the same, post-stratified by the answers of the reference, whose shares over all N items are
     known.
     """
@@ -187,7 +187,7 @@ def stratified(reference: Tensor, compressed: Tensor, level: float) -> Part:
         (right * (lost.value - lost.low), (1 - right) * (gained.high - gained.value)),
     ]
     down, up = (math.hypot(*distances) for distances in ends)
-    return Part((1 - right) * gained.value - right * lost.value, down, up)
+    return UnreadChange((1 - right) * gained.value - right * lost.value, down, up)
 
 
 def stratum(changed: Tensor, level: float) -> Estimate:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from workbench.errors import DataError
-from workbench.metrics.control_variates import Known, Triple
+from workbench.metrics.control_variates import ControlVariates, Triple
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.scores import Scores
 from workbench.util.text import nearest
 
 # (dense, compressed, level, known) -> dense, compressed and the paired change, each with its interval at
 # `level`
-Estimator = Callable[[Scores, Scores, float, Known | None], Triple]
+Estimator = Callable[[Scores, Scores, float, ControlVariates | None], Triple]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 from workbench.metrics.bootstrap import rank_correlations, word_error_rates
-from workbench.metrics.control_variates import Known, Triple
+from workbench.metrics.control_variates import ControlVariates, Triple
 from workbench.metrics.hard_items import widening
 from workbench.metrics.intervals import mean, paired_proportions, proportion
 from workbench.metrics.metric import Estimator, Metric, Metrics
@@ -22,7 +22,7 @@ from workbench.metrics.scores import Scores
 
 
 def losses(
-    dense: Scores, compressed: Scores, level: float, known: Known | None, *, likely: bool = True
+    dense: Scores, compressed: Scores, level: float, known: ControlVariates | None, *, likely: bool = True
 ) -> Triple:
     """Return the mean loss of both, which no interval takes below 0, and its change.
 
@@ -41,7 +41,7 @@ def losses(
     return base.within(0.0), mine.within(0.0), change
 
 
-def rights(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
+def rights(dense: Scores, compressed: Scores, level: float, known: ControlVariates | None) -> Triple:
     """Return the share of right answers of both and its change: of single answers, or of the tokens of
     windows.
     """
@@ -61,13 +61,13 @@ def rights(dense: Scores, compressed: Scores, level: float, known: Known | None)
     return base.within(0.0, 1.0), mine.within(0.0, 1.0), change.within(-1.0, 1.0)
 
 
-def perplexities(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
+def perplexities(dense: Scores, compressed: Scores, level: float, known: ControlVariates | None) -> Triple:
     """Return the exponential of the mean loss of both, and their ratio minus 1."""
     before, after, change = losses(dense, compressed, level, known)
     return before.mapped(exp), after.mapped(exp), change.mapped(lambda x: exp(x) - 1)
 
 
-def other_losses(dense: Scores, compressed: Scores, level: float, known: Known | None) -> Triple:
+def other_losses(dense: Scores, compressed: Scores, level: float, known: ControlVariates | None) -> Triple:
     """Return the mean loss of both and its change, of losses that are no likelihoods."""
     return losses(dense, compressed, level, known, likely=False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.errors import DataError
 from workbench.metrics.bootstrap import reversals
-from workbench.metrics.control_variates import Known
+from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.intervals import mean, paired_proportions, proportion
 from workbench.metrics.metrics import metric_named
@@ -61,7 +61,7 @@ def quality(
     looks: int = 1,
     *,
     level: float | None = None,
-    known: Known | None = None,
+    known: ControlVariates | None = None,
 ) -> tuple[Quality, ...]:
     """Return every metric of the task, `primary` first.
 

@@ -33,7 +33,7 @@ ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2",
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """One tensor of a file: its dtype as safetensors writes it, shape and bytes."""
 
     name: str
@@ -84,17 +84,22 @@ class Weight:
         kernel = (self.shape[2], self.shape[3]) if len(self.shape) == 4 else (1, 1)
         return Shape(self.rows, self.columns, kernel, convolution=len(self.shape) == 4, table=self.table)
 
-    def encoded(self) -> list[Entry]:
+    def encoded(self) -> list[StoredTensor]:
         """Return the smallest encoding that shapes and promises allow (the rules of
         `workbench.modules.packing`).
         """
         key, stored = f"{self.name}.weight", self.cast or self.dtype
-        mask = Entry(f"{key}.mask", "U8", (ceil8(self.count),), ceil8(self.count))
+        mask = StoredTensor(f"{key}.mask", "U8", (ceil8(self.count),), ceil8(self.count))
         if not self.bits or self.cast is not None:
-            options = [[Entry(key, DTYPES[stored], self.shape, self.count * stored.itemsize)]]
+            options = [[StoredTensor(key, DTYPES[stored], self.shape, self.count * stored.itemsize)]]
             if self.kept is not None:
                 options.append(
-                    [Entry(f"{key}.values", DTYPES[stored], (self.kept,), self.kept * stored.itemsize), mask]
+                    [
+                        StoredTensor(
+                            f"{key}.values", DTYPES[stored], (self.kept,), self.kept * stored.itemsize
+                        ),
+                        mask,
+                    ]
                 )
             return min(options, key=total)
         options = [] if self.needs_mask else [[self.codes(self.count), *self.sides()]]
@@ -102,25 +107,29 @@ class Weight:
             options.append([self.codes(self.kept), mask, *self.sides()])
         return min(options, key=total)
 
-    def sides(self) -> list[Entry]:
+    def sides(self) -> list[StoredTensor]:
         """Return what is stored beside codes: scales, zero points, multipliers of inputs."""
         key, rows = f"{self.name}.weight", self.scale_rows or self.rows
         scales, wide = rows * self.groups, 4 if self.scale_dtype == "F32" else 2
-        found = [Entry(f"{key}.scale", self.scale_dtype, (rows, self.groups), wide * scales)]
+        found = [StoredTensor(f"{key}.scale", self.scale_dtype, (rows, self.groups), wide * scales)]
         if self.zero_point and self.whole_zeros:
             found.append(
-                Entry(f"{key}.zero_point", "U8", (ceil8(scales * self.bits),), ceil8(scales * self.bits))
+                StoredTensor(
+                    f"{key}.zero_point", "U8", (ceil8(scales * self.bits),), ceil8(scales * self.bits)
+                )
             )
         elif self.zero_point:
-            found.append(Entry(f"{key}.zero_point", self.scale_dtype, (rows, self.groups), wide * scales))
+            found.append(
+                StoredTensor(f"{key}.zero_point", self.scale_dtype, (rows, self.groups), wide * scales)
+            )
         if self.input_scale:
-            found.append(Entry(f"{key}.input_scale", "F16", (self.columns,), 2 * self.columns))
+            found.append(StoredTensor(f"{key}.input_scale", "F16", (self.columns,), 2 * self.columns))
         return found
 
-    def codes(self, count: int) -> Entry:
+    def codes(self, count: int) -> StoredTensor:
         """Return the packed codes of `count` weights."""
         taken = ceil8(count * self.bits)
-        return Entry(f"{self.name}.weight.codes", "U8", (taken,), taken)
+        return StoredTensor(f"{self.name}.weight.codes", "U8", (taken,), taken)
 
 
 def ceil8(bits: float) -> int:
@@ -128,12 +137,12 @@ def ceil8(bits: float) -> int:
     return math.ceil(bits / 8)
 
 
-def total(entries: Iterable[Entry]) -> int:
+def total(entries: Iterable[StoredTensor]) -> int:
     """Return the bytes of all entries."""
     return sum(entry.bytes for entry in entries)
 
 
-def file_length(entries: Iterable[Entry]) -> int:
+def file_length(entries: Iterable[StoredTensor]) -> int:
     """Return the bytes of a safetensors file of these tensors: 8, the header padded to a multiple of 8, the
     tensors.
     """

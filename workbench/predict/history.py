@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workbench.predict.local_fit import Guess, Kernel, Known, kernel_for, local_fit, residual_fit
+from workbench.predict.local_fit import Guess, Kernel, MeasuredValues, kernel_for, local_fit, residual_fit
 
 if TYPE_CHECKING:
     from workbench.predict.prior import Costs, Link
@@ -40,9 +40,9 @@ class History:
     units of its doubt).
     """
 
-    known: Known
+    known: MeasuredValues
     link: Link | None
-    residuals: Known | None
+    residuals: MeasuredValues | None
     kernel: Kernel | None = None
 
     def guess(self, spot: Spot) -> Guess:
@@ -72,7 +72,7 @@ class History:
         same = (self.known.marks[:, here] == np.array(spot.mark)[here]).all(1)
         if not same.any():
             return Guess(math.nan, math.inf, 0, wide=True)
-        alike = Known(self.known.places[same], self.known.marks[same], self.known.values[same])
+        alike = MeasuredValues(self.known.places[same], self.known.marks[same], self.known.values[same])
         return local_fit(alike, np.array(spot.place), np.array(spot.mark))
 
 
@@ -87,7 +87,7 @@ def history(spots: Sequence[Spot], values: Sequence[float], link: Link | None = 
         np.array([spot.mark for spot in spots]),
         np.array(values, dtype=float),
     )
-    known = Known(places, marks, found)
+    known = MeasuredValues(places, marks, found)
     told = [(index, spot.costs) for index, spot in enumerate(spots) if spot.costs is not None]
     if link is None:
         return History(known, None, None)
@@ -97,7 +97,7 @@ def history(spots: Sequence[Spot], values: Sequence[float], link: Link | None = 
     if len(told) > 1:
         link = link.fitted(costs[-LATEST:], own[-LATEST:])
     prior = link.at(costs) if told else np.zeros(0)
-    residuals = Known(
+    residuals = MeasuredValues(
         np.column_stack([places[places_told], link.strength(prior)]),
         marks[places_told],
         (own - prior) / link.doubt(prior),

@@ -27,7 +27,7 @@ WIDTHS = (0.1, 0.2, 0.4)  # of the neighbourhood, in slider coordinates; leave-o
 
 
 @dataclass(frozen=True)
-class Known:
+class MeasuredValues:
     """Measured points as arrays: slider coordinates [n, d], marks of the other choices [n, d], values [n]."""
 
     places: NDArray[np.float64]
@@ -64,7 +64,9 @@ def squared_distances(
     return found
 
 
-def local_fit(known: Known, at: NDArray[np.float64], mark: NDArray[np.int64], level: float = LEVEL) -> Guess:
+def local_fit(
+    known: MeasuredValues, at: NDArray[np.float64], mark: NDArray[np.int64], level: float = LEVEL
+) -> Guess:
     """Return the local linear fit at a place, and the weighted conformal quantile of its leave-one-out
     residuals.
     """
@@ -171,7 +173,7 @@ class Kernel:
         return found
 
 
-def kernel_for(known: Known) -> Kernel:
+def kernel_for(known: MeasuredValues) -> Kernel:
     """Return the kernel whose leave-one-out residuals are smallest over the newest points.
 
     The dense point is the first one.
@@ -190,7 +192,9 @@ def left_out(inverse: NDArray[np.float64], values: NDArray[np.float64]) -> NDArr
     return found
 
 
-def residual_fit(known: Known, kernel: Kernel, at: NDArray[np.float64], mark: NDArray[np.int64]) -> Guess:
+def residual_fit(
+    known: MeasuredValues, kernel: Kernel, at: NDArray[np.float64], mark: NDArray[np.int64]
+) -> Guess:
     """Return the fit of standardised residuals at a place, in units of the prior's doubt.
 
     `half` is never infinite.

@@ -90,7 +90,7 @@ def runner(
         if engine is not None:
             made = engine.build(model, layers, kind, items, once)
         else:
-            made = {"graph": Captured, "compiled": Compiled}.get(runtime, lambda same: same)(model)
+            made = {"graph": CapturedModel, "compiled": Compiled}.get(runtime, lambda same: same)(model)
         with torch.inference_mode():
             kind.run(made, items)
     except RuntimeRefused as error:
@@ -101,7 +101,7 @@ def runner(
     return made
 
 
-class Captured(nn.Module):
+class CapturedModel(nn.Module):
     """A model captured as a CUDA graph for each shape of inputs, and replayed.
 
     Outputs are overwritten by the next call.

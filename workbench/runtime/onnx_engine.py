@@ -23,7 +23,7 @@ from workbench.runtime.onnx_layers import (
     Float,
     IntegerConv,
     IntegerLinear,
-    PackedLinear,
+    OnnxLinear,
     exportable,
     why_not_packed,
 )
@@ -93,7 +93,7 @@ class OnnxRuntime:
             baked(made.state_dict(), graph.weights) != graph.baked
         ):  # values that the exporter worked into the graph differ
             graph = export(made, call)
-        return Session(filled(graph, made), graph.outputs)
+        return OnnxSession(filled(graph, made), graph.outputs)
 
     def prepared(self, given: nn.Module, layers: tuple[Layer, ...], norms: dict[str, str]) -> nn.Module:
         """Return the model with every layer in the form that is exported, sharing what it can."""
@@ -114,7 +114,7 @@ class OnnxRuntime:
             elif how == "integers" and layer is not None:
                 replace_module(model, name, IntegerLinear(layer))
             elif how == "packed" and layer is not None:
-                replace_module(model, name, PackedLinear(layer))
+                replace_module(model, name, OnnxLinear(layer))
             elif isinstance(module, QuantizesInputs):
                 replace_module(model, name, exportable(module))
             elif type(module) is nn.Linear:
@@ -163,7 +163,7 @@ def followers(model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: It
     return {conv: norm for conv, norm in found.items() if list(found.values()).count(norm) == 1}
 
 
-class Session(nn.Module):
+class OnnxSession(nn.Module):
     """An ONNX Runtime session that is called like the model it was made from.
 
     Inputs must have the shapes it was made for.

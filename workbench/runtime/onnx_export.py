@@ -25,7 +25,7 @@ PREFIX = "model."
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """How a task calls its model: tensors by keyword, other arguments as they are, and the names of the
     tensors it returns.
     """
@@ -55,13 +55,13 @@ class Recorder(nn.Module):
         """Wrap the model."""
         super().__init__()
         self.model = model
-        self.call: Call | None = None
+        self.call: ModelCall | None = None
 
     def forward(self, **given: Any) -> Any:
         """Call the model."""
         made = self.model(**given)
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        self.call = Call(
+        self.call = ModelCall(
             tensors,
             {name: value for name, value in given.items() if name not in tensors},
             tuple(name for name, value in made.items() if isinstance(value, Tensor)),
@@ -72,7 +72,7 @@ class Recorder(nn.Module):
 class Called(nn.Module):
     """A model whose inputs and outputs are plain tensors in a fixed order."""
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, call: ModelCall) -> None:
         """Wrap the model."""
         super().__init__()
         self.model, self.call = model, call
@@ -83,7 +83,7 @@ class Called(nn.Module):
         return tuple(made[name] for name in self.call.outputs)
 
 
-def recorded(model: nn.Module, kind: Kind, items: Items) -> Call:
+def recorded(model: nn.Module, kind: Kind, items: Items) -> ModelCall:
     """Return how `kind` calls `model` on these items; runs it once.
 
     Raises:
@@ -103,7 +103,7 @@ def recorded(model: nn.Module, kind: Kind, items: Items) -> Call:
     return recorder.call
 
 
-def signature(model: nn.Module, call: Call) -> str:
+def signature(model: nn.Module, call: ModelCall) -> str:
     """Return a hash of everything but the weights: modules and their plain attributes, shapes, configuration,
     inputs.
     """
@@ -132,7 +132,7 @@ def simple(value: Any) -> bool:
     )
 
 
-def export(model: nn.Module, call: Call) -> Graph:
+def export(model: nn.Module, call: ModelCall) -> Graph:
     """Return the graph of a model, for inputs of exactly these shapes.
 
     Raises:

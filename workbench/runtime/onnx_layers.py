@@ -112,7 +112,7 @@ class Affine(nn.Module):
         return normalised
 
 
-class Product(nn.Module):
+class OnnxProduct(nn.Module):
     """A layer's product of integers as one node.
 
     `workbench.runtime.onnx_functions` says what it stands for.
@@ -199,7 +199,7 @@ class IntegerLinear(nn.Module):
     def __init__(self, layer: Layer) -> None:
         """Take what the layer holds."""
         super().__init__()
-        self.product = Product(layer, "Linear")
+        self.product = OnnxProduct(layer, "Linear")
         self.weight = like_weight()
         smooth = plain(layer).smooth
         self.register_buffer("smooth", None if smooth is None else smooth.detach().float())
@@ -228,7 +228,7 @@ class IntegerConv(nn.Module):
         )  # channels last
         self.sizes = tuple(zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True))
         self.weight = like_weight()
-        self.product = Product(layer, "Conv", order.to(layer.parameter.device), norm)
+        self.product = OnnxProduct(layer, "Conv", order.to(layer.parameter.device), norm)
         smooth = plain(layer).smooth
         self.register_buffer("smooth", None if smooth is None else smooth.detach().float().view(-1, 1, 1))
 
@@ -253,7 +253,7 @@ class IntegerConv(nn.Module):
         return made
 
 
-class PackedLinear(nn.Module):
+class OnnxLinear(nn.Module):
     """A Linear with 4-bit weights that are read packed and multiplied as floats (MatMulNBits)."""
 
     codes: Tensor

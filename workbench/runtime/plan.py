@@ -41,7 +41,7 @@ FAR = 0.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """What will run a model: an engine for each layer that has one.
 
     `no_kernel` holds one sentence for each part that none speeds up.
@@ -63,7 +63,7 @@ class Realised:
 
     model: nn.Module
     dense: nn.Module
-    plan: Plan
+    plan: KernelPlan
     held: nn.Module
     kernels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Served:
     zeros: int = 0  # layers whose zeros an engine uses
 
 
-def plan(compressed: Compressed, device: str, runtime: Runtime = "auto") -> Plan:
+def plan(compressed: Compressed, device: str, runtime: Runtime = "auto") -> KernelPlan:
     """Return what runs each layer of a compressed model on `device`, and why nothing runs the rest faster.
 
     Runs nothing.
@@ -98,11 +98,13 @@ def plan(compressed: Compressed, device: str, runtime: Runtime = "auto") -> Plan
     return plan_layers(compressed.layers, pattern, device, runtime)
 
 
-def plan_layers(layers: Iterable[Layer], pattern: str | None, device: str, runtime: Runtime = "auto") -> Plan:
+def plan_layers(
+    layers: Iterable[Layer], pattern: str | None, device: str, runtime: Runtime = "auto"
+) -> KernelPlan:
     """Return the plan of some layers; `pattern` is that of their zeros, None without a mask."""
     refused = why_not(runtime, device)
     if refused:
-        return Plan({}, (), (f"runtime {runtime!r} cannot be used here: {refused}",))
+        return KernelPlan({}, (), (f"runtime {runtime!r} cannot be used here: {refused}",))
     served = serve(layers, device, runtime)
     where = "this GPU" if device.startswith("cuda") else "this CPU"
     found = []
@@ -122,7 +124,7 @@ def plan_layers(layers: Iterable[Layer], pattern: str | None, device: str, runti
             f"no kernel multiplies rounded inputs on {where} for {counted(served.inputs)}: the rounding is"
             " simulated, which costs time"
         )
-    return Plan(served.engines, by_name(served.words), tuple(found))
+    return KernelPlan(served.engines, by_name(served.words), tuple(found))
 
 
 def by_name(layers: Counter[str]) -> tuple[str, ...]:
@@ -242,7 +244,7 @@ class Built:
     warnings: tuple[str, ...] = ()
 
 
-def with_kernels(compressed: Compressed, made: Plan, kind: Kind, items: Items) -> Built:
+def with_kernels(compressed: Compressed, made: KernelPlan, kind: Kind, items: Items) -> Built:
     """Return the model with the planned kernels in place, checked layer by layer and on the items."""
     if not made.engines:
         return Built(compressed.model)

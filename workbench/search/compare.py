@@ -28,7 +28,7 @@ SIZES = ("theoretical_bytes", "packed_bytes", "file_bytes")
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparedOption:
     """One option of one step in every recipe; "" where a recipe has no such step."""
 
     step: str
@@ -100,7 +100,7 @@ class Comparison:
     """Points side by side, in the order given."""
 
     points: tuple[Measurement, ...]
-    choices: tuple[Setting, ...]
+    choices: tuple[ComparedOption, ...]
     layers: tuple[LayerErrors, ...]
     apart: tuple[Apart, ...]
 
@@ -247,7 +247,7 @@ def worst_words(point: Measurement) -> str:
     return ", ".join(f"{layer.name} {layer.relative_error:.3f}" for layer in known[:3]) or "no weight changed"
 
 
-def choices_of(recipes: Sequence[Recipe]) -> tuple[Setting, ...]:
+def choices_of(recipes: Sequence[Recipe]) -> tuple[ComparedOption, ...]:
     """Return every option of every step that any recipe has.
 
     A second step of a kind is counted (`quantize 2`).
@@ -262,7 +262,7 @@ def choices_of(recipes: Sequence[Recipe]) -> tuple[Setting, ...]:
             key=lambda option: (option != sample.slider, option in {"targets", "seed"}),
         )
         found += [
-            Setting(
+            ComparedOption(
                 name,
                 option,
                 tuple(shown(getattr(steps[name], option)) if name in steps else "" for steps in named),

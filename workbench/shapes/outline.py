@@ -17,7 +17,7 @@ from torch import nn
 
 from workbench.modules.input_quantizer import InputFormat
 from workbench.modules.layer import Layer, find_layers, output_head
-from workbench.modules.weight_shapes import DTYPES, Entry, Weight, file_length
+from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, file_length
 from workbench.recipe import Step
 
 
@@ -43,7 +43,7 @@ class Outline:
     """
 
     weights: tuple[Weight, ...]
-    rest: tuple[Entry, ...]
+    rest: tuple[StoredTensor, ...]
     head: str | None
     positions: dict[str, int] = dataclasses.field(default_factory=dict)
     slack: int = 0
@@ -73,7 +73,7 @@ class Outline:
             seen.add(mark)
             layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
             if layer is None:
-                rest.append(Entry(key, DTYPES[value.dtype], tuple(value.shape), value.nbytes))
+                rest.append(StoredTensor(key, DTYPES[value.dtype], tuple(value.shape), value.nbytes))
             else:
                 name, others = (
                     key.removesuffix(".weight"),
@@ -127,7 +127,7 @@ class Outline:
         gridded = next((weight for weight in self.weights if weight.groups > 1), None)
         return 0 if gridded is None else gridded.columns // gridded.groups
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoredTensor]:
         """Return the tensors that are stored."""
         return [*self.rest, *(entry for weight in self.weights for entry in weight.encoded())]
 
@@ -158,7 +158,7 @@ class Outline:
 BESIDE = ("bias", "smooth", "input_scale", "input_zero")  # what may stand beside a weight in its module
 
 
-def moved_bias(entry: Entry, moved: dict[str, str]) -> Entry:
+def moved_bias(entry: StoredTensor, moved: dict[str, str]) -> StoredTensor:
     """Return an entry beside a weight under the name of the module that holds it now."""
     owner, _, last = entry.name.rpartition(".")
     return (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.metrics.scores import Scores
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Batch, Items, Pools, Reading, Sizes
+from workbench.tasks.items import Batch, ItemCounts, Items, Pools, Reading
 
 __all__ = ["Batch", "Items", "Kind", "Losses", "Task", "View"]
 
@@ -64,7 +64,7 @@ class Kind:
     # What `logits` returns: "distributions" before their softmax, or what else, in a word: "vectors"
     outputs: ClassVar[str]
 
-    sizes: ClassVar[Sizes]  # items evaluated, calibrated and trained on unless the user says otherwise
+    sizes: ClassVar[ItemCounts]  # items evaluated, calibrated and trained on unless the user says otherwise
     latency_items: ClassVar[int]  # in the batch that is timed
     sensitivity_items: ClassVar[int]  # evaluated for each layer alone
     data_names: ClassVar[tuple[str, ...]]  # named data that fit, of `workbench.tasks.sources`
@@ -103,7 +103,7 @@ class Kind:
         return self, ()
 
     @abstractmethod
-    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:
+    def pools(self, reading: Reading, raw: Raw, sizes: ItemCounts) -> Pools:
         """Return the items to train on, those to evaluate on if they are held out (else None), and notes.
 
         Raises:

@@ -18,7 +18,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks.audio import RATE
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Pools, Reading, Sizes
+from workbench.tasks.items import ItemCounts, Pools, Reading
 from workbench.tasks.speech_recognition import SpeechRecognition, tokens_and_features
 from workbench.tasks.transcripts import Writing, spoken_scores
 from workbench.tasks.utterances import Frames, speech_pools
@@ -54,7 +54,7 @@ class FrameRecognition(SpeechRecognition):
             )
         return Writing(tokenizer, features, end=int(config.get("pad_token_id") or 0))
 
-    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+    def pools(self, reading: Reading, raw: Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
         """Return utterances, one item a row."""
         return speech_pools(raw, sizes, self.writes, lambda some: Frames.of(some, self.writes))
 

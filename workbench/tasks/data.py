@@ -20,7 +20,7 @@ from workbench.tasks import columns, sources
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.fashion_mnist import LABELS, MEAN, SLICE, STD, slice_arrays
 from workbench.tasks.image_classification import grey_items
-from workbench.tasks.items import Pool, Reading, Sizes
+from workbench.tasks.items import ItemCounts, Pool, Reading
 
 FEW = 16  # evaluation items below which a number says little
 
@@ -41,7 +41,7 @@ def load(
     kind: Kind,
     reading: Reading,
     data: str | Path | Any,
-    sizes: Sizes,
+    sizes: ItemCounts,
     *,
     seed: int = 0,
     offline: bool = False,
@@ -72,7 +72,7 @@ def load(
     return replace(cut, labels=kind.labels(reading.config), notes=(*raw.notes, *notes, *cut.notes))
 
 
-def _cut(name: str, train: Pool, held_out: Pool | None, sizes: Sizes, seed: int) -> Data:
+def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed: int) -> Data:
     """Take evaluation, calibration and training items, disjoint, in seeded random order."""
     generator = np.random.default_rng(seed)
     total = train.size + (held_out.size if held_out else 0)

@@ -15,7 +15,7 @@ from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.fashion_mnist import SLICE
-from workbench.tasks.items import Pools, Reading, Sizes, labelled_pools
+from workbench.tasks.items import ItemCounts, Pools, Reading, labelled_pools
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import FEATURE_FILES, load_from
 
@@ -36,7 +36,7 @@ class ImageClassification(Choosing):
     type_mapping = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
     primary = "accuracy"
     distribution = "image"
-    sizes = Sizes(2000, 512, 5000)
+    sizes = ItemCounts(2000, 512, 5000)
     latency_items = 16
     sensitivity_items = 256
     data_names = (SLICE,)
@@ -62,7 +62,7 @@ class ImageClassification(Choosing):
         # The same pixels with and without torchvision
         return load_from(directory, "preprocessor", AutoImageProcessor, backend="pil")
 
-    def pools(self, reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+    def pools(self, reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
         """Return images, one item a row, after checking every label."""
         channels = int(reading.config.get("num_channels") or 3)
 

@@ -76,7 +76,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ItemCounts:
     """The most items to use for each purpose: a kind's own, where it says how many, unless a user does."""
 
     evaluation: int
@@ -85,7 +85,7 @@ class Sizes:
 
     def limited(
         self, evaluation: int | None = None, calibration: int | None = None, training: int | None = None
-    ) -> Sizes:
+    ) -> ItemCounts:
         """Return the sizes given, these where None is.
 
         Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
-from workbench.tasks.items import Pool, Pools, Reading, Sizes
+from workbench.tasks.items import ItemCounts, Pool, Pools, Reading
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import GENERATION_FILES, TOKENIZER_FILES, load_tokenizer
 from workbench.tasks.sources import PYTHON_DOCS, WIKITEXT
@@ -36,7 +36,7 @@ class LanguageModelling(Choosing):
     type_mapping = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     primary = "perplexity"
     distribution = "token"
-    sizes = Sizes(64, 32, 256)
+    sizes = ItemCounts(64, 32, 256)
     latency_items = 1  # a window of many tokens
     sensitivity_items = 16
     data_names = (PYTHON_DOCS, WIKITEXT)
@@ -55,7 +55,7 @@ class LanguageModelling(Choosing):
         """Return the tokenizer of a folder."""
         return load_tokenizer(directory, self.name)
 
-    def pools(self, reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:
+    def pools(self, reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools:
         """Return windows of running text."""
         return window_pools(reading, raw, sizes)
 
@@ -125,7 +125,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
         yield "".join(gathered)
 
 
-def window_pools(reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:
+def window_pools(reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools:
     """Return windows of running text.
 
     Raises:

@@ -21,7 +21,7 @@ from workbench.metrics.scores import Scores
 from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Pool, Pools, Reading, Sizes
+from workbench.tasks.items import ItemCounts, Pool, Pools, Reading
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer
 from workbench.tasks.sources import STSB, WORDSIM
@@ -54,7 +54,7 @@ class SentenceSimilarity(Choosing):
     flips_by = "cosine"
     distribution = None
     outputs = "vectors"
-    sizes = Sizes(2000, 512, 5000)
+    sizes = ItemCounts(2000, 512, 5000)
     latency_items = 16
     sensitivity_items = 256
     data_names = (WORDSIM, STSB)
@@ -90,7 +90,7 @@ class SentenceSimilarity(Choosing):
         spare_pooler(model)
         return kind, notes
 
-    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+    def pools(self, reading: Reading, raw: Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
         """Return pairs of texts, one item a row."""
         return pair_pools(reading, raw)
 

@@ -17,7 +17,7 @@ from workbench.errors import ModelError, RuntimeRefused
 from workbench.metrics.scores import Scores
 from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Pools, Reading, Sizes
+from workbench.tasks.items import ItemCounts, Pools, Reading
 from workbench.tasks.likelihood import Choosing, likelihoods
 from workbench.tasks.processors import (
     FEATURE_FILES,
@@ -49,7 +49,7 @@ class SpeechRecognition(Choosing):
     type_mapping = None
     primary = "word error rate"
     distribution = None  # words are written one after the other
-    sizes = Sizes(64, 32, 256)
+    sizes = ItemCounts(64, 32, 256)
     latency_items = 1
     sensitivity_items = 32
     data_names = (PROMPTS,)
@@ -79,7 +79,7 @@ class SpeechRecognition(Choosing):
         """Return the kind with how this model writes."""
         return replace(self, writing=processor), ()
 
-    def pools(self, reading: Reading, raw: Raw, sizes: Sizes) -> Pools:
+    def pools(self, reading: Reading, raw: Raw, sizes: ItemCounts) -> Pools:
         """Return utterances, one item a row."""
         writes = self.writes
         return speech_pools(raw, sizes, writes, lambda some: Windows.of(some, writes, reading.config))

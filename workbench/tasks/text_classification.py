@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
-from workbench.tasks.items import Pools, Reading, Sizes, labelled_pools
+from workbench.tasks.items import ItemCounts, Pools, Reading, labelled_pools
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer, set_padding
 
@@ -30,7 +30,7 @@ class TextClassification(Choosing):
     type_mapping = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
     primary = "accuracy"
     distribution = "text"
-    sizes = Sizes(2000, 512, 5000)
+    sizes = ItemCounts(2000, 512, 5000)
     latency_items = 16
     sensitivity_items = 256
     data_names = ()
@@ -54,7 +54,7 @@ class TextClassification(Choosing):
             set_padding(model, processor)
         return self, ()
 
-    def pools(self, reading: Reading, raw: columns.Raw, sizes: Sizes) -> Pools:  # noqa: ARG002
+    def pools(self, reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
         """Return texts, one item a row, after checking every label."""
         longest = min(
             MAX_TOKENS,

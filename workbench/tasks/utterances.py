@@ -20,7 +20,7 @@ from workbench.errors import DataError
 from workbench.hub import debian
 from workbench.tasks import audio, columns
 from workbench.tasks.columns import Raw
-from workbench.tasks.items import Items, Pool, Pools, Sizes
+from workbench.tasks.items import ItemCounts, Items, Pool, Pools
 from workbench.tasks.transcripts import Writing
 
 MOST_SECONDS = 30.0
@@ -154,7 +154,7 @@ class Maker(Protocol):
 
 
 def speech_pools(
-    raw: Raw, sizes: Sizes, writing: Writing, maker: Callable[[Sequence[Utterance]], Maker]
+    raw: Raw, sizes: ItemCounts, writing: Writing, maker: Callable[[Sequence[Utterance]], Maker]
 ) -> Pools:
     """Return utterances, one item a row, as `maker` of all of them makes their items.
 

@@ -20,12 +20,12 @@ from workbench.tasks.registry import KINDS
 from workbench.util.device import pick
 from workbench.util.text import nearest
 from workbench.zoo import local
-from workbench.zoo.catalogue import CATALOGUE, Entry, Listed, find
+from workbench.zoo.catalogue import CATALOGUE, CatalogueEntry, Listed, find
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Entry", "load_task", "models"]
+__all__ = ["CatalogueEntry", "load_task", "models"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Located:
     notes: tuple[str, ...] = ()
 
 
-def models() -> list[Entry]:
+def models() -> list[CatalogueEntry]:
     """Return the models that have a short name; any local folder or hub id can be used as well."""
     return [listed.entry() for listed in CATALOGUE]
 

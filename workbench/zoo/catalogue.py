@@ -18,7 +18,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """A line of `workbench models`. `parameters` is a count; `here` says that it loads without a network."""
 
     name: str
@@ -51,13 +51,13 @@ class Listed:
         """Return the folder inside the package (of an embedded model)."""
         return EMBEDDED / self.name
 
-    def entry(self) -> Entry:
+    def entry(self) -> CatalogueEntry:
         """Return this model as a line for users, with a look at what is on this disk."""
         from workbench.hub import hub
 
         if self.embedded:
             here = (self.directory / "model.safetensors").is_file()
-            return Entry(
+            return CatalogueEntry(
                 self.name,
                 self.task,
                 self.parameters,
@@ -72,7 +72,7 @@ class Listed:
         source = f"hub {self.hub}" + (
             f", else archive {self.archive.package} {self.archive.version}" if self.archive else ""
         )
-        return Entry(self.name, self.task, self.parameters, self.licence, source, here, self.notes)
+        return CatalogueEntry(self.name, self.task, self.parameters, self.licence, source, here, self.notes)
 
     def _measured(self) -> str:
         """Return the accuracy that training measured, on all 10,000 test images."""

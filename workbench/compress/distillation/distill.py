@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.compress.core.context import Work
 from workbench.compress.distillation.hidden_states import (
     Pairs,
-    Seen,
+    SeenStates,
     inner_loss,
     padding_masks,
     pair_up,
@@ -109,7 +109,7 @@ class Eye:
     maps: bool
     mixed: bool
 
-    def see(self, model: nn.Module, items: Items) -> Seen:
+    def see(self, model: nn.Module, items: Items) -> SeenStates:
         """Return what a model shows for items on its device."""
         with self.arithmetic():
             return see(self.kind, model, items, states=self.states, maps=self.maps)
@@ -118,12 +118,12 @@ class Eye:
         """Return in what precision forward passes compute."""
         return torch.autocast("cuda", torch.bfloat16) if self.mixed else nullcontext()
 
-    def teacher(self, model: nn.Module) -> Callable[[Items], Seen]:
+    def teacher(self, model: nn.Module) -> Callable[[Items], SeenStates]:
         """Return a function of items that shows what a teacher answers, without gradients."""
         device = next(model.parameters()).device
 
         @torch.no_grad()
-        def answers(items: Items) -> Seen:
+        def answers(items: Items) -> SeenStates:
             return self.see(model, items.to(device))
 
         return answers

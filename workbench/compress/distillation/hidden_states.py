@@ -28,7 +28,7 @@ Pairs = dict[str, tuple[tuple[int, int], ...]]  # by group: (student's place, te
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenStates:
     """What one forward pass showed: `logits`, and by the names that transformers gives them, tuples of hidden
     states or attention maps.
     """
@@ -37,12 +37,14 @@ class Seen:
     inside: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
-def see(kind: Kind, model: nn.Module, items: Items, *, states: bool = False, maps: bool = False) -> Seen:
+def see(
+    kind: Kind, model: nn.Module, items: Items, *, states: bool = False, maps: bool = False
+) -> SeenStates:
     """Return the logits of a model that transformers made, with hidden states and attention maps where these
     are asked for.
     """
     if not states and not maps:
-        return Seen(kind.logits(model, items))
+        return SeenStates(kind.logits(model, items))
     asked = {
         name: True
         for name, wanted in (("output_hidden_states", states), ("output_attentions", maps))
@@ -60,7 +62,7 @@ def see(kind: Kind, model: nn.Module, items: Items, *, states: bool = False, map
         after.remove()
     names = [*STATES * states, *MAPS * maps]
     found = {name: getattr(shown[-1], name, None) for name in names}
-    return Seen(
+    return SeenStates(
         logits,
         {
             name: tuple(values)
@@ -95,7 +97,13 @@ def switch(model: nn.Module, attention: str | None) -> None:
 
 
 def pair_up(
-    student: Seen, teacher: Seen, layer_map: str, *, states: bool, maps: bool, names: tuple[str, str]
+    student: SeenStates,
+    teacher: SeenStates,
+    layer_map: str,
+    *,
+    states: bool,
+    maps: bool,
+    names: tuple[str, str],
 ) -> Pairs:
     """Return which places of the student stand for which of the teacher, after checking that they can.
 
@@ -170,8 +178,8 @@ def check_shapes(mine: Tensor, yours: Tensor, what: str, other: str, option: str
 
 
 def inner_loss(
-    student: Seen,
-    teacher: Seen,
+    student: SeenStates,
+    teacher: SeenStates,
     pairs: Pairs,
     masks: Sequence[Tensor],
     *,

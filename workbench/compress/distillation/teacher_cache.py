@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.distillation.hidden_states import Seen
-from workbench.compress.distillation.teacher_tables import DiskTable, MemoryTable, Table
+from workbench.compress.distillation.hidden_states import SeenStates
+from workbench.compress.distillation.teacher_tables import AnswerTable, DiskTable, MemoryTable
 from workbench.tasks.base import Items
 from workbench.util.hooks import of_this_thread
 
-Compute = Callable[[Items], Seen]
+Compute = Callable[[Items], SeenStates]
 
 
 @dataclass
@@ -39,11 +39,11 @@ class TeacherCache:
     slice_last: bool = False
     folder: Path | None = None
     by_item: bool = True  # whether all that is shown has one row for each item; else nothing can be kept
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, AnswerTable] = field(default_factory=dict)
     filled: set[int] = field(default_factory=set)
 
     @torch.no_grad()
-    def look_up(self, index: Tensor) -> Seen:
+    def look_up(self, index: Tensor) -> SeenStates:
         """Return what the teacher shows for training items `index` (int64 [N], on the CPU).
 
         Raises:
@@ -98,7 +98,7 @@ class TeacherCache:
             f"{name}/{place}": one for name, values in seen.inside.items() for place, one in enumerate(values)
         }
 
-    def unpacked(self, kept: dict[str, Tensor]) -> Seen:
+    def unpacked(self, kept: dict[str, Tensor]) -> SeenStates:
         """Return the teacher's answers from what `packed` kept."""
         logits = kept["logits"] if self.head is None else self.replay(kept["states"])
         inside: dict[str, list[Tensor]] = {}
@@ -106,7 +106,7 @@ class TeacherCache:
             group, slash, _ = name.partition("/")
             if slash:
                 inside.setdefault(group, []).append(values)
-        return Seen(logits, {group: tuple(places) for group, places in inside.items()})
+        return SeenStates(logits, {group: tuple(places) for group, places in inside.items()})
 
     def replay(self, states: Tensor) -> Tensor:
         """Return the logits that the head makes of what it was given."""
@@ -120,7 +120,7 @@ class TeacherCache:
         return sum(table.nbytes for table in self.tables.values())
 
 
-def watched(compute: Compute, head: nn.Module | None, items: Items) -> tuple[Seen, Tensor | None]:
+def watched(compute: Compute, head: nn.Module | None, items: Items) -> tuple[SeenStates, Tensor | None]:
     """Return what a teacher shows, and what its output head was given ([N, L, width]), None without a
     head.
     """

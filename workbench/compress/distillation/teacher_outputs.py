@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.compress.core.context import Work
-from workbench.compress.distillation.hidden_states import Seen
+from workbench.compress.distillation.hidden_states import SeenStates
 from workbench.compress.distillation.teacher_cache import Compute, TeacherCache, teacher_cache
 from workbench.compress.distillation.teacher_tables import disk_folder, free_bytes
 from workbench.compress.training.trainer import Drawn
@@ -106,7 +106,7 @@ class Asked:
         self.teachers, self.work, self.allowance = teachers, work, allowance
         self.shelves = self.found() if teachers and (allowance.memory_mb or allowance.disk_mb) else []
 
-    def __call__(self, drawn: Drawn) -> list[Seen]:
+    def __call__(self, drawn: Drawn) -> list[SeenStates]:
         """Return what each teacher shows for training items: as it was kept, or computed now."""
         if self.shelves:
             try:
@@ -119,7 +119,7 @@ class Asked:
                 )
         return [teacher.compute(drawn) for teacher in self.teachers]
 
-    def check(self, answers: list[Seen], loss: Tensor) -> None:
+    def check(self, answers: list[SeenStates], loss: Tensor) -> None:
         """Refuse a teacher whose answers are the reason that a loss is not finite.
 
         Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-class Table(Protocol):
+class AnswerTable(Protocol):
     """Rows of one shape and type that are written in runs and read in any order."""
 
     def put(self, start: int, values: Tensor) -> None:

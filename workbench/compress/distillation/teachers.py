@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from workbench.compress.core.context import Work
 from workbench.compress.distillation.aligned_states import captured
-from workbench.compress.distillation.hidden_states import Seen
+from workbench.compress.distillation.hidden_states import SeenStates
 from workbench.compress.distillation.teacher_cache import Compute
 from workbench.compress.distillation.teacher_outputs import check_finite
 from workbench.errors import CompressionError, RecipeError
@@ -78,12 +78,12 @@ def showing(kind: Kind, model: nn.Module, blocks: tuple[str, ...], *, answers: b
     there = weakref.ref(model)
 
     @torch.no_grad()
-    def compute(items: Items) -> Seen:
+    def compute(items: Items) -> SeenStates:
         teacher = there()
         assert teacher is not None  # noqa: S101  for the type checker: whoever trains with a teacher holds it
         with captured(teacher, list(blocks)) as states:
             logits = kind.logits(teacher, items.to(device_of(teacher)))
-        return Seen(
+        return SeenStates(
             logits if answers else logits[..., :0],
             {"aims": tuple(states[block] for block in blocks)} if blocks else {},
         )

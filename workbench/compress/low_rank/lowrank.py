@@ -60,7 +60,7 @@ def reads(step: LowRank) -> frozenset[Reads]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerForm:
     """One layer and the form that it gets."""
 
     layer: Layer
@@ -132,14 +132,14 @@ def warn_of_few_rows(layers: list[Layer], work: Work) -> None:
         )
 
 
-def uniform(step: LowRank, layers: list[Layer], work: Work) -> list[Plan]:
+def uniform(step: LowRank, layers: list[Layer], work: Work) -> list[LayerForm]:
     """Return the same ratio for every layer that it makes smaller; the report says where it would not."""
     plans = []
     for layer in layers:
         shape = shape_of(layer.module)
         form = form_for(shape, step.conv, step.rank_ratio)
         if cost(shape, form) < shape.count:
-            plans.append(Plan(layer, form))
+            plans.append(LayerForm(layer, form))
         else:
             work.say(layer, f"lowrank skipped: {too_much(layer, form)}")
     return plans
@@ -160,7 +160,7 @@ def too_much(layer: Layer, form: Form) -> str:
     return f"rank {form.ranks[0]} of {size} saves no weights ({below})"
 
 
-def allocated(step: LowRank, layers: list[Layer], work: Work) -> list[Plan]:
+def allocated(step: LowRank, layers: list[Layer], work: Work) -> list[LayerForm]:
     """Return ranks shared out under the budget of the uniform ones.
 
     The report says which layers stay whole.
@@ -174,7 +174,7 @@ def allocated(step: LowRank, layers: list[Layer], work: Work) -> list[Plan]:
     ):
         rank = ranks[candidate.name]
         if rank is not None:
-            plans.append(Plan(layer, Form(candidate.kind, (rank,))))
+            plans.append(LayerForm(layer, Form(candidate.kind, (rank,))))
         else:
             work.say(
                 layer,

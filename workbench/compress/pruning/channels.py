@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.pruning.prunable_units import Found, Part, Space
+from workbench.compress.pruning.prunable_units import FoundSpaces, Space, UnitPart
 from workbench.compress.pruning.surgery import NORMS
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Items, Kind
 
 
-def find_channels(model: nn.Module, kind: Kind, items: Items, head: str | None) -> Found:
+def find_channels(model: nn.Module, kind: Kind, items: Items, head: str | None) -> FoundSpaces:
     """Return the channels of every convolution that may lose some.
 
     Channels that a sum ties together form one space. A space is skipped, with the reason, where a convolution
@@ -56,12 +56,12 @@ def find_channels(model: nn.Module, kind: Kind, items: Items, head: str | None) 
             spaces.append(made)
         else:
             skipped.update(made)
-    return Found(tuple(spaces), skipped)
+    return FoundSpaces(tuple(spaces), skipped)
 
 
 def space_of(group: Any, names: dict[nn.Module, str]) -> Space | dict[str, str]:
     """Return a group of the graph as a space, or for each of its modules why it cannot be one."""
-    parts: list[Part] = []
+    parts: list[UnitPart] = []
     reason, touched = "", [names[item.dep.target.module] for item in group if item.dep.target.module in names]
     for item in group:
         module, handler = item.dep.target.module, item.dep.handler.__name__
@@ -78,7 +78,7 @@ def space_of(group: Any, names: dict[nn.Module, str]) -> Space | dict[str, str]:
             axis = "rows"
         elif not isinstance(module, nn.Conv2d | nn.Linear):
             reason = f"its channels meet {names[module]}, a {type(module).__name__}, which has no rule here"
-        parts.append(Part(names[module], axis, by_unit(item)))  # type: ignore[arg-type]
+        parts.append(UnitPart(names[module], axis, by_unit(item)))  # type: ignore[arg-type]
     units = len(parts[0].index) if parts else 0
     if not reason and any(len(part.index) != units for part in parts):
         reason = "its channels are divided among the modules in a way that has no rule here"

@@ -37,7 +37,7 @@ HEAD_SIZES = ("head_dim", "attention_head_size")
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitPart:
     """What the units of a space have in one module.
 
     `index` int64 [units, k]: rows (outputs), or columns (input channels).
@@ -58,7 +58,7 @@ class Space:
     block: str
     unit: str  # in the plural
     units: int
-    parts: tuple[Part, ...]
+    parts: tuple[UnitPart, ...]
 
     def modules(self) -> list[str]:
         """Return the names of the modules that its units touch, each once."""
@@ -66,7 +66,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSpaces:
     """The spaces of a model, and the reason for every place that looks like one and cannot be taken."""
 
     spaces: tuple[Space, ...]
@@ -112,15 +112,15 @@ class Attention:
         wide, narrow = blocks(self.shared, group * self.size), blocks(self.shared, self.size)
         if self.fused:
             width = self.heads * self.size
-            rows = [Part(self.query, "rows", torch.cat([wide, wide + width, wide + 2 * width], 1))]
+            rows = [UnitPart(self.query, "rows", torch.cat([wide, wide + width, wide + 2 * width], 1))]
         else:
             rows = [
-                Part(self.query, "rows", wide),
-                Part(self.key, "rows", narrow),
-                Part(self.value, "rows", narrow),
+                UnitPart(self.query, "rows", wide),
+                UnitPart(self.key, "rows", narrow),
+                UnitPart(self.value, "rows", narrow),
             ]
         unit = "heads" if group == 1 else f"key-value groups of {group} heads"
-        return Space(self.name, unit, self.shared, (*rows, Part(self.output, "columns", wide)))
+        return Space(self.name, unit, self.shared, (*rows, UnitPart(self.output, "columns", wide)))
 
     def within(self) -> list[Space]:
         """Return one space for each group of heads that share keys and values: as many query heads of each
@@ -133,7 +133,7 @@ class Attention:
                 self.name,
                 f"query heads of key-value head {i}",
                 group,
-                (Part(self.query, "rows", wide[i]), Part(self.output, "columns", wide[i])),
+                (UnitPart(self.query, "rows", wide[i]), UnitPart(self.output, "columns", wide[i])),
             )
             for i in range(self.shared)
         ]
@@ -220,7 +220,7 @@ def attention(modules: dict[str, nn.Module], name: str, parts: list[str]) -> Att
     return Attention(name, owner, query, key, value, output, wide // size, narrow // size, size)
 
 
-def find_neurons(model: nn.Module) -> Found:
+def find_neurons(model: nn.Module) -> FoundSpaces:
     """Return the neurons of every MLP of a known form."""
     modules, found, skipped = dict(model.named_modules()), list[Space](), dict[str, str]()
     for name in modules:
@@ -235,17 +235,17 @@ def find_neurons(model: nn.Module) -> Found:
                     )
                     continue
                 each = blocks(widths.pop(), 1)
-                rows = tuple(Part(part, "rows", each) for part in parts[:-1])
+                rows = tuple(UnitPart(part, "rows", each) for part in parts[:-1])
                 found.append(
                     Space(
                         block_of(name, makers, reader),
                         "neurons",
                         len(each),
-                        (*rows, Part(parts[-1], "columns", each)),
+                        (*rows, UnitPart(parts[-1], "columns", each)),
                     )
                 )
                 break
-    return Found(tuple(found), skipped)
+    return FoundSpaces(tuple(found), skipped)
 
 
 def block_of(name: str, makers: tuple[str, ...], reader: str) -> str:
@@ -255,7 +255,7 @@ def block_of(name: str, makers: tuple[str, ...], reader: str) -> str:
     return f"{name}.{makers[0]}" if "." in makers[0] or (makers[0], reader) == ("fc1", "fc2") else name
 
 
-def find_heads(model: nn.Module, sparsity: float, *, alike: bool) -> Found:
+def find_heads(model: nn.Module, sparsity: float, *, alike: bool) -> FoundSpaces:
     """Return the heads of every attention as units.
 
     Where heads share keys and values there are two ways that keep the model valid: whole groups go, or as
@@ -273,7 +273,7 @@ def find_heads(model: nn.Module, sparsity: float, *, alike: bool) -> Found:
             spaces += within if off(within[0].units, sparsity) < off(one.shared, sparsity) - 1e-9 else whole
         else:
             spaces += whole if one.shared > 1 else within
-    return Found(tuple(spaces), skipped)
+    return FoundSpaces(tuple(spaces), skipped)
 
 
 def off(units: int, sparsity: float) -> float:

@@ -56,7 +56,7 @@ def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
 
 
 @dataclass(frozen=True)
-class Factorised:
+class RemovalFactors:
     """Of some second moments: what `Factor` holds, and the damping of each."""
 
     upper: Tensor
@@ -64,10 +64,10 @@ class Factorised:
     damping: tuple[float, ...]
 
 
-def factorised(layers: list[Layer], evidence: Evidence) -> Factorised:
+def factorised(layers: list[Layer], evidence: Evidence) -> RemovalFactors:
     """Return the factors of layers as they are now; raises as `inverse_factors`."""
     upper, alive, damping = factorise(torch.stack([evidence.moment(layer) for layer in layers]), layers)
-    return Factorised(upper, alive, tuple(damping))
+    return RemovalFactors(upper, alive, tuple(damping))
 
 
 def factorise(moments: Tensor, layers: list[Layer]) -> tuple[Tensor, Tensor, list[float]]:

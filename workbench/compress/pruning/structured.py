@@ -18,7 +18,7 @@ from workbench.compress.pruning.channels import find_channels
 from workbench.compress.pruning.config_sync import settle_numbers
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.prunable_units import (
-    Found,
+    FoundSpaces,
     Space,
     find_attentions,
     find_heads,
@@ -136,7 +136,7 @@ def side_squares(layer: Layer, axis: str) -> Tensor:
 
 def find_spaces(
     step: Prune, model: nn.Module, task: Task, statistics: Statistics, *, pristine: bool
-) -> Found:
+) -> FoundSpaces:
     """Return the spaces of a pattern, and why other places are skipped.
 
     Channels of a `pristine` model are followed once a bench.
@@ -147,13 +147,13 @@ def find_spaces(
         return find_neurons(model)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if find_attentions(model)[0]:
-        return Found(
+        return FoundSpaces(
             (), dict.fromkeys(convolutions, "its channels are the width that every block of attention reads")
         )
     if not convolutions:
-        return Found((), {})
+        return FoundSpaces((), {})
 
-    def follow() -> Found:
+    def follow() -> FoundSpaces:
         return find_channels(model, task.kind, task.calibration, output_head(model))
 
     return statistics.once("channels", follow) if pristine else follow()

@@ -14,7 +14,7 @@ from typing import Any
 from workbench.calibration.statistics import Statistics
 from workbench.compress.pruning.prunable_units import Space, find_blocks, removed_count
 from workbench.compress.pruning.structured import find_spaces
-from workbench.modules.weight_shapes import Entry, Weight
+from workbench.modules.weight_shapes import StoredTensor, Weight
 from workbench.shapes.outline import Anatomy, Outline
 from workbench.tasks.base import Task
 
@@ -75,7 +75,7 @@ def narrowed(weight: Weight, rows: int, channels: int) -> Weight:
     return dataclasses.replace(weight, shape=shape, rows=outputs, columns=inputs * kernel)
 
 
-def shortened(entry: Entry, rows: dict[str, int]) -> Entry:
+def shortened(entry: StoredTensor, rows: dict[str, int]) -> StoredTensor:
     """Return a bias, or a tensor of a batch norm, with so many entries fewer."""
     gone = rows.get(entry.name.rpartition(".")[0], 0) if len(entry.shape) == 1 else 0
     if not gone:

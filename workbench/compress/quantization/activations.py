@@ -17,7 +17,7 @@ from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs, quantized_class, quantized_like
 from workbench.modules.layer import Layer, can_hold, replace_module
-from workbench.modules.weight_shapes import Entry
+from workbench.modules.weight_shapes import StoredTensor
 from workbench.recipe import Mark, Step, configuration, first_leaving
 from workbench.shapes.outline import Outline
 from workbench.util.about import About
@@ -168,16 +168,19 @@ class Fitted:
 
 def shapes(outline: Outline, step: Activations) -> Outline:
     """Return the outline with what rounds inputs beside the weights: divisors, scales and zero points."""
-    added: list[Entry] = []
+    added: list[StoredTensor] = []
     for weight in outline.weights:
         if weight.table or not outline.takes(weight, step):
             continue
         name = weight.origin if weight.others else weight.name
         if step.smoothing and not weight.others:
             channels = weight.shape[1] if len(weight.shape) == 4 else weight.columns
-            added.append(Entry(f"{name}.smooth", "F32", (channels,), 4 * channels))
+            added.append(StoredTensor(f"{name}.smooth", "F32", (channels,), 4 * channels))
         if step.activation_scaling == "static":
-            added += [Entry(f"{name}.input_scale", "F32", (), 4), Entry(f"{name}.input_zero", "I32", (), 4)]
+            added += [
+                StoredTensor(f"{name}.input_scale", "F32", (), 4),
+                StoredTensor(f"{name}.input_zero", "I32", (), 4),
+            ]
     return replace(outline, rest=(*outline.rest, *added), inputs=step.rounding)
 
 

@@ -69,7 +69,7 @@ def orders(layers: tuple[Layer, ...], work: Work, *, damping: float, by_activati
 
 
 @dataclass(frozen=True)
-class Factorised:
+class RoundingFactors:
     """Of some second moments: what `Order` holds, and by how much the damping of each was raised."""
 
     upper: Tensor
@@ -77,7 +77,7 @@ class Factorised:
     stronger: tuple[int, ...]
 
 
-def factorised(layers: list[Layer], work: Work, *, damping: float, by_activation: bool) -> Factorised:
+def factorised(layers: list[Layer], work: Work, *, damping: float, by_activation: bool) -> RoundingFactors:
     """Return the orders of layers as they are now; raises as `orders`."""
     upper, columns, stronger = factorise(
         torch.stack([second_moment_of(layer, work) for layer in layers]),
@@ -85,7 +85,7 @@ def factorised(layers: list[Layer], work: Work, *, damping: float, by_activation
         damping=damping,
         by_activation=by_activation,
     )
-    return Factorised(upper, columns, tuple(stronger))
+    return RoundingFactors(upper, columns, tuple(stronger))
 
 
 def factorise(

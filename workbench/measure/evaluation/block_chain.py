@@ -98,7 +98,7 @@ def differs(dense: nn.Module, other: nn.Module | None) -> bool:
 
 
 @dataclass
-class Call:
+class BlockCall:
     """One call of a module, while a model is watched: when it began and ended, and for children of lists what
     went in and out.
     """
@@ -117,8 +117,8 @@ class Watch:
     """Writes down the calls of all modules of a model, one run of one item."""
 
     listed: set[str]
-    calls: list[Call] = field(default_factory=list)
-    running: list[Call] = field(default_factory=list)
+    calls: list[BlockCall] = field(default_factory=list)
+    running: list[BlockCall] = field(default_factory=list)
     clock: int = 0
 
     def on(self, model: nn.Module) -> list[Any]:
@@ -136,7 +136,7 @@ class Watch:
     def begin(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Note that a call begins."""
         self.clock += 1
-        call = Call(name, self.clock, given=first_tensor(given, named) if name in self.listed else None)
+        call = BlockCall(name, self.clock, given=first_tensor(given, named) if name in self.listed else None)
         self.calls.append(call)
         self.running.append(call)
 
@@ -241,7 +241,7 @@ def alike(whole: Scores, again: Scores, *, several: bool) -> bool:
     return same and same_bits(whole.answers, again.answers)
 
 
-def longest(listed: list[Call], calls: list[Call]) -> list[Call]:
+def longest(listed: list[BlockCall], calls: list[BlockCall]) -> list[BlockCall]:
     """Return the longest chain in which each is given the very tensor that the one before returned, each
     called once.
     """
@@ -267,9 +267,9 @@ def longest(listed: list[Call], calls: list[Call]) -> list[Call]:
     return max(chains(flat).values(), key=len, default=[])
 
 
-def chains(calls: list[Call]) -> dict[int, list[Call]]:
+def chains(calls: list[BlockCall]) -> dict[int, list[BlockCall]]:
     """Return the longest chain that ends in each tensor, by its id."""
-    best: dict[int, list[Call]] = {}
+    best: dict[int, list[BlockCall]] = {}
     for call in sorted(filter(fits, calls), key=lambda call: call.ended):
         mine = [*best.get(id(call.given), []), call]
         if len(mine) > len(best.get(id(call.states), [])):
@@ -277,7 +277,7 @@ def chains(calls: list[Call]) -> dict[int, list[Call]]:
     return best
 
 
-def fits(call: Call) -> bool:
+def fits(call: BlockCall) -> bool:
     """Return whether a block returns other states than it is given, and nothing beside."""
     try:
         extras(call.made)
@@ -286,7 +286,7 @@ def fits(call: Call) -> bool:
     return call.given is not None and call.states is not None and call.states is not call.given
 
 
-def limits(model: nn.Module, chain: list[Call], calls: list[Call]) -> dict[str, int]:
+def limits(model: nn.Module, chain: list[BlockCall], calls: list[BlockCall]) -> dict[str, int]:
     """Return for each module how many blocks may be left out if it differs: those that were done before it
     was first called.
     """

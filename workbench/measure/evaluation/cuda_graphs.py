@@ -44,7 +44,7 @@ Read: TypeAlias = Callable[
 
 
 @dataclass
-class Captured:
+class CapturedPass:
     """One graph: `inputs` are copied in before it is replayed, `loss` and `answers` are overwritten by the
     next replay.
     """
@@ -77,7 +77,7 @@ class Graphs:
     slots: list[Tensor] = field(default_factory=list)  # the copy's, in the same order
     pristine: list[bool] = field(default_factory=list)  # whether they hold the dense model's values
     holds: weakref.ref[nn.Module] | None = None  # the model whose weights the copy has now
-    captured: dict[object, Captured] = field(default_factory=dict)
+    captured: dict[object, CapturedPass] = field(default_factory=dict)
     seen: set[object] = field(default_factory=set)  # shapes
     lock: threading.Lock = field(default_factory=threading.Lock)
     sampler: Sampler | None = None  # what is kept of the outputs of each batch
@@ -193,7 +193,7 @@ class Graphs:
         self.sampled = None if self.sampler is None else self.sampler(logits)
         return token_loss(logits, items.labels)
 
-    def capture(self, items: Items) -> Captured:
+    def capture(self, items: Items) -> CapturedPass:
         """Run a batch beside the main stream, then capture one run.
 
         Another thread's use of the GPU does not break it.
@@ -216,7 +216,7 @@ class Graphs:
         graph.replay()
         if not (torch.equal(loss, stepwise[0]) and torch.equal(answers, stepwise[1])):
             raise RuntimeError("a replay gives other bits than the model run step by step")
-        return Captured(graph, inputs, loss, answers, self.sampled)
+        return CapturedPass(graph, inputs, loss, answers, self.sampled)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from workbench.measure.evaluation.cuda_graphs import Graphs, Read
 from workbench.measure.evaluation.fused_blocks import FUSED, FusedBlocks, fused_blocks
 from workbench.measure.evaluation.length_sorting import in_place, ordered, text_spans, trimmed, trims
 from workbench.measure.evaluation.outputs import Outputs, Sampler, scored
-from workbench.measure.evaluation.prefix_reuse import Kept, Prefix
+from workbench.measure.evaluation.prefix_reuse import KeptPrefix, Prefix
 from workbench.metrics.scores import Scores
 from workbench.modules.offload import streaming, streams_to
 from workbench.tasks import score
@@ -302,7 +302,7 @@ class Evaluator:
     def unchanged_blocks(self, model: nn.Module) -> int:
         """Return how many of a model's first blocks, and all before them, are the dense model's own."""
         if self.prefix is None:
-            kept = Kept(self.room() if self.budget is None else self.budget)
+            kept = KeptPrefix(self.room() if self.budget is None else self.budget)
             self.prefix = Prefix(self.task.model, kept, refusals=self.refusals)
         return self.prefix.unchanged(model, self.run, self.items[:1])
 

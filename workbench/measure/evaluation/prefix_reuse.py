@@ -19,7 +19,7 @@ from workbench.util.fast_path import Refusals
 
 
 @dataclass
-class Kept:
+class KeptPrefix:
     """Hidden states after some blocks for batches of evaluation items, at most `budget` bytes; mutable.
 
     What another block returned gives way to what is kept now; the states of one block never push out each
@@ -65,7 +65,7 @@ class Prefix:
     """
 
     dense: nn.Module
-    kept: Kept
+    kept: KeptPrefix
     chain: Chain | None = None
     looked: bool = False
     refusals: Refusals = field(default_factory=Refusals)
