@@ -10,7 +10,8 @@ from caches import CPU, RECIPES, keeping, numbers
 from tiny_tasks import same, tiny_task, weights
 
 from workbench.calibration.memory_cache import Budget, Cache
-from workbench.calibration.statistics import Gradients, Statistics
+from workbench.calibration.passes import Gradients
+from workbench.calibration.statistics import Statistics
 from workbench.calibration.tensor_tree import (
     NotPlainError,
     checksums,

@@ -22,7 +22,8 @@ import workbench as wb
 from workbench.calibration import disk_cache as on_disk
 from workbench.calibration.disk_cache import WHERE, DiskCache, contents, key_text, setting
 from workbench.calibration.memory_cache import Budget
-from workbench.calibration.statistics import Gradients, Statistics
+from workbench.calibration.passes import Gradients
+from workbench.calibration.statistics import Statistics
 from workbench.cli import workbench as command
 from workbench.compress import compress
 from workbench.recipe import Recipe

@@ -15,6 +15,7 @@ from workbench.compress.distillation.distill import distillation_loss
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.layer import replace_module
 from workbench.recipe import Recipe
+from workbench.tasks.likelihood import Choosing
 from workbench.util.progress import Training
 
 PRUNE = wb.Prune(sparsity=0.5)
@@ -47,7 +48,9 @@ def logits(*shape: int, seed: int) -> torch.Tensor:
 def test_the_loss_is_hintons(temperature, alpha, device):
     student, teacher = logits(7, 5, seed=1), logits(7, 5, seed=2)
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    found = distillation_loss(student.to(device), teacher.to(device), labels.to(device), temperature, alpha)
+    found = distillation_loss(
+        student.to(device), teacher.to(device), labels.to(device), temperature, alpha, kind=Choosing()
+    )
     assert float(found) == pytest.approx(
         loss_by_hand(student.tolist(), teacher.tolist(), labels.tolist(), temperature, alpha), rel=1e-4
     )
@@ -59,7 +62,9 @@ def test_tokens_without_a_label_do_not_count():
     expected = loss_by_hand(
         student.view(6, 5).tolist(), teacher.view(6, 5).tolist(), labels.flatten().tolist(), 2.0, 0.7
     )
-    assert float(distillation_loss(student, teacher, labels, 2.0, 0.7)) == pytest.approx(expected, rel=1e-4)
+    assert float(distillation_loss(student, teacher, labels, 2.0, 0.7, kind=Choosing())) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_the_gradient_keeps_its_size_at_any_temperature():
@@ -67,16 +72,16 @@ def test_the_gradient_keeps_its_size_at_any_temperature():
     teacher, labels, sizes = logits(64, 5, seed=2), torch.zeros(64, dtype=torch.long), []
     for temperature in (20.0, 80.0):
         student = logits(64, 5, seed=1).requires_grad_()
-        distillation_loss(student, teacher, labels, temperature, 1.0).backward()
+        distillation_loss(student, teacher, labels, temperature, 1.0, kind=Choosing()).backward()
         sizes.append(float(student.grad.norm()))
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     same = logits(8, 5, seed=1)
-    assert float(distillation_loss(same, same, torch.zeros(8, dtype=torch.long), 3.0, 1.0)) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert float(
+        distillation_loss(same, same, torch.zeros(8, dtype=torch.long), 3.0, 1.0, kind=Choosing())
+    ) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_first_point_of_the_curve_is_the_loss_of_the_compressed_model():
@@ -117,7 +122,11 @@ def test_training_brings_the_answers_closer_to_the_teachers(sort, device, before
     with torch.no_grad():
         teacher = task.kind.logits(task.model, training)
         first, last = (
-            float(distillation_loss(task.kind.logits(model, training), teacher, training.labels, 2, 1))
+            float(
+                distillation_loss(
+                    task.kind.logits(model, training), teacher, training.labels, 2, 1, kind=task.kind
+                )
+            )
             for model in (start.model, made.model)
         )
     assert last < 0.8 * first

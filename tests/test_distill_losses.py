@@ -112,7 +112,7 @@ def test_answers_of_different_vocabularies_are_refused():
             r" label map"
         ),
     ):
-        distillation_loss(logits(7, 5, seed=1), logits(7, 6, seed=2), LABELS, 2.0, 0.5)
+        distillation_loss(logits(7, 5, seed=1), logits(7, 6, seed=2), LABELS, 2.0, 0.5, kind=Choosing())
 
 
 def test_vectors_have_no_other_divergence():
@@ -120,7 +120,7 @@ def test_vectors_have_no_other_divergence():
     object.__setattr__(task, "kind", SENTENCE_SIMILARITY)
     with pytest.raises(
         CompressionError,
-        match="divergence='reverse' compares distributions, and a sentence encoder answers with vectors",
+        match="divergence='reverse' compares distributions, and a model of sentence similarity answers with vectors",
     ):
         compress(task, Recipe(PRUNE, wb.Distill(temperature=2, divergence="reverse")))
 

@@ -15,10 +15,10 @@ from workbench.calibration.disk_cache import ON_DISK
 from workbench.cli import workbench
 from workbench.compress import compress
 from workbench.fast_paths import FAST_PATHS, fast_paths
-from workbench.kernels import column_solver, weight_passes
+from workbench.kernels import column_solver, weight_trials
 from workbench.kernels.column_solver import COLUMNS
 from workbench.kernels.losses import LOSSES
-from workbench.kernels.weight_passes import WEIGHT_PASSES
+from workbench.kernels.weight_trials import WEIGHT_PASSES
 from workbench.measure.evaluation.chunked_head import CHUNKED_HEAD
 from workbench.measure.evaluation.cuda_graphs import GRAPHS
 from workbench.measure.evaluation.fused_blocks import FUSED
@@ -57,18 +57,18 @@ def test_interpreted_kernels_that_fail_are_told():
 
 
 def test_kernels_that_fail_are_told_in_the_warnings_of_what_they_would_have_made(place, monkeypatch):
-    for module in (weight_passes, column_solver):
+    for module in (weight_trials, column_solver):
         module.refused.cache_clear()
         monkeypatch.setattr(module, "trial", lambda *_: 1 / 0)
     task = tiny_tasks.tiny_task("llama", str(place))
     pruned = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)))
     rounded = compress(task, wb.Recipe(wb.Quantize(weight_bits=4, rounding="gptq")))
     said = "slower than it could be: {} is off (ZeroDivisionError: division by zero)"
-    passes, columns = said.format(weight_passes.WEIGHT_PASSES.name), said.format(column_solver.COLUMNS.name)
+    passes, columns = said.format(weight_trials.WEIGHT_PASSES.name), said.format(column_solver.COLUMNS.name)
     assert passes in pruned.warnings
     assert columns not in pruned.warnings
     assert {passes, columns} <= set(rounded.warnings)
-    for module in (weight_passes, column_solver):
+    for module in (weight_trials, column_solver):
         module.refused.cache_clear()
 
 

@@ -21,7 +21,7 @@ from workbench.compress.core.layer_report import changes
 from workbench.compress.quantization.scales import Spec, fit, fit_in_place, form_of, ranges
 from workbench.errors import BrokenPromiseError, CompressionError
 from workbench.formats.affine import Grid
-from workbench.kernels import magnitudes, weight_passes
+from workbench.kernels import magnitudes, weight_passes, weight_trials
 from workbench.measure.evaluation.fused_blocks import fused_blocks
 from workbench.measure.size import counted_sizes
 from workbench.modules.layer import find_layers
@@ -33,9 +33,9 @@ SHAPES = [(5, 7), (64, 64), (96, 128)]  # the last takes three programs a layer
 @pytest.fixture
 def untried():
     """Forget whether the kernels are right, before and after."""
-    weight_passes.refused.cache_clear()
+    weight_trials.refused.cache_clear()
     yield
-    weight_passes.refused.cache_clear()
+    weight_trials.refused.cache_clear()
 
 
 @outside
@@ -45,7 +45,7 @@ def test_the_kernels_interpreted():
 
 @pytest.fixture(params=[torch.float16, torch.float32, torch.bfloat16], ids=str)
 def dtype(request, place):
-    assert weight_passes.refused(place, request.param) == ""
+    assert weight_trials.refused(place, request.param) == ""
     return request.param
 
 
@@ -229,7 +229,7 @@ def test_a_recipe_gives_the_same_model_report_and_size_either_way(recipe, sort, 
     task = tiny_tasks.tiny_task(sort, str(place))
     task.model.to(dtype)
     fused = compress(task, recipe, Statistics(task))
-    monkeypatch.setattr(weight_passes, "refused", lambda *_: "not now")
+    monkeypatch.setattr(weight_trials, "refused", lambda *_: "not now")
     plain = compress(task, recipe, Statistics(task))
     whole = any(not layer.pristine and layer.rank is None and not layer.transposed for layer in fused.layers)
     assert any(layer.change is not None for layer in fused.layers) is whole
@@ -319,11 +319,11 @@ def test_an_all_zero_weight_has_no_relative_error(place):
 
 def test_weights_that_the_kernels_cannot_read_are_left_to_plain_operations(place):
     weight = torch.ones(16, 16, device=place)
-    assert weight_passes.suited([weight])
-    assert not weight_passes.suited([weight.t()[:, :8]])  # not in line
-    assert not weight_passes.suited([torch.ones(17, device=place)[1:]])  # an odd address
-    assert not weight_passes.suited([weight.double()])
-    assert "float64" in weight_passes.refused(place, torch.float64)
+    assert weight_trials.suited([weight])
+    assert not weight_trials.suited([weight.t()[:, :8]])  # not in line
+    assert not weight_trials.suited([torch.ones(17, device=place)[1:]])  # an odd address
+    assert not weight_trials.suited([weight.double()])
+    assert "float64" in weight_trials.refused(place, torch.float64)
 
 
 @pytest.mark.usefixtures("untried")
@@ -335,20 +335,20 @@ def test_a_kernel_that_gives_other_bits_is_not_used(place, monkeypatch):
         return made, codes.flip(1)
 
     monkeypatch.setattr(weight_passes, "to_grid", wrong)
-    assert "rounding torch.float16 weights gives other bits" in weight_passes.refused(place, torch.float16)
+    assert "rounding torch.float16 weights gives other bits" in weight_trials.refused(place, torch.float16)
     monkeypatch.setattr(weight_passes, "to_grid", lambda *_: 1 / 0)
-    assert "ZeroDivisionError" in weight_passes.refused(place, torch.float32)
+    assert "ZeroDivisionError" in weight_trials.refused(place, torch.float32)
 
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the place of a GPU")
 def test_without_a_gpu_the_plain_operations_are_used():
-    assert weight_passes.refused(torch.device("cpu"), torch.float32) == NEEDS_GPU
-    assert not weight_passes.suited([torch.ones(16)])
+    assert weight_trials.refused(torch.device("cpu"), torch.float32) == NEEDS_GPU
+    assert not weight_trials.suited([torch.ones(16)])
 
 
 @pytest.mark.usefixtures("untried")
 def test_the_kernels_can_be_turned_off(place, monkeypatch):
     monkeypatch.setenv("WORKBENCH_TRITON", "off")
-    assert weight_passes.refused(place, torch.float32) == "WORKBENCH_TRITON is off"
+    assert weight_trials.refused(place, torch.float32) == "WORKBENCH_TRITON is off"
     assert fused_blocks(torch.device("cuda", 0)) is None

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import workbench as wb
-from workbench.calibration.statistics import Gradients, Statistics
+from workbench.calibration.passes import Gradients
+from workbench.calibration.statistics import Statistics
 from workbench.compress.core.layer_sample import conditional, sample, weighed
 from workbench.errors import Cancelled
 from workbench.modules.layer import Layer

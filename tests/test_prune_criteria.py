@@ -15,7 +15,8 @@ from recorded import recorded_inputs
 from tiny_tasks import CALIBRATION, same, tiny_task, weights
 
 import workbench as wb
-from workbench.calibration.statistics import GROUPS, Statistics
+from workbench.calibration.passes import GROUPS
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.kernels.selection import keep_fewer, spread
 from workbench.recipe import Recipe
@@ -239,7 +240,7 @@ def test_the_mean_gradient_is_that_of_all_calibration_items_and_squares_are_of_s
 
 
 def test_more_items_than_groups_are_squared_group_by_group(monkeypatch):
-    monkeypatch.setattr("workbench.calibration.statistics.GROUPS", 5)  # 24 items: groups of 5, 5, 5, 5, 4
+    monkeypatch.setattr("workbench.calibration.passes.GROUPS", 5)  # 24 items: groups of 5, 5, 5, 5, 4
     task = tiny_task("vit")
     found = Statistics(task).gradients("vit.layers.0.mlp.fc1")
     module = task.model.vit.layers[0].mlp.fc1

@@ -11,7 +11,8 @@ from tiny_tasks import items, tiny_task
 from torch import nn
 
 import workbench as wb
-from workbench.calibration.statistics import Statistics, alike
+from workbench.calibration.passes import alike
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import CompressionError
 from workbench.recipe import Recipe

@@ -11,7 +11,8 @@ import tiny_tasks
 import torch
 
 import workbench as wb
-from workbench.calibration import statistics
+from workbench.calibration import passes
+from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.modules.layer import find_layers
 from workbench.modules.placement import model_bytes, place
@@ -112,7 +113,7 @@ def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_read
     resident = [compress(tiny_tasks.tiny_task("llama"), recipe) for recipe in recipes]
     task = tiny_tasks.tiny_task("llama")
     task = dataclasses.replace(task, model=place(task.model, torch.device("cpu"), "streamed"))
-    kept = statistics.Statistics(task)
+    kept = Statistics(task)
     monkeypatch.setattr(
         kept, "second_moment", lambda name: pytest.fail(f"the second moment of {name} is fetched")
     )
@@ -127,26 +128,26 @@ def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_read
 
 @pytest.mark.parametrize("last", [1, 3, 8])
 def test_second_moments_of_a_streamed_model_hold_few_inputs(last, monkeypatch):
-    monkeypatch.setattr(statistics, "LAST_INPUTS", last)
+    monkeypatch.setattr(passes, "LAST_INPUTS", last)
     held: list[weakref.ref[torch.Tensor]] = []
     most: list[int] = []
-    plain = statistics.patches
+    plain = passes.patches
 
     def watched(module, given):
         held.append(weakref.ref(given))
         most.append(sum(one() is not None for one in held))
         return plain(module, given)
 
-    monkeypatch.setattr(statistics, "patches", watched)
+    monkeypatch.setattr(passes, "patches", watched)
     task = tiny_tasks.tiny_task("llama")
-    streamed = statistics.second_moments(
+    streamed = passes.second_moments(
         dataclasses.replace(
             task, model=place(tiny_tasks.tiny_task("llama").model, torch.device("cpu"), "streamed")
         ),
         no_progress,
     )
     assert max(most) <= last + 2  # what is held, and what the model itself is working with
-    resident = statistics.second_moments(task, no_progress)
+    resident = passes.second_moments(task, no_progress)
     assert list(streamed.matrices) == list(resident.matrices)
     for name, matrix in resident.matrices.items():
         assert torch.equal(streamed.matrices[name], matrix)

@@ -21,7 +21,7 @@ from tiny_tasks import TRAINING, same, tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.training import checkpoints
-from workbench.compress.training.trainer import Run
+from workbench.compress.training.run import Run
 from workbench.compress.training.validation import HeldOut
 from workbench.errors import CompressionError
 from workbench.recipe import Recipe

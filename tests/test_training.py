@@ -17,7 +17,7 @@ from tiny_tasks import SORTS, TRAINING, same, tiny_task, weights
 import workbench as wb
 from workbench.compress import compress
 from workbench.compress.training import checkpoints
-from workbench.compress.training.trainer import Run
+from workbench.compress.training.run import Run
 from workbench.compress.training.validation import HeldOut
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import Recipe

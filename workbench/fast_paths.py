@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from workbench.calibration.disk_cache import ON_DISK
-from workbench.calibration.statistics import ONE_PRODUCT
+from workbench.calibration.passes import ONE_PRODUCT
 from workbench.kernels.column_solver import COLUMNS
 from workbench.kernels.losses import LOSSES
-from workbench.kernels.weight_passes import WEIGHT_PASSES
+from workbench.kernels.weight_trials import WEIGHT_PASSES
 from workbench.ledger.journal import JOURNAL
 from workbench.measure.evaluation.block_chain import PREFIX
 from workbench.measure.evaluation.chunked_head import CHUNKED_HEAD

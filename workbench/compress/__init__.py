@@ -28,8 +28,8 @@ from workbench.compress.quantization.qat import QAT
 from workbench.compress.quantization.quantize import Quantize
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
-from workbench.kernels import weight_passes
-from workbench.kernels.weight_passes import WEIGHT_PASSES
+from workbench.kernels import weight_trials
+from workbench.kernels.weight_trials import WEIGHT_PASSES
 from workbench.modules.layer import Layer
 from workbench.modules.sharing import (
     SHARED_COPIES,
@@ -115,7 +115,7 @@ def compress(
         if shares_none(work.model, task.model):
             work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
         for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
-            work.refusals.note(WEIGHT_PASSES, weight_passes.failed(device, dtype))
+            work.refusals.note(WEIGHT_PASSES, weight_trials.failed(device, dtype))
     else:
         work = begun.continued(task, known, progress, training or Training())
     done: list[Step] = [] if begun is None else list(begun.done)

@@ -151,12 +151,13 @@ def tried(device: torch.device) -> str:  # noqa: ARG001  the form of a trial
     nothing is.
     """
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         ours = Journal(Path(folder) / "trial.journal")
         optuna.create_study(storage=optuna.storages.JournalStorage(ours), study_name="trial")  # type: ignore[arg-type]
-        theirs = optuna.storages.journal.JournalFileBackend(str(ours.path))
+        theirs = JournalFileBackend(str(ours.path))
         alike = list(ours.read_logs(0)) == list(theirs.read_logs(0)) != []
         check(ours.path)
     return "" if alike else "Optuna reads other lines in it"

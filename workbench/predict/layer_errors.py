@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import full_precision
+from workbench.calibration.passes import full_precision
 from workbench.compress.core.layer_sample import LayerSample
 from workbench.compress.method import ErrorTable, Recovery
 from workbench.compress.registry import METHODS

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from workbench.calibration.statistics import gradients, second_moments
+from workbench.calibration.passes import gradients, second_moments
 from workbench.compress.core.layer_sample import LayerSample, sample, weighed
 from workbench.compress.method import ErrorTable, Recovery
 from workbench.compress.registry import METHODS

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CompressionError
 from workbench.formats.stored_forms import Form, kind_of, stacked
-from workbench.kernels import weight_passes
+from workbench.kernels import weight_trials
 from workbench.modules.factored import Shape, shape_of
 from workbench.modules.layer import Layer
 from workbench.modules.offload import streams_to
@@ -133,7 +133,7 @@ def matrices_in_place(layers: Sequence[Layer]) -> list[Tensor] | None:
     if not layers or not all(layer.finite and not layer.transposed for layer in layers):
         return None
     weights = [layer.as_matrix(layer.parameter.detach()) for layer in layers]
-    return weights if weight_passes.suited(weights) else None
+    return weights if weight_trials.suited(weights) else None
 
 
 def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
@@ -149,7 +149,7 @@ def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
             names += [layer.name for layer in batch.layers]
         good = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
         for device, dtype in {(layer.parameter.device, layer.parameter.dtype) for layer in layers}:
-            weight_passes.refused(device, dtype)  # tried here, where nobody waits for a move yet
+            weight_trials.refused(device, dtype)  # tried here, where nobody waits for a move yet
         return frozenset(name for name, fine in zip(names, good, strict=True) if fine)
 
     found = statistics.once("finite layers", look)

@@ -10,7 +10,7 @@ from torch import Tensor
 from workbench.compress.core.batch import Batch, grouped
 from workbench.errors import CompressionError
 from workbench.formats.affine import Grid
-from workbench.kernels import weight_passes
+from workbench.kernels import weight_passes, weight_trials
 from workbench.modules.layer import Layer
 from workbench.modules.offload import streams_to
 
@@ -67,7 +67,7 @@ def look_over(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
         masks = [layer.mask for layer in batch.layers if layer.mask is not None]
         grids = [layer.grid for layer in batch.layers if isinstance(layer.grid, Grid)]
         before, now = [stack[0] for stack in stacks], [stack[1] for stack in stacks]
-        if weight_passes.suited(now, before, masks, [grid.codes for grid in grids]) and all(
+        if weight_trials.suited(now, before, masks, [grid.codes for grid in grids]) and all(
             part.is_contiguous()
             for grid in grids
             for part in (grid.scale, grid.zero_point)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import full_precision
+from workbench.calibration.passes import full_precision
 from workbench.errors import CompressionError
 from workbench.modules.layer import Layer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import Gradients
+from workbench.calibration.passes import Gradients
 from workbench.modules.layer import Layer
 
 WEIGHTS = 8192  # of one layer that are looked at, in whole rows

@@ -26,11 +26,11 @@ from workbench.compress.distillation.options import Distill
 from workbench.compress.distillation.teacher_outputs import Allowance, Asked, Teacher, check_finite
 from workbench.compress.method import TRAINING, Recovery
 from workbench.compress.registry import METHODS
-from workbench.compress.training.trainer import Drawn, Plan, Trained, identity, train
+from workbench.compress.training.plan import Drawn, Plan, Trained, identity
+from workbench.compress.training.trainer import train
 from workbench.errors import CompressionError
 from workbench.modules.layer import Layer
 from workbench.tasks.base import Items, Kind, Losses
-from workbench.tasks.likelihood import Choosing
 
 __all__ = ["Distill", "distill"]
 
@@ -227,13 +227,11 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     *,
-    kind: Losses | None = None,
+    kind: Losses,
     divergence: Divergence = "forward",
     skew: float = 0.1,
 ) -> Tensor:
     """Return the scalar loss of the outputs of a `kind` of task.
-
-    None: logits [..., classes] and labels [...], -100 is left out.
 
     Raises:
         CompressionError: student and teacher answer with different numbers of classes or tokens.
@@ -243,7 +241,6 @@ def distillation_loss(
             f"the student answers with {tuple(student.shape)} and its teacher with {tuple(teacher.shape)}:"
             " they need the same vocabulary or label map"
         )
-    losses = kind or Choosing()
     return alpha * divergence_loss(
-        losses, student, teacher, labels, temperature, divergence=divergence, skew=skew
-    ) + (1 - alpha) * losses.loss(student, labels)
+        kind, student, teacher, labels, temperature, divergence=divergence, skew=skew
+    ) + (1 - alpha) * kind.loss(student, labels)

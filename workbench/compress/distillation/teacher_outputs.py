@@ -16,7 +16,7 @@ from workbench.compress.core.context import Work
 from workbench.compress.distillation.hidden_states import SeenStates
 from workbench.compress.distillation.teacher_cache import Compute, TeacherCache, teacher_cache
 from workbench.compress.distillation.teacher_tables import disk_folder, free_bytes
-from workbench.compress.training.trainer import Drawn
+from workbench.compress.training.plan import Drawn
 from workbench.errors import CompressionError
 
 MB = 2**20

@@ -27,7 +27,8 @@ from workbench.compress.distillation.teachers import loaded, names_of, showing, 
 from workbench.compress.distillation.transfer_options import Transfer
 from workbench.compress.method import TRAINING, Recovery
 from workbench.compress.registry import METHODS
-from workbench.compress.training.trainer import Drawn, Plan, Trained, identity, train
+from workbench.compress.training.plan import Drawn, Plan, Trained, identity
+from workbench.compress.training.trainer import train
 from workbench.errors import CompressionError
 from workbench.modules.layer import Layer
 from workbench.tasks.base import Items

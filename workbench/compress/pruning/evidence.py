@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from workbench.calibration.statistics import Gradients, Statistics
+from workbench.calibration.passes import Gradients
+from workbench.calibration.statistics import Statistics
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of, smoothed
 from workbench.compress.pruning.criteria import CRITERIA

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.compress.training.trainer import Plan, train
+from workbench.compress.training.plan import Plan
+from workbench.compress.training.trainer import train
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import full_precision
+from workbench.calibration.passes import full_precision
 from workbench.compress.core.inverse import damping_warnings, inverted, scaled_moments
 from workbench.compress.core.moments import by_source
 from workbench.kernels import column_solver

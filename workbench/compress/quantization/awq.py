@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import full_precision
+from workbench.calibration.passes import full_precision
 from workbench.compress.quantization.scales import Scales, Spec, fit, form_of
 from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import FloatGrid, InputScaled

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import full_precision
+from workbench.calibration.passes import full_precision
 from workbench.compress.core.inverse import damping_warnings, inverted, scaled_moments
 from workbench.compress.core.moments import by_source, second_moment_of
 from workbench.compress.quantization.scales import Scales, Spec

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from workbench.calibration.statistics import Statistics, refuse_infinite
+from workbench.calibration.passes import refuse_infinite
+from workbench.calibration.statistics import Statistics
 from workbench.compress.core.context import Work
 from workbench.modules.layer import can_hold, find_layers
 from workbench.util.hooks import of_this_thread

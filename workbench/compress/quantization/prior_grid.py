@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.calibration.statistics import gathered
+from workbench.calibration.passes import gathered
 from workbench.compress.core.batch import grouped
 from workbench.modules.layer import find_layers
 

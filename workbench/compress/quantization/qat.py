@@ -14,7 +14,8 @@ from workbench.compress.core.batch import Batch
 from workbench.compress.core.context import Work
 from workbench.compress.method import TRAINING, Recovery
 from workbench.compress.registry import METHODS
-from workbench.compress.training.trainer import Plan, train
+from workbench.compress.training.plan import Plan
+from workbench.compress.training.trainer import train
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.stored_forms import Cast
 from workbench.modules.layer import Layer, find_layers
