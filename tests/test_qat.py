@@ -339,7 +339,7 @@ def test_it_is_left_out_of_the_sensitivity_of_layers():
         ((wb.Prune(sparsity=0.5), wb.QAT(qat_steps=5)), r"put Quantize before it"),
         (
             (wb.Quantize(weight_bits=16, number_format="bfloat16"), wb.QAT(qat_steps=5)),
-            r"no step sizes to learn after Quantize\(number_format='bfloat16'\)",
+            r"no step sizes to learn after Quantize\(weight_bits=16, number_format='bfloat16'\)",
         ),
     ],
 )

@@ -248,7 +248,7 @@ WRONG = [
     ),
     (
         (wb.Prune(sparsity=0.5, criterion="sparsegpt"), wb.Repair(repair_rounds=2)),
-        "chooses zeros again by magnitude or wanda, not by 'sparsegpt'",
+        "chooses zeros again by magnitude or ria or wanda, not by 'sparsegpt'",
     ),
     (
         (wb.Prune(sparsity=0.5, pattern="heads"), wb.Repair(repair_rounds=2)),
