@@ -1,7 +1,7 @@
 """What a change of the code does to the time from a slider's move to its first look: two checkouts in turn.
 
-    python benchmarks/before_after.py --before OTHER_CHECKOUT --target fashion-vit --target fashion-cnn --out FILE
-    python benchmarks/before_after.py --before OTHER_CHECKOUT --target 1.1b --device cuda --out FILE
+    python benchmarks/before_after.py --before OTHER --target fashion-vit --target fashion-cnn --out FILE
+    python benchmarks/before_after.py --before OTHER --target 1.1b --device cuda --out FILE
 
 Whole processes run in turn, the other checkout first, then this one, as often as `--rounds` says. Each makes
 the moves of every slider on one model, after two that are not counted, and says their median. The ratio is
@@ -28,8 +28,9 @@ import workbench as wb
 ledger = tempfile.mkdtemp() + "/points.journal"
 if target[0].isdigit():
     sys.path.insert(0, "benchmarks")
-    from shapes import SHAPES, random_task
-    task = random_task(SHAPES[target], device, 64, 512)
+    import torch
+    from shapes import random_task
+    task = random_task(target, torch.device(device), 512, 64)
     bench = wb.Bench(task, device=device, ledger=ledger, progress=False)
 else:
     bench = wb.Bench(target, device=device, ledger=ledger, progress=False)
@@ -61,14 +62,11 @@ print(json.dumps(found))
 
 def moved(checkout: Path, target: str, device: str) -> dict[str, float]:
     """Return the median milliseconds to a first look by slider, in a process of its own."""
-    settings = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")]),
-    }
+    path = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", MOVES, target, device],
         cwd=checkout,
-        env=settings,
+        env={**os.environ, "PYTHONPATH": path},
         check=True,
         capture_output=True,
         text=True,

@@ -126,7 +126,8 @@ def predicted_numbers(predicted: Any) -> dict[str, list[float]]:
     """Return what was predicted before."""
     quality = [] if predicted.quality is None else ends(predicted.quality)
     size = [] if predicted.file_bytes is None else [predicted.file_bytes]
-    return {"predicted": quality, "predicted bytes": size, "predicted speedup": ends(predicted.speedup)}
+    speed = [] if predicted.speedup is None else ends(predicted.speedup)
+    return {"predicted": quality, "predicted bytes": size, "predicted speedup": speed}
 
 
 def ends(estimate: Any) -> list[float]:
