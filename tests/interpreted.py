@@ -40,6 +40,8 @@ def passed(file: str) -> int:
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        "-p",
+        "no:benchmark",  # it warns of xdist, with which the outer process may run
         "-k",
         "interpreted",
         file,

@@ -518,5 +518,5 @@ def test_a_step_class_without_a_function_is_no_method():
         amount: float = 0.5
 
     assert Idle not in METHODS.steps()
-    with pytest.raises(KeyError):
+    with pytest.raises(RecipeError, match="Idle is not registered"):
         compress(tiny_task("vit"), Recipe(Idle()))
