@@ -15,8 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Hashable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,15 +87,8 @@ class DiskCache:
     task: Task
     limit: int = DISK_BYTES
     worth_seconds: float = WORTH_SECONDS
-    waiting: list[Future[None]] = field(default_factory=list)  # files that are being written
-    warned: bool = False
-
-    damaged: str = ""  # the file that could not be read last, and why
-
-    @cached_property
-    def writer(self) -> ThreadPoolExecutor:
-        """Return the thread that writes while others compute; Python waits for it before a process ends."""
-        return ThreadPoolExecutor(1, thread_name_prefix="statistics to disk")
+    trouble: str = ""  # what could not be read or written last, and why
+    full: bool = False  # nothing can be written
 
     @cached_property
     def home(self) -> Path:
@@ -121,35 +113,39 @@ class DiskCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # noqa: BLE001  a damaged file raises many kinds; the value is computed anew
-            self.damaged = f"{path}: {kind_and_words(error)}"
+            self.trouble = (
+                f"what was computed once could not be read and was computed anew: {path}:"
+                f" {kind_and_words(error)}"
+            )
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used now
         return (value,)
 
     def offer(self, key: Hashable, value: Any, seconds: float) -> None:
-        """Have a value written soon, if it is plain data that took long enough and is not too large."""
+        """Write a value, if it is plain data that took long enough and is not too large."""
         path = self.path(key) if seconds >= self.worth_seconds else None
         if path is None or not is_plain(value):
             return
         storages = list(storages_in(value).values())
-        if sum(storage.numel() for storage in storages) <= self.limit // 2:
-            self.waiting.append(self.writer.submit(self.write, path, str(key_text(key)), value))
-
-    def write(self, path: Path, told: str, value: Any) -> None:
-        """Write one file; whoever reads finds all of it or nothing.
-
-        Raises:
-            OSError: the folder cannot be written.
-
-        """
-        storages = list(storages_in(value).values())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.tidy(sum(storage.numel() for storage in storages))
-        note = path.parent.parent / "name"
-        if not note.exists():
-            note.write_text(self.task.model_name)
-        save_whole(path, {"key": told, "checksums": checksums(storages), "value": value})
+        size = sum(storage.numel() for storage in storages)
+        if size > self.limit // 2:
+            return
+        record = {"key": key_text(key), "checksums": checksums(storages), "value": value}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.tidy(size)
+            note = path.parent.parent / "name"
+            if not note.exists():
+                note.write_text(self.task.model_name)
+            save_whole(path, record)
+        except (OSError, RuntimeError) as error:  # the second is torch's for a full disk
+            if not self.full:  # one warning is enough
+                self.trouble = (
+                    f"what was computed once is not kept for the next session: {self.place} cannot be written"
+                    f" ({error}); free space there, or set {WHERE}=off or to another folder"
+                )
+            self.full = True
 
     def tidy(self, wanted: int) -> None:
         """Delete what was used least recently until `wanted` bytes fit, and what processes left that ended
@@ -166,23 +162,8 @@ class DiskCache:
 
     def take_trouble(self) -> str:
         """Return why something could not be read or written, once, or ""."""
-        damaged, self.damaged = self.damaged, ""
-        if damaged:
-            return f"what was computed once could not be read and was computed anew: {damaged}"
-        done = [one for one in self.waiting if one.done()]
-        self.waiting = [one for one in self.waiting if one not in done]
-        error = next((error for one in done if (error := one.exception()) is not None), None)
-        if error is None or self.warned:
-            return ""
-        self.warned = True
-        return (
-            f"what was computed once is not kept for the next session: {self.place} cannot be written"
-            f" ({error}); free space there, or set {WHERE}=off or to another folder"
-        )
-
-    def flush(self) -> None:
-        """Wait until everything that was offered is written."""
-        wait(self.waiting)
+        trouble, self.trouble = self.trouble, ""
+        return trouble
 
 
 def loaded(path: Path, told: str) -> Any:

@@ -129,10 +129,9 @@ class Cache:
                 torch.cuda.synchronize(
                     self.device
                 )  # at the first use only; else what is timed is how long it takes to ask
-            seconds = time.perf_counter() - start
+            self.disk.offer(key, value, time.perf_counter() - start)
             if trouble := self.disk.take_trouble():
                 warnings.warn(trouble, RuntimeWarning, stacklevel=3)
-            self.disk.offer(key, value, seconds)
         self.put(key, value, optional=optional, first_out=first_out)
         return value
 

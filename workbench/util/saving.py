@@ -15,9 +15,10 @@ PART = ".part"  # how the name of a file ends that is being written
 HOUR = 3600  # seconds: what is older was left by a process that ended while it wrote
 
 
-def save_whole(path: Path, value: Any) -> None:
-    """Write a value under another name, durably, and rename it: whoever reads finds all of it or the file of
-    before.
+def save_whole(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Write a value under another name and rename it: whoever reads finds all of it or the file of before.
+
+    With `durable` also after a power cut, for which the disk is waited for.
 
     Raises:
         OSError: the folder cannot be written; `RuntimeError` of torch's for a full disk.
@@ -28,8 +29,9 @@ def save_whole(path: Path, value: Any) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PART, delete=False) as file:
             temporary = Path(file.name)
             torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         if temporary is not None:

@@ -50,7 +50,7 @@ def save(path: Path, state: dict[str, Any], option: str = "checkpoint_every") ->
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_whole(path, state)
+        save_whole(path, state, durable=True)
     except (OSError, RuntimeError) as error:
         raise CompressionError(
             f"no checkpoint can be written to {path.parent}: {error}; free space there, or set {option}=0"
