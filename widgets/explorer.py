@@ -21,7 +21,7 @@ from widgets.panes.code_view import CodeView, RecipeLine
 from widgets.panes.dense_line import DenseLine
 from widgets.panes.error_pane import ErrorPane, explain, log_defect
 from widgets.panes.layer_view import LayerView
-from widgets.panes.pane_tabs import PaneTabs
+from widgets.panes.pane_tabs import OwnPane, PaneTabs, with_own
 from widgets.panes.points_controller import PointsController
 from widgets.panes.static_snapshot import StaticSnapshot
 from widgets.panes.training_view import TrainingView
@@ -61,6 +61,7 @@ class Explorer(ipw.VBox):
         runtime: str | None = None,
         placement: str | None = None,
         offline: bool = False,
+        panes: Sequence[OwnPane] = (),
     ) -> None:
         """Show the panel at once and load the model behind it.
 
@@ -74,6 +75,10 @@ class Explorer(ipw.VBox):
             runtime: how both models are run when they are timed, as for `workbench.Bench`.
             placement: where the weights lie, as for `workbench.Bench`.
             offline: never reach for the network.
+            panes: more tabs, each made from the panel's session; see `OwnPane`.
+
+        Raises:
+            ValueError: two tabs have one title.
 
         """
         self.following = (
@@ -87,15 +92,18 @@ class Explorer(ipw.VBox):
         self.session = Session(
             ledger=ledger, runtime=runtime, placement=placement, offline=offline, progress=False
         )
-        self.make_panes()
+        self.make_panes(panes)
         super().__init__(self.arrange())
         self.add_class("wb-panel")
         self.join()
         self.session.start(self.form.recipe)
         self.load()
 
-    def make_panes(self) -> None:
-        """Make what shows the session's state. `panes` are drawn in their order, by the pacer's thread."""
+    def make_panes(self, own: Sequence[OwnPane]) -> None:
+        """Make what shows the session's state. `panes` are drawn in their order, by the pacer's thread.
+
+        Tabs come last: what a pane from outside raises keeps nothing else from being drawn.
+        """
         session, guarded, post = self.session, self.guarded, self.pacer.post
         self.plot = TradeoffView(self.go_to, self.brushed)
         self.strip, self.line, self.dense = VerdictStrip(), RecipeLine(), DenseLine()
@@ -112,17 +120,17 @@ class Explorer(ipw.VBox):
             "history": self.history,
             "code": self.code,
         }
-        self.tabs = PaneTabs(tabs, post)
+        self.tabs = PaneTabs(with_own(tabs, own, session), post)
         self.snapshot = StaticSnapshot(self.plot.figure.to_dict)
         self.panes = (
             self.plot,
             self.strip,
             self.line,
             self.dense,
-            self.tabs,
             self.points,
             self.training,
             self.snapshot,
+            self.tabs,
         )
 
     def arrange(self) -> list[ipw.Widget]:
@@ -222,9 +230,9 @@ class Explorer(ipw.VBox):
     def draw(self) -> None:
         """Draw the present state."""
         state = self.session.state
+        self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(state.past.rows):,})")
         for pane in self.panes:
             pane.show(state)
-        self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(state.past.rows):,})")
 
     def follow(self, recipe: Recipe) -> None:
         """Put the sliders on what is measured, without starting anew."""

@@ -4,6 +4,9 @@
     bench = wb.Bench("fashion-vit")
     point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=4)))
 
+`METHODS`, `CRITERIA`, `FORMATS`, `KINDS` and `METRICS` are the registries: what is added to them from outside
+works like what is built in (CONTRIBUTING.md shows how).
+
 Importing loads nothing: each name is fetched on first use.
 """
 
@@ -29,8 +32,12 @@ if TYPE_CHECKING:
         Transfer,
         compress,
     )
+    from workbench.compress.pruning.criteria import CRITERIA
+    from workbench.compress.pruning.criterion import Criterion
     from workbench.compress.registry import METHODS
     from workbench.export import load
+    from workbench.formats.number_format import NumberFormat
+    from workbench.formats.number_formats import FORMATS
     from workbench.ledger.ledger import Ledger
     from workbench.ledger.pareto import pareto, tradeoff
     from workbench.measure.card import verdict
@@ -46,6 +53,9 @@ if TYPE_CHECKING:
 
 PLACES = {
     "Activations": "workbench.compress",
+    "CRITERIA": "workbench.compress.pruning.criteria",
+    "Criterion": "workbench.compress.pruning.criterion",
+    "FORMATS": "workbench.formats.number_formats",
     "KINDS": "workbench.tasks.registry",
     "METHODS": "workbench.compress.registry",
     "Bench": "workbench.bench",
@@ -57,6 +67,7 @@ PLACES = {
     "METRICS": "workbench.metrics.metrics",
     "Measurement": "workbench.measure.measurement",
     "Metric": "workbench.metrics.metric",
+    "NumberFormat": "workbench.formats.number_format",
     "Prune": "workbench.compress",
     "QAT": "workbench.compress",
     "Quantize": "workbench.compress",

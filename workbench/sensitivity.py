@@ -95,6 +95,11 @@ def sensitivities(
         )
     parts = layers_of(setting.task.model, recipe)
     if not parts:
+        silent = [type(step).__name__ for step in recipe if METHODS.of(step).alone is None]
+        if silent:
+            raise RecipeError(
+                f"nothing says whether {' and '.join(dict.fromkeys(silent))} makes sense on one layer alone"
+            )
         raise RecipeError(f"{recipe!r} compresses no layer: turn a slider on first")
     for index, (name, part) in enumerate(parts.items()):
         progress("sensitivity", index, len(parts))

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import ipywidgets as ipw
 
+from widgets.session.session import Session
 from widgets.session.state import PanelState
+
+
+class OwnPane(Protocol):
+    """A pane from outside: a class of widgets with a `title` and a method `show(state)`.
+
+    It is made from the panel's session, to whose signals it may subscribe. `show` is called with each new
+    state while the pane is looked at, by the thread that draws.
+    """
+
+    title: str
+
+    def __call__(self, session: Session) -> ipw.Widget:
+        """Return a new pane."""
+
+
+def with_own(
+    tabs: Mapping[str, ipw.Widget], own: Sequence[OwnPane], session: Session
+) -> dict[str, ipw.Widget]:
+    """Return the tabs by title, and after them those from outside.
+
+    Raises:
+        ValueError: two have one title.
+
+    """
+    found = dict(tabs)
+    for make in own:
+        if make.title in found:
+            raise ValueError(f"two panes have the title {make.title!r}; titles so far: {', '.join(found)}")
+        found[make.title] = make(session)
+    return found
 
 
 class PaneTabs(ipw.Tab):

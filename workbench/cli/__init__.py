@@ -104,7 +104,7 @@ def plugins_option(ctx: click.Context, _: click.Parameter, names: tuple[str, ...
     is_eager=True,
     expose_value=False,
     callback=plugins_option,
-    help="a module that registers methods; may be repeated",
+    help="a module that registers methods, criteria, number formats or kinds of task; may be repeated",
 )
 @click.version_option(package_name="compression-workbench")
 def workbench() -> None:

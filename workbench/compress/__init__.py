@@ -1,6 +1,7 @@
 """Compression: real changes to real tensors, step by step, each promise checked on the tensors afterwards.
 
-Importing this package registers the built-in methods; each lives in one file.
+Importing this package registers the built-in methods, each in the file that carries it out, with its facts
+(`workbench.compress.method`); one folder holds a family.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Job:
 
 
 def load_plugins(names: str | tuple[str, ...] | list[str]) -> None:
-    """Import modules that register methods, by name.
+    """Import modules by name: they register methods, criteria, number formats, metrics or kinds of task.
 
     Raises:
         RecipeError: a module cannot be imported.

@@ -1,1 +1,1 @@
-"""How compressed weights are stored, and which kernel runs them on this device, or why none does."""
+"""Which kernel or engine runs a compressed model on this device, or why none does."""
