@@ -105,7 +105,10 @@ MODELS = {"vit": vit, "resnet": resnet, "llama": llama, "gpt2": gpt2, "bert": be
 KINDS: dict[str, Kind] = {
     "vit": IMAGE_CLASSIFICATION,
     "resnet": IMAGE_CLASSIFICATION,
+    "llama": LANGUAGE_MODELLING,
+    "gpt2": LANGUAGE_MODELLING,
     "bert": TEXT_CLASSIFICATION,
+    "untied": LANGUAGE_MODELLING,
 }
 
 
@@ -153,7 +156,7 @@ def tiny_task(
     ).values():  # as from_pretrained does: rotary frequencies, which no file holds, stay float32
         tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype)
     return Task(
-        kind=KINDS.get(sort, LANGUAGE_MODELLING),
+        kind=KINDS[sort],
         model=made,
         model_name=f"tiny-{sort}",
         model_fingerprint=f"{sort}-{dtype}",

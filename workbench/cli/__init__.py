@@ -156,6 +156,20 @@ def methods() -> None:
 
 
 @workbench.command()
+def kinds() -> None:
+    """List every kind of task: how its models are told, what quality means, and what there is not."""
+    from rich.table import Table
+
+    from workbench.report.kinds_table import kind_rows
+
+    rows = kind_rows()
+    table = Table(*rows[0], title="Kinds of task; CONTRIBUTING.md shows how to add one")
+    for row in rows:
+        table.add_row(*row.values())
+    show(table)
+
+
+@workbench.command()
 @click.option("--device", help="cpu or cuda; left out: the GPU where there is one")
 @click.option("--quick", is_flag=True, help="measure nothing")
 def runtimes(device: str | None, quick: bool) -> None:

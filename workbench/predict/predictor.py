@@ -326,7 +326,7 @@ def estimate(metric: Metric, dense: float, guess: Guess) -> Estimate:
         middle, best, worst = (dense - x if metric.higher else dense + x for x in loss)
         ends = (middle, min(best, worst), max(best, worst))
         return Estimate(*(min(metric.high, max(metric.low, x)) for x in ends))
-    low = guess.value - guess.half - guess.spare if math.isfinite(guess.half) else 0.0
+    low = guess.value - guess.half - guess.spare if math.isfinite(guess.half) else min(0.0, guess.value)
     ends = (guess.value, low, guess.value + min(guess.half, 700.0))
     return Estimate(*(dense * math.exp(min(x, 700.0)) for x in ends))
 
@@ -337,8 +337,9 @@ def whole_range(metric: Metric, dense: float) -> Estimate:
     """
     if metric.ratio:
         return Estimate(dense * math.exp(LARGEST_RATIO / 2), max(metric.low, 0.0), dense * math.exp(700.0))
-    high = metric.high if math.isfinite(metric.high) else max(2 * dense, 1.0)
-    return Estimate((metric.low + high) / 2, metric.low, high)
+    end = metric.high if math.isfinite(metric.high) else max(2 * dense, 1.0)
+    high = metric.high if metric.destroyed is None else end
+    return Estimate((metric.low + end) / 2, metric.low, high)
 
 
 def widths(outline: Outline | None) -> list[int]:
