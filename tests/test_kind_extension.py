@@ -20,6 +20,8 @@ from tiny_models import tokenizer_files
 from tiny_tasks import spread
 
 import workbench as wb
+from widgets.panes.behaviour_view import answers_html
+from widgets.session.report_run import plugins_of
 from workbench.errors import CompressionError, DataError, ExportError
 from workbench.ledger.ledger import Ledger
 from workbench.measure.summary import summary
@@ -327,6 +329,14 @@ def test_it_is_exported_and_loaded(case):
         KINDS.unregister(case.kind)
         with pytest.raises(ExportError, match=r"AutoModelForTokenClassification.*load the plugin"):
             wb.load(folder)
+
+
+def test_the_panel_says_what_it_cannot_show_and_its_reports_take_the_plugin_along(case):
+    bench = case.bench()
+    assert answers_html(bench, RECIPE) == (
+        f"<p>What changed is not shown: {case.kind} does not say how it could be.</p>"
+    )
+    assert plugins_of(RECIPE) == [case.plugin]
 
 
 def test_from_the_command_line(case, capsys):

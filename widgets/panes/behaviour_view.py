@@ -17,7 +17,7 @@ from widgets.session.worker import Stale
 from workbench.bench import Bench
 from workbench.measure.behaviour import Behaviour, Continuation, Flip
 from workbench.recipe import Recipe
-from workbench.tasks.base import Items
+from workbench.tasks.base import Items, Kind
 
 MOST = 24  # pictures shown
 
@@ -64,6 +64,9 @@ class BehaviourView(ipw.VBox):
         recipe = self.session.state.recipe
 
         def work(bench: Bench, stale: Stale) -> Iterator[str]:
+            if bench.task.kind.behaviour is None:
+                yield not_shown_html(bench.task.kind)
+                return
             found = bench.behaviour(recipe, compressed=self.session.compressed, cancelled=stale)
             if isinstance(found, Behaviour):
                 yield classes_html(recipe.label(), found, bench.task.evaluation)
@@ -155,11 +158,16 @@ def texts_html(label: str, records: Sequence[Continuation]) -> str:
     return f"<p><b>{escape(label)}</b></p>{table}"
 
 
+def not_shown_html(kind: Kind) -> str:
+    """Return that what changed is not shown, and why."""
+    return f"<p>What changed is not shown: {escape(kind.name)} does not say how it could be.</p>"
+
+
 def answers_html(bench: Bench, recipe: Recipe) -> str:
     """Return what both models answer in words, or where it is shown instead, or why it is not."""
     kind = bench.task.kind
     if kind.behaviour is None:
-        return f"<p>What changed is not shown: {escape(kind.name)} does not say how it could be.</p>"
+        return not_shown_html(kind)
     found = () if kind.behaviour == "classes" else bench.behaviour(recipe)
     if isinstance(found, Behaviour) or kind.behaviour == "classes":
         return (

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError, WorkbenchError
 from workbench.recipe import Recipe
+from workbench.tasks.registry import KINDS
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def report_command(
 
 
 def plugins_of(recipe: Recipe) -> list[str]:
-    """Return the modules outside the workbench that a recipe's methods come from."""
+    """Return the modules outside the workbench that a recipe's methods come from, and kinds of task."""
     modules = list(dict.fromkeys(METHODS.step(step.kind()).__module__ for step in recipe))
     if "__main__" in modules:
         step = next(step for step in recipe if type(step).__module__ == "__main__")
@@ -70,7 +71,8 @@ def plugins_of(recipe: Recipe) -> list[str]:
             f"{type(step).__name__} is defined in this notebook, and a report runs in a process of its own:"
             " move it to a module that can be imported"
         )
-    return [module for module in modules if not module.startswith("workbench.")]
+    kinds = [type(kind).__module__ for kind in KINDS if type(kind).__module__ != "__main__"]
+    return [module for module in dict.fromkeys([*modules, *kinds]) if not module.startswith("workbench.")]
 
 
 def free_name(folder: Path, stem: str) -> str:
