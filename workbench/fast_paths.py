@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from workbench.calibration.disk_cache import ON_DISK
 from workbench.calibration.passes import ONE_PRODUCT
 from workbench.kernels.column_solver import COLUMNS
@@ -18,6 +16,7 @@ from workbench.measure.evaluation.cuda_graphs import GRAPHS
 from workbench.measure.evaluation.fused_blocks import FUSED
 from workbench.measure.evaluation.length_sorting import BY_LENGTH
 from workbench.modules.sharing import SHARED_COPIES
+from workbench.util.device import pick
 from workbench.util.fast_path import FastPath
 from workbench.util.library_internals import LIVE_PLOT, lacks
 
@@ -53,9 +52,9 @@ class PathState:
 
 
 def fast_paths(device: str) -> list[PathState]:
-    """Return every fast path on a device such as "cpu" or "cuda:0", asked and tried now.
+    """Return every fast path on a device such as "cpu" or "cuda:0", asked and tried now; raises as `pick`.
 
     The kernels that run compressed models are listed by `workbench.runtime.runtime_table.runtime_rows`.
     """
-    place = torch.device(device)
+    place = pick(device)
     return [PathState(path.name, path.speeds_up, path.check(place)) for path in FAST_PATHS]

@@ -35,8 +35,8 @@ from workbench.modules.layer import Layer
 from workbench.modules.sharing import (
     SHARED_COPIES,
     can_share,
+    copied_whole,
     own_parameters,
-    shares_none,
     sharing_copy,
     twin,
 )
@@ -113,7 +113,7 @@ def compress(
         work = Work(dense_copy(task, known), task, known, progress, training or Training())
         if known.task is task:
             know_finite(list(work.layers.values()), known)
-        if shares_none(work.model, task.model):
+        if copied_whole(work.model, task.model):
             work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
         for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
             work.refusals.note(WEIGHT_PASSES, weight_trials.failed(device, dtype))

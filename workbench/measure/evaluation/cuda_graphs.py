@@ -300,7 +300,7 @@ def tried(device: torch.device) -> str:
     """Return why a small Llama cannot be replayed, "" if it can."""
     model, items = small_llama(device)
     graphs = Graphs(LANGUAGE_MODELLING, model, len(items), lambda one: one)
-    with graphs.loaded(model) as read:
+    with graphs.loaded(model) as read, torch.inference_mode():
         if read is not None:
             read(items)
     return graphs.refused
