@@ -42,6 +42,7 @@ from workbench.util.progress import Progress, no_progress
 # one
 NEWEST = 2000
 # Nats that a destroyed language model loses, about: from a good one to guessing among its tokens
+ENDLESS = 1e300  # stands for an end that a metric does not have
 LARGEST_RATIO = 8.0
 
 
@@ -332,14 +333,17 @@ def estimate(metric: Metric, dense: float, guess: Guess) -> Estimate:
 
 
 def whole_range(metric: Metric, dense: float) -> Estimate:
-    """Return the interval of a quality of which nothing is known: all that the metric can be. Its value is
-    the middle, for a ratio the middle between the dense model and a destroyed one.
+    """Return the interval of a quality of which nothing is known: all that the metric can be.
+
+    Its value is the middle; where the metric has no end, the middle between the dense model and a destroyed
+    one, if the metric says what that is.
     """
     if metric.ratio:
         return Estimate(dense * math.exp(LARGEST_RATIO / 2), max(metric.low, 0.0), dense * math.exp(700.0))
-    end = metric.high if math.isfinite(metric.high) else max(2 * dense, 1.0)
-    high = metric.high if metric.destroyed is None else end
-    return Estimate((metric.low + end) / 2, metric.low, high)
+    if math.isfinite(metric.low) and math.isfinite(metric.high):
+        return Estimate((metric.low + metric.high) / 2, metric.low, metric.high)
+    middle = dense if metric.destroyed is None else (dense + metric.destroyed) / 2
+    return Estimate(middle, max(metric.low, -ENDLESS), min(metric.high, ENDLESS))
 
 
 def widths(outline: Outline | None) -> list[int]:
