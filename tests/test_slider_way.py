@@ -26,6 +26,7 @@ CONTROL = (
     "widgets/form/",
     "workbench/recipe.py",
     "workbench/compress/",
+    "workbench/util/registry.py",  # where they look up criteria and number formats
 )  # a method's options check themselves
 PANES = ("widgets/panes/", "widgets/plot/", "widgets/figures/")
 
