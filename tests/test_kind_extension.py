@@ -374,10 +374,10 @@ def test_a_report_runs_it_in_a_process_of_its_own(case):
 def test_points_of_a_metric_wait_in_the_ledger_until_it_is_known_again(case):
     bench = case.bench()
     point = bench.measure(RECIPE)
-    known = dict(METRICS.by_name)
+    known = dict(METRICS.records)
     METRICS.unregister(point.primary.metric)
     without = Ledger(case.ledger)
-    METRICS.by_name = known
+    METRICS.records = known
     assert (len(without), without.unreadable) == (0, 1)
     assert Ledger(case.ledger).rows() == [point]
 

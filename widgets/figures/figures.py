@@ -25,16 +25,18 @@ STANDINGS = {
 }
 
 
+AXIS = {
+    "gridcolor": GRID,
+    "zeroline": False,
+    "linecolor": GREY,
+    "ticks": "outside",
+    "tickcolor": GREY,
+}  # the look of every axis
+
+
 def layout(figure: go.Figure, title: str, x: str, y: str, height: int = 430) -> go.Figure:
     """Apply the common look: transparent, one grid, horizontal legend, large enough to read from afar."""
-    axis = {
-        "gridcolor": GRID,
-        "zeroline": False,
-        "linecolor": GREY,
-        "ticks": "outside",
-        "tickcolor": GREY,
-        "automargin": True,
-    }
+    axis = {**AXIS, "automargin": True}
     place = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.97}
     figure.update_layout(
         title={"text": title, "font": {"size": 18}, **place},

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from widgets.figures.figures import BLUE, GREY, GRID
+from widgets.figures.figures import AXIS, BLUE, GREY
 from workbench.measure.weight_histograms import WeightChange
 
 AFTER, BEFORE = 0, 1
@@ -39,11 +39,7 @@ def weights_figure() -> go.Figure:
         ]
     )
     axis = {
-        "gridcolor": GRID,
-        "zeroline": False,
-        "linecolor": GREY,
-        "ticks": "outside",
-        "tickcolor": GREY,
+        **AXIS,
         "tickfont": {"size": 13},
         "title": {"font": {"size": 13}},
     }

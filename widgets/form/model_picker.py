@@ -141,7 +141,7 @@ class ModelPicker(ipw.VBox):
 
 def data_names(entry: CatalogueEntry | None) -> tuple[str, ...]:
     """Return the data that can be named for a model: those of its kind of task, all where that is unknown."""
-    return NAMES if entry is None else KINDS.named(entry.task).data_names
+    return NAMES if entry is None else KINDS[entry.task].data_names
 
 
 def local_folders(start: Path, most: int = 50) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from workbench.ledger.table import save_points
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Quality
 from workbench.search.compare import paired_test
+from workbench.util.text import file_name
 
 
 class PointsController:
@@ -118,7 +119,7 @@ class PointsController:
                 " needs a catalogue name, a directory or a hub id"
             )
         folder = Path(self.bar.folder.value.strip() or ".").expanduser()
-        stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in choice.name).strip("-.")
+        stem = file_name(choice.name).strip("-.")
         name = free_name(folder, f"{stem}-{point.key[:8]}")
         settings = {
             "data": choice.data,

@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from widgets.figures.figures import BLUE, GREEN, GREY, GRID, ORANGE, STANDINGS, wrap
+from widgets.figures.figures import AXIS, BLUE, GREEN, GREY, ORANGE, STANDINGS, wrap
 from widgets.plot import live_axes
 from widgets.plot.colours import painted
 from widgets.plot.plot_choice import PlotChoice, scale
@@ -71,11 +71,7 @@ def live_figure() -> go.Figure:
         ]
     )
     axis = {
-        "gridcolor": GRID,
-        "zeroline": False,
-        "linecolor": GREY,
-        "ticks": "outside",
-        "tickcolor": GREY,
+        **AXIS,
         "tickfont": {"size": 14},
         "title": {"font": {"size": 14}},
         "showline": True,

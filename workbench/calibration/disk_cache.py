@@ -26,8 +26,9 @@ from workbench.calibration.tensor_tree import PLAIN, checksums, class_named, is_
 from workbench.modules.offload import device_of
 from workbench.util.device import describe
 from workbench.util.fast_path import FastPath
+from workbench.util.folders import cache_folder
 from workbench.util.saving import PART, remove_left, save_whole
-from workbench.util.text import kind_and_words
+from workbench.util.text import file_name, kind_and_words
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task
@@ -42,16 +43,10 @@ def folder() -> Path | None:
     """Return where values are kept: in the user's cache directory, where `WORKBENCH_CACHE` says, or nowhere
     if that is "off".
     """
-    import platformdirs
-
     said = os.environ.get(WHERE, "")
     if said.lower() in {"off", "0", "none"}:
         return None
-    return (
-        Path(said).expanduser()
-        if said
-        else Path(platformdirs.user_cache_dir("compression-workbench")) / "statistics"
-    )
+    return Path(said).expanduser() if said else cache_folder("statistics")
 
 
 def here(device: torch.device) -> str:  # noqa: ARG001  it is the same on every device
@@ -93,7 +88,9 @@ class DiskCache:
     @cached_property
     def home(self) -> Path:
         """Return the folder of this model in this setting."""
-        return self.place / safe(self.task.model_fingerprint) / setting(self.task)
+        return (
+            self.place / (file_name(self.task.model_fingerprint).strip(".") or "model") / setting(self.task)
+        )
 
     def path(self, key: Hashable) -> Path | None:
         """Return the file of a key, None for one that other processes would not write the same way."""
@@ -313,8 +310,3 @@ def sources() -> str:
     for path in sorted(path for folder in COMPUTES for path in (here / folder).rglob("*.py")):
         digest.update(path.relative_to(here).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def safe(name: str) -> str:
-    """Return a name that is one part of a path."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".") or "model"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
+from functools import partial
 from pathlib import Path
 
 from workbench.errors import DataError
+from workbench.hub.made_once import made_once
+from workbench.util.folders import cache_folder
 
 SECONDS = 600
 PROOF = ".complete"
@@ -23,12 +25,9 @@ def unpacked(package: str, *, offline: bool = False) -> Path:
         DataError: offline and not in the cache, no Debian tools here, or a failed download.
 
     """
-    from filelock import FileLock
-
-    from workbench.hub.wheel_archive import cache
-
-    target = cache() / f"debian-{package}"
-    if (target / PROOF).is_file():
+    target = cache_folder("archives") / f"debian-{package}"
+    proof = target / PROOF
+    if proof.is_file():
         return target
     if offline:
         raise DataError(
@@ -42,36 +41,28 @@ def unpacked(package: str, *, offline: bool = False) -> Path:
             " data (data=...)"
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(target.name + ".lock")):
-            if not (target / PROOF).is_file():
-                make(package, target)
+        made_once(target, proof.is_file, partial(made, package))
     except OSError as error:
         raise DataError(f"data of Debian's {package} cannot be stored in {target.parent}: {error}") from None
     return target
 
 
-def make(package: str, target: Path) -> None:
-    """Download and unpack beside `target`, then rename."""
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
-    ) as name:
-        folder = Path(name)
-        command(
-            ["apt-get", "download", package],
-            folder,
-            f"Debian's {package} cannot be fetched (apt-get update may help)",
-        )
-        found = sorted(folder.glob("*.deb"))
-        if not found:
-            raise DataError(f"Debian's {package} cannot be fetched: apt-get wrote no file")
-        made = folder / "unpacked"
-        command(
-            ["dpkg-deb", "-x", str(found[0]), str(made)], folder, f"Debian's {package} cannot be unpacked"
-        )
-        (made / PROOF).touch()
-        shutil.rmtree(target, ignore_errors=True)
-        made.rename(target)
+def made(package: str, folder: Path) -> Path:
+    """Download and unpack in a folder; return the one within it that has the package's files."""
+    command(
+        ["apt-get", "download", package],
+        folder,
+        f"Debian's {package} cannot be fetched (apt-get update may help)",
+    )
+    found = sorted(folder.glob("*.deb"))
+    if not found:
+        raise DataError(f"Debian's {package} cannot be fetched: apt-get wrote no file")
+    unpacked_in = folder / "unpacked"
+    command(
+        ["dpkg-deb", "-x", str(found[0]), str(unpacked_in)], folder, f"Debian's {package} cannot be unpacked"
+    )
+    (unpacked_in / PROOF).touch()
+    return unpacked_in
 
 
 def command(words: list[str], folder: Path, problem: str) -> None:

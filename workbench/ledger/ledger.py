@@ -16,7 +16,9 @@ from workbench.errors import DataError, LedgerError, RecipeError
 from workbench.ledger.annotation import Annotation
 from workbench.ledger.journal import Journal
 from workbench.measure.measurement import Measurement
+from workbench.util.folders import state_folder
 from workbench.util.garbage import import_apart, uncollected
+from workbench.util.text import file_name
 
 if TYPE_CHECKING:
     import optuna
@@ -37,10 +39,7 @@ OPTUNA = ("optuna", "optuna.distributions", "optuna.samplers", "optuna.storages"
 
 def default_path(name: str) -> Path:
     """Return where a model's points are kept unless the user says otherwise."""
-    import platformdirs
-
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return Path(platformdirs.user_state_dir("compression-workbench")) / "ledger" / f"{safe}.journal"
+    return state_folder("ledger") / f"{file_name(name)}.journal"
 
 
 class Ledger:

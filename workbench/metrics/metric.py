@@ -1,17 +1,13 @@
-"""A metric of quality as one record: how it is computed, which way is better, how it is written; and the
-registry of all.
-"""
+"""A metric of quality as one record: how it is computed, which way is better, how it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from workbench.errors import DataError
 from workbench.metrics.control_variates import ControlVariates, Triple
 from workbench.metrics.estimate import Estimate
 from workbench.metrics.scores import Scores
-from workbench.util.text import nearest
 
 # (dense, compressed, level, known) -> dense, compressed and the paired change, each with its interval at
 # `level`
@@ -99,55 +95,3 @@ class Metric:
     def changed(self, dense: float, change: float) -> float:
         """Return the value that a change leads to."""
         return dense * (1 + change) if self.ratio else dense + change
-
-
-class Metrics:
-    """The metrics that exist, by name."""
-
-    def __init__(self) -> None:
-        """Start with none; `workbench.metrics.metrics` registers the built-in ones."""
-        self.by_name: dict[str, Metric] = {}
-
-    def __iter__(self) -> Iterator[Metric]:
-        """Iterate over the metrics, in the order in which they were registered."""
-        return iter(tuple(self.by_name.values()))
-
-    def __len__(self) -> int:
-        """Return the number of metrics."""
-        return len(self.by_name)
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether there is a metric of this name."""
-        return name in self.by_name
-
-    def register(self, metric: Metric) -> Metric:
-        """Add a metric and return it.
-
-        Raises:
-            DataError: its name is taken, or the metric told beside it is not registered yet.
-        """
-        if metric.name in self.by_name:
-            raise DataError(f"metric {metric.name!r} cannot be registered: there is one of that name already")
-        if metric.beside is not None and metric.beside not in self.by_name:
-            raise DataError(
-                f"metric {metric.name!r} cannot be registered: it is told beside {metric.beside!r}, which is"
-                f" none; {nearest(metric.beside, self.by_name)}"
-            )
-        self.by_name[metric.name] = metric
-        return metric
-
-    def unregister(self, name: str) -> None:
-        """Forget a metric (for tests and for reloading a plugin)."""
-        self.by_name.pop(name, None)
-
-    def named(self, name: str) -> Metric:
-        """Return the metric of this name.
-
-        Raises:
-            DataError: there is none, with the nearest names: which way is better would be a guess.
-        """
-        if name not in self.by_name:
-            raise DataError(
-                f"nothing is known about metric {name!r}; {nearest(name, self.by_name)}; a plugin may have it"
-            )
-        return self.by_name[name]

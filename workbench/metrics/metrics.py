@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from workbench.errors import DataError
 from workbench.metrics.bootstrap import rank_correlations, word_error_rates
 from workbench.metrics.control_variates import ControlVariates, Triple
 from workbench.metrics.hard_items import widening
 from workbench.metrics.intervals import mean, paired_proportions, proportion
-from workbench.metrics.metric import Estimator, Metric, Metrics
+from workbench.metrics.metric import Estimator, Metric
 from workbench.metrics.scores import Scores
+from workbench.util.registry import Registry
+from workbench.util.text import nearest
 
 
 def losses(
@@ -82,7 +85,16 @@ def exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-METRICS = Metrics()
+def check(metric: Metric) -> None:
+    """Raise `DataError` where the metric that is told beside one is not registered yet."""
+    if metric.beside is not None and metric.beside not in METRICS:
+        raise DataError(
+            f"metric {metric.name!r} cannot be registered: it is told beside {metric.beside!r}, which is"
+            f" none; {nearest(metric.beside, METRICS.names())}"
+        )
+
+
+METRICS: Registry[Metric] = Registry("metric", check, DataError)
 METRICS.register(Metric("loss", losses, higher=False, logarithmic=True, unit="nats"))
 METRICS.register(
     Metric("accuracy", rights, higher=True, beside="loss", percent=True, high=1.0, destroyed=0.0)
@@ -127,6 +139,10 @@ def metric_named(name: str) -> Metric:
     """Return what is known about a metric.
 
     Raises:
-        DataError: nothing is.
+        DataError: nothing is, with the nearest names: which way is better would be a guess.
     """
-    return METRICS.named(name)
+    if name not in METRICS:
+        raise DataError(
+            f"nothing is known about metric {name!r}; {nearest(name, METRICS.names())}; a plugin may have it"
+        )
+    return METRICS[name]

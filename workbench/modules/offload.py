@@ -13,7 +13,7 @@ The arithmetic is that of the resident model on the same device, in the same ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -41,14 +41,7 @@ def attach(model: nn.Module, device: torch.device, *, pinned: bool = False) -> n
 
     Parameters are replaced, not changed: another model that shares them stays as it is.
     """
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for table in tables(module):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = like(tensor, at_host(tensor, pinned=pinned))
-                    table[name] = made[id(tensor)]
+    replace_tensors(model, lambda tensor: at_host(tensor, pinned=pinned))
     model.streams_to = device  # type: ignore[assignment]
     mark(model)
     model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
@@ -66,6 +59,18 @@ def mark(model: nn.Module) -> None:
 def tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a module's own parameters and buffers by name, to be read and replaced."""
     return parameters_of(module), buffers_of(module)
+
+
+def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Put `change(tensor)` in the place of every parameter and buffer of a model; shared ones stay shared."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in tables(module):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = like(tensor, change(tensor))
+                    table[name] = made[id(tensor)]
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.modules.offload import mark, tables
+from workbench.modules.offload import mark, replace_tensors
 from workbench.util.fast_path import FastPath
 from workbench.util.library_internals import COMPILED_CALL, SHARED, TABLES, children_of, lacks
 
@@ -97,19 +97,7 @@ def own_parameters(model: nn.Module) -> None:
 
     What was shared within the model stays shared.
     """
-    clones: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for table in tables(module):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    if id(tensor) not in clones:
-                        clone = tensor.detach().clone()
-                        clones[id(tensor)] = (
-                            nn.Parameter(clone, requires_grad=False)
-                            if isinstance(tensor, nn.Parameter)
-                            else clone
-                        )
-                    table[name] = clones[id(tensor)]
+    replace_tensors(model, lambda tensor: tensor.detach().clone())
     mark(model)
 
 

@@ -18,7 +18,7 @@ from workbench.compress.registry import METHODS, PLAIN
 from workbench.errors import GateFailed, LedgerError, RecipeError, WorkbenchError
 from workbench.recipe import Recipe
 from workbench.report.gates import Gates
-from workbench.util.text import nearest
+from workbench.util.text import file_name, nearest
 
 if TYPE_CHECKING:
     from workbench.bench import Bench
@@ -212,7 +212,7 @@ def report(
 
     job = job_from(parameters)
     folder = Path(output)
-    stem = name or "".join(c if c.isalnum() or c in "-_." else "-" for c in job.model).strip("-.")
+    stem = name or file_name(job.model).strip("-.")
     notebook, page = folder / f"{stem}.ipynb", folder / f"{stem}.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)

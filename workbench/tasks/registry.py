@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import get_annotations
 from typing import Any, TypeVar, get_args
 
@@ -10,59 +10,32 @@ from workbench.errors import ModelError
 from workbench.metrics.metrics import METRICS
 from workbench.tasks.base import Kind, View
 from workbench.tasks.likelihood import Choosing
+from workbench.util.registry import Registry
 from workbench.util.text import nearest
 
 K = TypeVar("K", bound=Kind)
 
 
-class Kinds:
-    """The kinds of task that exist, by name."""
+class Kinds(Registry[Kind]):
+    """The kinds of task that exist, by name; `workbench.tasks` registers the built-in ones."""
 
     def __init__(self) -> None:
-        """Start with none; `workbench.tasks` registers the built-in ones."""
-        self.by_name: dict[str, Kind] = {}
+        """Start with none."""
+        super().__init__("kind of task", check, ModelError)
 
-    def __iter__(self) -> Iterator[Kind]:
-        """Iterate over the kinds, in the order in which they were registered."""
-        return iter(tuple(self.by_name.values()))
-
-    def __len__(self) -> int:
-        """Return the number of kinds."""
-        return len(self.by_name)
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether there is a kind of this name."""
-        return name in self.by_name
-
-    def register(self, kind: K) -> K:
+    def register(self, record: K) -> K:
         """Add a kind and return it.
 
         Raises:
             ModelError: its name is taken, a fact is not stated, or two of its facts contradict each other.
         """
-        who = f"kind of task {getattr(kind, 'name', type(kind).__name__)!r} cannot be registered"
-        if left_out := unstated(kind):
-            raise ModelError(f"{who}: it does not state {', '.join(left_out)} (None where there is none)")
-        if kind.name in self.by_name:
-            raise ModelError(f"{who}: there is one of that name already")
-        if problem := contradiction(kind):
-            raise ModelError(f"{who}: {problem}")
-        self.by_name[kind.name] = kind
-        return kind
-
-    def unregister(self, name: str) -> None:
-        """Forget a kind (for tests and for reloading a plugin)."""
-        self.by_name.pop(name, None)
-
-    def named(self, name: str) -> Kind:
-        """Return the kind of this name.
-
-        Raises:
-            ModelError: there is none, with the nearest names.
-        """
-        if name not in self.by_name:
-            raise ModelError(f"unknown kind of task {name!r}; {nearest(name, self.by_name)}")
-        return self.by_name[name]
+        if left_out := unstated(record):
+            raise ModelError(
+                f"kind of task {getattr(record, 'name', type(record).__name__)!r} cannot be registered: it"
+                f" does not state {', '.join(left_out)} (None where there is none)"
+            )
+        super().register(record)
+        return record
 
     def of(self, config: Any) -> Kind:
         """Return the kind of task that a model is for, read from its transformers config (or the mapping in
@@ -78,7 +51,7 @@ class Kinds:
         for name in architectures:
             if (kind := self.of_architecture(name, values, refusals)) is not None:
                 return kind
-        supported = ", ".join(self.by_name)
+        supported = ", ".join(self.names())
         if architectures:
             raise ModelError(
                 f"a model of architecture {', '.join(architectures)} is for a task that the workbench does"
@@ -139,8 +112,7 @@ def contradiction(kind: Kind) -> str:
     """Return what does not fit together in a kind's facts, "" if all does."""
     made = type(kind)
     if kind.primary not in METRICS:
-        known = [metric.name for metric in METRICS]
-        return f"its metric {kind.primary!r} is not registered; {nearest(kind.primary, known)}"
+        return f"its metric {kind.primary!r} is not registered; {nearest(kind.primary, METRICS.names())}"
     if kind.behaviour is not None and kind.behaviour not in get_args(View):
         return f"behaviour={kind.behaviour!r} is none of {', '.join(get_args(View))}, or None"
     if kind.behaviour == "told apart" and made.examples is Kind.examples:
@@ -153,6 +125,12 @@ def contradiction(kind: Kind) -> str:
     if not kind.architectures:
         return "architectures is empty: no model would be of this kind"
     return ""
+
+
+def check(kind: Kind) -> None:
+    """Raise `ModelError` where two of a kind's facts contradict each other."""
+    if problem := contradiction(kind):
+        raise ModelError(f"kind of task {kind.name!r} cannot be registered: {problem}")
 
 
 KINDS = Kinds()

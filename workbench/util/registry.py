@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-from workbench.errors import RecipeError
+from workbench.errors import RecipeError, WorkbenchError
 from workbench.util.text import nearest
 
 
@@ -29,22 +29,32 @@ class Registry(Generic[R]):
     refused when it is registered, not when it is used.
     """
 
-    def __init__(self, what: str, check: Callable[[R], None] | None = None) -> None:
-        """Start empty; `what` is the word of messages, `check` raises `RecipeError` for a record that is
-        wrong.
+    def __init__(
+        self,
+        what: str,
+        check: Callable[[R], None] | None = None,
+        error: type[WorkbenchError] = RecipeError,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            what: the word of messages.
+            check: raises `error` for a record that is wrong.
+            error: what is raised for names.
+
         """
-        self.what, self.check = what, check
+        self.what, self.check, self.error = what, check, error
         self.records: dict[str, R] = {}
 
     def register(self, record: R) -> R:
         """Add a record and return it.
 
         Raises:
-            RecipeError: the name is taken, or the facts do not fit together.
+            WorkbenchError: the name is taken, or the facts do not fit together; of the kind in `error`.
 
         """
         if record.name in self.records:
-            raise RecipeError(f"{self.what} {record.name!r} cannot be registered: the name is taken")
+            raise self.error(f"{self.what} {record.name!r} cannot be registered: the name is taken")
         if self.check is not None:
             self.check(record)
         self.records[record.name] = record
@@ -59,9 +69,9 @@ class Registry(Generic[R]):
         return tuple(self.records)
 
     def __getitem__(self, name: str) -> R:
-        """Return a record, or raise `RecipeError` with the nearest names."""
+        """Return a record, or raise `error` with the nearest names."""
         if name not in self.records:
-            raise RecipeError(f"unknown {self.what} {name!r}; {nearest(name, self.records)}")
+            raise self.error(f"unknown {self.what} {name!r}; {nearest(name, self.records)}")
         return self.records[name]
 
     def __contains__(self, name: object) -> bool:

@@ -14,6 +14,13 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(names[:12])}{more}"
 
 
+def file_name(name: str) -> str:
+    """Return a name with a dash for every character that is no letter, digit, `-`, `_` or `.`: one part of a
+    path.
+    """
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
 def size(count: float | None) -> str:
     """Return bytes as `4.02 MB` (powers of 1000, as disks and hubs count)."""
     if count is None:

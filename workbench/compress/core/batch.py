@@ -75,6 +75,11 @@ class Batch:
         """Return the weights in the model's dtype, [layers, outputs, inputs], a copy."""
         return torch.stack([layer.as_matrix(layer.parameter.detach()) for layer in self.layers])
 
+    def masks(self) -> Tensor | None:
+        """Return which weights stay, bool [layers, outputs, inputs], None where layers have no masks."""
+        masks = [layer.mask for layer in self.layers if layer.mask is not None]
+        return torch.stack(masks) if masks else None
+
     def in_place(self) -> list[Tensor] | None:
         """Return the matrices where they lie, for `workbench.kernels.weight_passes`.
 
@@ -120,8 +125,7 @@ class Batch:
             if fresh
             else torch.zeros((), dtype=torch.bool, device=stored.device)
         )
-        if first.mask is not None:
-            masks = torch.stack([layer.mask for layer in self.layers if layer.mask is not None])
+        if (masks := self.masks()) is not None:
             found |= ((stored != 0) & ~masks).any()
         if first.grid is not None:
             found |= (self.grids().dequantize().to(stored.dtype) != stored).any()

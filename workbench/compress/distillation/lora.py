@@ -69,7 +69,7 @@ class Adapted(nn.Module):
         self.model, self.kind = model, kind
         self.batches = list(grouped(layers))
         self.starts = [batch.matrices() for batch in self.batches]
-        self.masks = [masks_of(batch) for batch in self.batches]
+        self.masks = [batch.masks() for batch in self.batches]
 
     def forward(self, items: Items) -> Tensor:
         """Return the model's outputs for items that lie on its device."""
@@ -126,12 +126,6 @@ def without_gradients(model: nn.Module) -> None:
                 parameters[name] = made.setdefault(
                     id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)
                 )
-
-
-def masks_of(batch: Batch) -> Tensor | None:
-    """Return the masks of a batch's layers, bool [layers, outputs, inputs], None where they have none."""
-    masks = [layer.mask for layer in batch.layers if layer.mask is not None]
-    return torch.stack(masks) if masks else None
 
 
 def mean_of(several: list[Adapters]) -> list[Tensor]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.util.folders import cache_folder
+
 
 class AnswerTable(Protocol):
     """Rows of one shape and type that are written in runs and read in any order."""
@@ -130,9 +132,7 @@ def disk_folder() -> Path:
     """Return where files of answers lie: in the user's cache directory, as a temporary one is often in
     memory.
     """
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("compression-workbench")) / "teacher"
+    return cache_folder("teacher")
 
 
 def free_bytes(folder: Path) -> int:

@@ -28,10 +28,8 @@ def importance(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) 
     -1 for those that an earlier round has taken.
     """
     scores = raw_importance(step, batch, matrices, evidence)
-    if batch.layers[0].mask is not None:
-        scores.masked_fill_(
-            ~torch.stack([layer.mask for layer in batch.layers if layer.mask is not None]), -1.0
-        )
+    if (masks := batch.masks()) is not None:
+        scores.masked_fill_(~masks, -1.0)
     return scores
 
 

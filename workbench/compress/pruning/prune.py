@@ -120,8 +120,8 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         return
     matrices = batch.matrices()
     if CRITERIA[step.criterion].makes_up:
-        masks = [layer.mask for layer in batch.layers if layer.mask is not None]
-        kept = torch.stack(masks) if masks else torch.ones_like(matrices, dtype=torch.bool)
+        masks = batch.masks()
+        kept = torch.ones_like(matrices, dtype=torch.bool) if masks is None else masks
         matrices, kept = sparsegpt.solve(
             matrices, sparsegpt.inverse_factors(batch.layers, evidence), counts, group, kept
         )

@@ -162,7 +162,7 @@ def solved(
     if by_inputs and step.rounding == "awq":
         return awq.search(stack, torch.stack([second_moment_of(layer, work) for layer in batch.layers]), spec)
     scales = scales_of(lambda: fit_stack(stack, batch, spec, work), batch, spec, work)
-    masks = masks_of(batch)
+    masks = batch.masks()
     if step.rounding == "hqq":
         return hqq.solve(stack, scales, spec, masks), scales.half
     if by_inputs:
@@ -176,12 +176,6 @@ def solved(
 def fit_stack(stack: Tensor, batch: Batch, spec: Spec, work: Work) -> Scales:
     """Return the scales of a batch's matrices by plain operations, from ranges that are kept."""
     return fit(stack, spec, ranges_of(lambda: ranges(stack, spec), batch, spec, work))
-
-
-def masks_of(batch: Batch) -> Tensor | None:
-    """Return which weights stay, bool [layers, outputs, inputs], or None."""
-    masks = [layer.mask for layer in batch.layers if layer.mask is not None]
-    return torch.stack(masks) if masks else None
 
 
 def scales_of(fitted: Callable[[], Scales], batch: Batch, spec: Spec, work: Work) -> Scales:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from workbench.errors import CompressionError
+from workbench.util.folders import cache_folder
 from workbench.util.saving import remove_left, save_whole
 from workbench.util.text import kind_and_words
 
@@ -20,9 +21,7 @@ MOST = 4  # files kept; the oldest go first
 
 def folder() -> Path:
     """Return where checkpoints lie: in the user's cache directory."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("compression-workbench")) / "checkpoints"
+    return cache_folder("checkpoints")
 
 
 def checkpoint_path(model: nn.Module, parts: Iterable[object]) -> Path:

@@ -97,11 +97,7 @@ def hidden_copies(
     made = []
     for batch in grouped(layer for layer in layers if layer.grid is not None):
         form = batch.grids()
-        masks = (
-            torch.stack([layer.mask for layer in batch.layers if layer.mask is not None])
-            if batch.layers[0].mask is not None
-            else None
-        )
+        masks = batch.masks()
         steps = steps_of(form) if learn_steps else None
         half = tuple(stored_in_half(layer.grid) for layer in batch.layers if layer.grid is not None)
         made.append(Hidden(batch, start(batch), form, half, masks, None if steps is None else steps.log()))
