@@ -139,6 +139,22 @@ def test_answers_on_disk_give_the_bits_of_those_in_memory_and_leave_no_file(
     assert list(folder.iterdir()) == []  # the file has no name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logits_are_made_again_in_the_arithmetic_that_the_head_had(dtype):
+    """Under autocast the head is given float32 states and computes in bfloat16."""
+    task = tiny_task("gpt2", "cpu", dtype)
+
+    def compute(items):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            states = task.model.transformer(items.inputs["input_ids"]).last_hidden_state.float()
+            return SeenStates(task.model.lm_head(states)[:, :-1], {})
+
+    cache, _ = teacher_cache(compute, task.model, task.training, 8)
+    assert (cache.head, cache.precision) == (task.model.lm_head, torch.bfloat16)
+    wanted = compute(task.training[:8]).logits
+    assert torch.equal(cache.look_up(torch.arange(8)).logits, wanted)
+
+
 def test_disk_is_used_where_memory_is_too_little(few, folder, monkeypatch):
     made = []
     plain = DiskTable.put

@@ -5,6 +5,7 @@ stated budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class TeacherCache:
     chunk: int
     head: nn.Module | None = None
     slice_last: bool = False
+    precision: torch.dtype | None = None  # of the head's arithmetic under autocast, None without it
     folder: Path | None = None
     by_item: bool = True  # whether all that is shown has one row for each item; else nothing can be kept
     tables: dict[str, AnswerTable] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class TeacherCache:
 
     def packed(self, items: Items) -> dict[str, Tensor]:
         """Return what is kept of the teacher's answers, by name, first dimension = item."""
-        seen, states = watched(self.compute, self.head, items)
+        seen, states, _ = watched(self.compute, self.head, items)
         kept = {"logits": seen.logits} if states is None else {"states": states}
         return kept | {
             f"{name}/{place}": one for name, values in seen.inside.items() for place, one in enumerate(values)
@@ -109,9 +111,13 @@ class TeacherCache:
         return SeenStates(logits, {group: tuple(places) for group, places in inside.items()})
 
     def replay(self, states: Tensor) -> Tensor:
-        """Return the logits that the head makes of what it was given."""
+        """Return the logits that the head makes of what it was given, in the arithmetic that it was given
+        it in.
+        """
         assert self.head is not None  # noqa: S101  for the type checker: states are kept only with a head
-        logits: Tensor = self.head(states)
+        mixed = self.precision is not None
+        with torch.autocast(states.device.type, self.precision) if mixed else nullcontext():
+            logits: Tensor = self.head(states)
         return logits[:, :-1] if self.slice_last else logits
 
     @property
@@ -120,22 +126,26 @@ class TeacherCache:
         return sum(table.nbytes for table in self.tables.values())
 
 
-def watched(compute: Compute, head: nn.Module | None, items: Items) -> tuple[SeenStates, Tensor | None]:
-    """Return what a teacher shows, and what its output head was given ([N, L, width]), None without a
-    head.
+def watched(
+    compute: Compute, head: nn.Module | None, items: Items
+) -> tuple[SeenStates, Tensor | None, torch.dtype | None]:
+    """Return what a teacher shows, what its output head was given ([N, L, width]), None without a head, and
+    the type of the head's arithmetic where autocast chose one.
     """
-    given: list[Tensor] = []
-    hook = (
-        None
-        if head is None
-        else head.register_forward_pre_hook(of_this_thread(lambda _head, args: given.append(args[0])))
-    )
+    given: list[tuple[Tensor, torch.dtype | None]] = []
+
+    def note(_head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kind = args[0].device.type
+        given.append((args[0], torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None))
+
+    hook = None if head is None else head.register_forward_pre_hook(of_this_thread(note))
     try:
         seen = compute(items)
     finally:
         if hook is not None:
             hook.remove()
-    return seen, given[-1] if given else None
+    states, precision = given[-1] if given else (None, None)
+    return seen, states, precision
 
 
 @torch.no_grad()
@@ -149,12 +159,12 @@ def teacher_cache(
     tried on one item.
     """
     head = output_layer(teacher)
-    seen, states = watched(compute, head, training[:1])
+    seen, states, precision = watched(compute, head, training[:1])
     shown = [one for values in seen.inside.values() for one in values]
     inside = sum(one.nbytes for one in shown)
     if states is not None and states.shape[0] == 1 and states.nbytes < seen.logits.nbytes:
         for slice_last in (False, True):
-            made = TeacherCache(compute, training, chunk, head, slice_last)
+            made = TeacherCache(compute, training, chunk, head, slice_last, precision)
             again = made.replay(states)
             if again.shape == seen.logits.shape and torch.allclose(
                 again.float(), seen.logits.float(), rtol=1e-3, atol=1e-3
