@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import structure_models
@@ -388,32 +384,3 @@ def test_the_sensitivity_of_layers_is_what_it_was_without_shortcuts(tmp_path):
     recipe = wb.Recipe(wb.Quantize(weight_bits=3, group_size=8))
     assert list(quick.sensitivity(recipe)) == list(slow.sensitivity(recipe))
     assert quick.setting.evaluator.prefix.kept.states
-
-
-# --- the benchmark
-
-
-def test_the_benchmark_runs_on_a_tiny_shape(tmp_path):
-    out = tmp_path / "evaluation.json"
-    command = [
-        sys.executable,
-        "benchmarks/evaluation.py",
-        "--shape",
-        "tiny",
-        "--device",
-        "cpu",
-        "--context",
-        "16",
-        "--windows",
-        "20",
-        "--repeats",
-        "1",
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    costs = json.loads(out.read_text())["costs"]
-    assert list(costs) == ["whole", "fused", "fused, last quarter", "from block, last quarter"]
-    assert all(cost["largest_difference"] < 1e-5 for cost in costs.values())
-    assert "times the floor" in out.with_suffix(".md").read_text()
