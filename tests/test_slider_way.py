@@ -27,6 +27,7 @@ CONTROL = (
     "workbench/recipe.py",
     "workbench/compress/",
     "workbench/util/registry.py",  # where they look up criteria and number formats
+    "workbench/formats/number_format.py",
 )  # a method's options check themselves
 PANES = ("widgets/panes/", "widgets/plot/", "widgets/figures/")
 
