@@ -141,7 +141,7 @@ class Predictor:
             )
             for row in rows
         }
-        self.prior, self.size = prior, -1  # the next prediction reads all anew
+        self.prior, self.size, self.last = prior, -1, None  # the next prediction reads all anew
         return True
 
     def record(self, recipe: Recipe) -> Predicted | None:
