@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages.journal import JournalFileBackend
@@ -20,6 +21,7 @@ from tiny_tasks import tiny_task
 
 import workbench as wb
 from workbench.bench import Bench
+from workbench.cli import workbench
 from workbench.errors import LedgerError
 from workbench.ledger.journal import Journal
 from workbench.ledger.ledger import Annotation, Ledger
@@ -227,6 +229,18 @@ def test_a_broken_line_hides_no_other_is_counted_and_not_changed(tmp_path, measu
     assert len(fresh.study.trials) == 3  # the second was written twice
     assert (len(fresh), fresh.unreadable) == (2, 1)
     assert line + b"\n" in where.read_bytes()
+
+
+def test_the_command_says_what_it_cannot_read(tmp_path, measured):
+    where = tmp_path / "points.journal"
+    Ledger(where).add(measured)
+    words = "cannot be read here"
+    command = ["points", measured.context.model_name, "--ledger", str(where)]
+    assert words not in CliRunner().invoke(workbench, command).output
+    with where.open("ab") as file:
+        file.write(b"<<<<<<< HEAD\n")
+    run = CliRunner().invoke(workbench, command)
+    assert (run.exit_code, f"1 points or lines of the ledger {words}" in run.output) == (0, True)
 
 
 def test_blank_lines_are_no_lines(tmp_path, measured):
