@@ -100,10 +100,9 @@ def test_limits_count_operations_and_bytes_as_by_hand(tmp_path):
     task = random_task("tiny", torch.device("cpu"), 16, 2)
     hidden, layers, middle, shared, words = 64, 2, 128, 32, 512  # of the shape
     weights = layers * (2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * middle) + hidden * words
-    found = limits.flop(task, task.evaluation[:1])
-    assert (
-        2 * 16 * weights <= found <= 2 * 16 * weights + layers * 4 * 16 * 16 * hidden
-    )  # the rest is attention
+    attention = layers * 4 * 16 * 16 * hidden
+    angles = 2 * 16 * (16 // 2)  # of rotary positions, which some versions write as a product of matrices
+    assert 2 * 16 * weights <= limits.flop(task, task.evaluation[:1]) <= 2 * 16 * weights + attention + angles
     half = torch.nn.Linear(4, 4, bias=False)
     other = torch.nn.Linear(4, 4, bias=False)
     assert limits.moved(half, half) == 0

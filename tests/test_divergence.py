@@ -115,8 +115,8 @@ def test_heads_that_stay_on_give_the_same(name, fused):
     evaluator = evaluator_of(task)
     plain = measured(task, model, evaluator)
     other = evaluator_of(task)
-    usual = other.prepared
-    other.prepared = lambda one: usual(one) if fused[0 if one is task.model else 1] else one
+    usual = other.headless
+    other.headless = lambda one: usual(one) if fused[0 if one is task.model else 1] else one
     other.head(type(task.model))
     found = measured(task, model, other)
     assert found.answers == plain.answers

@@ -9,10 +9,11 @@ import subprocess
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        name: importlib.metadata.version(name) for name in ("compression-workbench", "torch", "transformers")
-    } | {"python": platform.python_version()}
+    """Return the versions that a result depends on; torch's own word names its build, such as +cu130."""
+    import torch
+
+    packages = {name: importlib.metadata.version(name) for name in ("compression-workbench", "transformers")}
+    return {**packages, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def git_revision() -> str | None:
