@@ -5,10 +5,11 @@ change.
 
 A recipe is drawn from one to three of: zeros (sparsity, criterion, pattern), low rank (ratio, factorisation)
 and low bits (width, groups, grid, rounding); nothing is trained. One that the model refuses is drawn anew.
-The file `<model>.npz` holds `loss` and `correct` [recipes, items], those of the dense model [items]
-(`dense_loss`, `dense_correct`), and `recipes` as JSON. With `--neighbours`, `near_loss` and `near_correct`
-are those of the first recipes with one slider moved a little, as in a drag. `made` says by what, when and
-where.
+With `--structure` so many more recipes follow that take out heads, neurons, channels or blocks, whichever the
+model has, some of them with low bits as well. The file `<model>.npz` holds `loss` and `correct` [recipes,
+items], those of the dense model [items] (`dense_loss`, `dense_correct`), and `recipes` as JSON. With
+`--neighbours`, `near_loss` and `near_correct` are those of the first recipes with one slider moved a little,
+as in a drag. `made` says by what, when and where.
 
 A language model's items are windows of `--context` tokens, `correct` their share of tokens that are
 predicted; its recipes are drawn from what leaves a model that mostly still reads, on a CPU from what is made
@@ -73,6 +74,26 @@ def random_recipe(draw: random.Random) -> wb.Recipe:
     return wb.Recipe(*sorted(steps, key=lambda step: step.position))
 
 
+def random_structured_recipe(draw: random.Random) -> wb.Recipe:
+    """Return a recipe that takes out structure, every third with low bits beside it; nothing is trained."""
+    pattern = draw.choice(("heads", "neurons", "channels", "layers"))
+    steps: list[wb.Step] = [
+        wb.Prune(
+            sparsity=round(draw.uniform(0.05, 0.9), 3),
+            pattern=pattern,
+            criterion=draw.choice(("magnitude", "wanda", "taylor", "fisher", "random")),
+            allocation=draw.choice(("uniform", "uniform", "global")) if pattern != "layers" else "uniform",
+            reconstruct=pattern != "layers" and draw.random() < 0.25,
+            seed=draw.randrange(1000),
+        )
+    ]
+    if draw.random() < 1 / 3:
+        steps.append(
+            wb.Quantize(weight_bits=draw.choice((3, 4, 5, 6, 8)), group_size=draw.choice((0, 16, 32)))
+        )
+    return wb.Recipe(*sorted(steps, key=lambda step: step.position))
+
+
 def random_language_recipe(draw: random.Random, *, calibrated: bool = False) -> wb.Recipe:
     """Return a recipe for a language model, of zeros, low bits or both.
 
@@ -93,11 +114,13 @@ def random_language_recipe(draw: random.Random, *, calibrated: bool = False) -> 
     return draw.choice((wb.Recipe(zeros), wb.Recipe(bits), wb.Recipe(zeros, bits)))
 
 
-def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarray]:
-    """Return the scores of `count` random recipes on all evaluation items, written to `path` as they come.
+def scored(task: Task, plain: int, seed: int, path: Path, structured: int = 0) -> dict[str, np.ndarray]:
+    """Return the scores of `plain` random recipes, and of `structured` ones that take out structure, on all
+    evaluation items, written to `path` as they come.
 
     What is there is not scored again.
     """
+    count = plain + structured
     draw, statistics, evaluator = (
         random.Random(seed),  # noqa: S311
         Statistics(task),
@@ -113,11 +136,12 @@ def scored(task: Task, count: int, seed: int, path: Path) -> dict[str, np.ndarra
     refused, met, start = 0, 0, time.perf_counter()
     while met < count:
         try:
-            recipe = (
-                random_language_recipe(draw, calibrated=calibrated)
-                if isinstance(task.kind, LanguageModelling)
-                else random_recipe(draw)
-            )
+            if met >= plain:
+                recipe = random_structured_recipe(draw)
+            elif isinstance(task.kind, LanguageModelling):
+                recipe = random_language_recipe(draw, calibrated=calibrated)
+            else:
+                recipe = random_recipe(draw)
             if met < len(texts) and texts[met] == recipe.to_json():
                 met += 1
                 continue
@@ -226,6 +250,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["fashion-cnn", "fashion-vit"])
     parser.add_argument("--recipes", type=int, default=150, help="of each model")
     parser.add_argument(
+        "--structure", type=int, default=0, help="recipes of each model beside them that take out structure"
+    )
+    parser.add_argument(
         "--neighbours",
         type=int,
         default=0,
@@ -251,7 +278,7 @@ def main() -> None:
             ),
             given.scores / f"{model}.npz",
         )
-        kept = scored(task, given.recipes, given.seed, path)
+        kept = scored(task, given.recipes, given.seed, path, given.structure)
         if given.neighbours > len(kept.get("near_loss", ())):
             scored_neighbours(task, kept, given.neighbours, given.seed, path)
         command = "python -m benchmarks.coverage_scores " + " ".join(sys.argv[1:]).replace(

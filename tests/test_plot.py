@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
+from widgets.panes.verdict_strip import head_quality
 from widgets.plot.colours import NONE, SCALE, color_at, color_bar, legend, painted
 from widgets.plot.live_axes import axes, change_range, x_range, y_range
 from widgets.plot.live_figure import (
@@ -251,6 +252,35 @@ def test_a_prediction_is_shown_as_a_change_against_the_dense_model(rows, bench):
     live = replace(of(rows), recipe=RECIPES[1], prediction=guess, phase="measuring")
     plain, change = (live_changes(live, PlotChoice(change=c))[PREDICTED]["y"][0] for c in (False, True))
     assert plain - change == pytest.approx(100 * rows[-1].primary.dense.value)
+
+
+def test_the_axes_can_be_chosen_before_anything_is_measured():
+    plot = TradeoffView(lambda _key: None)
+    plot.bar.choice = PlotChoice(cost="latency", change=True)
+    plot.bar.choice = PlotChoice(cost="latency")
+    assert plot.bar.log_quality.disabled
+
+
+@pytest.mark.parametrize("sort", ["vit", "llama"])
+@pytest.mark.parametrize("change", [False, True])
+def test_what_is_unknown_is_not_drawn_and_does_not_move_the_axes(sort, change, tmp_path):
+    """Of accuracy the middle of the range, of perplexity e^4 times the dense model's would be drawn else."""
+    made = wb.Bench(
+        tiny_tasks.tiny_task(sort), ledger=tmp_path / "points.journal", progress=False, device="cpu"
+    )
+    anchor, recipe = made.measure(wb.Recipe()), wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads"))
+    guess, plot = made.predictor().predict(recipe), TradeoffView(lambda _key: None)
+    plot.bar.choice = PlotChoice(change=change)
+    live = PanelState(wb.Recipe(), point=anchor, phase="measured", past=Past([anchor], {}))
+    plot.show(live)
+    before = {axis: plot.figure.layout[axis].range for axis in ("xaxis", "yaxis")}
+    plot.show(replace(live, recipe=recipe, prediction=guess, point=None, phase="measuring"))
+    assert guess.unknown == ("Prune",)
+    assert plot.figure.data[PREDICTED].y == ()
+    assert {axis: plot.figure.layout[axis].range for axis in ("xaxis", "yaxis")} == before
+    big, small = head_quality(None, guess)
+    assert big == "?"
+    assert small == f"nothing is known of how Prune changes {guess.metric} before it is measured"
 
 
 def test_the_bar_says_what_is_chosen_and_takes_it_from_python():

@@ -198,12 +198,17 @@ def test_without_a_rule_the_interval_is_the_whole_range_and_the_words_say_so(nam
                 assert predictor.prepare(recipe)
             guess = predictor.predict(recipe)
             assert (guess.quality.low, guess.quality.high, guess.wide) == (0.0, 1.0, True)
-            assert any(f"how {type(recipe.steps[0]).__name__} changes quality" in n for n in guess.notes)
+            method = type(recipe.steps[0]).__name__
+            assert any(f"how {method} changes quality" in n for n in guess.notes)
+            assert guess.unknown == (method,)
+            assert f"accuracy unknown (nothing is known of how {method} changes it)" in repr(guess)
             both = predictor.predict(wb.Recipe(UNRULED[name], wb.Quantize(weight_bits=8)))
             assert (both.quality.low, both.quality.high) == (0.0, 1.0)
         point = bench.measure(recipe)
         again = predictor.predict(recipe)
+        assert again.unknown == ()
         assert again.quality.low <= point.primary.compressed.value <= again.quality.high
+        assert "accuracy ~" in repr(again)
         assert any("1 measured points have the same settings" in note for note in again.notes)
     finally:
         METHODS.unregister(Shake)

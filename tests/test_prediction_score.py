@@ -79,6 +79,29 @@ def test_the_score_counts_what_held(point):
     assert score(rows, last=1).quality.held == 0
 
 
+def test_where_nothing_was_known_nothing_held(bench, point):
+    """The whole range cannot fail: counted as a prediction it would be one that always holds."""
+    value = point.primary.compressed.value
+    blind = dataclasses.replace(
+        predicted(point, 0.5, 0.5, wide=True).predicted, unknown=("Prune",), quality=Estimate(0.5, 0.0, 1.0)
+    )
+    rows = [dataclasses.replace(point, predicted=blind)] * 3
+    assert score(rows).quality is None
+    assert score(rows).unknown == 3
+    assert words_of(rows) == ""
+    assert told(rows[0]) == "unknown: nothing is known of how Prune changes it"
+    assert Measurement.from_json(rows[0].to_json()) == rows[0]
+    rows += [predicted(point, value + off, 0.05) for off in (0.0, 0.01, 0.2)]
+    found = score(rows)
+    assert (found.quality.count, found.quality.held, found.wide, found.unknown) == (3, 2, 0, 3)
+    assert "of the last 3 predictions 2 held" in found.words()
+    assert "of 3 more nothing was known" in found.words()
+    bench.predicts = bench.predictor().record
+    measured = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads")))
+    assert measured.predicted.unknown == ("Prune",)
+    assert told(measured).startswith("unknown: ")
+
+
 def test_speed_holds_where_both_intervals_meet(point):
     speed = point.latency.speedup
     rows = [predicted(point, 0.5, 1.0, speed=(speed.high * factor,) * 3) for factor in (1.0, 1.0, 1.5)]

@@ -7,7 +7,7 @@ from html import escape
 import ipywidgets as ipw
 
 from widgets.session.state import PanelState, Phase
-from workbench.measure.card import changed_words, divergence_words
+from workbench.measure.card import changed_words, divergence_words, nothing_known
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
@@ -101,6 +101,8 @@ def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[s
         return plus_minus(point.primary)
     if guess is None or guess.quality is None:
         return "?", "quality unknown yet"
+    if guess.unknown:
+        return "?", f"{nothing_known(guess.unknown, guess.metric)} before it is measured"
     value = metric_named(guess.metric).words(guess.quality.value)
     known = ": a guess" if guess.wide else f", {span(guess.quality, guess.metric)}"
     return f"~{value}", f"{guess.metric}, predicted{known}"

@@ -211,10 +211,11 @@ NOTHING: dict[str, Any] = {"x": [], "y": [], "hovertext": [], "error_y": {"array
 def predicted_changes(state: PanelState, choice: PlotChoice) -> dict[str, Any]:
     """Return the hollow point; it goes once the real one is complete.
 
-    Only the main metric, file size and time are predicted.
+    Only the main metric, file size and time are predicted. There is none where nothing is known of quality:
+    any height would look like an estimate.
     """
     guess = state.prediction
-    if guess is None or guess.quality is None or state.phase == "measured":
+    if guess is None or guess.quality is None or guess.unknown or state.phase == "measured":
         return NOTHING
     if choice.metric not in {"", guess.metric}:
         return NOTHING

@@ -49,8 +49,11 @@ class PlotChoice:
 
 
 def can_be_logarithmic(choice: PlotChoice, metric: str) -> bool:
-    """Return whether quality is a positive number without an upper end, which a logarithmic axis may show."""
-    return not choice.change and metric_named(metric).logarithmic
+    """Return whether quality is a positive number without an upper end, which a logarithmic axis may show.
+
+    Not as long as there is no metric (""): nothing is on the bench yet.
+    """
+    return metric != "" and not choice.change and metric_named(metric).logarithmic
 
 
 def logarithmic(choice: PlotChoice, metric: str) -> bool:

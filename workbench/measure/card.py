@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from workbench.measure.measurement import CHANGED, Measurement
 from workbench.metrics.metrics import metric_named
-from workbench.metrics.quality import Quality
+from workbench.metrics.quality import Estimate, Quality
 from workbench.util.text import size
 
 
@@ -15,6 +17,21 @@ def quality_words(quality: Quality) -> str:
         f"{quality.metric} {metric.words(quality.dense.value)} to {metric.words(quality.compressed.value)}"
         f" ({metric.change_words(quality.change)})"
     )
+
+
+def nothing_known(methods: Sequence[str], metric: str) -> str:
+    """Return such as `nothing is known of how Prune changes accuracy`: no rule and no point says it."""
+    verb = "changes" if len(methods) == 1 else "change"
+    return f"nothing is known of how {' and '.join(methods)} {verb} {metric}"
+
+
+def predicted_words(metric: str, quality: Estimate | None, *, wide: bool, unknown: Sequence[str]) -> str:
+    """Return such as `accuracy ~92.3% [90.1%, 93.0%]`; no number where nothing says one."""
+    if unknown:
+        return f"{metric} unknown ({nothing_known(unknown, 'it')})"
+    if quality is None:
+        return f"{metric} unknown yet"
+    return f"{metric} ~{metric_named(metric).interval(quality)}{', a guess' if wide else ''}"
 
 
 def divergence_words(point: Measurement) -> str:

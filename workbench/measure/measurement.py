@@ -77,7 +77,9 @@ class Predicted:
     """What was predicted of a point before it was measured; `level` is that of both intervals.
 
     `quality` is in the task's metric. `wide` says that too few points were near for an interval of their own;
-    `points` were. `speedup` is against the dense model, None where it was unknown.
+    `points` were. `speedup` is against the dense model, None where it was unknown. `unknown` are the methods
+    of which nothing said how they change quality: where there is one, `quality` is all that the metric can
+    be, and no prediction.
     """
 
     metric: str
@@ -86,6 +88,7 @@ class Predicted:
     level: float
     points: int
     wide: bool
+    unknown: tuple[str, ...] = ()
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="constants"))

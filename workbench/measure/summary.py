@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.measure.card import divergence_words, speed_words
+from workbench.measure.card import divergence_words, nothing_known, speed_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.util.text import size
@@ -136,9 +136,13 @@ def provenance_rows(point: Measurement) -> list[tuple[str, str]]:
 
 
 def told(row: Measurement) -> str:
-    """Return what was predicted of a point and whether it held, "" if nothing was."""
+    """Return what was predicted of a point and whether it held, "" if nothing was; where nothing was known,
+    that.
+    """
     if row.predicted is None:
         return ""
+    if row.predicted.unknown:
+        return f"unknown: {nothing_known(row.predicted.unknown, 'it')}"
     metric, guess = metric_named(row.predicted.metric), row.predicted.quality
     held = guess.low <= row.primary.compressed.value <= guess.high
     return (

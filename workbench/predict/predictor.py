@@ -19,6 +19,7 @@ from workbench.compress.pruning.structured_shapes import anatomy_of
 from workbench.errors import CompressionError
 from workbench.ledger.comparable import comparable
 from workbench.ledger.ledger import Ledger
+from workbench.measure.card import nothing_known, predicted_words
 from workbench.measure.measurement import Measurement, Predicted
 from workbench.measure.setting import Setting
 from workbench.metrics.metric import Metric
@@ -37,12 +38,13 @@ from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
 from workbench.shapes.outline import Outline
 from workbench.shapes.positions import positions
 from workbench.util.progress import Progress, no_progress
+from workbench.util.text import size
 
 # Comparable points that predictions learn from: with all of 100,000 they would take seconds after each new
 # one
 NEWEST = 2000
-# Nats that a destroyed language model loses, about: from a good one to guessing among its tokens
 ENDLESS = 1e300  # stands for an end that a metric does not have
+# Nats that a destroyed language model loses, about: from a good one to guessing among its tokens
 LARGEST_RATIO = 8.0
 
 
@@ -54,7 +56,9 @@ class Prediction:
 
     `quality` is that of the compressed model in its metric, None before anything at all is known; `points` is
     how many measured points lie near; `wide` says that they are too few for an interval. `notes` are for the
-    user. `roof` says whether the model will wait for memory or for arithmetic.
+    user. `roof` says whether the model will wait for memory or for arithmetic. `unknown` are the methods of
+    which neither a rule nor a measured point with the same settings says how they change quality: where there
+    is one, `quality` is all that the metric can be, and its value, the middle of that, means nothing.
     """
 
     recipe: Recipe
@@ -68,6 +72,17 @@ class Prediction:
     notes: tuple[str, ...]
     no_kernel: tuple[str, ...]
     roof: Roof | None = None
+    unknown: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return what is predicted in one line; what is unknown is said, not shown as a number."""
+        kept = "unknown" if self.file_bytes is None else size(self.file_bytes)
+        speed = "unknown" if self.speedup is None else f"{self.speedup.value:.2f}x"
+        at_most = "" if self.bytes_exact or self.file_bytes is None else "at most "
+        quality = predicted_words(
+            self.metric or "quality", self.quality, wide=self.wide, unknown=self.unknown
+        )
+        return f"Prediction({self.recipe!r}: {quality}; file {at_most}{kept}; speed {speed})"
 
 
 class Predictor:
@@ -153,7 +168,9 @@ class Predictor:
         return (
             None
             if made.quality is None or not len(recipe)
-            else Predicted(made.metric, made.quality, made.speedup, LEVEL, made.points, made.wide)
+            else Predicted(
+                made.metric, made.quality, made.speedup, LEVEL, made.points, made.wide, made.unknown
+            )
         )
 
     def predict(self, recipe: Recipe) -> Prediction:
@@ -170,11 +187,11 @@ class Predictor:
         quality, guess = self.quality(recipe)
         speed, note = self.speed(recipe, outline)
         notes = [note] if note else []
-        lost = [type(step).__name__ for step in unknown(recipe)]
+        lost = tuple(dict.fromkeys(type(step).__name__ for step in unknown(recipe)))
         if lost:
             notes.append(
-                f"nothing is known of how {' and '.join(dict.fromkeys(lost))} changes quality before it is"
-                f" measured: no rule holds; {guess.near} measured points have the same settings"
+                f"{nothing_known(lost, 'quality')} before it is measured: no rule holds;"
+                f" {guess.near} measured points have the same settings"
             )
         elif guess.wide:
             by = (
@@ -185,7 +202,7 @@ class Predictor:
             notes.append(f"{by}: only {guess.near} measured points near these sliders")
         if self.prior is None and any(step.targets != ("*",) for step in recipe):
             notes.append("some layers have targets of their own: quality is predicted from the sliders alone")
-        elif guess.spare > 0:
+        if guess.spare > 0:
             notes.append("how much training wins back is not known before it is measured")
         if outline is None:
             notes.append("file size unknown before it is measured: a method without a size rule")
@@ -205,6 +222,7 @@ class Predictor:
             notes=tuple(notes),
             no_kernel=tuple(self.reasons(outline, recipe.zeros, widths(outline))),
             roof=None if outline is None else self.roof(outline),
+            unknown=lost if math.isnan(guess.value) else (),
         )
 
     def reasons(self, outline: Outline | None, zeros: str | None, bits: list[int]) -> list[str]:

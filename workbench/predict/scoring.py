@@ -39,7 +39,8 @@ class Tally:
 class PredictionScore:
     """What predictions were worth so far: quality, how many of those were wide, and speed.
 
-    None where nothing was predicted.
+    None where nothing was predicted. Of `unknown` more nothing was known of quality: they held nothing that
+    could fail, and do not count.
     """
 
     metric: str
@@ -47,6 +48,7 @@ class PredictionScore:
     quality: Tally | None
     wide: int
     speed: Tally | None
+    unknown: int = 0
 
     def words(self) -> str:
         """Return one sentence for users, "" if nothing was scored."""
@@ -67,6 +69,7 @@ class PredictionScore:
             f" ({self.quality.held / self.quality.count:.0%}, meant: {self.level:.0%}), median error {off}"
         )
         said += f"; {self.wide} were wide" if self.wide else ""
+        said += f"; of {self.unknown} more nothing was known" if self.unknown else ""
         if self.speed is not None:
             said += (
                 f"; of speed {self.speed.held} of {self.speed.count}, median error"
@@ -87,25 +90,25 @@ def score(rows: Iterable[Measurement], last: int = LAST) -> PredictionScore | No
     newest = told[-1].predicted
     assert newest is not None  # noqa: S101  for the type checker
     same = [row for row in told if row.predicted is not None and row.predicted.metric == newest.metric]
-    found = [row.primary.compressed.value for row in same]
-    pairs = [
-        (row.predicted.quality, Estimate(value, value, value))
-        for row, value in zip(same, found, strict=True)
-        if row.predicted is not None
+    known = [
+        (row.predicted, row.primary.compressed.value)
+        for row in same
+        if row.predicted is not None and not row.predicted.unknown
     ]
+    pairs = [(predicted.quality, Estimate(value, value, value)) for predicted, value in known]
     ratio = metric_named(newest.metric).ratio
     timed = [
         (row.predicted.speedup, row.latency.speedup)
         for row in same
         if row.predicted is not None and row.predicted.speedup is not None and row.latency is not None
     ]
-    wide = sum(row.predicted.wide for row in same if row.predicted is not None)
     return PredictionScore(
         newest.metric,
         newest.level,
-        tally(pairs, logarithmic=ratio),
-        wide,
+        tally(pairs, logarithmic=ratio) if pairs else None,
+        sum(predicted.wide for predicted, _ in known),
         tally(timed, logarithmic=True) if timed else None,
+        len(same) - len(known),
     )
 
 

@@ -96,17 +96,18 @@ def proposal(
     return None if first is None else first.recipe
 
 
-def rank(guess: Prediction, dense: float | None, drop: float) -> tuple[bool, float]:
+def rank(guess: Prediction, dense: float | None, drop: float) -> tuple[int, float]:
     """Return what to sort by: first what is predicted to be within, smallest first.
 
-    Then the others, least loss first.
+    Then what is predicted not to be, least loss first. Last, where nothing is known of the loss, the largest
+    file first: what takes away least is the most likely to be within.
     """
-    if guess.quality is None or dense is None:
-        return True, float(guess.file_bytes or 0)
+    if guess.quality is None or dense is None or guess.unknown:
+        return 2, -float(guess.file_bytes or 0)
     metric = metric_named(guess.metric)
     lost = (
         guess.quality.value / dense - 1
         if metric.ratio
         else (dense - guess.quality.value) * (1 if metric.higher else -1)
     )
-    return (False, float(guess.file_bytes or 0)) if lost <= drop else (True, lost)
+    return (0, float(guess.file_bytes or 0)) if lost <= drop else (1, lost)
