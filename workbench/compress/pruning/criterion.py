@@ -6,47 +6,17 @@ weights that are removed and those from which a prediction is made.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from workbench.compress.pruning.criterion_trial import wrong_scores
+from workbench.compress.pruning.seen import Seen, Statistic
 from workbench.errors import RecipeError
 from workbench.util.about import About
 from workbench.util.registry import Registry
-
-Statistic = Literal["moments", "gradients"]
-
-
-class Seen(ABC):
-    """What a criterion may look at: weights of layers of one shape, and what calibration says about them."""
-
-    weights: Tensor  # float32 [layers, outputs, inputs]; not to be changed
-
-    @abstractmethod
-    def input_norms(self) -> Tensor:
-        """Return sqrt(E[x_i^2]) of each layer's inputs, float32 [layers, inputs]; reads moments."""
-
-    @abstractmethod
-    def mean_gradients(self) -> Tensor:
-        """Return E[g] of the loss by each weight, float32 [layers, outputs, inputs]; reads gradients."""
-
-    @abstractmethod
-    def squared_gradients(self) -> Tensor:
-        """Return E[g^2] of the loss by each weight, float32 [layers, outputs, inputs]; reads gradients."""
-
-    @abstractmethod
-    def removal_errors(self) -> Tensor:
-        """Return the squared output error of removing each weight once the weights after it have made up for
-        it, w^2 / d^2, float32 [layers, outputs, inputs]; d is the diagonal of the Cholesky factor of the
-        inverse second moment, and 0 is for inputs that are never read. Reads moments.
-        """
-
-    @abstractmethod
-    def random(self, seed: int) -> Tensor:
-        """Return numbers drawn from [0, 1), float32 [layers, outputs, inputs], by the seed and the layer."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +59,30 @@ class Criterion:
 
 
 def check(record: Criterion) -> None:
-    """Refuse a criterion whose facts contradict one another."""
+    """Refuse a criterion whose facts contradict one another, or are not those of its scores of two made-up
+    layers (`workbench.compress.pruning.criterion_trial`).
+    """
+    draws = record.units == "draw"
+    wrong = contradiction(record) or wrong_scores(
+        record.scores, record.reads, record.kernel, makes_up=record.makes_up, draws=draws
+    )
+    if wrong:
+        raise RecipeError(f"criterion {record.name!r} cannot be registered: {wrong}")
+
+
+def contradiction(record: Criterion) -> str:
+    """Return which facts contradict one another, "" if none do."""
+    if record.reads - {"moments", "gradients"}:
+        return f"reads={sorted(record.reads)} should be of 'moments' and 'gradients'"
     if record.makes_up and record.units is not None:
-        raise RecipeError(
-            f"criterion {record.name!r} cannot be registered: makes_up adjusts single weights, and"
-            f" units={record.units!r} takes out whole units"
-        )
-    unknown = record.reads - {"moments", "gradients"}
-    if unknown:
-        raise RecipeError(
-            f"criterion {record.name!r} cannot be registered: reads={sorted(record.reads)} should be of"
-            " 'moments' and 'gradients'"
-        )
+        return f"makes_up adjusts single weights, and units={record.units!r} takes out whole units"
+    if record.kernel == "rows" and not record.by_row:
+        return "kernel='rows' compares weights within their row, and by_row=False"
+    if record.kernel == "magnitudes" and record.by_row:
+        return "kernel='magnitudes' compares weights within their layer, and by_row=True"
+    if record.kernel == "magnitudes" and record.across not in {None, "as it is"}:
+        return f"kernel='magnitudes' compares layers as they are, and across={record.across!r}"
+    return ""
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion", check)

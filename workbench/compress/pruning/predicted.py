@@ -11,8 +11,8 @@ from torch import Tensor
 from workbench.compress.core.layer_sample import LayerSample, conditional, relative, weighed
 from workbench.compress.method import ErrorTable
 from workbench.compress.pruning.criteria import CRITERIA
-from workbench.compress.pruning.criterion import Seen
 from workbench.compress.pruning.options import Prune
+from workbench.compress.pruning.seen import Seen
 from workbench.compress.pruning.structured_shapes import after_structure
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.weight_shapes import Weight
@@ -55,7 +55,7 @@ def errors(step: Prune, about: LayerSample) -> Tensor:
     remove from the sampled rows.
     """
     criterion = CRITERIA[step.criterion]
-    scores = criterion.scores(SampleSeen(about.weight, about), step.seed)
+    scores = criterion.scores(SampleSeen(about.weight.unsqueeze(0), about), step.seed).squeeze(0)
     if step.group is not None:
         if about.weight.shape[1] % step.group[1]:
             return torch.zeros(1, device=scores.device)
@@ -73,22 +73,22 @@ def errors(step: Prune, about: LayerSample) -> Tensor:
 
 @dataclass(frozen=True)
 class SampleSeen(Seen):
-    """The sampled rows of one layer, as a criterion sees them: sums over a column are over these rows."""
+    """The sampled rows of one layer, as a criterion sees a layer: sums over a column are over these rows."""
 
-    weights: Tensor  # [rows, inputs]
+    weights: Tensor  # [1, rows, inputs]
     about: LayerSample
 
     def input_norms(self) -> Tensor:
-        """Return sqrt(E[x_i^2]), [inputs]."""
-        return self.about.moment.diagonal().clamp_min(0).sqrt()
+        """Return sqrt(E[x_i^2]), [1, inputs]."""
+        return self.about.moment.diagonal().clamp_min(0).sqrt().unsqueeze(0)
 
     def mean_gradients(self) -> Tensor:
         """Return E[g] by each weight."""
-        return self.about.mean
+        return self.about.mean.unsqueeze(0)
 
     def squared_gradients(self) -> Tensor:
         """Return E[g^2] by each weight."""
-        return self.about.square
+        return self.about.square.unsqueeze(0)
 
     def removal_errors(self) -> Tensor:
         """Return w^2 / d^2."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workbench.compress.pruning.criterion import CRITERIA, Criterion, Seen
+from workbench.compress.pruning.criterion import CRITERIA, Criterion
+from workbench.compress.pruning.seen import Seen
 from workbench.util.about import About
 
 
