@@ -337,23 +337,85 @@ def test_a_language_model_that_takes_no_cache_is_refused():
         compress(task, Recipe(wb.KVCache()))
 
 
-def test_a_sliding_window_is_refused():
-    from transformers import MistralConfig, MistralForCausalLM
+def windowed(cls: str, layers: int = 2, name: str = "", **options):
+    import transformers
 
-    config = MistralConfig(
+    torch.manual_seed(1)
+    config = getattr(transformers, name or f"{cls}Config")(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+        **options,
+    )
+    return getattr(transformers, f"{cls}ForCausalLM")(config)
+
+
+def test_nothing_but_sliding_windows_is_refused_by_name():
+    with pytest.raises(
+        CompressionError,
+        match=r"MistralForCausalLM keeps a sliding window of 4 tokens in 2 layers, nothing that grows",
+    ):
+        compress(tiny_task("llama", model=windowed("Mistral")), Recipe(wb.KVCache()))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "window"),
+    [
+        ("Gemma2", {}, 1),
+        ("Gemma3", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}, 2),
+        ("Cohere2", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, 1),
+    ],
+)
+def test_layers_that_see_all_tokens_are_rounded_and_windows_stay(cls, options, window):
+    name = "Gemma3TextConfig" if cls == "Gemma3" else f"{cls}Config"
+    model = windowed(cls, len(options.get("layer_types", "12")), name, **options)
+    task = tiny_task("llama", model=model)
+    compressed = compress(task, Recipe(wb.KVCache(kv_bits=3)))
+    full = len(model.config.layer_types) - window
+    said = [words for words in compressed.warnings if "sliding window of 4 tokens" in words]
+    assert f"rounded in {full} of {full + window} layers" in said[0]
+    window_item = task.evaluation[:1]
+    assert not torch.equal(logits(task, compressed.model, window_item), logits(task, task.model, window_item))
+    tokens, head = window_item.inputs["input_ids"].shape[1], 8
+    dense = cache_bytes(task.model, window_item)
+    assert dense == 2 * 4 * head * (full * tokens + window * 3)  # transformers keeps window - 1 tokens
+    rows = CacheFormat(3).row_bytes(head)
+    assert cache_bytes(compressed.model, window_item) == 2 * (full * tokens * rows + window * 3 * 4 * head)
+
+
+def test_states_of_fixed_size_stay_and_attention_is_rounded():
+    from transformers import JambaConfig, JambaForCausalLM
+
+    torch.manual_seed(2)
+    config = JambaConfig(
         vocab_size=64,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        sliding_window=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=9,
+        expert_layer_offset=8,
+        num_experts=2,
+        use_mamba_kernels=False,
+        mamba_d_state=4,
+        mamba_dt_rank=2,
     )
-    with pytest.raises(
-        CompressionError,
-        match=r"cannot take over layer 0 of a DynamicCache: its DynamicSlidingWindowLayer is not supported",
-    ):
-        compress(tiny_task("llama", model=MistralForCausalLM(config)), Recipe(wb.KVCache()))
+    task = tiny_task("llama", model=JambaForCausalLM(config))
+    compressed = compress(task, Recipe(wb.KVCache(kv_bits=4)))
+    said = [words for words in compressed.warnings if "a state of fixed size in 1 layer" in words]
+    assert "rounded in 1 of 2 layers" in said[0]
+    item = task.evaluation[:1]
+    tokens = item.inputs["input_ids"].shape[1]
+    assert cache_bytes(task.model, item) == 2 * 4 * 8 * tokens
+    assert cache_bytes(compressed.model, item) == 2 * CacheFormat(4).row_bytes(8) * tokens
 
 
 def test_groups_that_do_not_divide_a_head_are_refused_with_what_would_work():

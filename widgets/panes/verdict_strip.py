@@ -128,7 +128,9 @@ def head_speed(point: Measurement | None, guess: Prediction | None) -> tuple[str
     """Return the speed in large and small words."""
     if point is not None and point.latency is not None:
         speed = point.latency.speedup
-        return f"{speed.value:.2f}{TIMES} as fast", f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%"
+        said = f"measured, {speed.low:.2f} to {speed.high:.2f} at 95%"
+        dense = f", dense in {point.latency.dense_type}" if point.latency.dense_type else ""
+        return f"{speed.value:.2f}{TIMES} as fast", said + dense
     if guess is not None and guess.speedup is not None:
         return f"~{guess.speedup.value:.2f}{TIMES} as fast", "predicted, not measured yet"
     return "?", "speed not measured yet"

@@ -31,6 +31,7 @@ from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError
 from workbench.kernels import weight_trials
 from workbench.kernels.weight_trials import WEIGHT_PASSES
+from workbench.modules.checkpoint_types import round_to_checkpoint
 from workbench.modules.layer import Layer
 from workbench.modules.sharing import (
     SHARED_COPIES,
@@ -136,6 +137,8 @@ def compress(
         check_all(list(work.layers.values()), work.dense)
         if place < len(recipe) and known.task is task:
             prefix_cache.keep(recipe.steps[:place], done, work)
+    on_grids = [layer.parameter for layer in work.layers.values() if layer.grid is not None]
+    round_to_checkpoint(work.model, task.model, on_grids)
     if not shared:
         own_parameters(work.model)
     return Compressed(

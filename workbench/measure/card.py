@@ -66,7 +66,7 @@ def speed_words(point: Measurement) -> str:
             else "latency not measured yet"
         )
     speed = point.latency.speedup
-    words = f"{speed.value:.2f}x as fast ({speed.low:.2f} to {speed.high:.2f})"
+    words = f"{speed.value:.2f}x as fast{point.latency.against} ({speed.low:.2f} to {speed.high:.2f})"
     if point.latency.real_time_factors is not None:
         before, after = point.latency.real_time_factors
         words += f", real-time factor {before:.3f} to {after:.3f}"

@@ -32,7 +32,11 @@ def cache_bytes(model: nn.Module, items: Items) -> int:
             cache: Any = model(**items[:1].inputs, use_cache=True).past_key_values
     except (TypeError, AttributeError) as error:
         raise RuntimeError(f"{type(model).__name__} takes no use_cache ({error})") from None
-    layers = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "is_initialized", False)]
+    layers = [
+        layer
+        for layer in getattr(cache, "layers", ())
+        if isinstance(getattr(layer, "keys", None), torch.Tensor)
+    ]
     if not layers:
         raise RuntimeError(f"{type(model).__name__} keeps no keys and values")
     return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from workbench.metrics.quality import Estimate
+from workbench.modules.checkpoint_types import main_type, type_words
 from workbench.tasks.base import Items, Kind
 from workbench.util.device import Clock
 from workbench.util.progress import Progress, no_progress
@@ -35,6 +36,12 @@ class Latency:
     input_shape: tuple[int, ...]
     rounds: int
     audio_seconds: float = 0.0
+    dense_type: str = ""  # of the dense model's numbers as it ran, such as "float32"; "" in older points
+
+    @property
+    def against(self) -> str:
+        """Return what it was timed against, such as ` as dense in float32`, "" where that is unknown."""
+        return f" as dense in {self.dense_type}" if self.dense_type else ""
 
     @property
     def real_time_factors(self) -> tuple[float, float] | None:
@@ -102,4 +109,5 @@ def measure_latency(
         shape,
         rounds,
         kind.audio_seconds(items) or 0.0,
+        type_words(main_type(dense)),
     )

@@ -13,7 +13,7 @@ from workbench.calibration.statistics import Statistics
 from workbench.errors import DataError
 from workbench.measure.evaluation.evaluator import Evaluator
 from workbench.measure.measurement import Context
-from workbench.measure.size import Sizes, sizes
+from workbench.measure.size import Sizes, given_sizes
 from workbench.modules.placement import words as placed
 from workbench.runtime.names import Runtime
 from workbench.tasks.base import Items, Kind, Task
@@ -91,8 +91,8 @@ class Setting:
         return self.statistics
 
     def dense_sizes(self) -> Sizes:
-        """Return the dense model's sizes, computed once."""
-        return self.statistics.once("dense sizes", lambda: sizes(self.task.model))
+        """Return the sizes of the file that was given, computed once."""
+        return self.statistics.once("dense sizes", lambda: given_sizes(self.task.model))
 
 
 def early_looks(kind: Kind, items: Items) -> tuple[int, ...]:

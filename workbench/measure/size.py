@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from workbench.compress.core.batch import grouped
 from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import Cast, InputScaled, OffsetGrid
+from workbench.modules.checkpoint_types import TOTAL, checkpoint_types
 from workbench.modules.layer import Layer
 from workbench.modules.packing import Packed, pack_model
 from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, ceil8, file_length, total
@@ -59,7 +60,9 @@ def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
     bits: float = 8 * total(outline.rest)
     for weight in weights:
         masked = weight.name in promised and promised[weight.name].mask is not None
-        bits += (weight.bits or 8 * weight.dtype.itemsize) * (counts[weight.name] if masked else weight.count)
+        bits += (weight.bits or 8 * weight.stored_dtype.itemsize) * (
+            counts[weight.name] if masked else weight.count
+        )
     entries = outline.entries()
     return Sizes(ceil8(bits), total(entries), file_length(entries))
 
@@ -114,6 +117,24 @@ def sizes(model: nn.Module, layers: tuple[Layer, ...] = ()) -> Sizes:
         for name, tensor in packed.tensors.items()
     ]
     return Sizes(packed.theoretical_bytes, packed.packed_bytes, file_length(entries))
+
+
+def given_sizes(model: nn.Module) -> Sizes:
+    """Return the sizes of a dense model as it was given: each tensor once, in the type that its file holds it
+    in, or as it is where the model was handed over in memory.
+    """
+    types, seen, entries = checkpoint_types(model), set[tuple[int, tuple[int, ...]]](), []
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        dtype = types.get(name, tensor.dtype)
+        entries.append(
+            StoredTensor(name, DTYPES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize)
+        )
+    size = vars(model).get(TOTAL) or total(entries)
+    return Sizes(size, size, size + file_length(entries) - total(entries))
 
 
 def shape_only(tensor: Tensor) -> Tensor:

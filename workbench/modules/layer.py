@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BrokenPromiseError, CompressionError
+from workbench.modules.checkpoint_types import inherit
 from workbench.modules.input_quantizer import smoothing_of
 from workbench.util.library_internals import parameters_of
 
@@ -322,4 +323,5 @@ def why_left(module: nn.Module) -> str:
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` stands in `model`."""
     parent, _, child = name.rpartition(".")
+    inherit(model.get_submodule(name), module)
     setattr(model.get_submodule(parent), child, module)

@@ -19,6 +19,7 @@ from workbench.errors import ExportError
 from workbench.formats.bit_packing import pack, unpack
 from workbench.formats.serialization import Codes, codes_of, format_of, restored, side_tensors
 from workbench.formats.stored_forms import Cast, Form
+from workbench.modules.checkpoint_types import checkpoint_types, narrowed
 from workbench.modules.layer import Layer
 from workbench.modules.visiting import visiting
 
@@ -85,7 +86,7 @@ def pack_model(
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
     owners: dict[tuple[int, tuple[int, ...]], str] = {}
-    theoretical_bits = 0
+    theoretical_bits, types = 0, checkpoint_types(model)
     for key, value in model.state_dict().items():
         owner = owners.setdefault((value.data_ptr(), tuple(value.shape)), key) if value.numel() else key
         if owner != key:
@@ -95,10 +96,12 @@ def pack_model(
         promised = [layer] if layer is not None and (layer.mask is not None or layer.grid is not None) else []
         with visiting(promised):  # of a streamed model: a host takes seconds a gigabyte
             here = promised[0].parameter.detach() if promised else value
-            stored, encodings[key] = encode(here, layer)
+            stored, encodings[key] = encode(here, layer, types.get(key))
             tensors.update({f"{key}{suffix}": kept(tensor) for suffix, tensor in stored.items()})
             width = (
-                layer.grid.bits if layer is not None and layer.grid is not None else 8 * value.element_size()
+                layer.grid.bits
+                if layer is not None and layer.grid is not None
+                else 8 * next(iter(stored.values())).element_size()
             )
             theoretical_bits += width * (
                 value.numel() if layer is None or layer.mask is None else int(torch.count_nonzero(here))
@@ -111,19 +114,21 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def encode(value: Tensor, layer: Layer | None) -> tuple[dict[str, Tensor], Encoding]:
-    """Return the smallest encoding of one entry of the state dict: tensors by name suffix, and its
-    description.
+def encode(
+    value: Tensor, layer: Layer | None, known: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], Encoding]:
+    """Return the smallest encoding of one entry of the state dict, which its checkpoint holds in the type
+    `known`: tensors by name suffix, and its description.
     """
     shape, dtype = tuple(value.shape), dtype_name(value)
-    dense = ({"": value}, Encoding("dense", shape, dtype))
+    dense = ({"": narrowed(value, known)}, Encoding("dense", shape, dtype))
     if layer is None or (layer.mask is None and layer.grid is None):
         return dense
     matrix = layer.as_matrix(value)
     nonzero = matrix != 0
     if layer.grid is None or isinstance(layer.grid, Cast):
-        values = matrix if layer.grid is None else layer.grid.values
-        whole = value if layer.grid is None else layer.as_stored(values)
+        values = narrowed(matrix, known) if layer.grid is None else layer.grid.values
+        whole = narrowed(value, known) if layer.grid is None else layer.as_stored(values)
         options = [({"": whole}, Encoding("dense", shape, dtype))]
         if layer.mask is not None:
             options.append(

@@ -70,6 +70,7 @@ class Weight:
     reserved: bool = False  # stays dense unless targets name it
     table: bool = False
     transposed: bool = False  # stored as [inputs, outputs]
+    file_dtype: torch.dtype | None = None  # of the checkpoint, where that is narrower than `dtype`
     # The layer's own share of a budget depends on its values: `kept` is the average over layers
     estimated: bool = False
 
@@ -77,6 +78,11 @@ class Weight:
     def count(self) -> int:
         """Return the number of weights, zeros included."""
         return self.rows * self.columns
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Return the type that its numbers are stored in where they are on no grid."""
+        return self.cast or self.file_dtype or self.dtype
 
     @property
     def form_shape(self) -> Shape:
@@ -88,7 +94,7 @@ class Weight:
         """Return the smallest encoding that shapes and promises allow (the rules of
         `workbench.modules.packing`).
         """
-        key, stored = f"{self.name}.weight", self.cast or self.dtype
+        key, stored = f"{self.name}.weight", self.stored_dtype
         mask = StoredTensor(f"{key}.mask", "U8", (ceil8(self.count),), ceil8(self.count))
         if not self.bits or self.cast is not None:
             options = [[StoredTensor(key, DTYPES[stored], self.shape, self.count * stored.itemsize)]]

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from workbench.modules.checkpoint_types import checkpoint_types, narrower
 from workbench.modules.input_quantizer import InputFormat
 from workbench.modules.layer import Layer, find_layers, output_head
 from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, file_length
@@ -64,7 +65,7 @@ class Outline:
             for layer in (find_layers(model)[0].values() if known is None else known)
             for name in (layer.name, *layer.others)
         }
-        weights, rest = [], []
+        weights, rest, types = [], [], checkpoint_types(model)
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for key, value in model.state_dict().items():
             mark = (value.data_ptr(), tuple(value.shape))
@@ -72,8 +73,10 @@ class Outline:
                 continue  # shares its storage with an earlier one: stored once
             seen.add(mark)
             layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+            stored = narrower(value.dtype, types.get(key))
             if layer is None:
-                rest.append(StoredTensor(key, DTYPES[value.dtype], tuple(value.shape), value.nbytes))
+                size = value.numel() * stored.itemsize
+                rest.append(StoredTensor(key, DTYPES[stored], tuple(value.shape), size))
             else:
                 name, others = (
                     key.removesuffix(".weight"),
@@ -89,6 +92,7 @@ class Outline:
                         reserved=bool(layer.reserved),
                         table=layer.table,
                         others=others,
+                        file_dtype=stored,
                     )
                 )
         return cls(tuple(weights), tuple(rest), output_head(model), positions or {}, anatomy=anatomy)

@@ -47,6 +47,11 @@ class Kinds(Registry[Kind]):
         """
         values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         architectures = values.get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise ModelError(
+                f"config.json has architectures={architectures!r}; a list of names of classes is needed, such"
+                ' as ["LlamaForCausalLM"]'
+            )
         refusals: list[str] = []
         for name in architectures:
             if (kind := self.of_architecture(name, values, refusals)) is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import DataError, ModelError
 from workbench.hub import hub
 from workbench.hub.wheel_archive import fetch
+from workbench.modules.checkpoint_types import running_note
 from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
 from workbench.tasks.base import Kind, Task
@@ -19,8 +20,9 @@ from workbench.tasks.items import Reading
 from workbench.tasks.registry import KINDS
 from workbench.util.device import pick
 from workbench.util.text import nearest
-from workbench.zoo import local
+from workbench.zoo import local, quantized
 from workbench.zoo.catalogue import CATALOGUE, CatalogueEntry, Listed, find
+from workbench.zoo.trial import in_one_line, try_items
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +78,18 @@ def load_task(
     kind = KINDS.of(config)
     sizes = kind.sizes.limited(evaluation_items, calibration_items, training_items)
     data = located.data if data is None else data
-    processor = None if isinstance(data, str) and data == SLICE else kind.processor(located.directory, config)
+    local.check_config(located.directory)
+    with in_one_line(f"{located.directory}: what prepares its inputs cannot be made from its files"):
+        plain = isinstance(data, str) and data == SLICE
+        processor = None if plain else kind.processor(located.directory, config)
     model = local.load_model(located.directory, kind, device=device, dtype=dtype, placement=placement)
-    kind, said = kind.prepared(model, located.directory, processor)
+    notes = (*located.notes, *quantized.note(config), *running_note(model, device))
+    with in_one_line(f"{located.directory}: its files do not fit together"):
+        kind, said = kind.prepared(model, located.directory, processor)
     reading = Reading(config, processor, context)
     loaded = task_data.load(kind, reading, data, sizes, seed=seed, offline=offline, progress=progress)
+    pools = (loaded.evaluation, loaded.calibration, loaded.training)
+    try_items(str(located.directory), kind, model, pools)
     return Task(
         kind=kind,
         model=model,
@@ -93,7 +102,7 @@ def load_task(
         labels=loaded.labels,
         batch_size=kind.batch_size(loaded.evaluation, on_cpu=str(device).startswith("cpu")),
         files=local.exported_files(located.directory, kind.files),
-        notes=(*located.notes, *said, *loaded.notes),
+        notes=(*notes, *said, *loaded.notes),
         processor=processor,
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from workbench.errors import DeviceError, ModelError
+from workbench.modules.checkpoint_types import checkpoint_types, note_types
 from workbench.modules.placement import Placement, place
 from workbench.tasks.base import Kind
 from workbench.util.quiet import quiet
-from workbench.util.text import one_line
+from workbench.util.text import kind_and_words, one_line
+from workbench.zoo.checkpoint_fit import check_fit
+from workbench.zoo.quantized import check_readable, dequantized, loading_options, method_of
 
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.bin", "*.pkl")
 CONVERT = (
@@ -31,7 +34,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         ModelError: no such file, not JSON, code of its own, an adapter, or weights that are quantised
-            already.
+            already in a way that cannot be undone here.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -51,7 +54,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not a JSON object: {error}") from None
     from transformers import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
             raise ModelError(
                 f"{directory} needs remote code (auto_map in config.json, model type {model_type!r}); the"
@@ -62,10 +65,25 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"{directory} holds an adapter (adapter_config.json); merge it into its base model and give that"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise ModelError(f"{directory} is quantised already (by {method}); give the original weights")
+    check_readable(directory, config)
     return dict(config)
+
+
+def check_config(directory: Path) -> None:
+    """Refuse a config.json whose values are none that its model type takes.
+
+    Raises:
+        ModelError: with the value that transformers does not take.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
+            raise ModelError(
+                f"{directory / 'config.json'} does not describe a model: {kind_and_words(error)}"
+            ) from None
 
 
 def check_weights(directory: Path, kind: Kind) -> list[Path]:
@@ -146,7 +164,7 @@ def load_model(
     """
     import transformers
 
-    check_weights(directory, kind)
+    files, config = check_weights(directory, kind), read_config(directory)
     wanted = parse_dtype(dtype) or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loader = getattr(transformers, kind.auto_class)
     with quiet():
@@ -159,13 +177,16 @@ def load_model(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **loading_options(config),
             )
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
             raise ModelError(
                 f"{directory} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from None
-    _check_complete(directory, kind, info)
+    model = dequantized(model, config)
+    check_fit(directory, kind, model, info)
     _check_finite(directory, model)
+    note_types(model, files, quantized=bool(method_of(config)))
     try:
         return place(model.eval(), torch.device(device), placement)
     except (RuntimeError, AssertionError) as error:
@@ -187,25 +208,6 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _check_complete(directory: Path, kind: Kind, info: Mapping[str, Any]) -> None:
-    """Refuse a model with any weight that did not come from the files: transformers would have drawn it at
-    random.
-    """
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{directory} lacks {len(missing)} weights of the model, the first is {missing[0]!r}: "
-            f"they would be random numbers; was it trained for {kind.name}?"
-        )
-    mismatched = sorted(info["mismatched_keys"])
-    if mismatched:
-        name, found, wanted = mismatched[0]
-        raise ModelError(
-            f"{directory}: weight {name!r} has shape {list(found)} in the file, {list(wanted)} by config.json"
-            f" ({len(mismatched)} such)"
-        )
-
-
 def _check_finite(directory: Path, model: nn.Module) -> None:
     """Refuse NaN and infinity."""
     for name, tensor in model.state_dict().items():
@@ -219,15 +221,18 @@ def _check_finite(directory: Path, model: nn.Module) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of the names, shapes, dtypes and bytes of all weights and saved buffers: 16 hexadecimal
-    digits.
+    digits. A model that its file holds in other types is another one.
 
     Tied weights are hashed once. Costs about a second a gigabyte.
     """
     digest = hashlib.sha256()
     seen: set[tuple[int, tuple[int, ...]]] = set()
+    types = checkpoint_types(model)
     for name, tensor in sorted(model.state_dict().items()):
         place = (tensor.data_ptr(), tuple(tensor.shape))
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        in_file = types.get(name, tensor.dtype)
+        kinds = f"{tensor.dtype}" if in_file == tensor.dtype else f"{tensor.dtype} of {in_file}"
+        digest.update(f"{name} {list(tensor.shape)} {kinds}".encode())
         if place not in seen or tensor.numel() == 0:
             seen.add(place)
             digest.update(

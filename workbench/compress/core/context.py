@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from workbench.errors import CompressionError, RecipeError
+from workbench.modules.checkpoint_types import checkpoint_types
 from workbench.modules.layer import Layer, find_layers, holders_of, layers_among, output_head
 from workbench.recipe import picks
 from workbench.util.fast_path import Refusals
@@ -70,6 +72,11 @@ class Work:
             if self.statistics.task is self.task
             else output_head(self.task.model)
         )
+
+    @cached_property
+    def file_types(self) -> dict[str, torch.dtype]:
+        """Return the types in which the checkpoint holds the tensors of the model as it is."""
+        return checkpoint_types(self.model)
 
     @cached_property
     def dense(self) -> dict[str, Layer]:

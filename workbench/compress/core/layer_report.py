@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from workbench.compress.core.batch import Batch, grouped
 from workbench.compress.core.invariants import look_over
 from workbench.formats.stored_forms import effective_bits
 from workbench.kernels.weight_passes import Change
+from workbench.modules.checkpoint_types import narrower
 from workbench.modules.factored import kind_of, product
 from workbench.modules.input_quantizer import acting_weight
 from workbench.modules.layer import Layer, can_hold
@@ -95,18 +96,25 @@ def one_report(
         bits,
         None if math.isnan(error) else error,
         outcome,
-        effective_bits_of(now),
+        effective_bits_of(now, work.file_types),
     )
 
 
-def effective_bits_of(layers: Sequence[Layer]) -> float | None:
+def effective_bits_of(
+    layers: Sequence[Layer], types: Mapping[str, torch.dtype] | None = None
+) -> float | None:
     """Return the bits a weight that layers take, scales and zero points included, None if none of them is on
-    a grid; see `runtime.forms`.
+    a grid; see `workbench.formats.stored_forms`. `types` are those of the checkpoint's tensors.
     """
     if all(layer.grid is None for layer in layers):
         return None
     return effective_bits(
-        (layer.grid, layer.parameter.numel(), 8 * layer.parameter.element_size()) for layer in layers
+        (
+            layer.grid,
+            layer.parameter.numel(),
+            8 * narrower(layer.parameter.dtype, (types or {}).get(f"{layer.name}.weight")).itemsize,
+        )
+        for layer in layers
     )
 
 

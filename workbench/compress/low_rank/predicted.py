@@ -51,6 +51,7 @@ def part(weight: Weight, name: str, stored: tuple[int, ...], rank: int) -> Weigh
         weight.dtype,
         rank=rank,
         table=weight.table and name == "0",
+        file_dtype=weight.file_dtype,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -31,9 +32,12 @@ class KVCache(Step):
     scale and a zero point of one byte for `kv_group_size` numbers, and its bytes for one window of the
     evaluation text are measured.
 
+    Layers that attend to all tokens are taken. Those that keep a sliding window or a state of fixed size,
+    which does not grow with the text, stay as they are, and the point says how many; a model with nothing
+    else is refused.
+
     What it does not do: make the weights smaller, save time (the cache is unpacked at every step), or rotate
-    or group keys by channel as KIVI (Liu et al. 2024) does for 2 bits. Sliding-window and other caches than
-    transformers' full one are refused.
+    or group keys by channel as KIVI (Liu et al. 2024) does for 2 bits.
     """
 
     slider: ClassVar[str] = "kv_bits"
@@ -105,7 +109,7 @@ def kv_cache(step: KVCache, work: Work) -> None:
             f"{step!r}: {work.task.model_name} does {work.task.kind.name}; only language models keep keys and"
             " values from token to token"
         )
-    check_heads(step, work.task, work.model)
+    work.warnings += check_heads(step, work.task, work.model)
     use_cache_of(work.model, step.form)
     work.changes += 1
 
@@ -153,11 +157,11 @@ def packed_cache(model: nn.Module, form: CacheFormat) -> Any:
 
 
 def pack_layers(cache: Any, form: CacheFormat) -> Any:
-    """Make the empty layers of a transformers cache packed ones, in place, and return it.
+    """Make the empty layers of a transformers cache that keep all tokens packed ones, in place, and return
+    it.
 
     Raises:
-        CompressionError: a layer that is in use holds something else, or is not one that grows token by
-            token.
+        CompressionError: a layer that is in use holds something else.
     """
     from transformers.cache_utils import DynamicLayer
 
@@ -165,13 +169,12 @@ def pack_layers(cache: Any, form: CacheFormat) -> Any:
 
     packed = packed_layer()
     for index, layer in enumerate(getattr(cache, "layers", ())):
-        if isinstance(layer, packed):
-            continue
-        if type(layer) is not DynamicLayer or layer.get_seq_length():
-            state = "is in use" if type(layer) is DynamicLayer else "is not supported"
+        if type(layer) is not DynamicLayer:
+            continue  # packed already, or one that does not grow with the text
+        if layer.get_seq_length():
             raise CompressionError(
                 f"a KV cache of {form.bits} bits cannot take over layer {index} of a {type(cache).__name__}:"
-                f" its {type(layer).__name__} {state}; give an empty DynamicCache, or none"
+                f" its {type(layer).__name__} is in use; give an empty DynamicCache, or none"
             )
         cache.layers[index] = packed(form)
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
@@ -179,14 +182,16 @@ def pack_layers(cache: Any, form: CacheFormat) -> Any:
     return cache
 
 
-def check_heads(step: KVCache, task: Task, model: nn.Module) -> None:
-    """Run one item and see that keys and values enter a cache, and that the groups divide every head.
+def check_heads(step: KVCache, task: Task, model: nn.Module) -> list[str]:
+    """Run one item and see that keys and values enter a cache, and that the groups divide every head; return
+    what is to be said of layers that are left.
 
     Raises:
-        CompressionError: the model keeps none, or the group size does not divide one.
-
+        CompressionError: the model keeps none, none that grows with the text, or the group size does not
+            divide a head.
     """
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     device, config = next(model.parameters()).device, getattr(model, "config", None)
     cache: Any = DynamicCache(config=config)
@@ -198,12 +203,15 @@ def check_heads(step: KVCache, task: Task, model: nn.Module) -> None:
             f"{step!r}: {type(model).__name__} takes no transformers cache"
             f" ({' '.join(str(error).split())[:200]})"
         ) from None
-    used = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
+    used = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized]
+    left = others_of(cache)
     if not used:
         raise CompressionError(
-            f"{step!r}: {type(model).__name__} keeps no keys and values in the cache that it is given"
+            f"{step!r}: {type(model).__name__} keeps {left}, nothing that grows with the text and could be"
+            " rounded"
+            if left
+            else f"{step!r}: {type(model).__name__} keeps no keys and values in the cache that it is given"
         )
-    packed_cache(model, step.form)  # refuses layers of other kinds
     for head in sorted({states.shape[-1] for layer in used for states in (layer.keys, layer.values)}):
         if step.kv_group_size and head % step.kv_group_size:
             fits = [size for size in (16, 32, 64, 128) if head % size == 0 and size < head]
@@ -211,3 +219,29 @@ def check_heads(step: KVCache, task: Task, model: nn.Module) -> None:
                 f"{step!r}: groups of {step.kv_group_size} do not divide a head of {head} numbers: take"
                 f" {', '.join([*map(str, fits), '0 for the whole head'])}"
             )
+    said = (
+        f"the KV cache is rounded in {len(used)} of {len(cache.layers)} layers; the model also keeps {left},"
+        " as it is"
+    )
+    return [said] if left else []
+
+
+def others_of(cache: Any) -> str:
+    """Return what the layers of a transformers cache keep that do not keep all tokens, in words: `a sliding
+    window of 8 tokens in 2 layers`; "" without any.
+    """
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionCacheLayerMixin,
+    )
+
+    found: Counter[str] = Counter()
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            found[f"a sliding window of {layer.sliding_window} tokens"] += 1
+        elif isinstance(layer, LinearAttentionCacheLayerMixin):
+            found["a state of fixed size"] += 1
+        elif type(layer) is not DynamicLayer and getattr(layer, "keys", None) is not None:
+            found[f"a {type(layer).__name__}"] += 1
+    return " and ".join(f"{what} in {count} layer{'s' * (count != 1)}" for what, count in found.items())
