@@ -181,8 +181,9 @@ def moved(recipe: wb.Recipe, draw: random.Random) -> wb.Recipe:
             )
         }
     elif getattr(step, "pattern", "") == "2:4":
-        # # no slider to move
-        change = {"criterion": "magnitude" if step.criterion != "magnitude" else "wanda"}  # type: ignore[attr-defined]
+        # No slider to move
+        criterion = step.criterion  # type: ignore[attr-defined]
+        change = {"criterion": "magnitude" if criterion != "magnitude" else "wanda"}
     else:
         change = {step.slider: round(min(0.95, max(0.02, value + sign * draw.uniform(0.01, 0.05))), 3)}
     return wb.Recipe(*(dataclasses.replace(one, **change) if one is step else one for one in recipe))

@@ -51,7 +51,7 @@ def guessed(way: str, spots: list[Spot], drops: list[float], spot: Spot, link: L
         value = float(link.at(spot.costs.most[None])[0])  # type: ignore[index]
         return Guess(value, math.inf, 0, wide=True), time.perf_counter() - start
     made = (
-        local_fit(known.known, np.array(spot.place), np.array(spot.mark), 0.8)
+        local_fit(known.measured, np.array(spot.place), np.array(spot.mark), 0.8)
         if way == WAYS[3]
         else known.guess(spot)
     )
@@ -171,12 +171,13 @@ def markdown(result: dict) -> str:
     lines += [
         (
             "Random recipes of one to three steps (zeros, low rank, low bits; no training), each predicted"
-            f" before it is added; {FIRST} points first; {result['orders']} random orders. Intervals are meant to"  # noqa: E501
-            f" hold {result['level']:.0%} of the time. Errors are of accuracy, as a fraction. In brackets: 95%"  # noqa: E501
+            f" before it is added; {FIRST} points first; {result['orders']} random orders. Intervals are"
+            f" meant to hold {result['level']:.0%} of the time. Errors are of accuracy, as a fraction. In"
+            " brackets: 95%"
             " Wilson interval, each recipe taken once. The constants of the method (where the fall of an"
             " accuracy starts from, how doubt grows with it, how far neighbours count) were chosen on the 150"
-            " recipes of seed 0 of `fashion-cnn` and `fashion-vit`; other seeds are new to it. Times: one thread"  # noqa: E501
-            " of a shared machine."
+            " recipes of seed 0 of `fashion-cnn` and `fashion-vit`; other seeds are new to it. Times: one"
+            " thread of a shared machine."
         )
     ]
     for found in result["models"]:

@@ -213,7 +213,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/runtimes-cpu"))
     parser.add_argument(
         "--models",
-        default="fashion-cnn:1,fashion-cnn:16,fashion-cnn:64,fashion-vit:16,all-MiniLM-L6-v2:1,all-MiniLM-L6-v2:16",
+        default=(
+            "fashion-cnn:1,fashion-cnn:16,fashion-cnn:64,fashion-vit:16,"
+            "all-MiniLM-L6-v2:1,all-MiniLM-L6-v2:16"
+        ),
     )
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)

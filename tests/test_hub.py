@@ -111,7 +111,8 @@ class Hub(BaseHTTPRequestHandler):
         if not found or found[1] not in self.files:
             return self.answer(b"{}", {"X-Error-Code": "RepoNotFound" if not found else "EntryNotFound"}, 404)
         name, data = found[1], self.files[found[1]]
-        tag = hashlib.sha256(data).hexdigest() if large(name) else hashlib.sha1(data).hexdigest()  # noqa: S324
+        digest = hashlib.sha256(data) if large(name) else hashlib.sha1(data)  # noqa: S324
+        tag = digest.hexdigest()
         headers = {
             "X-Repo-Commit": COMMIT,
             "ETag": f'"{tag}"',

@@ -395,7 +395,7 @@ def test_points_without_a_table_leave_the_prediction_to_the_sliders():
     spots, values, link = ledgers(40, 4)
     blind = dataclasses.replace(spots[-1], costs=None)
     made = history(spots[:-1], values[:-1], link)
-    assert made.guess(blind) == local_fit(made.known, np.array(blind.place), np.array(blind.mark))
+    assert made.guess(blind) == local_fit(made.measured, np.array(blind.place), np.array(blind.mark))
 
 
 @pytest.mark.parametrize("sort", tiny_tasks.SORTS)

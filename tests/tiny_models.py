@@ -15,7 +15,8 @@ def tokenizer_files(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(VOCABULARY - 3))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # noqa: S106
+    numbers = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -141,7 +141,7 @@ class Explorer(ipw.VBox):
             self.form,
             self.session,
             self.guarded,
-            lambda words: self.errors.say("search", words, "note"),
+            lambda message: self.errors.say("search", message, "note"),
             self.pacer.post,
         )
         head = ipw.HBox([self.picker, self.picker.loading, self.dense])
@@ -289,10 +289,10 @@ class Explorer(ipw.VBox):
 
         Ipywidgets calls this also for a panel that could not be made.
         """
-        parts = vars(self)
-        if "load_progress" in parts:
+        attributes = vars(self)
+        if "load_progress" in attributes:
             self.load_progress.stop()
-        for name, part in parts.items():
+        for name, part in attributes.items():
             if name in {"points", "session", "pacer"}:
                 part.close()
         super().close()

@@ -232,9 +232,9 @@ class Bench:
         """Yield a measurement after each of the `early` numbers of items and after all, until one is known to
         `margin`, then the complete one.
         """
-        known = None if again else self.ledger.find(self.context.key(recipe))
-        if known is not None and known.known_to(margin):
-            yield known
+        kept = None if again else self.ledger.find(self.context.key(recipe))
+        if kept is not None and kept.known_to(margin):
+            yield kept
             return
         with Bar(recipe.label(), shown=self.show_progress) as bar:
             progress = stoppable(both(bar, working), cancelled)
@@ -242,8 +242,8 @@ class Bench:
             first = early[0] if early else len(self.evaluation)
             told = forecast(self.setting, self.pace, recipe, first)
             ahead = () if told is None else (told.words(),)
-            for words in ahead:
-                progress(words, 0, 1)
+            for warning in ahead:
+                progress(warning, 0, 1)
             start = time.perf_counter()
             compressed = compress(
                 self.task,
@@ -298,8 +298,8 @@ class Bench:
         compressed: Compressed | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Behaviour | tuple[Continuation, ...]:
-        """Return what a recipe changes: a classifier's answers, item by item, or what another model writes,
-        hears or finds alike.
+        """Return the answers that a recipe changes: a classifier's item by item (`Behaviour`), any other
+        model's dense and compressed output side by side (`Continuation`s).
 
         A model `compressed` by this recipe before need not be given; it saves compressing (and training)
         again.

@@ -144,7 +144,9 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
 
 
 def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
-    """Return what the model's configuration alone does not say of its sizes, where structure was removed."""
+    """Return the sizes that the configuration alone does not say, by module, where structure was removed (see
+    `surgery.differences`); else {}.
+    """
     if not any(getattr(step, "structured", False) for step in compressed.recipe):
         return {}
     import transformers
@@ -207,9 +209,9 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
         ) from None
     except (OSError, ValueError) as error:
         raise ExportError(f"{str(directory)!r} cannot be read: {error}") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ExportError(f"{str(directory)!r} has format {found!r}; this version reads format {FORMAT}")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise ExportError(f"{str(directory)!r} has format {version!r}; this version reads format {FORMAT}")
     missing = [
         key for key in ("weights_sha256", "auto_class", "low_rank", "encodings") if key not in manifest
     ]
@@ -238,7 +240,8 @@ def generates(model: nn.Module, directory: Path) -> None:
     if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)  # type: ignore[assignment]
+        settings = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        model.generation_config = settings  # type: ignore[assignment]
 
 
 def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:

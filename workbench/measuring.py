@@ -88,7 +88,7 @@ class Partial:
                 return
 
     def known(self) -> ControlVariates | None:
-        """Return what is known of all evaluation items; None until the dense model has read them."""
+        """Return the control variates of all evaluation items; None until the dense model has read them."""
         dense = self.reference.all_scores()
         return None if dense is None else ControlVariates(dense, self.neighbour)
 
@@ -210,13 +210,13 @@ class Partial:
         if outputs is None:
             missing[WHAT] = f"{self.setting.task.kind.name} gives no answer a distribution of probabilities"
             return point
-        found = attempt(WHAT, missing, lambda: self.divergence(outputs, point.items, missing))
-        if found is not None and point.items < point.items_total:
-            self.neighbours.begin(point.key, self.scores[0], found.each)
+        kl = attempt(WHAT, missing, lambda: self.divergence(outputs, point.items, missing))
+        if kl is not None and point.items < point.items_total:
+            self.neighbours.begin(point.key, self.scores[0], kl.each)
         return (
             point
-            if found is None
-            else dataclasses.replace(point, kl=found.kl, kl_items=found.items, kl_answers=found.answers)
+            if kl is None
+            else dataclasses.replace(point, kl=kl.kl, kl_items=kl.items, kl_answers=kl.answers)
         )
 
     def divergence(self, outputs: Outputs, count: int, missing: dict[str, str]) -> Divergence | None:

@@ -48,17 +48,17 @@ Mark = Literal["zeros", "fewer", "grid", "cast", "factors", "term", "inputs", "l
 
 def explain(owner: str, error: ValidationError) -> str:
     """Return a ValidationError as one line that repeats what the user gave and says what would work."""
-    parts = []
+    faults = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-            parts.append(f"{owner} has no option {name!r}")
+            faults.append(f"{owner} has no option {name!r}")
         elif not name:
-            parts.append(f"{owner} is refused: {message}")
+            faults.append(f"{owner} is refused: {message}")
         else:
-            parts.append(f"{owner}({name}={item['input']!r}) is refused: {message[0].lower()}{message[1:]}")
-    return "; ".join(parts)
+            faults.append(f"{owner}({name}={item['input']!r}) is refused: {message[0].lower()}{message[1:]}")
+    return "; ".join(faults)
 
 
 @lru_cache(maxsize=2**16)  # every layer of a model is asked for several times a move
@@ -73,10 +73,10 @@ def configuration(cls: type[T]) -> type[T]:
 
     Bad values raise `RecipeError`.
     """
-    made: Any = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(
+    built: Any = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(
         cls
     )
-    construct = made.__init__
+    construct = built.__init__
 
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
         if args:
@@ -88,8 +88,8 @@ def configuration(cls: type[T]) -> type[T]:
         except ValidationError as error:
             raise RecipeError(explain(cls.__name__, error)) from None
 
-    made.__init__ = initialise
-    return cast("type[T]", made)
+    built.__init__ = initialise
+    return cast("type[T]", built)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +131,8 @@ class Step:
     about: ClassVar[tuple[About, ...]] = ()  # lines of the table of methods
     # Panels keep it folded away until it is used: a complement of the methods that a user starts with
     aside: ClassVar[bool] = False
-    added: ClassVar[
-        tuple[str, ...]
-        # Options of later versions: at their defaults they do not change a recipe's key, so ledgers stay
-        # known
-    ] = ()
+    # Options of later versions: at their defaults they do not change a recipe's key, so ledgers stay known
+    added: ClassVar[tuple[str, ...]] = ()
 
     targets: Annotated[
         Targets,
@@ -183,7 +180,7 @@ class Step:
         info = cls.options()[option]
         if get_origin(info.annotation) is Literal:
             return get_args(info.annotation)
-        listed = [name for one in info.metadata if isinstance(one, OneOf) for name in one.registry.names()]
+        listed = [name for note in info.metadata if isinstance(note, OneOf) for name in note.registry.names()]
         return tuple(listed) or ((True, False) if info.annotation is bool else ())
 
     def unchanged(self) -> set[str]:
@@ -199,7 +196,7 @@ class Step:
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find in the layers that it took; their order follows from that."""
+        """Return the marks that it leaves in the layers that it took; what may follow depends on them."""
         return frozenset()
 
     @property
@@ -216,9 +213,7 @@ class Step:
 
     @property
     def claim(self) -> str:
-        """Return what a layer can be taken for only once: two steps with the same claim may not share a
-        layer.
-        """
+        """Return the claim that it makes on its layers: two steps of one claim may not share a layer."""
         return self.kind()
 
     @property
@@ -278,12 +273,12 @@ def scope(targets: Targets) -> str:
     """Return which layers, in a few words: nothing for all, ` not fc1`, ` on 3 targets`."""
     out = [target[1:] for target in targets if target.startswith("!")]
     on = [target for target in targets if not target.startswith("!") and target != "*"]
-    words = [
+    texts = [
         f" {word} {ending(listed[0]) if len(listed) == 1 else f'{len(listed)} targets'}"
         for word, listed in (("on", on), ("not", out))
         if listed
     ]
-    return "".join(words)
+    return "".join(texts)
 
 
 class Recipe:

@@ -60,10 +60,10 @@ def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
     steps = []
     for step in recipe:
         whole = step.takes(layer, head=layer == head)
-        parts = {step.takes(f"{layer}.{index}", layer, head=layer == head) for index in (0, 1)}
+        of_factors = {step.takes(f"{layer}.{index}", layer, head=layer == head) for index in (0, 1)}
         if not METHODS.of(step).alone:  # or it does not say
             continue
-        if parts != {whole}:
+        if of_factors != {whole}:
             raise RecipeError(f"{step!r} works on one factor of {layer} only: its sensitivity is not defined")
         if whole:
             steps.append(dataclasses.replace(step, targets=(layer,)))
@@ -73,8 +73,8 @@ def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
 def layers_of(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     """Return the layers that a recipe works on, each with its own part of it, in the order of the model."""
     head = output_head(model)
-    parts = {name: alone(recipe, name, head) for name in find_layers(model)[0]}
-    return {name: part for name, part in parts.items() if len(part)}
+    recipes = {name: alone(recipe, name, head) for name in find_layers(model)[0]}
+    return {name: part for name, part in recipes.items() if len(part)}
 
 
 def sensitivities(
@@ -93,21 +93,21 @@ def sensitivities(
             f"items={items!r} is refused: an interval needs at least 2 of the {len(setting.evaluation)}"
             " evaluation items"
         )
-    parts = layers_of(setting.task.model, recipe)
-    if not parts:
+    recipes = layers_of(setting.task.model, recipe)
+    if not recipes:
         silent = [type(step).__name__ for step in recipe if METHODS.of(step).alone is None]
         if silent:
             raise RecipeError(
                 f"nothing says whether {' and '.join(dict.fromkeys(silent))} makes sense on one layer alone"
             )
         raise RecipeError(f"{recipe!r} compresses no layer: turn a slider on first")
-    for index, (name, part) in enumerate(parts.items()):
-        progress("sensitivity", index, len(parts))
+    for index, (name, part) in enumerate(recipes.items()):
+        progress("sensitivity", index, len(recipes))
         yield setting.statistics.once(
             ("sensitivity", part, count),
             partial(measured, setting, reference, name, part, count=count, progress=progress),
         )
-    progress("sensitivity", len(parts), len(parts))
+    progress("sensitivity", len(recipes), len(recipes))
 
 
 def measured(
@@ -121,11 +121,13 @@ def measured(
         return LayerSensitivity(name, part, task.kind.primary, count, None, None, 0, str(error))
     dense = reference.scores(count, progress)
     mine = setting.evaluator.scores(compressed.model, [], count, progress)
-    found = {metric.metric: metric for metric in quality(task.kind.primary, dense, mine, setting.confidence)}
-    main = found[task.kind.primary]
+    by_metric = {
+        metric.metric: metric for metric in quality(task.kind.primary, dense, mine, setting.confidence)
+    }
+    main = by_metric[task.kind.primary]
     loss = (
-        found["loss"].change
-        if "loss" in found
+        by_metric["loss"].change
+        if "loss" in by_metric
         else logarithm(main.change)
         if main.metric == "perplexity"
         else None

@@ -37,8 +37,8 @@ def choices_html(record: Comparison) -> str:
     same = [choice for choice in record.choices if not choice.differs]
     rows = "".join(choice_html(choice) for choice in different)
     if same:
-        words = ", ".join(f"{choice.step} {choice.option} {choice.texts[0]}" for choice in same)
-        cell = f"<td class='wb-words' colspan='{len(record.points)}'>{escape(words)}</td>"
+        text = ", ".join(f"{choice.step} {choice.option} {choice.texts[0]}" for choice in same)
+        cell = f"<td class='wb-words' colspan='{len(record.points)}'>{escape(text)}</td>"
         rows += f"<tr><th scope='row'>the same</th>{cell}</tr>"
     return rows
 
@@ -46,9 +46,9 @@ def choices_html(record: Comparison) -> str:
 def choice_html(choice: ComparedOption) -> str:
     """Return an option in which the recipes differ; what only some have is marked there."""
     common = max(set(choice.texts), key=choice.texts.count)
-    usual = common if choice.texts.count(common) > 1 else None
+    shared = common if choice.texts.count(common) > 1 else None
     cells = "".join(
-        f"<td{'' if value == usual else DIFFERS}>{escape(value) or '<i>no such step</i>'}</td>"
+        f"<td{'' if value == shared else DIFFERS}>{escape(value) or '<i>no such step</i>'}</td>"
         for value in choice.texts
     )
     name = f"{choice.step} {choice.option.replace('_', ' ')}"
@@ -64,7 +64,7 @@ def fact_html(fact: Fact) -> str:
     """Return one measured thing of every point."""
     lengths = fact.lengths or (None,) * len(fact.words)
     cells = "".join(
-        f"<td>{bar(length)}{escape(words)}</td>" for words, length in zip(fact.words, lengths, strict=True)
+        f"<td>{bar(length)}{escape(text)}</td>" for text, length in zip(fact.words, lengths, strict=True)
     )
     return f"<tr><th scope='row'>{escape(fact.name)}</th>{cells}</tr>"
 
@@ -115,18 +115,18 @@ def layer_html(layer: LayerErrors, top: float) -> str:
     """Return one layer; a point that left it as it was has a dash."""
     cells = ""
     for error, outcome in zip(layer.errors, layer.outcomes, strict=True):
-        words = "\N{EN DASH}" if not error else f"{error:.3f}"
-        cells += f"<td title='{escape(outcome)}'>{bar(error / top if error else None)}{words}</td>"
+        text = "\N{EN DASH}" if not error else f"{error:.3f}"
+        cells += f"<td title='{escape(outcome)}'>{bar(error / top if error else None)}{text}</td>"
     return f"<tr><th scope='row'>{escape(layer.name)}</th>{cells}</tr>"
 
 
-def paired_html(found: Sequence[Quality]) -> str:
+def paired_html(qualities: Sequence[Quality]) -> str:
     """Return the outcome of a paired test of every point against the first."""
     lines = []
-    for number, quality in enumerate(found, 2):
+    for number, quality in enumerate(qualities, 2):
         beyond = not quality.change.low <= 0 <= quality.change.high
         verdict = "differs beyond the noise" if beyond else "no difference shown"
         lines.append(f"<b>1 to {number}, {verdict}</b>: {escape(quality_words(quality))}")
-    first, pairs = found[0], f"{len(found)} pair{'s' if len(found) > 1 else ''}"
+    first, pairs = qualities[0], f"{len(qualities)} pair{'s' if len(qualities) > 1 else ''}"
     about = f"Paired on the same {first.items:,} items, {first.confidence:.0%} intervals, joint over {pairs}."
     return f"<p>{'<br>'.join(lines)}<br><span class='wb-dim'>{about}</span></p>"

@@ -79,10 +79,10 @@ def tradeoff_figure(record: Tradeoff, highlight: str | None = None) -> go.Figure
         hoverinfo="skip",
         showlegend=False,
     )
-    for name, (color, width, words) in STANDINGS.items():
+    for name, (color, width, label) in STANDINGS.items():
         chosen = [point for point in record.points if point.standing == name]
         if chosen:
-            figure.add_trace(markers(record, chosen, color, width, words))
+            figure.add_trace(markers(record, chosen, color, width, label))
     figure.add_scatter(
         x=[shown_cost(record, record.dense_cost)],
         y=[scale * record.dense_quality],
@@ -118,8 +118,8 @@ def metric_title(metric: str) -> str:
     """Return the axis title of a metric; where less is better the axis is turned over."""
     about = metric_named(metric)
     facts = {"%": about.percent, "log": about.logarithmic, "better upwards": not about.higher}
-    words = ", ".join(word for word, holds in facts.items() if holds)
-    return f"{metric} ({words})" if words else metric
+    remarks = ", ".join(word for word, holds in facts.items() if holds)
+    return f"{metric} ({remarks})" if remarks else metric
 
 
 def markers(
@@ -222,7 +222,7 @@ def value_of(point: Measurement, slider: str) -> float:
 
 
 def layers_figure(point: Measurement) -> go.Figure:
-    """Return what the recipe did to each layer: the relative error of its weights, and the rest on hover."""
+    """Return a bar for each layer: the relative error of its weights, and the rest on hover."""
     rows = [row for row in point.layers if row.relative_error is not None]
     texts = []
     for row in rows:
@@ -298,7 +298,7 @@ def add_looks(figure: go.Figure, looks: Sequence[Look]) -> None:
 
 
 def softened_figure(record: Softened) -> go.Figure:
-    """Return what each temperature makes of one answer: bars by answer, a colour each temperature."""
+    """Return one answer at each temperature: bars by answer, a colour each temperature."""
     figure = go.Figure()
     bars = zip(record.temperatures, record.probabilities, record.entropy, strict=True)
     for temperature, line, entropy in bars:

@@ -62,7 +62,7 @@ def weights_figure() -> go.Figure:
 
 
 def weights_changes(change: WeightChange | None) -> dict[int, dict[str, Any]]:
-    """Return what to write into the traces: bars of the counts after, a line of steps for those before."""
+    """Return the values of both traces, by index: bars of the counts after, steps for those before."""
     if change is None:
         return {AFTER: {"x": [], "y": [], "width": []}, BEFORE: {"x": [], "y": []}}
     edges = change.edges

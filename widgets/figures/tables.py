@@ -23,7 +23,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
 
 
 def job_box(job: Job) -> str:
-    """Return what the report is about."""
+    """Return the model and the recipe that the report is about."""
     return f"<p><b>{escape(job.model)}</b> &middot; <code>{escape(repr(job.recipe))}</code></p>"
 
 
@@ -69,12 +69,12 @@ def point_row(point: Measurement) -> dict[str, str]:
 
 def left_out_list(moves: Sequence[Moved]) -> str:
     """Return which points of which slider a report had no time for; nothing if it had."""
-    found = "".join(f"<li>{escape(words)}</li>" for one in moves if (words := one.words()))
+    lines = "".join(f"<li>{escape(sentence)}</li>" for move in moves if (sentence := move.words()))
     more = (
         "Made again, this report goes on from here, since no point is measured twice; with"
         " <code>slider_minutes = 0</code> it waits for all."
     )
-    return f"<ul>{found}</ul><p>{more}</p>" if found else ""
+    return f"<ul>{lines}</ul><p>{more}</p>" if lines else ""
 
 
 def gates_box(verdicts: Sequence[Verdict]) -> str:
@@ -83,14 +83,14 @@ def gates_box(verdicts: Sequence[Verdict]) -> str:
         names = "<code>max_quality_drop</code>, <code>max_file_bytes</code> or <code>min_speedup</code>"
         return f"<p>No gate was set: give {names}.</p>"
     lines = []
-    for one in verdicts:
-        outcome = "held" if one.held else "failed"
-        words = f"{escape(one.gate)}: {escape(one.words)}"
-        lines.append(f'<div class="gate {outcome}"><b>{outcome}</b> {words}</div>')
+    for gate in verdicts:
+        outcome = "held" if gate.held else "failed"
+        sentence = f"{escape(gate.gate)}: {escape(gate.words)}"
+        lines.append(f'<div class="gate {outcome}"><b>{outcome}</b> {sentence}</div>')
     return "".join(lines)
 
 
 def notes_list(point: Measurement) -> str:
-    """Return what a reader must know about model and data."""
+    """Return the notes on model and data that a reader must know."""
     notes = "".join(f"<li>{escape(note)}</li>" for note in point.warnings)
     return f"<ul>{notes}</ul>" if notes else ""

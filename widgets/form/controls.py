@@ -49,13 +49,13 @@ class Bounds:
 
 def bounds(info: FieldInfo) -> Bounds:
     """Return the bounds of a field."""
-    found: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
     for item in info.metadata:
         for name in ("ge", "gt", "le", "lt"):
             if getattr(item, name, None) is not None:
-                found[name] = getattr(item, name)
-    low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
-    return Bounds(low, high, "ge" not in found, "le" not in found)
+                limits[name] = getattr(item, name)
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    return Bounds(low, high, "ge" not in limits, "le" not in limits)
 
 
 def title(step: type[Step], name: str) -> str:
@@ -107,20 +107,22 @@ def scale(step: type[Step]) -> Scale:
 
 def slider(step: type[Step]) -> ipw.FloatSlider | ipw.IntSlider:
     """Return the slider of a method, on its own default."""
-    info, made = step.options()[step.slider], scale(step)
+    info, measure = step.options()[step.slider], scale(step)
     about = {
         "description": title(step, step.slider),
         "tooltip": f"{title(step, step.slider)}: {info.description}",
         "continuous_update": True,
     }
-    if made.whole:
-        return ipw.IntSlider(value=int(info.default), min=int(made.low), max=int(made.high), step=1, **about)
+    if measure.whole:
+        return ipw.IntSlider(
+            value=int(info.default), min=int(measure.low), max=int(measure.high), step=1, **about
+        )
     return ipw.FloatSlider(
         value=float(info.default),
-        min=made.low,
-        max=made.high,
-        step=made.step,
-        readout_format=f".{decimals(made.step)}f",
+        min=measure.low,
+        max=measure.high,
+        step=measure.step,
+        readout_format=f".{decimals(measure.step)}f",
         **about,
     )
 
@@ -154,15 +156,15 @@ def control(name: str, step: type[Step]) -> ipw.ValueWidget:
     )
 
 
-def tick_marks(step: type[Step], made: Scale, kernels: Sequence[KernelTick] = ()) -> str:
+def tick_marks(step: type[Step], measure: Scale, kernels: Sequence[KernelTick] = ()) -> str:
     """Return the stops as marks under a slider, with the schemes that kernels know: filled where they run."""
-    span = made.high - made.low
+    span = measure.high - measure.low
     values = sorted({*map(float, step.stops), *(float(tick.value) for tick in kernels)})
     marks = []
     for value in values:
         number = escape(f"{value:g}") if value in step.stops else ""
         names = "".join(kernel_mark(tick, side(value, values)) for tick in kernels if tick.value == value)
-        marks.append(f'<span style="left:{100 * (value - made.low) / span:.1f}%">{number}{names}</span>')
+        marks.append(f'<span style="left:{100 * (value - measure.low) / span:.1f}%">{number}{names}</span>')
     return f'<div class="wb-ticks" aria-hidden="true">{"".join(marks)}</div>'
 
 
@@ -175,6 +177,6 @@ def kernel_mark(tick: KernelTick, where: str) -> str:
 
 def side(value: float, values: Sequence[float]) -> str:
     """Return the side of a tick that has more room."""
-    left = min((value - other for other in values if other < value), default=math.inf)
-    right = min((other - value for other in values if other > value), default=math.inf)
+    left = min((value - neighbour for neighbour in values if neighbour < value), default=math.inf)
+    right = min((neighbour - value for neighbour in values if neighbour > value), default=math.inf)
     return "before" if left > right else "after"

@@ -40,7 +40,7 @@ class LayerOverride(ipw.HBox):
         self.layer, self.head, self.hold = "", False, False
         name = title(kind, kind.slider)
         self.mode = ipw.ToggleButtons(
-            options=[(words, mode) for mode, (words, _) in MODES.items()],
+            options=[(label, mode) for mode, (label, _) in MODES.items()],
             value="follow",
             description=name,
             tooltips=[about.format(name=name) for _, about in MODES.values()],

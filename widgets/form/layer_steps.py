@@ -23,7 +23,7 @@ class Line:
 
     @classmethod
     def around(cls, main: Step | None, steps: Sequence[Step]) -> Line:
-        """Return what stands around `main` in the steps of its kind."""
+        """Return the steps of its kind before and after `main`."""
         index = next((i for i, step in enumerate(steps) if step is main), 0)
         return cls(tuple(steps[:index]), tuple(steps[index + 1 :]))
 

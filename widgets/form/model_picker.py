@@ -105,7 +105,7 @@ class ModelPicker(ipw.VBox):
             self.put(wanted)
 
     def described(self, *, keep_data: bool = True) -> ModelChoice:
-        """Return what the controls say."""
+        """Return the choice that the controls say."""
         model = self.other.value.strip() if self.model.value == OTHER else self.model.value
         device = None if self.device.value == "auto" else self.device.value
         data = (self.data.value.strip() or None) if keep_data else None
@@ -132,11 +132,11 @@ class ModelPicker(ipw.VBox):
             self.fold.layout.display = None
         self.choice = choice
 
-    def busy(self, words: str) -> None:
-        """Show that something loads and how far it is; "" when nothing does. `words` are HTML."""
-        self.loading.layout.display = None if words else "none"
-        running = f"<span role='status'><i class='wb-running' aria-hidden='true'></i>{words}</span>"
-        self.words.value = running if words else ""
+    def busy(self, text: str) -> None:
+        """Show that something loads and how far it is; "" when nothing does. `text` is HTML."""
+        self.loading.layout.display = None if text else "none"
+        running = f"<span role='status'><i class='wb-running' aria-hidden='true'></i>{text}</span>"
+        self.words.value = running if text else ""
 
 
 def data_names(entry: CatalogueEntry | None) -> tuple[str, ...]:
@@ -146,10 +146,10 @@ def data_names(entry: CatalogueEntry | None) -> tuple[str, ...]:
 
 def local_folders(start: Path, most: int = 50) -> tuple[str, ...]:
     """Return folders with a model in them, at most two levels below `start`."""
-    found = [
+    folders = [
         path.parent
         for pattern in ("*/config.json", "*/*/config.json")
         for path in sorted(start.glob(pattern))
         if any(path.parent.glob("*.safetensors"))
     ]
-    return tuple(f"./{path.as_posix()}" for path in found[:most])
+    return tuple(f"./{path.as_posix()}" for path in folders[:most])

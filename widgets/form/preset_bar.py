@@ -77,11 +77,11 @@ class PresetBar(ipw.VBox):
             row.add_class("wb-buttons")
         super().__init__([back, ahead])
 
-    def button(self, words: str, about: str, act: Callable[[], None]) -> ipw.Button:
+    def button(self, label: str, about: str, act: Callable[[], None]) -> ipw.Button:
         """Return a button whose errors are shown in the panel."""
-        made = ipw.Button(description=words, tooltip=about)
-        made.on_click(lambda _: self.guarded(act))
-        return made
+        button = ipw.Button(description=label, tooltip=about)
+        button.on_click(lambda _: self.guarded(act))
+        return button
 
     def preset(self, choose: Callable[[Sequence[Measurement], float], Measurement | None]) -> None:
         """Put the sliders on the measured point that `choose` finds.
@@ -91,14 +91,14 @@ class PresetBar(ipw.VBox):
 
         """
         rows = self.session.rows()
-        found = choose(rows, self.within.value)
-        if found is None or not len(found.recipe):
+        point = choose(rows, self.within.value)
+        if point is None or not len(point.recipe):
             what = "smaller" if choose is smallest_within else "faster"
             raise RecipeError(
                 f"none of {len(rows):,} measured points is {what} and shown to be within {self.within.label}:"
                 " move the sliders, allow more, or press search"
             )
-        self.form.set_recipe(found.recipe)
+        self.form.set_recipe(point.recipe)
 
     def cancel(self) -> None:
         """Stop what is measured."""

@@ -85,7 +85,7 @@ class RecipeForm(ipw.VBox):
         error = form.state.error
         if not error:
             try:
-                steps = [step for one in self.forms for step in one.steps()]
+                steps = [step for step_form in self.forms for step in step_form.steps()]
                 recipe = Recipe(*sorted(steps, key=lambda step: step.order))
             except RecipeError as refused:
                 error = str(refused)

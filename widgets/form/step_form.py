@@ -120,7 +120,7 @@ class StepForm(ipw.VBox):
         (self.remove_class if self.on.value else self.add_class)("wb-off")
 
     def described(self, owner: ipw.Widget) -> StepState:
-        """Return what the controls describe.
+        """Return the state that the controls describe.
 
         Where the rules refuse it, move what the user did not touch; `owner` is what was touched.
 
@@ -159,7 +159,7 @@ class StepForm(ipw.VBox):
         return [*self.kind.stops, *(low + span * i / 8 for i in range(1, 8))]
 
     def values(self) -> dict[str, Any]:
-        """Return what the controls say, by field."""
+        """Return the values of the controls, by field."""
         given = {self.kind.slider: self.scale.rounded(self.slider.value)}
         for name, widget in self.choices.items():
             given[name] = round(widget.value, 12) if isinstance(widget.value, float) else widget.value

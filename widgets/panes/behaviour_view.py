@@ -67,11 +67,11 @@ class BehaviourView(ipw.VBox):
             if bench.task.kind.behaviour is None:
                 yield not_shown_html(bench.task.kind)
                 return
-            found = bench.behaviour(recipe, compressed=self.session.compressed, cancelled=stale)
-            if isinstance(found, Behaviour):
-                yield classes_html(recipe.label(), found, bench.task.evaluation)
+            changed = bench.behaviour(recipe, compressed=self.session.compressed, cancelled=stale)
+            if isinstance(changed, Behaviour):
+                yield classes_html(recipe.label(), changed, bench.task.evaluation)
             else:
-                yield texts_html(recipe.label(), found)
+                yield texts_html(recipe.label(), changed)
 
         def draw(html: str) -> None:
             self.body.value = html
@@ -103,9 +103,11 @@ def card(flip: Flip, pixels: Tensor | None) -> str:
     """Return one changed item: its picture, what it is, what each model says."""
     picture = "" if pixels is None else f"<img alt='item {flip.item}' src='{picture_uri(pixels)}'>"
     mark = "wb-lost" if flip.dense == flip.label else "wb-won" if flip.compressed == flip.label else ""
-    words = f"<b>{escape(flip.label)}</b>{escape(flip.dense)} \N{RIGHTWARDS ARROW} {escape(flip.compressed)}"
+    answers = (
+        f"<b>{escape(flip.label)}</b>{escape(flip.dense)} \N{RIGHTWARDS ARROW} {escape(flip.compressed)}"
+    )
     about = f"item {flip.item}, KL {flip.kl:.2f} nats"
-    return f"<div class='wb-flip {mark}' title='{about}'>{picture}<span>{words}</span></div>"
+    return f"<div class='wb-flip {mark}' title='{about}'>{picture}<span>{answers}</span></div>"
 
 
 def picture_uri(pixels: Tensor) -> str:
@@ -148,7 +150,7 @@ def confusion_html(title: str, names: Sequence[str], counts: Sequence[Sequence[i
 
 
 def texts_html(label: str, records: Sequence[Continuation]) -> str:
-    """Return what was given to both models, with their answers side by side."""
+    """Return the texts given to both models, with their answers side by side."""
     rows = "".join(
         f"<tr><td>{escape(r.prompt)}</td><td>{escape(r.dense)}</td><td>{escape(r.compressed)}</td></tr>"
         for r in records
@@ -164,14 +166,14 @@ def not_shown_html(kind: Kind) -> str:
 
 
 def answers_html(bench: Bench, recipe: Recipe) -> str:
-    """Return what both models answer in words, or where it is shown instead, or why it is not."""
+    """Return both models' answers in words, or where they are shown instead, or why they are not."""
     kind = bench.task.kind
     if kind.behaviour is None:
         return not_shown_html(kind)
-    found = () if kind.behaviour == "classes" else bench.behaviour(recipe)
-    if isinstance(found, Behaviour) or kind.behaviour == "classes":
+    changed = () if kind.behaviour == "classes" else bench.behaviour(recipe)
+    if isinstance(changed, Behaviour) or kind.behaviour == "classes":
         return (
             "<p>Shown for models that answer in words; the panel shows a classifier's changed answers as"
             " pictures.</p>"
         )
-    return texts_html(recipe.label(), found)
+    return texts_html(recipe.label(), changed)

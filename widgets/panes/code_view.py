@@ -65,19 +65,19 @@ def flat_targets(main: Step, steps: Sequence[Step]) -> tuple[str, ...] | None:
 
 def command(model: str, recipe: Recipe, verb: str = "measure") -> str:
     """Return the command that measures the recipe or writes its report; a comment where none can say it."""
-    words = ["workbench", verb, model]
+    arguments = ["workbench", verb, model]
     for kind in dict.fromkeys(step.kind() for step in recipe):
         step = recipe.main(kind)
         assert step is not None  # noqa: S101  for the type checker
-        targets = flat_targets(step, [other for other in recipe if other.kind() == kind])
+        targets = flat_targets(step, [same_kind for same_kind in recipe if same_kind.kind() == kind])
         if targets is None:
             return "# no command says this recipe: a layer differs in more than its slider; use Python"
         for name, info in step.options().items():
             value = getattr(step, name)
             if name == step.slider or value != info.default:
-                words += [f"--{name.replace('_', '-')}", str(value)]
+                arguments += [f"--{name.replace('_', '-')}", str(value)]
         if targets != ("*",):
-            words += [f"--{step.kind()}-targets", ",".join(targets)]
+            arguments += [f"--{step.kind()}-targets", ",".join(targets)]
         if step.seed:
-            words += ["--seed", str(step.seed)]
-    return shlex.join(words)
+            arguments += ["--seed", str(step.seed)]
+    return shlex.join(arguments)

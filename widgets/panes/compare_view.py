@@ -112,16 +112,16 @@ class CompareView(ipw.VBox):
         self.awaited = keys
         self.test.value = "<p class='wb-dim' role='status'>testing item by item ...</p>"
 
-    def show_test(self, keys: tuple[str, ...], found: Sequence[Quality]) -> None:
+    def show_test(self, keys: tuple[str, ...], qualities: Sequence[Quality]) -> None:
         """Show a paired test, unless other points have been chosen meanwhile.
 
         The list itself cannot be asked: it is empty for a moment whenever it is filled anew.
         """
         if keys == self.awaited:
-            self.test.value = paired_html(found)
+            self.test.value = paired_html(qualities)
 
     def give_up(self, keys: tuple[str, ...]) -> None:
         """Say that this test ended without an answer, unless other points have been chosen meanwhile."""
         if keys == self.awaited:
-            words = "the paired test was stopped: ask again when nothing else is measured"
-            self.test.value = f"<p class='wb-dim' role='status'>{words}</p>"
+            message = "the paired test was stopped: ask again when nothing else is measured"
+            self.test.value = f"<p class='wb-dim' role='status'>{message}</p>"

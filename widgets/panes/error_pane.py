@@ -61,7 +61,7 @@ def explain(error: BaseException, last: str) -> str:
     `last` is the slider that moved last, which an exhausted memory is blamed on.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in MEMORY):
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in MEMORY):
         blame = f" after {last} was moved" if last else ""
         return (
             f"Out of memory{blame}: go back (undo) or choose a smaller value. The panel still works."

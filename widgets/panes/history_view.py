@@ -82,8 +82,8 @@ class HistoryView(ipw.VBox):
         """Write the points that the filter leaves, and say where they are."""
         rows = self.chosen()
         place = self.on_export(rows, self.path.value.strip())
-        words = f"{len(rows):,} points are in <code>{escape(place)}</code>"
-        self.wrote.value = f"<span class='wb-dim'>{words}</span>" if place else ""
+        sentence = f"{len(rows):,} points are in <code>{escape(place)}</code>"
+        self.wrote.value = f"<span class='wb-dim'>{sentence}</span>" if place else ""
 
     def show(self, state: PanelState) -> None:
         """Show the past, where it is another one than before."""
@@ -127,12 +127,12 @@ def arranged(past: Past, order: str = "newest") -> list[Measurement]:
 def line_of(row: Measurement, past: Past) -> str:
     """Return a point as one line of a list."""
     mark = past.about(row)
-    words = [
+    texts = [
         f"{PIN} {row.recipe.label()}" if mark.pinned else row.recipe.label(),
         quality_words(row.primary),
         size(row.sizes.file_bytes),
     ]
-    return " | ".join([*words, " ".join(mark.note.split())[:60]] if mark.note else words)
+    return " | ".join([*texts, " ".join(mark.note.split())[:60]] if mark.note else texts)
 
 
 def row_of(row: Measurement, past: Past) -> dict[str, str]:

@@ -109,14 +109,14 @@ def state_html(state: ReportState) -> str:
     name = html.escape(str(state.page))
     if state.state == "running":
         share = 100 * state.done / state.total if state.total else 0
-        words = f"cell {state.done} of {state.total}" if state.total else "starting"
-        told = f"<span>report: {words}; the panel stays usable</span>"
+        text = f"cell {state.done} of {state.total}" if state.total else "starting"
+        told = f"<span>report: {text}; the panel stays usable</span>"
         return f"<div class='wb-reporting' role='status'><i style='width:{share:.0f}%'></i>{told}</div>"
     if state.state == "done":
         return f"<span role='status'>The report is written: <code>{name}</code></span>"
     if state.state == "stopped":
-        words = "The report was stopped; what it had measured is in the ledger."
-        return f"<span class='wb-dim' role='status'>{words}</span>"
+        text = "The report was stopped; what it had measured is in the ledger."
+        return f"<span class='wb-dim' role='status'>{text}</span>"
     return f"<span class='wb-failure' role='alert'>No report: {html.escape(state.message)}</span>"
 
 

@@ -43,7 +43,7 @@ class LayerJobs:
         self.tried: tuple[Recipe, str] | None = None
         self.costs: dict[Recipe, LayerSensitivity] = {}
         # The layers of the recipe whose costs were asked for last
-        self.parts: tuple[Bench | None, Recipe | None, dict[str, Recipe]] = (None, None, {})
+        self.split_recipe: tuple[Bench | None, Recipe | None, dict[str, Recipe]] = (None, None, {})
         self.asked: Recipe | None = None  # whose sensitivity is being measured
         session.after_measuring(self.follow_up, self.take)
         session.on_idle.subscribe(self.idle)
@@ -122,18 +122,18 @@ class LayerJobs:
         asked = self.asked is not None and self.asked == self.session.state.recipe
         return asked and self.session.measurer.busy
 
-    def take(self, found: LayerResult) -> None:
+    def take(self, result: LayerResult) -> None:
         """Keep a result (called by the worker, under its lock)."""
-        if self.bench is not found.bench:
-            self.bench, self.recipe, self.weights, self.costs = found.bench, None, {}, {}
-        if isinstance(found.value, LayerSensitivity):
-            self.costs[found.value.recipe] = found.value
+        if self.bench is not result.bench:
+            self.bench, self.recipe, self.weights, self.costs = result.bench, None, {}, {}
+        if isinstance(result.value, LayerSensitivity):
+            self.costs[result.value.recipe] = result.value
             self.changed()
             return
-        if self.recipe != found.recipe:
-            self.recipe, self.weights = found.recipe, {}
-        self.weights[found.value.name] = found.value
-        if found.value.name == self.layer:
+        if self.recipe != result.recipe:
+            self.recipe, self.weights = result.recipe, {}
+        self.weights[result.value.name] = result.value
+        if result.value.name == self.layer:
             self.changed()
 
     def known_costs(self, recipe: Recipe) -> tuple[Mapping[str, LayerSensitivity], int]:
@@ -141,14 +141,14 @@ class LayerJobs:
         bench = self.session.bench
         if bench is None or self.bench is not bench or not self.costs:
             return {}, 0
-        if (bench, recipe) != self.parts[:2]:
+        if (bench, recipe) != self.split_recipe[:2]:
             try:
-                self.parts = bench, recipe, layers_of(bench.task.model, recipe)
+                self.split_recipe = bench, recipe, layers_of(bench.task.model, recipe)
             except RecipeError:
-                self.parts = bench, recipe, {}
-        parts = self.parts[2]
-        known = {name: self.costs[part] for name, part in parts.items() if part in self.costs}
-        return known, len(parts)
+                self.split_recipe = bench, recipe, {}
+        recipes = self.split_recipe[2]
+        costs = {name: self.costs[part] for name, part in recipes.items() if part in self.costs}
+        return costs, len(recipes)
 
     def head(self) -> str | None:
         """Return the name of the output head of the present model."""

@@ -157,25 +157,25 @@ def frame_of(drops: Iterable[Estimate]) -> tuple[float, float]:
     return min([0.0, *ends]), max([0.0, *ends])
 
 
-def cost(found: LayerSensitivity | None, frame: tuple[float, float]) -> Cell:
-    """Return what the recipe on this layer alone costs, with its interval."""
-    if found is None:
+def cost(sensitivity: LayerSensitivity | None, frame: tuple[float, float]) -> Cell:
+    """Return the cost of the recipe on this layer alone, with its interval."""
+    if sensitivity is None:
         return Cell()
-    if found.drop is None:
-        return Cell("does not fit", about=found.reason)
-    drop, loss, low = found.drop, found.loss, frame[0]
+    if sensitivity.drop is None:
+        return Cell("does not fit", about=sensitivity.reason)
+    drop, loss, low = sensitivity.drop, sensitivity.loss, frame[0]
     span = (frame[1] - low) or 1.0
 
     def share(x: float) -> float:
         return min(1.0, max(0.0, (x - low) / span))
 
-    metric = metric_named(found.metric)
+    metric = metric_named(sensitivity.metric)
     scale, digits = metric.change_scale, metric.change_digits()
     spread = f"{signed(scale * drop.low, digits)} to {signed(scale * drop.high, digits)}"
     unit = metric.change_unit and f" {metric.change_unit}"
-    words = f"{scale * drop.value:+.{digits}f}{unit} worse ({spread}) on {found.items} items"
-    words += f"; saves {size(found.saved_bytes)}"
+    about = f"{scale * drop.value:+.{digits}f}{unit} worse ({spread}) on {sensitivity.items} items"
+    about += f"; saves {size(sensitivity.saved_bytes)}"
     if loss is not None:
-        words += f"; loss {loss.value:+.4f} nats ({loss.low:+.4f} to {loss.high:+.4f})"
+        about += f"; loss {loss.value:+.4f} nats ({loss.low:+.4f} to {loss.high:+.4f})"
     bar = (share(drop.low), share(drop.value), share(drop.high), share(0.0))
-    return Cell(signed(scale * drop.value, digits), None, drop.value, bar, words)
+    return Cell(signed(scale * drop.value, digits), None, drop.value, bar, about)

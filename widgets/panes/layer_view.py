@@ -191,20 +191,22 @@ class LayerView(ipw.VBox):
             self.figure.update_layout(yaxis_type="log" if self.log_scale.value else "linear")
 
 
-def status(point: Measurement, known: int, most: int, *, running: bool) -> str:
+def status(point: Measurement, measured: int, most: int, *, running: bool) -> str:
     """Return the line beside the button: which recipe, how far the sensitivity is, what it does not say."""
     head = f"<b>{escape(point.recipe.label())}</b>"
     if running:
-        words = f"measuring one layer at a time: {known} of {most or '...'}; cancel or a slider move stops it"
-        return f"{head} <span class='wb-dim'>{words}</span>"
-    if not known:
+        text = (
+            f"measuring one layer at a time: {measured} of {most or '...'}; cancel or a slider move stops it"
+        )
+        return f"{head} <span class='wb-dim'>{text}</span>"
+    if not measured:
         return head
-    words = f"{known} of {most} layers measured alone; together they may cost more or less (hover)"
-    return f"{head} <span class='wb-dim' title='{escape(ABOUT)}'>{words}</span>"
+    text = f"{measured} of {most} layers measured alone; together they may cost more or less (hover)"
+    return f"{head} <span class='wb-dim' title='{escape(ABOUT)}'>{text}</span>"
 
 
 def words(row: LayerReport, label: str, change: WeightChange | None) -> str:
-    """Return what happened to a layer, in words, and its zeros before and after.
+    """Return the report on a layer, in words, and its zeros before and after.
 
     `label` is that of the recipe of `change`.
     """

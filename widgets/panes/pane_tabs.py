@@ -33,12 +33,12 @@ def with_own(
         ValueError: two have one title.
 
     """
-    found = dict(tabs)
+    panes = dict(tabs)
     for make in own:
-        if make.title in found:
-            raise ValueError(f"two panes have the title {make.title!r}; titles so far: {', '.join(found)}")
-        found[make.title] = make(session)
-    return found
+        if make.title in panes:
+            raise ValueError(f"two panes have the title {make.title!r}; titles so far: {', '.join(panes)}")
+        panes[make.title] = make(session)
+    return panes
 
 
 class PaneTabs(ipw.Tab):

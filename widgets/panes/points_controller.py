@@ -93,8 +93,8 @@ class PointsController:
                 self.post("test", lambda: self.compare.give_up(keys))
                 raise
 
-        def take(found: tuple[Quality, ...]) -> None:
-            self.post("test", lambda: self.compare.show_test(keys, found))
+        def take(qualities: tuple[Quality, ...]) -> None:
+            self.post("test", lambda: self.compare.show_test(keys, qualities))
 
         self.session.ask(work, take)
         self.compare.wait(keys)

@@ -63,7 +63,7 @@ def snapshot(state: PanelState, drawn: Mapping[str, Any]) -> str:
         f"<p><b>{escape(state.model)}</b>: <code>{escape(repr(state.recipe))}</code>, measured{escape(when)}."
         " A picture: run the notebook for the panel.</p>"
     )
-    words = strip(state).replace(badge(state), "")  # the head line says that it is measured
+    html = strip(state).replace(badge(state), "")  # the head line says that it is measured
     # One live strip in a page
-    words = words.replace("class='wb-", "class='wb-still-").replace(" role='status'", "")
-    return f"{STYLE}<div class='wb-still'>{head}{svg(drawn['data'], drawn['layout'])}{words}</div>"
+    html = html.replace("class='wb-", "class='wb-still-").replace(" role='status'", "")
+    return f"{STYLE}<div class='wb-still'>{head}{svg(drawn['data'], drawn['layout'])}{html}</div>"

@@ -68,9 +68,9 @@ def curve_html(curve: Curve, steps: int, *, running: bool, looks: Sequence[Look]
 
     """
     losses = [loss for _, loss in curve]
-    words = f"step {len(curve):,} of {steps:,}: loss {losses[0]:.3g} \N{RIGHTWARDS ARROW} {losses[-1]:.3g}"
+    text = f"step {len(curve):,} of {steps:,}: loss {losses[0]:.3g} \N{RIGHTWARDS ARROW} {losses[-1]:.3g}"
     lead = "training" if running else "trained" if len(curve) >= steps else "training stopped"
-    told = f"<span role='status'>{lead}, {words}{look_words(looks)}</span>"
+    told = f"<span role='status'>{lead}, {text}{look_words(looks)}</span>"
     return f"<div class='wb-curve'>{curve_svg(curve, steps, looks)}{told}</div>"
 
 
@@ -81,11 +81,11 @@ def look_words(looks: Sequence[Look]) -> str:
     last, best = looks[-1], min(looks, key=lambda look: look.loss)
     metric = metric_named(last.metric)
     quality = metric.interval(Estimate(last.value, last.low, last.high))
-    words = (
+    text = (
         f"; held-out {last.metric} {quality} after step {last.step} on {last.items} items,"
         f" dense {metric.words(last.dense)}"
     )
-    return words if best is last else f"{words}; best after step {best.step}: {metric.words(best.value)}"
+    return text if best is last else f"{text}; best after step {best.step}: {metric.words(best.value)}"
 
 
 def curve_svg(curve: Curve, steps: int, looks: Sequence[Look] = ()) -> str:

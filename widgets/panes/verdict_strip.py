@@ -58,15 +58,15 @@ def strip(state: PanelState) -> str:
 
 
 def badge(state: PanelState) -> str:
-    """Return what kind of numbers these are: predicted, measured on so many items, or measured."""
-    words, point = PHASES[state.phase], state.point
+    """Return the kind of these numbers as a badge: predicted, measured on so many items, or measured."""
+    text, point = PHASES[state.phase], state.point
     if state.doing and state.phase == "measuring":
-        words = f"{words}: {state.doing}"
+        text = f"{text}: {state.doing}"
     if point is not None and (not point.complete or point.margin is not None):
         kind = "stopped" if state.phase == "cancelled" else "measured"
-        words = f"{kind}: {point.items:,} of {point.items_total:,} items"
-        words += ", timing" if state.phase == "measuring" and only_timed(point) else ""
-    return f"<div title='{escape(words)}' class='wb-badge wb-{state.phase}'>{escape(words)}</div>"
+        text = f"{kind}: {point.items:,} of {point.items_total:,} items"
+        text += ", timing" if state.phase == "measuring" and only_timed(point) else ""
+    return f"<div title='{escape(text)}' class='wb-badge wb-{state.phase}'>{escape(text)}</div>"
 
 
 def only_timed(point: Measurement) -> bool:
@@ -104,14 +104,14 @@ def head_quality(point: Measurement | None, guess: Prediction | None) -> tuple[s
     if guess.unknown:
         return "?", f"{nothing_known(guess.unknown, guess.metric)} before it is measured"
     value = metric_named(guess.metric).words(guess.quality.value)
-    known = ": a guess" if guess.wide else f", {span(guess.quality, guess.metric)}"
-    return f"~{value}", f"{guess.metric}, predicted{known}"
+    interval = ": a guess" if guess.wide else f", {span(guess.quality, guess.metric)}"
+    return f"~{value}", f"{guess.metric}, predicted{interval}"
 
 
 def span(estimate: Estimate, metric: str) -> str:
     """Return an interval of a metric."""
-    words = metric_named(metric).words
-    return f"{words(estimate.low)} to {words(estimate.high)}"
+    written = metric_named(metric).words
+    return f"{written(estimate.low)} to {written(estimate.high)}"
 
 
 def head_size(point: Measurement | None, guess: Prediction | None) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
 
 
 def bound(guess: Prediction | None) -> list[tuple[str, str]]:
-    """Return what the model waits for, as far as it is known."""
+    """Return the bound of the model, memory or arithmetic, as far as it is known."""
     if guess is None or guess.roof is None:
         return []
     waits = f"{guess.roof.bound}: {guess.roof.memory:.0%} of the time waits for memory"
@@ -196,15 +196,15 @@ def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
 
 
 def doubts(point: Measurement) -> list[str]:
-    """Return what the measured numbers do not show, in words."""
-    drop, words = point.primary.drop, []
+    """Return sentences on what the measured numbers do not show."""
+    drop, sentences = point.primary.drop, []
     if len(point.recipe) and drop.low <= 0 <= drop.high:
-        words.append("the change of quality is within the noise: its interval holds zero")
+        sentences.append("the change of quality is within the noise: its interval holds zero")
     if point.latency is not None and len(point.recipe) and point.latency.speedup.high < 1:
         cause = (
             f"what {', '.join(point.kernels)} save is less than what rounding and unpacking cost at this size"
             if point.kernels
             else "the compressed form takes more steps, and no kernel makes up for them"
         )
-        words.append(f"slower than the dense model here: {cause}")
-    return words
+        sentences.append(f"slower than the dense model here: {cause}")
+    return sentences

@@ -63,7 +63,7 @@ def words(value: float, shade: Shade) -> str:
 
 
 def legend(record: Tradeoff | None) -> str:
-    """Return what marks and colours mean, in HTML (plotly's own legend would move the plot)."""
+    """Return the legend of marks and colours in HTML (plotly's own would move the plot)."""
     marks = [
         ("\N{BLACK STAR}", ORANGE, "dense"),
         ("\N{WHITE CIRCLE}", GREEN, "predicted"),

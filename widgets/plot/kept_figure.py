@@ -56,6 +56,6 @@ def kept_figure(figure: go.Figure) -> go.FigureWidget:
             """Keep what was written: plotly drops what pages report as defaults, at times a point's x."""
             return []
 
-    made = KeptFigure(figure)
-    set_config(made, **CONFIG)
-    return made
+    widget = KeptFigure(figure)
+    set_config(widget, **CONFIG)
+    return widget

@@ -12,10 +12,10 @@ from workbench.metrics.metrics import metric_named
 
 def axes(metric: str, choice: PlotChoice) -> dict[str, Any]:
     """Return titles, scales and ticks of both axes."""
-    words = "time relative to the dense model (left is faster)"
+    title = "time relative to the dense model (left is faster)"
     if choice.size:
-        words = f"{COST_NAMES[choice.cost]} (MB, left is smaller)"
-    x: dict[str, Any] = {"title": {"text": words}, "type": "linear"}
+        title = f"{COST_NAMES[choice.cost]} (MB, left is smaller)"
+    x: dict[str, Any] = {"title": {"text": title}, "type": "linear"}
     x |= {"tickmode": "auto", "tickvals": None, "ticktext": None}
     if choice.log_cost:
         ticks = [base * 10**power for power in range(-3, 6) for base in (1, 2, 5)]

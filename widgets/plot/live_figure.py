@@ -96,14 +96,14 @@ def live_figure() -> go.Figure:
 
 def history_trace(standing: Standing) -> go.Scatter:
     """Return an empty trace of measured points."""
-    color, width, words = STANDINGS[standing]
+    color, width, name = STANDINGS[standing]
     bar = {"array": [], "arrayminus": [], "thickness": 1.1, "width": 0, "color": color}
     marker = {"color": color, "size": width, "opacity": OPACITY[standing]}
     return go.Scatter(
         x=[],
         y=[],
         mode="markers",
-        name=words,
+        name=name,
         marker=marker,
         error_y=bar,
         hovertemplate="%{hovertext}<extra></extra>",
@@ -139,7 +139,7 @@ def bar(values: Sequence[Estimate], factor: float) -> dict[str, Any]:
 
 
 def history_changes(record: Tradeoff | None, pinned: Collection[str] = ()) -> Changes:
-    """Return what to write into the past: three standings, the front's line, rings around pinned points."""
+    """Return the changes of the past's traces: three standings, the front's line, rings of pinned points."""
     points = [] if record is None else [p for p in record.points if math.isfinite(p.quality.value)]
     factor = 1.0 if record is None else scale(record.metric, change=record.change)
     colors = {} if record is None else painted(record)
@@ -189,19 +189,19 @@ def shown_cost(value: float, choice: PlotChoice) -> float:
 
 
 def dense_changes(point: Measurement | None, choice: PlotChoice) -> Changes:
-    """Return what to write into the star; it is left out where the dense model's cost was not measured."""
+    """Return the changes of the star; it is left out where the dense model's cost was not measured."""
     spent = None if point is None else dense_cost_of(point, choice.cost)
     quality = None if point is None else quality_of(point, choice.metric or None)
     if spent is None or quality is None:
         return {DENSE: {"x": [], "y": []}}
     y = 0.0 if choice.change else scale(quality.metric, change=False) * quality.dense.value
-    words = metric_named(quality.metric).words(quality.dense.value)
-    hover = f"dense model<br>{words}<extra></extra>"
+    text = metric_named(quality.metric).words(quality.dense.value)
+    hover = f"dense model<br>{text}<extra></extra>"
     return {DENSE: {"x": [shown_cost(spent, choice)], "y": [y], "hovertemplate": hover}}
 
 
 def live_changes(state: PanelState, choice: PlotChoice) -> Changes:
-    """Return what to write into the predicted and the measured point."""
+    """Return the changes of the predicted and the measured point."""
     return {PREDICTED: predicted_changes(state, choice), MEASURED: measured_changes(state, choice)}
 
 
@@ -226,11 +226,11 @@ def predicted_changes(state: PanelState, choice: PlotChoice) -> dict[str, Any]:
         return NOTHING
     factor = scale(guess.metric, change=choice.change)
     notes = "<br>".join(wrap(escape(note), 60) for note in guess.notes)
-    words = f"<b>predicted, not measured</b><br>{escape(state.recipe.label())}<br>{notes}"
+    hover = f"<b>predicted, not measured</b><br>{escape(state.recipe.label())}<br>{notes}"
     return {
         "x": [shown_cost(spent, choice)],
         "y": [factor * quality.value],
-        "hovertext": [words],
+        "hovertext": [hover],
         "error_y": bar([quality], factor),
     }
 

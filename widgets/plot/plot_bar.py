@@ -84,15 +84,15 @@ class PlotBar(ipw.VBox):
             metric = "" if name == metrics[0] else name
             options += [(name, (metric, False)), (f"{name}, change", (metric, True))]
         if options and tuple(options) != tuple(self.metric.options):
-            known = self.choice.metric in {"", *metrics[1:]}
+            offered = self.choice.metric in {"", *metrics[1:]}
             self.hold = True
             try:
-                kept = (self.choice.metric, self.choice.change) if known else ("", self.choice.change)
+                kept = (self.choice.metric, self.choice.change) if offered else ("", self.choice.change)
                 self.metric.options = options
                 self.metric.value = kept
             finally:
                 self.hold = False
-            if not known:
+            if not offered:
                 self.choice = dataclasses.replace(self.choice, metric="")
         shown = self.choice.metric or (metrics[0] if metrics else "")
         self.log_quality.disabled = not can_be_logarithmic(self.choice, shown)

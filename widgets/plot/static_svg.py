@@ -125,29 +125,29 @@ def error_bar(trace: Mapping[str, Any], index: int, x: float, up: PlotAxis) -> s
     )
 
 
-def text(x: float | str, y: float | str, words: str, *, anchor: str = "middle", more: str = "") -> str:
-    """Return words at a place; `more` are further attributes."""
-    return f"<text x='{x}' y='{y}' text-anchor='{anchor}'{more and ' ' + more}>{words}</text>"
+def text(x: float | str, y: float | str, content: str, *, anchor: str = "middle", more: str = "") -> str:
+    """Return a text at a place; `more` are further attributes."""
+    return f"<text x='{x}' y='{y}' text-anchor='{anchor}'{more and ' ' + more}>{content}</text>"
 
 
 def frame(across: PlotAxis, up: PlotAxis, layout: Mapping[str, Any]) -> str:
     """Return grid, tick labels and axis titles."""
     x, y = layout.get("xaxis") or {}, layout.get("yaxis") or {}
-    parts, bottom, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
+    shapes, bottom, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
     grid = f"stroke='{GREY}' stroke-opacity='.25'"
     for value in ticks(across, x):
         at = across.place(value)
-        parts.append(f"<line x1='{at:.1f}' x2='{at:.1f}' y1='{TOP}' y2='{bottom}' {grid}/>")
-        parts.append(text(f"{at:.1f}", bottom + 18, f"{value:g}"))
+        shapes.append(f"<line x1='{at:.1f}' x2='{at:.1f}' y1='{TOP}' y2='{bottom}' {grid}/>")
+        shapes.append(text(f"{at:.1f}", bottom + 18, f"{value:g}"))
     for value in ticks(up, y):
         at = up.place(value) or 0.0
-        parts.append(f"<line x1='{LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' {grid}/>")
-        parts.append(text(LEFT - 8, f"{at + 5:.1f}", f"{value:g}", anchor="end"))
+        shapes.append(f"<line x1='{LEFT}' x2='{right}' y1='{at:.1f}' y2='{at:.1f}' {grid}/>")
+        shapes.append(text(LEFT - 8, f"{at + 5:.1f}", f"{value:g}", anchor="end"))
     titles = [escape(str((axis.get("title") or {}).get("text") or "")) for axis in (x, y)]
     turned = f"transform='translate(16 {(TOP + bottom) / 2}) rotate(-90)'"
-    parts.append(text((LEFT + right) / 2, HEIGHT - 8, titles[0]))
-    parts.append(text(0, 0, titles[1], more=turned))
-    return "".join(parts)
+    shapes.append(text((LEFT + right) / 2, HEIGHT - 8, titles[0]))
+    shapes.append(text(0, 0, titles[1], more=turned))
+    return "".join(shapes)
 
 
 def svg(data: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:

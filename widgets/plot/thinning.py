@@ -26,16 +26,16 @@ def thin(
     Those that lack the cost or the metric are left out.
     """
     read = spending(cost)
-    known = [
+    triples = [
         (row, quality, spent)
         for row in rows
         if (spent := read(row)) is not None and (quality := quality_of(row, metric)) is not None
     ]
-    if len(known) <= most:
-        return [row for row, _, _ in known]
-    drops, costs = drops_of(known)[0], costs_of(known, cost)[0]
+    if len(triples) <= most:
+        return [row for row, _, _ in triples]
+    drops, costs = drops_of(triples)[0], costs_of(triples, cost)[0]
     order = np.lexsort((drops, costs))
     best_before = np.fmin.accumulate(np.append(np.inf, drops[order]))[:-1]
-    front = {known[index][0].key for index in order[drops[order] < best_before]} | set(keep)
-    newest = {row.key for row, _, _ in known[-max(1, most - len(front)) :]}
-    return [row for row, _, _ in known if row.key in front or row.key in newest]
+    front = {triples[index][0].key for index in order[drops[order] < best_before]} | set(keep)
+    newest = {row.key for row, _, _ in triples[-max(1, most - len(front)) :]}
+    return [row for row, _, _ in triples if row.key in front or row.key in newest]

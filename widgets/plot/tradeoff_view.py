@@ -70,7 +70,7 @@ class TradeoffView(ipw.VBox):
 
     @property
     def choice(self) -> PlotChoice:
-        """Return what stands on the axes."""
+        """Return the choice of axes and colour."""
         choice: PlotChoice = self.bar.choice
         return choice
 
@@ -128,18 +128,18 @@ class TradeoffView(ipw.VBox):
         self.bar.offer([quality.metric for quality in anchor.quality] if anchor else [])
 
     def history(self) -> Changes:
-        """Return what the past looks like, and say how much of it is shown."""
+        """Return the changes of the past's traces, and say how much of it is shown."""
         choice, metric = self.choice, self.choice.metric or None
-        known = [row for row in self.state.past.rows if len(row.recipe)]
-        shown = thin(known, choice.cost, metric=metric, keep=self.pinned)
+        rows = [row for row in self.state.past.rows if len(row.recipe)]
+        shown = thin(rows, choice.cost, metric=metric, keep=self.pinned)
         record = None
         if shown:
             record = tradeoff(shown, choice.cost, metric=metric, change=choice.change, shade=choice.shade)
-        self.bar.show(record, len(known))
+        self.bar.show(record, len(rows))
         return history_changes(record, self.pinned)
 
     def present(self) -> Changes:
-        """Return what the live points and the star look like."""
+        """Return the changes of the live points and the star."""
         return dense_changes(self.dense(), self.choice) | live_changes(self.state, self.choice)
 
     def dense(self) -> Measurement | None:

@@ -46,6 +46,6 @@ class LoadProgress:
 
 
 def words(name: str, seconds: float, fetched: int) -> str:
-    """Return what is said, in HTML; `fetched` are bytes."""
+    """Return a line on how far loading is, in HTML; `fetched` are bytes."""
     more = f", {size(fetched)} fetched" if fetched > 0 else ""
     return f"loading {escape(name)}: {seconds:.0f} s{more}"

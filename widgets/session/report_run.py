@@ -54,12 +54,12 @@ def report_command(
     """
     plugins = plugins_of(recipe)
     loaded = [word for plugin in plugins for word in ("--plugin", plugin)]
-    words = [sys.executable, "-m", "workbench", *loaded, "report", model, "--recipe", recipe.to_json()]
+    arguments = [sys.executable, "-m", "workbench", *loaded, "report", model, "--recipe", recipe.to_json()]
     for option in ("data", "device", "ledger", "evaluation_items", "runtime", "placement"):
         if settings.get(option) is not None:
-            words += [f"--{option.replace('_', '-')}", str(settings[option])]
+            arguments += [f"--{option.replace('_', '-')}", str(settings[option])]
     offline = ["--offline"] if settings.get("offline") else []
-    return [*words, *offline, "--output", str(output), "--name", name]
+    return [*arguments, *offline, "--output", str(output), "--name", name]
 
 
 def plugins_of(recipe: Recipe) -> list[str]:

@@ -86,12 +86,12 @@ class Session:
             self.state = replace(self.state, model=choice.name)
         self.loader.start(choice)
 
-    def loaded(self, made: Loaded) -> None:
+    def loaded(self, loaded: Loaded) -> None:
         """Take over a model that has been loaded, and measure what the sliders say on it."""
         with self.measurer.changed:
-            self.choice, self.bench, self.predictor = made.choice, made.bench, made.predictor
+            self.choice, self.bench, self.predictor = loaded.choice, loaded.bench, loaded.predictor
             self.compressed, self.unsettled = None, 2
-            self.state = replace(self.state, model=made.choice.name, past=Past())
+            self.state = replace(self.state, model=loaded.choice.name, past=Past())
             self.on_loaded.emit()
             self.on_points.emit()
             self.start(self.state.recipe)
@@ -184,7 +184,7 @@ class Session:
         self.follow_ups = (*self.follow_ups, mine)
 
         def unsubscribe() -> None:
-            self.follow_ups = tuple(one for one in self.follow_ups if one is not mine)
+            self.follow_ups = tuple(follow_up for follow_up in self.follow_ups if follow_up is not mine)
 
         return unsubscribe
 
@@ -199,33 +199,33 @@ class Session:
             except Exception as error:  # noqa: BLE001  it is shown in the panel
                 self.tell_error(error)
 
-    def take(self, found: Measurement | Extra) -> None:
+    def take(self, result: Measurement | Extra) -> None:
         """Take over a look at the current recipe, or what a follow-up found (called by the worker, under its
         lock).
         """
-        if isinstance(found, Extra):
-            found.take(found.value)
+        if isinstance(result, Extra):
+            result.take(result.value)
             return
         if self.predictor is not None:
-            self.predictor.learn(found)
-        if found.recipe != self.state.recipe:  # training was stopped: the recipe says where
-            self.state = replace(self.state, recipe=found.recipe)
-            self.on_recipe.emit(found.recipe)
+            self.predictor.learn(result)
+        if result.recipe != self.state.recipe:  # training was stopped: the recipe says where
+            self.state = replace(self.state, recipe=result.recipe)
+            self.on_recipe.emit(result.recipe)
         # Of a point from the ledger, the steps that were done
-        steps = max(self.state.curve_steps, found.curve[-1][0] + 1 if found.curve else 0)
+        steps = max(self.state.curve_steps, result.curve[-1][0] + 1 if result.curve else 0)
         self.state = replace(
             self.state,
-            point=found,
+            point=result,
             doing="",
-            phase="measured" if found.complete else "measuring",
-            curve=found.curve,
-            looks=found.held_out,
+            phase="measured" if result.complete else "measuring",
+            curve=result.curve,
+            looks=result.held_out,
             curve_steps=steps,
         )
         if self.state.prediction is not None and self.state.prediction.quality is None:
-            self.state = replace(self.state, prediction=self.predicted(found.recipe))
-        if found.complete:
-            self.predicted(found.recipe)  # reads the new point now, so that the next move need not
+            self.state = replace(self.state, prediction=self.predicted(result.recipe))
+        if result.complete:
+            self.predicted(result.recipe)  # reads the new point now, so that the next move need not
             self.on_points.emit()
         self.on_state.emit()
 

@@ -26,7 +26,9 @@ class Signal(Generic[P]):
         self.subscribers = (*self.subscribers, (ticket, tell))
 
         def unsubscribe() -> None:
-            self.subscribers = tuple(one for one in self.subscribers if one[0] is not ticket)
+            self.subscribers = tuple(
+                subscriber for subscriber in self.subscribers if subscriber[0] is not ticket
+            )
 
         return unsubscribe
 

@@ -24,7 +24,7 @@ class Past:
     said: Mapping[str, Annotation] = field(default_factory=dict)
 
     def about(self, point: Measurement | None) -> Annotation:
-        """Return what is said about a point."""
+        """Return the note and pin of a point."""
         return Annotation() if point is None else self.said.get(point.key, Annotation())
 
 
@@ -50,5 +50,5 @@ class PanelState:
     @property
     def anchor(self) -> Measurement | None:
         """Return the point that knows the dense model best: the one with the most items."""
-        known = [*self.past.rows[-1:], *([] if self.point is None else [self.point])]
-        return max(known, key=lambda point: point.items, default=None)
+        points = [*self.past.rows[-1:], *([] if self.point is None else [self.point])]
+        return max(points, key=lambda point: point.items, default=None)

@@ -109,7 +109,8 @@ class DiskCache:
             value = loaded(path, str(key_text(key)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except Exception as error:  # noqa: BLE001  a damaged file raises many kinds; the value is computed anew
+        # A damaged file raises many kinds; the value is computed anew
+        except Exception as error:  # noqa: BLE001
             self.trouble = (
                 f"what was computed once could not be read and was computed anew: {path}:"
                 f" {kind_and_words(error)}"
@@ -185,14 +186,14 @@ def files_under(place: Path) -> list[tuple[Path, int, float]]:
 
     What vanishes meanwhile is left out.
     """
-    found = []
+    files = []
     for path in place.rglob("*"):
         if path.suffix not in FILES:
             continue
         with contextlib.suppress(OSError):
             status = path.stat()
-            found.append((path, status.st_size, status.st_mtime))
-    return sorted(found, key=lambda one: one[2])
+            files.append((path, status.st_size, status.st_mtime))
+    return sorted(files, key=lambda file: file[2])
 
 
 @dataclass(frozen=True)
@@ -209,15 +210,15 @@ class CachedModel:
 
 
 def contents(place: Path) -> tuple[CachedModel, ...]:
-    """Return what is on disk, model by model, the most recently used first."""
+    """Return the models of which something is on disk, the most recently used first."""
     models: dict[str, list[tuple[Path, int, float]]] = {}
-    for one in files_under(place):
-        models.setdefault(one[0].relative_to(place).parts[0], []).append(one)
-    found = []
+    for file in files_under(place):
+        models.setdefault(file[0].relative_to(place).parts[0], []).append(file)
+    cached = []
     for fingerprint, files in models.items():
         note = place / fingerprint / "name"
         name = note.read_text() if note.exists() else ""
-        found.append(
+        cached.append(
             CachedModel(
                 fingerprint,
                 name,
@@ -226,7 +227,7 @@ def contents(place: Path) -> tuple[CachedModel, ...]:
                 max(used for *_, used in files),
             )
         )
-    return tuple(sorted(found, key=lambda kept: -kept.used))
+    return tuple(sorted(cached, key=lambda kept: -kept.used))
 
 
 def clear(place: Path) -> int:
@@ -250,8 +251,8 @@ def key_text(key: Hashable) -> str | None:
     if isinstance(key, PLAIN):
         return repr(key)
     if isinstance(key, tuple):
-        parts = [key_text(part) for part in key]
-        return None if None in parts else f"({', '.join(map(str, parts))})"
+        texts = [key_text(part) for part in key]
+        return None if None in texts else f"({', '.join(map(str, texts))})"
     if dataclasses.is_dataclass(key) and not isinstance(key, type):
         return key_text(
             (type(key).__qualname__, *(getattr(key, field.name) for field in dataclasses.fields(key)))

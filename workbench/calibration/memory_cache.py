@@ -113,9 +113,9 @@ class Cache:
             optional: do not keep it where only what this move has used could make room.
             first_out: throw it out before anything else, and never move it to host memory.
         """
-        found = self.get(key)
-        if found is not None:
-            value: T = found[0]
+        in_memory = self.get(key)
+        if in_memory is not None:
+            value: T = in_memory[0]
             return value
         stored = self.disk.read(key) if lasting and self.disk is not None else None
         if stored is not None:
@@ -246,7 +246,7 @@ class Cache:
             homes.append(storage.device)
             return to_host(storage)
 
-        for old in [old for old, other in self.entries.items() if other.on_host]:
+        for old in [old for old, held_entry in self.entries.items() if held_entry.on_host]:
             if self.used_bytes["host"] + size <= self.limits.host:
                 break
             self.pop(old)

@@ -96,28 +96,28 @@ class Products:
 
     most: int | None
     home: bool
-    found: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = field(
+    products: OrderedDict[tuple[int, int], tuple[Tensor, Tensor, int, Tensor]] = field(
         default_factory=OrderedDict
     )
 
     def of(self, module: nn.Module, given: Tensor) -> tuple[Tensor, int, Tensor]:
         """Return (product [inputs, inputs], rows that it is of, whether all are finite)."""
         key = id(given), changes_in_place(given)
-        if key not in self.found or isinstance(module, nn.Conv2d):
+        if key not in self.products or isinstance(module, nn.Conv2d):
             rows = patches(module, given)
             product = rows.t() @ rows
-            self.found[key] = (
+            self.products[key] = (
                 given,
                 product.to(HOST) if self.home else product,
                 len(rows),
                 torch.isfinite(rows).all(),
             )
-        _, product, count, good = self.found[key]
-        self.found.move_to_end(key)
+        _, product, count, good = self.products[key]
+        self.products.move_to_end(key)
         if isinstance(module, nn.Conv2d):
-            del self.found[key]
-        while self.most is not None and len(self.found) > self.most:
-            self.found.popitem(last=False)
+            del self.products[key]
+        while self.most is not None and len(self.products) > self.most:
+            self.products.popitem(last=False)
         return product, count, good
 
 
@@ -159,7 +159,7 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
             refuse_infinite(finite)
             sums = alike(sums, products)
-            read.found.clear()
+            read.products.clear()
             products.clear()
     progress("calibration", len(task.calibration), len(task.calibration))
     for total, count in {id(total): (total, counts[name]) for name, total in sums.items()}.values():
@@ -184,39 +184,39 @@ def alike(sums: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Ten
     A sum is added to in place where all its names add the same: of a large model all second moments fit
     twice, not three times.
     """
-    made: dict[tuple[int, int], Tensor] = {}
-    found = dict(sums)
+    totals: dict[tuple[int, int], Tensor] = {}
+    added_up = dict(sums)
     added: dict[int, set[int]] = {}  # what is added to a sum
     for name, total in sums.items():
         added.setdefault(id(total), set()).add(id(products.get(name)))
     for name, product in products.items():
         key = id(sums.get(name)), id(product)
-        if key not in made:
-            made[key] = (
+        if key not in totals:
+            totals[key] = (
                 product
                 if name not in sums
                 else sums[name].add_(product)
                 if len(added[key[0]]) == 1
                 else sums[name] + product
             )
-        found[name] = made[key]
-    return found
+        added_up[name] = totals[key]
+    return added_up
 
 
 def gathered(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return tensors on the device of the first: those of a spread model lie on several."""
-    found = list(tensors)
-    return [tensor.to(found[0].device) for tensor in found]
+    listed = list(tensors)
+    return [tensor.to(listed[0].device) for tensor in listed]
 
 
-def refuse_infinite(finite: dict[str, Tensor], words: str = "receives infinite or NaN inputs") -> None:
+def refuse_infinite(finite: dict[str, Tensor], complaint: str = "receives infinite or NaN inputs") -> None:
     """Name the first layer, in the order of calling, for which something is not finite.
 
     Waits for the device once.
     """
     if finite and not all(torch.stack(gathered(finite.values())).tolist()):
         bad = next(name for name, good in finite.items() if not good)
-        raise CompressionError(f"layer {bad!r} {words} during calibration")
+        raise CompressionError(f"layer {bad!r} {complaint} during calibration")
 
 
 def gradients(task: Task, progress: Progress, *, tables: bool = False) -> dict[str, Gradients]:

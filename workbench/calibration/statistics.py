@@ -102,7 +102,7 @@ class Statistics:
             CompressionError: the layer sees no input during calibration, or one that is not finite.
 
         """
-        kept, device = found(self.moments().matrices, name), streams_to(self.task.model)
+        kept, device = entry_of(self.moments().matrices, name), streams_to(self.task.model)
         if device is None:
             return kept
         there = self.visiting.get(id(kept))
@@ -114,7 +114,7 @@ class Statistics:
         """Return how many inputs the layer saw: with fewer than it has columns, its second moment is
         singular. Raises as `second_moment`.
         """
-        return found(self.moments().rows, name)
+        return entry_of(self.moments().rows, name)
 
     def moments(self) -> Moments:
         """Return the second moments of all layers."""
@@ -127,10 +127,10 @@ class Statistics:
         Raises:
             CompressionError: the layer takes no part in the loss, or a gradient is not finite.
         """
-        usual = self.once("gradients", lambda: gradients(self.task, self.progress), lasting=True)
-        if name in usual:
-            return usual[name]
-        return found(
+        of_weights = self.once("gradients", lambda: gradients(self.task, self.progress), lasting=True)
+        if name in of_weights:
+            return of_weights[name]
+        return entry_of(
             self.once(
                 "gradients of tables", lambda: gradients(self.task, self.progress, tables=True), lasting=True
             ),
@@ -138,7 +138,7 @@ class Statistics:
         )
 
 
-def found(table: dict[str, T], name: str) -> T:
+def entry_of(table: dict[str, T], name: str) -> T:
     """Return a layer's entry, or say that calibration never reached it."""
     if name not in table:
         raise CompressionError(

@@ -34,7 +34,7 @@ def storages_in(value: Any) -> dict[tuple[str, int], Tensor]:
 
     Modules count by their parameters and buffers.
     """
-    found: dict[tuple[str, int], Tensor] = {}
+    firsts: dict[tuple[str, int], Tensor] = {}
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -44,7 +44,7 @@ def storages_in(value: Any) -> dict[tuple[str, int], Tensor]:
         seen.add(id(part))
         if isinstance(part, Tensor):
             if part.layout is torch.strided and part.untyped_storage().nbytes():
-                found.setdefault((str(part.device), part.untyped_storage().data_ptr()), part.detach())
+                firsts.setdefault((str(part.device), part.untyped_storage().data_ptr()), part.detach())
         elif isinstance(part, torch.nn.Module):
             waiting += [*part.parameters(), *part.buffers()]
         elif isinstance(part, dict):
@@ -57,7 +57,7 @@ def storages_in(value: Any) -> dict[tuple[str, int], Tensor]:
                 if hasattr(part, "__dict__")
                 else [getattr(part, field.name) for field in dataclasses.fields(part)]
             )
-    return {place: storage_of(tensor) for place, tensor in found.items()}
+    return {place: storage_of(tensor) for place, tensor in firsts.items()}
 
 
 def relocated(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
@@ -91,7 +91,7 @@ def relocated(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         if kind is tuple or kind is list:
             return kind(map(there, part))
         if kind is dict:
-            return {there(key): there(one) for key, one in part.items()}
+            return {there(key): there(entry) for key, entry in part.items()}
         if owned(kind):
             return kind(
                 **{field.name: there(getattr(part, field.name)) for field in dataclasses.fields(part)}
@@ -141,11 +141,11 @@ def checksums(storages: Iterable[Tensor]) -> list[int]:
     """
     sums = [sum_of(storage) for storage in storages]
     places = {total.device for total in sums}
-    found = {
+    numbers = {
         place: iter(torch.stack([total for total in sums if total.device == place]).tolist())
         for place in places
     }
-    return [next(found[total.device]) for total in sums]
+    return [next(numbers[total.device]) for total in sums]
 
 
 def sum_of(storage: Tensor) -> Tensor:

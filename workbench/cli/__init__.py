@@ -66,19 +66,19 @@ def flag(name: str) -> str:
 
 def parameters() -> list[click.Parameter]:
     """Return the options that describe a job: model, data, device and every registered method's own."""
-    found: list[click.Parameter] = [click.Argument(["model"])]
-    found += [click.Option([flag(name)], type=kind, help=words) for name, kind, words in COMMON]
-    found.append(click.Option(["--offline"], is_flag=True, help="never reach for the network"))
+    options: list[click.Parameter] = [click.Argument(["model"])]
+    options += [click.Option([flag(name)], type=kind, help=about) for name, kind, about in COMMON]
+    options.append(click.Option(["--offline"], is_flag=True, help="never reach for the network"))
     for name, step in METHODS.options().items():
         field = step.options().get(name)
-        words = (
+        about = (
             field.description
             if field is not None
             else f"layers that {step.kind()} works on: globs or re:expressions, comma-separated"
         )
         default = "" if field is None or name == step.slider else f" [default: {field.default}]"
-        found.append(click.Option([flag(name)], metavar="VALUE", help=f"{step.__name__}: {words}{default}"))
-    return found
+        options.append(click.Option([flag(name)], metavar="VALUE", help=f"{step.__name__}: {about}{default}"))
+    return options
 
 
 class JobCommand(click.Command):

@@ -35,22 +35,21 @@ def cache(clear: bool) -> None:
             raise WorkbenchError(f"cannot clear {place}: {error}") from None
         return
     kept = contents(place)
+    used = sum(model.bytes for model in kept)
     table = Table(
         "model",
         "weights",
         "values",
         "MB",
         "last used",
-        title=(
-            f"{sum(one.bytes for one in kept) / 2**20:.1f} of at most {DISK_BYTES / 2**20:,.0f} MB in {place}"
-        ),
+        title=(f"{used / 2**20:.1f} of at most {DISK_BYTES / 2**20:,.0f} MB in {place}"),
     )
-    for one in kept:
+    for model in kept:
         table.add_row(
-            escape(one.name),
-            one.fingerprint,
-            str(one.files),
-            f"{one.bytes / 2**20:.1f}",
-            f"{datetime.fromtimestamp(one.used, UTC):%Y-%m-%d %H:%M} UTC",
+            escape(model.name),
+            model.fingerprint,
+            str(model.files),
+            f"{model.bytes / 2**20:.1f}",
+            f"{datetime.fromtimestamp(model.used, UTC):%Y-%m-%d %H:%M} UTC",
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)

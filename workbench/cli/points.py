@@ -63,8 +63,8 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
         )
         table.add_row(*map(escape, cells))
     show(table)
-    if words := predictions(rows):
-        click.echo(words)
+    if accuracy := predictions(rows):
+        click.echo(accuracy)
     if ledger.unreadable:
         click.echo(
             f"{ledger.unreadable} points or lines of the ledger cannot be read here (by a plugin that is not"
@@ -103,12 +103,12 @@ def compare(model: str, keys: tuple[str, ...], where: str | None) -> None:
     from workbench.search.compare import comparison, facts
 
     ledger = opened(model, where)
-    found = {key: ledger.find(key) for key in keys}
-    if missing := [key for key, row in found.items() if row is None]:
+    rows = {key: ledger.find(key) for key in keys}
+    if missing := [key for key, row in rows.items() if row is None]:
         raise LedgerError(
             f"no point {missing[0]!r} in the ledger {ledger.where!r}: `workbench points {model}` lists them"
         )
-    record = comparison([row for row in found.values() if row is not None])
+    record = comparison([row for row in rows.values() if row is not None])
     table = Table("", *(row.key for row in record.points))
     for choice in record.choices:
         if choice.differs:

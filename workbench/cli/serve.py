@@ -50,7 +50,7 @@ def lab_command(
 
 
 def common_options(port: int | None) -> list[str]:
-    """Return what every server of ours is given: local sockets to kernels, the port, and root's leave to be
+    """Return the options of every server of ours: local sockets to kernels, the port, and root's leave to be
     root.
 
     A container is often root, and jupyter_server refuses root only because it might listen to others: ours

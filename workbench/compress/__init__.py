@@ -107,35 +107,37 @@ def compress(
         BrokenPromiseError: a later step broke what an earlier one promised (a defect).
     """
     refuse(recipe, task.model)
-    known = statistics or Statistics(task, progress)
-    known.kept.begin()
-    begun = prefix_cache.begun(recipe.steps, known) if known.task is task else None
+    facts = statistics or Statistics(task, progress)
+    facts.kept.begin()
+    begun = prefix_cache.begun(recipe.steps, facts) if facts.task is task else None
     if begun is None:
-        work = Work(dense_copy(task, known), task, known, progress, training or Training())
-        if known.task is task:
-            know_finite(list(work.layers.values()), known)
+        work = Work(dense_copy(task, facts), task, facts, progress, training or Training())
+        if facts.task is task:
+            know_finite(list(work.layers.values()), facts)
         if copied_whole(work.model, task.model):
             work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
-        for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
+        for device, dtype in {
+            (layer.parameter.device, layer.parameter.dtype) for layer in work.layers.values()
+        }:
             work.refusals.note(WEIGHT_PASSES, weight_trials.failed(device, dtype))
     else:
-        work = begun.continued(task, known, progress, training or Training())
+        work = begun.continued(task, facts, progress, training or Training())
     done: list[Step] = [] if begun is None else list(begun.done)
     for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
         changes = work.changes
         done.append(METHODS.of(step).apply(step, work) or step)
         if work.changes == changes:
             said = Counter(
-                words[-1] for words in work.outcomes.values() if words
+                outcomes[-1] for outcomes in work.outcomes.values() if outcomes
             )  # what holds back most layers first
-            first = {words[-1]: name for name, words in reversed(work.outcomes.items()) if words}
-            reasons = [f"{first[words]}: {words}" for words, _ in said.most_common()]
+            first = {outcomes[-1]: name for name, outcomes in reversed(work.outcomes.items()) if outcomes}
+            reasons = [f"{first[outcomes]}: {outcomes}" for outcomes, _ in said.most_common()]
             raise CompressionError(
                 f"{step!r} fits no layer of {task.model_name}:"
                 f" {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}"
             )
         check_all(list(work.layers.values()), work.dense)
-        if place < len(recipe) and known.task is task:
+        if place < len(recipe) and facts.task is task:
             prefix_cache.keep(recipe.steps[:place], done, work)
     on_grids = [layer.parameter for layer in work.layers.values() if layer.grid is not None]
     round_to_checkpoint(work.model, task.model, on_grids)
@@ -157,5 +159,5 @@ def dense_copy(task: Task, statistics: Statistics) -> nn.Module:
 
     Whether it can is looked up once.
     """
-    known = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
-    return twin(task.model, evaluating=True) if known else sharing_copy(task.model).eval()
+    shareable = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
+    return twin(task.model, evaluating=True) if shareable else sharing_copy(task.model).eval()

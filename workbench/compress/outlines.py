@@ -12,8 +12,8 @@ def after(outline: Outline, recipe: Recipe) -> Outline | None:
     left = outline
     for step in recipe:
         shapes = METHODS.of(step).shapes
-        made = None if shapes is None else shapes(left, step)
-        if made is None:
+        changed = None if shapes is None else shapes(left, step)
+        if changed is None:
             return None
-        left = made
+        left = changed
     return left.settled()

@@ -57,12 +57,12 @@ class Beginnings:
 
     def again(self, steps: tuple[Step, ...]) -> bool:
         """Return whether a beginning was seen before, and remember it."""
-        known = steps in self.seen
+        seen_before = steps in self.seen
         self.seen[steps] = None
         self.seen.move_to_end(steps)
         while len(self.seen) > REMEMBERED:
             self.seen.popitem(last=False)
-        return known
+        return seen_before
 
 
 def begun(steps: tuple[Step, ...], statistics: Statistics) -> Snapshot | None:
@@ -70,9 +70,9 @@ def begun(steps: tuple[Step, ...], statistics: Statistics) -> Snapshot | None:
     any.
     """
     for count in range(len(steps) - 1, 0, -1):
-        found = statistics.kept.get(("state", steps[:count]))
-        if found is not None:
-            snapshot: Snapshot = found[0]
+        kept = statistics.kept.get(("state", steps[:count]))
+        if kept is not None:
+            snapshot: Snapshot = kept[0]
             return snapshot
     return None
 
@@ -113,17 +113,17 @@ def twin_of(work: Work) -> Work | None:
         return None
     places = {id(module): name for name, module in work.model.named_modules(remove_duplicate=False)}
     model = twin(work.model)
-    made = copy.copy(work)
+    copied = copy.copy(work)
     for name, value in vars(work).items():
         if name not in OWN and type(value) in {dict, list}:
-            setattr(made, name, own_table(value))
-    made.model, made.refusals = model, copy.deepcopy(work.refusals)
+            setattr(copied, name, own_table(value))
+    copied.model, copied.refusals = model, copy.deepcopy(work.refusals)
     own_config(model, work)
     try:
-        made.layers = {name: moved_layer(layer, places, model) for name, layer in work.layers.items()}
+        copied.layers = {name: moved_layer(layer, places, model) for name, layer in work.layers.items()}
     except KeyError:  # a layer's module that is not in the tree
         return None
-    return made
+    return copied
 
 
 def own_config(model: nn.Module, work: Work) -> None:
@@ -148,7 +148,7 @@ def own_table(table: dict[object, object] | list[object]) -> object:
 
 def moved_layer(layer: Layer, places: dict[int, str], model: nn.Module) -> Layer:
     """Return a copy of a layer that points to the modules in the same places of another model."""
-    made = copy.copy(layer)
-    made.module = model.get_submodule(places[id(layer.module)])
-    made.others = {name: model.get_submodule(places[id(module)]) for name, module in layer.others.items()}
-    return made
+    copied = copy.copy(layer)
+    copied.module = model.get_submodule(places[id(layer.module)])
+    copied.others = {name: model.get_submodule(places[id(module)]) for name, module in layer.others.items()}
+    return copied

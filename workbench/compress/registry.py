@@ -67,11 +67,11 @@ class Methods:
                 has an unknown name.
 
         """
-        known = [field.name for field in dataclasses.fields(Method) if field.name not in {"step", "apply"}]
+        stated = [field.name for field in dataclasses.fields(Method) if field.name not in {"step", "apply"}]
         for name in facts:
-            if name not in known:
+            if name not in stated:
                 raise RecipeError(
-                    f"{step.__name__} states {name!r}, which is no fact; {nearest(name, known)}"
+                    f"{step.__name__} states {name!r}, which is no fact; {nearest(name, stated)}"
                 )
         self.check(step)
 
@@ -96,11 +96,11 @@ class Methods:
                 f"{step.__name__} cannot be registered: the workbench itself uses {', '.join(taken)} (and"
                 " max_, min_ for gates); rename it"
             )
-        for other in self.records:
-            shared = set(step.options()) & set(other.options())
-            if other.kind() == step.kind() or shared:
+        for registered in self.records:
+            shared = set(step.options()) & set(registered.options())
+            if registered.kind() == step.kind() or shared:
                 raise RecipeError(
-                    f"{step.__name__} cannot be registered: {other.__name__} already has"
+                    f"{step.__name__} cannot be registered: {registered.__name__} already has"
                     f" {', '.join(sorted(shared)) or 'this name'}"
                 )
 
@@ -130,21 +130,21 @@ class Methods:
 
     def step(self, kind: str) -> type[Step]:
         """Return the step class of this kind, or raise `RecipeError` with the nearest names."""
-        found = next((step for step in self.records if step.kind() == kind), None)
-        if found is None:
+        named = next((step for step in self.records if step.kind() == kind), None)
+        if named is None:
             raise RecipeError(
                 f"unknown step {kind!r}; {nearest(kind, [step.kind() for step in self.steps()])}"
             )
-        return found
+        return named
 
     def options(self) -> dict[str, type[Step]]:
         """Return every flat option name, such as `sparsity` or `prune_targets`, with the step that it belongs
         to.
         """
-        found: dict[str, type[Step]] = {}
+        owners: dict[str, type[Step]] = {}
         for step in self.steps():
-            found.update(dict.fromkeys([*step.options(), f"{step.kind()}_targets"], step))
-        return found
+            owners.update(dict.fromkeys([*step.options(), f"{step.kind()}_targets"], step))
+        return owners
 
     def from_json(self, text: str) -> Recipe:
         """Return the recipe that `Recipe.to_json` wrote.
@@ -179,10 +179,10 @@ class Methods:
             RecipeError: an unknown option, a bad value, or a choice given without its slider.
 
         """
-        known = self.options()
+        owners = self.options()
         for name in options:
-            if name not in known:
-                raise RecipeError(f"unknown option {name!r}; {nearest(name, known)}")
+            if name not in owners:
+                raise RecipeError(f"unknown option {name!r}; {nearest(name, owners)}")
         steps: list[Step] = []
         for step in self.steps():
             given = {name: options[name] for name in step.options() if options.get(name) is not None}

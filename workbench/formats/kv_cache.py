@@ -79,10 +79,10 @@ class CacheFormat:
         padded = (
             torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.int64)
         )
-        words = (padded << (torch.arange(8, device=codes.device) * self.bits)).sum(
+        word = (padded << (torch.arange(8, device=codes.device) * self.bits)).sum(
             -1
         )  # eight codes fill exactly `bits` bytes
-        split: Tensor = (words.unsqueeze(-1) >> (torch.arange(self.bits, device=codes.device) * 8)) & 0xFF
+        split: Tensor = (word.unsqueeze(-1) >> (torch.arange(self.bits, device=codes.device) * 8)) & 0xFF
         return split.to(torch.uint8).flatten(-2)
 
     def decode(self, rows: Tensor, head: int) -> Tensor:

@@ -58,7 +58,9 @@ class NumberFormat:
         return self.bits is None
 
     def encoded(self, values: Tensor) -> Tensor:
-        """Return the nearest codes of values over their scale; `RecipeError` for a format without codes."""
+        """Return the nearest codes, uint8, of float32 values over their scale, in the same shape;
+        `RecipeError` for a format without codes.
+        """
         if self.levels is not None:
             places = torch.bucketize(values, bounds(self.levels, self.even, values.device))
             return code_table(self.levels, values.device)[places]
@@ -67,7 +69,9 @@ class NumberFormat:
         return self.encode(values)
 
     def decoded(self, codes: Tensor) -> Tensor:
-        """Return the numbers that codes stand for; `RecipeError` for a format without codes."""
+        """Return the numbers, float32, that codes stand for, in the same shape; `RecipeError` for a format
+        without codes.
+        """
         if self.levels is not None:
             return level_table(self.levels, codes.device)[codes.int()]
         if self.decode is None:
@@ -150,7 +154,7 @@ FORMATS: Registry[NumberFormat] = Registry("number format", check)
 
 @cache
 def level_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the levels by code, float32."""
+    """Return the levels by code, float32 [codes]."""
     return torch.tensor(levels, device=device)
 
 
@@ -168,8 +172,8 @@ def bounds(levels: tuple[float, ...], even: bool, device: torch.device) -> Tenso
     """
     ordered = sorted(set(levels))
     middle = torch.tensor(ordered, dtype=torch.float64)
-    found = ((middle[1:] + middle[:-1]) / 2).float()
+    midpoints = ((middle[1:] + middle[:-1]) / 2).float()
     if even:
         upper = torch.tensor([levels.index(level) % 2 == 0 for level in ordered[1:]])
-        found = torch.where(upper, torch.nextafter(found, torch.tensor(-torch.inf)), found)
-    return found.to(device)
+        midpoints = torch.where(upper, torch.nextafter(midpoints, torch.tensor(-torch.inf)), midpoints)
+    return midpoints.to(device)

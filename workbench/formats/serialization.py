@@ -24,7 +24,7 @@ INTEGER = "integer"  # number format of integer codes
 
 
 def format_of(form: Form) -> str:
-    """Return what the codes of a form stand for."""
+    """Return the name of the number format of a form's codes."""
     if isinstance(form, InputScaled):
         return format_of(form.base)
     if isinstance(form, FloatGrid):
@@ -40,19 +40,19 @@ def codes_of(form: Form) -> Tensor:
 
 
 def side_tensors(form: Form) -> dict[str, Tensor]:
-    """Return what is stored beside the codes, by name suffix: scales, zero points (of a `Grid` packed),
-    multipliers of inputs.
+    """Return the tensors that are stored beside the codes, by suffix of their names: `.scale`, `.zero_point`
+    (of a `Grid` packed), `.input_scale`.
     """
     if isinstance(form, InputScaled):
         return side_tensors(form.base) | {".input_scale": form.input_scale}
     if isinstance(form, Cast):
         return {}
-    found = {".scale": form.scale}
+    tensors = {".scale": form.scale}
     if isinstance(form, OffsetGrid):
-        found[".zero_point"] = form.zero_point
+        tensors[".zero_point"] = form.zero_point
     elif isinstance(form, Grid) and form.zero_point is not None:
-        found[".zero_point"] = pack(form.zero_point, form.bits)
-    return found
+        tensors[".zero_point"] = pack(form.zero_point, form.bits)
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Codes:
         """Return uint8 [outputs, inputs]: the codes at their places, and `zero` (broadcasts) elsewhere."""
         if self.kept is None:
             return self.codes
-        made = zero.to(torch.uint8).expand(self.kept.shape).clone()
-        made[self.kept] = self.codes
-        return made
+        whole_codes = zero.to(torch.uint8).expand(self.kept.shape).clone()
+        whole_codes[self.kept] = self.codes
+        return whole_codes
 
 
 def restored(stored: Codes, sides: dict[str, Tensor]) -> Form:

@@ -40,7 +40,7 @@ class FloatGrid:
 
     @property
     def format(self) -> NumberFormat:
-        """Return what its codes stand for."""
+        """Return the number format of its codes."""
         return FORMATS[self.number_format]
 
     @property
@@ -160,14 +160,16 @@ Form = Grid | FloatGrid | OffsetGrid | Cast | InputScaled
 
 
 def kind_of(form: Form | None) -> Hashable:
-    """Return what forms must share to be stacked: their class, widths, shapes and which parts they have."""
+    """Return a key that is equal for forms that can be stacked: class, widths, shapes and which parts they
+    have.
+    """
     if form is None:
         return None
     return type(form), *(field_kind(getattr(form, field.name)) for field in dataclasses.fields(form))
 
 
 def field_kind(value: Any) -> Hashable:
-    """Return what one field contributes to `kind_of`; scales of either precision may stand together."""
+    """Return one field's part of the key of `kind_of`; scales of either precision may stand together."""
     if isinstance(value, Tensor):
         return (
             (value.shape, value.is_floating_point())
@@ -185,19 +187,19 @@ def stacked(forms: Sequence[Form]) -> Form:
     return cast("Form", stack_any(forms))
 
 
-def stack_any(parts: Sequence[Any]) -> Any:
-    """Return parts of one kind as one: tensors stacked, dataclasses field by field, anything else as in the
-    first.
+def stack_any(members: Sequence[Any]) -> Any:
+    """Return members of one kind as one: tensors [...] stacked to [members, ...], dataclasses field by field,
+    anything else as in the first.
     """
-    first = parts[0]
+    first = members[0]
     if isinstance(first, Tensor):
-        mixed = len({part.dtype for part in parts}) > 1
-        return torch.stack([part.float() for part in parts] if mixed else list(parts))
+        mixed = len({part.dtype for part in members}) > 1
+        return torch.stack([part.float() for part in members] if mixed else list(members))
     if dataclasses.is_dataclass(first):
         make: Any = type(first)
         return make(
             **{
-                field.name: stack_any([getattr(part, field.name) for part in parts])
+                field.name: stack_any([getattr(part, field.name) for part in members])
                 for field in dataclasses.fields(first)
             }
         )
@@ -226,7 +228,7 @@ def split(form: Any, half: Sequence[bool]) -> list[Any]:
                 split(value, half) if dataclasses.is_dataclass(value) else [value] * len(half)
             )
     return [
-        type(form)(**{name: parts[index] for name, parts in columns.items()}) for index in range(len(half))
+        type(form)(**{name: layers[index] for name, layers in columns.items()}) for index in range(len(half))
     ]
 
 

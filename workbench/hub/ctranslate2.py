@@ -30,7 +30,8 @@ END = "<|endoftext|>"
 # the same)
 MULTILINGUAL = 51_865
 UNUSED = re.compile(
-    r"(num_heads|num_source_heads|alignment_layer|alignment_heads|pre_norm|activation|scale_embeddings|scale_outputs|position_encodings/.*|layernorm_embedding)$"
+    r"(num_heads|num_source_heads|alignment_layer|alignment_heads|pre_norm|activation|scale_embeddings"
+    r"|scale_outputs|position_encodings/.*|layernorm_embedding)$"
 )
 
 
@@ -53,7 +54,7 @@ class Source:
     def depth(self, side: str) -> int:
         """Return the number of layers of encoder or decoder."""
         return 1 + max(
-            (int(found[1]) for name in self.tensors if (found := re.match(rf"{side}/layer_(\d+)/", name))),
+            (int(match[1]) for name in self.tensors if (match := re.match(rf"{side}/layer_(\d+)/", name))),
             default=-1,
         )
 
@@ -92,10 +93,10 @@ def read(path: Path) -> Source:
 
 def exactly(file: BinaryIO, count: int) -> bytes:
     """Return the next `count` bytes; ValueError if the file ends before."""
-    found = file.read(count)
-    if len(found) != count:
-        raise ValueError(f"the file ends after {len(found)} of {count} bytes")
-    return found
+    content = file.read(count)
+    if len(content) != count:
+        raise ValueError(f"the file ends after {len(content)} of {count} bytes")
+    return content
 
 
 def unsigned(file: BinaryIO, size: int) -> int:
@@ -147,15 +148,15 @@ def convert_whisper(weights: Path, folder: Path) -> None:
     )
     with quiet():
         model.save_pretrained(folder)
-        made = folder / "tokenizer.json"
-        made.write_text(
+        tokenizer_file = folder / "tokenizer.json"
+        tokenizer_file.write_text(
             json.dumps(
                 with_all_merges(json.loads((weights.parent / "tokenizer.json").read_text())),
                 ensure_ascii=False,
             )
         )
         PreTrainedTokenizerFast(
-            tokenizer_file=str(made), bos_token=END, eos_token=END, pad_token=END, unk_token=END
+            tokenizer_file=str(tokenizer_file), bos_token=END, eos_token=END, pad_token=END, unk_token=END
         ).save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(folder)
     check_bits(state, folder / "model.safetensors")
@@ -217,7 +218,7 @@ def configuration(source: Source, tokens: Mapping[str, int]) -> Any:
         source.tensors["encoder/conv1/bias"].numel(),
         int(source.tensors["encoder/num_heads"].flatten()[0]),
     )
-    inner, end = len(source.tensors["encoder/layer_0/ffn/linear_0/weight"]), tokens[END]
+    feed_forward, end = len(source.tensors["encoder/layer_0/ffn/linear_0/weight"]), tokens[END]
     return WhisperConfig(
         vocab_size=len(source.tensors["decoder/embeddings/weight"]),
         num_mel_bins=source.tensors["encoder/conv1/weight"].shape[1],
@@ -228,8 +229,8 @@ def configuration(source: Source, tokens: Mapping[str, int]) -> Any:
         decoder_attention_heads=heads,
         max_source_positions=len(source.tensors["encoder/position_encodings/encodings"]),
         max_target_positions=len(source.tensors["decoder/position_encodings/encodings"]),
-        encoder_ffn_dim=inner,
-        decoder_ffn_dim=inner,
+        encoder_ffn_dim=feed_forward,
+        decoder_ffn_dim=feed_forward,
         pad_token_id=end,
         bos_token_id=end,
         eos_token_id=end,
@@ -241,9 +242,9 @@ def configuration(source: Source, tokens: Mapping[str, int]) -> Any:
 
 
 def generation(said: Mapping[str, Any], tokens: Mapping[str, int], *, multilingual: bool) -> dict[str, Any]:
-    """Return what generation needs to know: first tokens, suppressed tokens, languages."""
+    """Return the settings of generation: first tokens, suppressed tokens, languages."""
     end = tokens[END]
-    made: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "bos_token_id": end,
         "eos_token_id": end,
         "pad_token_id": end,
@@ -260,9 +261,9 @@ def generation(said: Mapping[str, Any], tokens: Mapping[str, int], *, multilingu
     }
     if multilingual:
         languages = set(said["lang_ids"])
-        made["lang_to_id"] = {name: number for name, number in tokens.items() if number in languages}
-        made["task_to_id"] = {task: tokens[f"<|{task}|>"] for task in ("transcribe", "translate")}
-    return made
+        settings["lang_to_id"] = {name: number for name, number in tokens.items() if number in languages}
+        settings["task_to_id"] = {task: tokens[f"<|{task}|>"] for task in ("transcribe", "translate")}
+    return settings
 
 
 def renamed(source: Source) -> Iterator[tuple[str, Tensor]]:

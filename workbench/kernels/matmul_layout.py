@@ -44,24 +44,24 @@ def unpack_units(words: Tensor, bits: int, inputs: int) -> Tensor:
     """Return the codes that `pack_units` stored, uint8 [outputs, inputs]."""
     each, rest = divmod(UNIT, bits)
     wide = words.long() & 0xFFFFFFFF
-    found = torch.zeros(words.shape[0], UNIT, words.shape[2], dtype=torch.int64, device=words.device)
+    codes = torch.zeros(words.shape[0], UNIT, words.shape[2], dtype=torch.int64, device=words.device)
     for place in range(each):
-        found[:, place : each * bits : each] = (wide >> (place * bits)) & ((1 << bits) - 1)
+        codes[:, place : each * bits : each] = (wide >> (place * bits)) & ((1 << bits) - 1)
     for index in range(each * bits, UNIT):
         for word, low, count, shift in pieces(index - each * bits, bits, rest):
-            found[:, index] |= ((wide[:, word] >> low) & ((1 << count) - 1)) << shift
-    return found.permute(2, 0, 1).flatten(1)[:, :inputs].to(torch.uint8).contiguous()
+            codes[:, index] |= ((wide[:, word] >> low) & ((1 << count) - 1)) << shift
+    return codes.permute(2, 0, 1).flatten(1)[:, :inputs].to(torch.uint8).contiguous()
 
 
 def pieces(number: int, bits: int, rest: int) -> list[tuple[int, int, int, int]]:
     """Return where the bits of the `number`-th left-over code lie: (word, lowest bit in it, how many, lowest
     bit in the code).
     """
-    found = []
+    places = []
     start, end = number * bits, (number + 1) * bits
     while start < end:
         word, within = divmod(start, rest)
         count = min(rest - within, end - start)
-        found.append((word, UNIT - rest + within, count, start - number * bits))
+        places.append((word, UNIT - rest + within, count, start - number * bits))
         start += count
-    return found
+    return places

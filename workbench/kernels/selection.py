@@ -46,15 +46,15 @@ def first_true(flags: Tensor, count: Tensor) -> Tensor:
     blocks, wanted = flags.reshape(-1, columns // BLOCK, BLOCK), count.reshape(-1, 1)
     ends = blocks.sum(-1, dtype=torch.int32).cumsum(-1, dtype=torch.int32)
     whole = ends <= wanted
-    found = blocks & whole.unsqueeze(-1)
+    mask = blocks & whole.unsqueeze(-1)
     rows, last = (
         torch.arange(len(blocks), device=flags.device),
         whole.sum(-1).clamp_(max=columns // BLOCK - 1),
     )
     block = blocks[rows, last]
     before = ends[rows, last] - block.sum(-1, dtype=torch.int32)
-    found[rows, last] = block & (block.cumsum(-1, dtype=torch.int32) + before.unsqueeze(-1) <= wanted)
-    return found.view(flags.shape)
+    mask[rows, last] = block & (block.cumsum(-1, dtype=torch.int32) + before.unsqueeze(-1) <= wanted)
+    return mask.view(flags.shape)
 
 
 def largest(importance: Tensor, count: int) -> Tensor:
@@ -110,6 +110,6 @@ def keep_of_groups(importance: Tensor, kept: int, of: int) -> Tensor:
     place = torch.arange(of, device=importance.device)
     better = torch.zeros_like(groups, dtype=torch.uint8)  # how many of its group come before each weight
     for index in range(of):
-        one = groups[..., index : index + 1]
-        better += torch.where(place > index, one >= groups, one > groups)
+        rival = groups[..., index : index + 1]
+        better += torch.where(place > index, rival >= groups, rival > groups)
     return (better < kept).flatten(-2)

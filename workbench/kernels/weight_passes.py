@@ -122,8 +122,8 @@ def prune_rows(weights: list[Tensor], norms: Tensor, removed: Sequence[int]) -> 
 
 
 def searched(columns: int, itemsize: int) -> tuple[int, int, int, int | None]:
-    """Return what `tile` does for `prune_rows`, how many warps share it, and the registers of a thread: few,
-    so that many programs hide each other's waiting.
+    """Return the tile of `prune_rows` (rows, places of a row), how many warps share it, and the registers of
+    a thread: few, so that many programs hide each other's waiting.
 
     A thread has 32 weights, 64 of the longest rows. `itemsize`: bytes of a weight; of 4 the compiler finds
     the registers itself (None).
@@ -258,20 +258,20 @@ def to_grid(
 def survey(
     dense: list[Tensor], now: list[Tensor], masks: list[Tensor] | None, grids: list[Grid] | None
 ) -> Tensor:
-    """Return what became of each weight, float64 [layers, 4] on the device, for `changes`; waits for nothing.
+    """Return sums over each weight, float64 [layers, 4] on the device, for `changes`: squares, squared
+    changes, zeros, wrong ones; waits for nothing.
 
     Args:
         dense: the weights as they were.
         now: as they are, of the same shape and dtype.
         masks: bool, True where a weight was kept; None without.
         grids: of one kind, whose codes the weights must be; None without.
-
     """
     from workbench.kernels import triton_weights as kernels
 
     size, first = now[0].numel(), grids[0] if grids else None
     blocks = -(-size // BLOCK)
-    found = torch.empty(len(now), blocks, 4, device=now[0].device)
+    sums = torch.empty(len(now), blocks, 4, device=now[0].device)
     here = table(now)
     tables = [here] * 4  # in the place of what is not there: never read
     if masks is not None:
@@ -283,12 +283,12 @@ def survey(
             if first.zero_point is None
             else table([grid.zero_point for grid in grids if grid.zero_point is not None])
         )
-    with launching(found.device):
+    with launching(sums.device):
         kernels.survey[blocks, len(now)](
             table(dense),
             here,
             *tables,
-            found,
+            sums,
             size,
             0 if first is None else (1 << first.bits) - 1,
             kernels.named(now[0].dtype),
@@ -300,11 +300,11 @@ def survey(
             BLOCK,
             num_warps=WARPS,
         )
-    return found.sum(1, dtype=torch.float64)
+    return sums.sum(1, dtype=torch.float64)
 
 
-def changes(found: Tensor) -> list[Change]:
-    """Return what `survey` has found, read once."""
+def changes(sums: Tensor) -> list[Change]:
+    """Return the changes that the sums of `survey`, float64 [layers, 4], say; waits for the device once."""
     return [
-        Change(squares, errors, int(zeros), int(wrong)) for squares, errors, zeros, wrong in found.tolist()
+        Change(squares, errors, int(zeros), int(wrong)) for squares, errors, zeros, wrong in sums.tolist()
     ]

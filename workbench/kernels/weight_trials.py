@@ -72,10 +72,13 @@ def trial(device: torch.device, dtype: torch.dtype) -> str:
     ):
         return f"rounding {dtype} weights gives other bits than the plain operations"
     grids = [Grid(code, own, offset, 3) for code, own, offset in zip(codes, scale, zero, strict=True)]
-    found = weight_passes.changes(
+    changes = weight_passes.changes(
         weight_passes.survey(list(weights.unbind()), rounded, masks=None, grids=grids)
     )
-    if any(one.wrong or one.zeros != int((now == 0).sum()) for one, now in zip(found, rounded, strict=True)):
+    if any(
+        change.wrong or change.zeros != int((now == 0).sum())
+        for change, now in zip(changes, rounded, strict=True)
+    ):
         return f"looking over {dtype} weights counts otherwise than the plain operations"
     return (
         trial_of_scales(weights)
@@ -85,7 +88,7 @@ def trial(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def trial_of_scales(weights: Tensor) -> str:
-    """Return what is wrong with the search for scales, "" if nothing is."""
+    """Return the fault of the search for scales, "" if there is none."""
     groups = weights.float().unflatten(2, (-1, 32))
     low, high = weight_passes.extremes(list(weights.unbind()), 32)
     if not (torch.equal(low, groups.amin(3).clamp_max(0)) and torch.equal(high, groups.amax(3).clamp_min(0))):
@@ -103,7 +106,7 @@ def trial_of_scales(weights: Tensor) -> str:
 
 
 def trial_of_rows(weights: Tensor) -> str:
-    """Return what is wrong with pruning row by row, "" if nothing is."""
+    """Return the fault of pruning row by row, "" if there is none."""
     layers, rows, columns = weights.shape
     norms = (1 + torch.arange(layers * columns, device=weights.device) % 5).view(layers, columns) / 4
     scores = (weights.float().abs() * norms.unsqueeze(1)).flatten(0, 1)
@@ -116,7 +119,7 @@ def trial_of_rows(weights: Tensor) -> str:
 
 
 def trial_of_masks(weights: Tensor) -> str:
-    """Return what is wrong with pruning by counted magnitudes, "" if nothing is."""
+    """Return the fault of pruning by counted magnitudes, "" if there is none."""
     keys = magnitudes.keys(weights.flatten(1)).long()
     below = torch.stack([torch.bincount(row, minlength=magnitudes.VALUES) for row in keys]).cumsum(1).int()
     removed = [weights[0].numel() // 3, 0]

@@ -147,8 +147,8 @@ def repair(path: Path) -> None:
 
 
 def tried(device: torch.device) -> str:  # noqa: ARG001  the form of a trial
-    """Return what is wrong where Optuna writes a study through this journal and reads it with its own, "" if
-    nothing is.
+    """Return the fault where Optuna writes a study through this journal and reads it with its own, "" if
+    there is none.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -156,7 +156,8 @@ def tried(device: torch.device) -> str:  # noqa: ARG001  the form of a trial
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         ours = Journal(Path(folder) / "trial.journal")
-        optuna.create_study(storage=optuna.storages.JournalStorage(ours), study_name="trial")  # type: ignore[arg-type]
+        storage = optuna.storages.JournalStorage(ours)  # type: ignore[arg-type]
+        optuna.create_study(storage=storage, study_name="trial")
         theirs = JournalFileBackend(str(ours.path))
         alike = list(ours.read_logs(0)) == list(theirs.read_logs(0)) != []
         check(ours.path)

@@ -154,13 +154,15 @@ class Ledger:
         return self.annotations().get(key, Annotation())
 
     def annotations(self) -> dict[str, Annotation]:
-        """Return what is said about points, by key; a point that is neither pinned nor noted is left out."""
-        found = self.study.user_attrs
+        """Return the notes and pins of points, by key; points neither pinned nor noted are left out."""
+        attributes = self.study.user_attrs
         keys = dict.fromkeys(
-            name.partition(" ")[2] for name in found if name.startswith(("note ", "pinned "))
+            name.partition(" ")[2] for name in attributes if name.startswith(("note ", "pinned "))
         )
         said = {
-            key: Annotation(str(found.get(f"note {key}", "")), bool(found.get(f"pinned {key}", False)))
+            key: Annotation(
+                str(attributes.get(f"note {key}", "")), bool(attributes.get(f"pinned {key}", False))
+            )
             for key in keys
         }
         return {key: annotation for key, annotation in said.items() if annotation != Annotation()}

@@ -67,7 +67,7 @@ class TradeoffPoint(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Return what the recipe costs and saves, in one sentence."""
+        """Return one sentence on the costs and savings of the recipe."""
         from workbench.measure.card import verdict
 
         return verdict(self.row)
@@ -95,15 +95,14 @@ class Tradeoff:
 
 
 def spending(cost: Cost) -> Callable[[Measurement], Any]:
-    """Return what reads a point's cost as it was measured: a number of bytes, or its latency.
-
-    None if it was not.
+    """Return a function that reads a point's cost as it was measured: a number of bytes, or its latency; None
+    if it was not.
     """
     return attrgetter(cost if cost in {"latency", "peak_memory_bytes"} else f"sizes.{cost}")
 
 
 def estimate(spent: Any, cost: Cost) -> Estimate:
-    """Return what `spending` read as a cost with its interval (bytes are exact)."""
+    """Return a cost with its interval (bytes are exact) from what `spending` read."""
     if cost == "latency":
         return Estimate(1 / spent.speedup.value, 1 / spent.speedup.high, 1 / spent.speedup.low)
     return Estimate(float(spent), float(spent), float(spent))
@@ -116,7 +115,7 @@ def cost_of(point: Measurement, cost: Cost) -> Estimate | None:
 
 
 def dense_cost_of(point: Measurement, cost: Cost) -> float | None:
-    """Return what the dense model costs: 1 for latency, None if it was not measured."""
+    """Return the cost of the dense model: bytes, or 1 for latency; None if it was not measured."""
     if cost == "latency":
         return 1.0
     count = point.dense_peak_memory_bytes if cost == "peak_memory_bytes" else getattr(point.dense_sizes, cost)
@@ -181,25 +180,29 @@ def tradeoff(
     Raises:
         ValueError: no points, or points of different models.
     """
-    known = comparable(rows, cost, metric)
-    chosen, stands, shaded = known.rows, standings(known.drops, known.costs), shades(known.rows, shade)
+    compared = comparable(rows, cost, metric)
+    chosen, stands, shaded = (
+        compared.rows,
+        standings(compared.drops, compared.costs),
+        shades(compared.rows, shade),
+    )
     read = attrgetter("change" if change else "compressed")
     qualities = (
         [read(row.quality[0]) for row in chosen]
         if metric is None
         else [read(quality_of(row, metric)) for row in chosen]
     )
-    made = list(
+    records = list(
         map(
             TradeoffPoint._make,
-            zip(chosen, qualities, map(Estimate, *known.costs.tolist()), stands, shaded, strict=True),
+            zip(chosen, qualities, map(Estimate, *compared.costs.tolist()), stands, shaded, strict=True),
         )
     )
-    points = tuple(map(made.__getitem__, known.costs[0].argsort(kind="stable").tolist()))
+    points = tuple(map(records.__getitem__, compared.costs[0].argsort(kind="stable").tolist()))
     quality = quality_of(chosen[0], metric)
     assert quality is not None  # noqa: S101  for the type checker: `comparable` has left out what lacks it
     dense_cost = next(
-        (found for row in chosen if (found := dense_cost_of(row, cost)) is not None), float("nan")
+        (spent for row in chosen if (spent := dense_cost_of(row, cost)) is not None), float("nan")
     )
     return Tradeoff(
         chosen[0].context.model_name,
@@ -230,29 +233,30 @@ def comparable(rows: Iterable[Measurement], cost: Cost, metric: str | None = Non
 
     """
     spent_by = spending(cost)
-    known = [
+    triples = [
         (row, quality, spent)
         for row in rows
         if row.complete
         and (spent := spent_by(row)) is not None
         and (quality := quality_of(row, metric)) is not None
     ]
-    chosen = [row for row, _, _ in known]
+    chosen = [row for row, _, _ in triples]
     models = {(row.context.model_fingerprint, row.context.data_fingerprint) for row in chosen}
     if len(models) != 1:
         raise ValueError(
             f"a trade-off needs points of one model on one data set; got {len(models)} in {len(chosen)}"
             " points"
         )
-    return ComparedPoints(chosen, drops_of(known), costs_of(known, cost))
+    return ComparedPoints(chosen, drops_of(triples), costs_of(triples, cost))
 
 
-def drops_of(known: Sequence[tuple[Measurement, Quality, Any]]) -> Ends:
+def drops_of(triples: Sequence[tuple[Measurement, Quality, Any]]) -> Ends:
     """Return the quality drops of points, as `Quality.drop`."""
     return turned(
-        [quality.metric for _, quality, _ in known],
+        [quality.metric for _, quality, _ in triples],
         ends(
-            (change.value, change.low, change.high) for change in (quality.change for _, quality, _ in known)
+            (change.value, change.low, change.high)
+            for change in (quality.change for _, quality, _ in triples)
         ),
     )
 
@@ -265,16 +269,17 @@ def turned(metrics: list[str], changes: Ends) -> Ends:
     return np.where([higher[name] for name in metrics], -changes[[0, 2, 1]], changes)
 
 
-def costs_of(known: Sequence[tuple[Measurement, Quality, Any]], cost: Cost) -> Ends:
+def costs_of(triples: Sequence[tuple[Measurement, Quality, Any]], cost: Cost) -> Ends:
     """Return the costs of points, as `cost_of`."""
     if cost == "latency":
         return (
             1
             / ends(
-                (ratio.value, ratio.low, ratio.high) for ratio in (latency.speedup for _, _, latency in known)
+                (ratio.value, ratio.low, ratio.high)
+                for ratio in (latency.speedup for _, _, latency in triples)
             )[[0, 2, 1]]
         )
-    return np.tile(np.fromiter((count for _, _, count in known), float, len(known)), (3, 1))
+    return np.tile(np.fromiter((count for _, _, count in triples), float, len(triples)), (3, 1))
 
 
 def ends(estimates: Iterable[tuple[float, float, float]]) -> Ends:
@@ -314,18 +319,21 @@ def best(
     """
     order = costs.argsort()
     least = np.concatenate([[np.nan], np.minimum.accumulate(drops[order])])
-    found: NDArray[np.float64] = least[costs[order].searchsorted(limits, side)]
-    return found
+    least_drops: NDArray[np.float64] = least[costs[order].searchsorted(limits, side)]
+    return least_drops
 
 
 @uncollected()
 def pareto(rows: Iterable[Measurement], cost: Cost = "file_bytes") -> tuple[TradeoffPoint, ...]:
     """Return the points on the front, cheapest first."""
-    known = comparable(rows, cost)
-    stands, costs = standings(known.drops, known.costs), known.costs.T
+    compared = comparable(rows, cost)
+    stands, costs = standings(compared.drops, compared.costs), compared.costs.T
     front = [
         TradeoffPoint(
-            known.rows[place], known.rows[place].primary.compressed, Estimate(*costs[place].tolist()), "front"
+            compared.rows[place],
+            compared.rows[place].primary.compressed,
+            Estimate(*costs[place].tolist()),
+            "front",
         )
         for place, stand in enumerate(stands)
         if stand == "front"

@@ -42,7 +42,7 @@ def points_frame(
 
 def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
     """Return a point as one flat record."""
-    context, made, latency = row.context, row.provenance, row.latency
+    context, provenance, latency = row.context, row.provenance, row.latency
     record: dict[str, Any] = {
         "key": row.key,
         "recipe": row.recipe.label(),
@@ -72,11 +72,11 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
         "looks": row.primary.looks,
         "kl_items": row.kl_items,
         "kl_answers": row.kl_answers,
-        "calibration_items": made.calibration_items,
-        "training_items": made.training_items,
-        "compress_seconds": made.compress_seconds,
-        "evaluate_seconds": made.evaluate_seconds,
-        "measured_at_utc": made.time,
+        "calibration_items": provenance.calibration_items,
+        "training_items": provenance.training_items,
+        "compress_seconds": provenance.compress_seconds,
+        "evaluate_seconds": provenance.evaluate_seconds,
+        "measured_at_utc": provenance.time,
         "model": context.model_name,
         "model_fingerprint": context.model_fingerprint,
         "data": context.data_name,

@@ -71,7 +71,7 @@ class Continuation:
 def differences(
     task: Task, compressed: nn.Module, confidence: float = 0.95, progress: Progress = no_progress
 ) -> Behaviour | tuple[Continuation, ...]:
-    """Return what a compressed model does differently, as the task's kind shows it.
+    """Return the answers in which a compressed model differs, as the task's kind shows them.
 
     Raises:
         DataError: nothing is known of how it could be shown, a classifier without names for its classes, or
@@ -130,13 +130,13 @@ def behaviour(
 def answers(task: Task, model: nn.Module, progress: Progress) -> Tensor:
     """Return a model's log-probabilities on all evaluation items, float64 [N, classes] on the CPU."""
     device = device_of(model)
-    found = []
+    batches = []
     with torch.inference_mode():
         for start in range(0, len(task.evaluation), task.batch_size):
             progress("behaviour", start, len(task.evaluation))
             items: Items = task.evaluation[start : start + task.batch_size].to(device)
-            found.append(task.kind.logits(model, items).double().log_softmax(1).cpu())
-    return torch.cat(found)
+            batches.append(task.kind.logits(model, items).double().log_softmax(1).cpu())
+    return torch.cat(batches)
 
 
 def class_change(name: str, before: Tensor, after: Tensor, confidence: float) -> ClassChange:
@@ -162,24 +162,24 @@ def confusion(labels: Tensor, given: Tensor, count: int) -> tuple[tuple[int, ...
 def continuations(
     task: Task, compressed: nn.Module, *, prompts: int = 3, prompt_tokens: int = 32, new_tokens: int = 32
 ) -> tuple[Continuation, ...]:
-    """Return what a dense and a compressed language model write after the beginnings of evaluation windows.
+    """Return the texts that a dense and a compressed language model write after the beginnings of evaluation
+    windows.
 
     Raises:
         DataError: the task is not language modelling, or has no tokenizer.
-
     """
     if task.kind.behaviour != "continuations" or task.processor is None:
         raise DataError(
             f"{task.model_name} does {task.kind.name}: continuations need a language model with its tokenizer"
         )
-    found = []
+    continued = []
     for item in range(min(prompts, len(task.evaluation))):
         prompt = task.evaluation.inputs["input_ids"][item : item + 1, :prompt_tokens]
         texts = [write(model, prompt, new_tokens, task.processor) for model in (task.model, compressed)]
-        found.append(
+        continued.append(
             Continuation(str(task.processor.decode(prompt[0].tolist(), skip_special_tokens=True)), *texts)
         )
-    return tuple(found)
+    return tuple(continued)
 
 
 def told_apart(
@@ -207,11 +207,11 @@ def write(model: nn.Module, prompt: Tensor, count: int, tokenizer: Any) -> str:
     ids = prompt.to(device)
     generate: Any = model.generate
     with torch.inference_mode():
-        made = generate(
+        written = generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return str(tokenizer.decode(made[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
+    return str(tokenizer.decode(written[0, ids.shape[1] :].tolist(), skip_special_tokens=True))

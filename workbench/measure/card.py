@@ -66,11 +66,11 @@ def speed_words(point: Measurement) -> str:
             else "latency not measured yet"
         )
     speed = point.latency.speedup
-    words = f"{speed.value:.2f}x as fast{point.latency.against} ({speed.low:.2f} to {speed.high:.2f})"
+    text = f"{speed.value:.2f}x as fast{point.latency.against} ({speed.low:.2f} to {speed.high:.2f})"
     if point.latency.real_time_factors is not None:
         before, after = point.latency.real_time_factors
-        words += f", real-time factor {before:.3f} to {after:.3f}"
-    return f"{words}: {'; '.join(point.no_kernel)}" if point.no_kernel else words
+        text += f", real-time factor {before:.3f} to {after:.3f}"
+    return f"{text}: {'; '.join(point.no_kernel)}" if point.no_kernel else text
 
 
 def verdict(point: Measurement) -> str:

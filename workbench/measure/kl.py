@@ -89,16 +89,16 @@ class Reference:
 
     def scores(self, count: int, progress: Progress = no_progress) -> Scores:
         """Return the dense model's scores on the first `count` evaluation items, computed once."""
-        parts: list[Scores] = self.statistics.once("dense scores", list)
-        return self.evaluator.scores(self.evaluator.task.model, parts, count, progress, self.reading())
+        kept: list[Scores] = self.statistics.once("dense scores", list)
+        return self.evaluator.scores(self.evaluator.task.model, kept, count, progress, self.reading())
 
     def all_scores(self) -> Scores | None:
         """Return the dense model's scores on all evaluation items, if they have been read.
 
         Nothing is computed.
         """
-        parts: list[Scores] = self.statistics.once("dense scores", list)
-        return parts[0] if parts and len(parts[0]) == len(self.evaluator.items) else None
+        kept: list[Scores] = self.statistics.once("dense scores", list)
+        return kept[0] if kept and len(kept[0]) == len(self.evaluator.items) else None
 
     def reading(self) -> Outputs | None:
         """Return where its outputs are put while it is scored.
@@ -110,28 +110,28 @@ class Reference:
         return self.live
 
     def outputs(self, count: int, progress: Progress) -> Outputs:
-        """Return what it says of the first `count` evaluation items."""
+        """Return its outputs for the first `count` evaluation items."""
         live, whole = self.reading(), len(self.evaluator.items)
         if live is not None and count < whole and not live.covers(whole):
             return live if live.covers(count) else self.again(count, progress)
-        made = self.statistics.once("dense outputs", lambda: self.hand_over(progress))
-        return Outputs(self.evaluator.sampler, *made)
+        rows_and_read = self.statistics.once("dense outputs", lambda: self.hand_over(progress))
+        return Outputs(self.evaluator.sampler, *rows_and_read)
 
     def hand_over(self, progress: Progress) -> tuple[Tensor, Tensor]:
         """Return rows and which were read, of all items, no longer held here."""
         whole = len(self.evaluator.items)
-        found = (
+        outputs = (
             self.live if self.live is not None and self.live.covers(whole) else self.again(whole, progress)
         )
         self.live, self.handed = None, True
-        assert found.rows is not None  # noqa: S101  for the type checker: it covers all items
-        return found.rows, found.read
+        assert outputs.rows is not None  # noqa: S101  for the type checker: it covers all items
+        return outputs.rows, outputs.read
 
     def again(self, count: int, progress: Progress) -> Outputs:
         """Return its outputs of the first `count` items, read now."""
-        found = Outputs(self.evaluator.sampler)
-        self.evaluator.scores(self.evaluator.task.model, [], count, progress, found)
-        return found
+        outputs = Outputs(self.evaluator.sampler)
+        self.evaluator.scores(self.evaluator.task.model, [], count, progress, outputs)
+        return outputs
 
 
 def divergence(
@@ -172,11 +172,11 @@ def divergence(
     if len(both) and not same and dense.rows is not None and mine.rows is not None:
         with torch.inference_mode(), streaming(evaluator.task.model), streaming(model):
             sides = [
-                (rows, evaluator.head_of(other, rows))
-                for rows, other in ((dense.rows, evaluator.task.model), (mine.rows, model))
+                (rows, evaluator.head_of(side_model, rows))
+                for rows, side_model in ((dense.rows, evaluator.task.model), (mine.rows, model))
             ]
-            parts = list(pieces(sides[0], sides[1], both, evaluator.sampler.classes, progress))
-        kl = torch.cat(parts).cpu().reshape(mask.shape)
+            chunks = list(pieces(sides[0], sides[1], both, evaluator.sampler.classes, progress))
+        kl = torch.cat(chunks).cpu().reshape(mask.shape)
     weight = mask.double().sum(1)
     each = Each(both, torch.where(mask, kl, 0.0).sum(1) / weight.clamp(min=1), weight).joined(earlier)
     if len(each.index) < 2:
@@ -184,8 +184,8 @@ def divergence(
             f"outputs of {len(each.index)} of {count} items are kept within {evaluator.sampler.budget:,}"
             " bytes: an interval needs at least 2"
         )
-    found = Estimate(0.0, 0.0, 0.0) if same else mean(each.kl, each.answers, level).within(0.0)
-    return Divergence(found, len(each.index), int(each.answers.sum()), each)
+    estimate = Estimate(0.0, 0.0, 0.0) if same else mean(each.kl, each.answers, level).within(0.0)
+    return Divergence(estimate, len(each.index), int(each.answers.sum()), each)
 
 
 def pieces(
@@ -212,14 +212,14 @@ def pieces(
             )
 
 
-def kl_of_logits(dense: Tensor, other: Tensor) -> Tensor:
-    """Return KL(softmax(dense) || softmax(other)) of each row, both [n, classes]: float64 [n], inf where a
-    model says nothing finite.
+def kl_of_logits(dense: Tensor, compressed: Tensor) -> Tensor:
+    """Return KL(softmax(dense) || softmax(compressed)) of each row, both [n, classes]: float64 [n], inf where
+    a model says nothing finite.
 
     Computed as the sum of p log(p / q) - p + q, whose terms are never negative: rounding of one does not
     swamp the others. In float32: right to about 1e-7 nats a row. Equal logits give exactly 0.
     """
-    before, after = (logits.log_softmax(-1, dtype=torch.float32) for logits in (dense, other))
+    before, after = (logits.log_softmax(-1, dtype=torch.float32) for logits in (dense, compressed))
     p, q = before.exp(), after.exp()
     ratio = before.sub_(after)
     terms = torch.where(p > 0, p * ratio, 0.0).sub_(p).add_(q)

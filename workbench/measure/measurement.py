@@ -46,7 +46,7 @@ class Context:
 
     def key(self, recipe: Recipe) -> str:
         """Return the ledger key of a recipe in this context: 16 hexadecimal digits."""
-        parts = [
+        facts = [
             recipe.key,
             self.model_fingerprint,
             self.data_fingerprint,
@@ -55,8 +55,8 @@ class Context:
             str(self.latency_batch),
             str(self.confidence),
         ]
-        parts += [self.workbench_version, *([] if self.runtime == "auto" else [self.runtime])]
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+        facts += [self.workbench_version, *([] if self.runtime == "auto" else [self.runtime])]
+        return hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class Measurement:
             layers = to_json(record["layers"], inf_nan_mode="constants").decode()
         if layers is not None:
             record["layers"] = StoredLayers(layers)
-        made: Measurement = ADAPTER().validate_python(record)
-        return made
+        measurement: Measurement = ADAPTER().validate_python(record)
+        return measurement
 
 
 @cache

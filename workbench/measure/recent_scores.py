@@ -60,21 +60,21 @@ class Neighbours:
         None without such.
         """
         far = {
-            other: distance(recipe, other)
-            for other in reversed(self.complete)
-            if other != recipe and len(other) > 0
+            kept: distance(recipe, kept)
+            for kept in reversed(self.complete)
+            if kept != recipe and len(kept) > 0
         }
-        known = {other: much for other, much in far.items() if much is not None}
-        return self.complete[min(known, key=lambda other: known[other])] if known else None
+        distances = {kept: much for kept, much in far.items() if much is not None}
+        return self.complete[min(distances, key=lambda kept: distances[kept])] if distances else None
 
 
-def distance(one: Recipe, other: Recipe) -> float | None:
+def distance(first: Recipe, second: Recipe) -> float | None:
     """Return how far apart two recipes of the same kinds of steps are: sliders by parts of their way, 10 for
     each other option; None for other steps.
     """
-    if [type(step) for step in one] != [type(step) for step in other]:
+    if [type(step) for step in first] != [type(step) for step in second]:
         return None
-    return float(sum(step_distance(left, right) for left, right in zip(one, other, strict=True)))
+    return float(sum(step_distance(left, right) for left, right in zip(first, second, strict=True)))
 
 
 def step_distance(left: Step, right: Step) -> float:

@@ -51,7 +51,7 @@ class Setting:
         latency_batch: int | None,
         confidence: float,
     ) -> Setting:
-        """Return what every measurement of a task shares; nothing is read or computed yet."""
+        """Return the setting of a task on a device; nothing is read or computed yet."""
         evaluation = task.evaluation.to(device)
         latency_items = evaluation[: latency_batch or task.kind.latency_items]
         context = Context(

@@ -39,8 +39,8 @@ def file_content(packed: Packed) -> bytes:
 
 
 def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
-    """Return what `sizes` returns, by counting non-zero weights instead of packing them: quick enough for a
-    first look.
+    """Return the sizes of a model, as `sizes`, by counting non-zero weights instead of packing them: quick
+    enough for a first look.
     """
     outline, promised = (
         Outline.of(model, known=layers),
@@ -69,15 +69,15 @@ def counted_sizes(model: nn.Module, layers: tuple[Layer, ...]) -> Sizes:
 
 def nonzeros(layers: list[Layer]) -> dict[str, int]:
     """Return the number of weights of each layer that are not zero."""
-    found = {
+    counts_by_name = {
         layer.name: layer.parameter.numel() - layer.change.zeros
         for layer in layers
         if layer.change is not None
     }
-    for batch in grouped(layer for layer in layers if layer.name not in found):
+    for batch in grouped(layer for layer in layers if layer.name not in counts_by_name):
         counts = (batch.stored() != 0).flatten(1).sum(1).tolist()
-        found.update(zip((layer.name for layer in batch.layers), counts, strict=True))
-    return found
+        counts_by_name.update(zip((layer.name for layer in batch.layers), counts, strict=True))
+    return counts_by_name
 
 
 def with_promises(weight: Weight, layer: Layer, kept: int | None) -> Weight:

@@ -95,5 +95,5 @@ def layers_text(layers: Sequence[LayerReport]) -> str:
 
 @cache
 def reports_adapter() -> TypeAdapter[Reports]:
-    """Return what reads them (built on first use, so that importing stays free)."""
+    """Return the adapter that reads and writes reports (built on first use, so that importing stays free)."""
     return TypeAdapter(Reports, config=ConfigDict(ser_json_inf_nan="constants"))

@@ -102,15 +102,15 @@ def layer_rows(point: Measurement) -> list[dict[str, str]]:
 
 def provenance_rows(point: Measurement) -> list[tuple[str, str]]:
     """Return where the numbers come from."""
-    context, made = point.context, point.provenance
+    context, provenance = point.context, point.provenance
     return [
         ("model", f"{context.model_name} (weights {context.model_fingerprint})"),
         ("data", f"{context.data_name} (items {context.data_fingerprint})"),
         (
             "evaluation, calibration, training items",
             (
-                f"{point.items:,}, {made.calibration_items:,}, {made.training_items:,}; no evaluation item is"
-                " among the others"
+                f"{point.items:,}, {provenance.calibration_items:,}, {provenance.training_items:,};"
+                " no evaluation item is among the others"
             ),
         ),
         (
@@ -126,18 +126,18 @@ def provenance_rows(point: Measurement) -> list[tuple[str, str]]:
         (
             "measured",
             (
-                f"{made.time}; compression {made.compress_seconds:.2f} s, evaluation"
-                f" {made.evaluate_seconds:.2f} s"
+                f"{provenance.time}; compression {provenance.compress_seconds:.2f} s, evaluation"
+                f" {provenance.evaluate_seconds:.2f} s"
             ),
         ),
-        ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
-        ("git revision", made.git_revision or "not in a git work tree"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+        ("git revision", provenance.git_revision or "not in a git work tree"),
     ]
 
 
 def told(row: Measurement) -> str:
-    """Return what was predicted of a point and whether it held, "" if nothing was; where nothing was known,
-    that.
+    """Return the prediction of a point in words, and whether it held, "" if there was none; where nothing
+    was known, that.
     """
     if row.predicted is None:
         return ""

@@ -44,14 +44,18 @@ def word_error_rates(dense: Scores, compressed: Scores, level: float) -> tuple[E
     the rule of three (Hanley & Lippman-Hand 1983), -ln(half of what the confidence leaves) errors over all
     words.
     """
-    words = dense.details["words"]
+    word_counts = dense.details["words"]
 
     def statistic(scores: Scores) -> Statistic:
-        return lambda index: scores.details["word errors"][index].sum(1) / words[index].sum(1)
+        return lambda index: scores.details["word errors"][index].sum(1) / word_counts[index].sum(1)
 
-    floor = -math.log((1 - level) / 2) / float(words.sum())
-    found = paired(statistic(dense), statistic(compressed), len(words), level, (0.0, math.inf))
-    return widened(found[0], floor, 0.0), widened(found[1], floor, 0.0), widened(found[2], floor, -math.inf)
+    floor = -math.log((1 - level) / 2) / float(word_counts.sum())
+    estimates = paired(statistic(dense), statistic(compressed), len(word_counts), level, (0.0, math.inf))
+    return (
+        widened(estimates[0], floor, 0.0),
+        widened(estimates[1], floor, 0.0),
+        widened(estimates[2], floor, -math.inf),
+    )
 
 
 def widened(estimate: Estimate, floor: float, least: float) -> Estimate:
@@ -78,7 +82,7 @@ def paired(
         index = torch.randint(count, (min(step, DRAWS - done), count), generator=generator)
         drawn.append((before(index), after(index)))
         done += len(index)
-    one, other = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    drawn_before, drawn_after = (torch.cat(values_drawn) for values_drawn in zip(*drawn, strict=True))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
 
     def estimate(value: float, samples: Tensor, least: float, most: float) -> Estimate:
@@ -86,9 +90,9 @@ def paired(
         return Estimate(value, max(least, min(under, value)), min(most, max(over, value)))
 
     return (
-        estimate(values[0], one, *ends),
-        estimate(values[1], other, *ends),
-        estimate(values[1] - values[0], other - one, -math.inf, math.inf),
+        estimate(values[0], drawn_before, *ends),
+        estimate(values[1], drawn_after, *ends),
+        estimate(values[1] - values[0], drawn_after - drawn_before, -math.inf, math.inf),
     )
 
 

@@ -109,7 +109,7 @@ def means(
             mean(change, some, level, widening),
         )
     references = [dense, *([] if near is None or not torch.isfinite(near).all() else [near])]
-    spreads = [variance(compressed - one[:count], some) for one in references]
+    spreads = [variance(compressed - candidate[:count], some) for candidate in references]
     spread = min(spreads)
     reference = references[spreads.index(spread)]
     quantile = widening * student_quantile(level, count - 1)
@@ -172,8 +172,10 @@ def paired(reference: Tensor, compressed: Tensor, level: float) -> UnreadChange:
     """Return mean(compressed - reference) over the items read, with Bonett and Price's interval. reference
     [N], compressed [n].
     """
-    found = paired_proportions(reference[: len(compressed)], compressed, level)
-    return UnreadChange(found.value, max(0.0, found.value - found.low), max(0.0, found.high - found.value))
+    change = paired_proportions(reference[: len(compressed)], compressed, level)
+    return UnreadChange(
+        change.value, max(0.0, change.value - change.low), max(0.0, change.high - change.value)
+    )
 
 
 def stratified(reference: Tensor, compressed: Tensor, level: float) -> UnreadChange:

@@ -46,14 +46,14 @@ def hardness(loss: Tensor) -> Tensor:
     return torch.expm1(-loss.double()).square().nan_to_num(1.0).clamp(max=1.0)
 
 
-def widening(read: Tensor, known: Tensor) -> float:
+def widening(read: Tensor, all_losses: Tensor) -> float:
     """Return the factor, from 1 to 3, on the standard error of a mean over the items read.
 
     Args:
         read: the dense model's losses in nats of the items read, [n].
-        known: its losses of all items that it has read, [N], these among them.
+        all_losses: its losses of all items that it has read, [N], these among them.
 
     """
-    whole, found = hardness(known), float(hardness(read).mean())
+    whole, of_read = hardness(all_losses), float(hardness(read).mean())
     expected = (float(whole.sum()) + HALF_AN_ITEM) / (len(whole) + HALF_AN_ITEM)
-    return MOST if expected >= MOST**2 * found else math.sqrt(max(1.0, expected / found))
+    return MOST if expected >= MOST**2 * of_read else math.sqrt(max(1.0, expected / of_read))

@@ -136,7 +136,7 @@ METRICS.register(
 
 
 def metric_named(name: str) -> Metric:
-    """Return what is known about a metric.
+    """Return the record of a metric.
 
     Raises:
         DataError: nothing is, with the nearest names: which way is better would be a guess.

@@ -126,6 +126,6 @@ def reversed_orders(shares: Tensor, weight: Tensor, level: float) -> Estimate:
 
     Each item stands in many pairs, which doubles the error of the mean (Hoeffding 1948).
     """
-    found = mean(shares, weight, level)
-    half = 2 * (found.high - found.value)
-    return Estimate(found.value, found.value - half, found.value + half).within(0.0, 1.0)
+    share = mean(shares, weight, level)
+    half = 2 * (share.high - share.value)
+    return Estimate(share.value, share.value - half, share.value + half).within(0.0, 1.0)

@@ -58,7 +58,7 @@ class Form:
 
     @classmethod
     def from_json(cls, data: Any) -> Form:
-        """Return what `to_json` wrote; ValueError if it did not."""
+        """Return the form that `to_json` wrote; ValueError if it did not."""
         if isinstance(data, int):
             return cls("channel", (data,))
         kind, *ranks = data
@@ -122,19 +122,19 @@ def most_rank(shape: Shape, kind: str) -> int:
     return (shape.count - 1) // cost(shape, Form(kind, (1,)))
 
 
-def product(parts: list[Tensor], kind: str, *, table: bool = False) -> Tensor:
-    """Return the matrices [layers, outputs, inputs] that factors multiply by. parts: stacks [layers, *shape
+def product(factors: list[Tensor], kind: str, *, table: bool = False) -> Tensor:
+    """Return the matrices [layers, outputs, inputs] that factors multiply by. factors: stacks [layers, *shape
     of one factor's weight].
     """
     if table:
-        return parts[0] @ parts[1].mT
+        return factors[0] @ factors[1].mT
     if kind == "spatial":
-        return torch.einsum("lrciu,lorvj->locij", *parts).flatten(2)  # u and v have one element
+        return torch.einsum("lrciu,lorvj->locij", *factors).flatten(2)  # u and v have one element
     if kind == "tucker2":
         return torch.einsum(
-            "lop,lpqij,lqc->locij", parts[2].flatten(2), parts[1], parts[0].flatten(2)
+            "lop,lpqij,lqc->locij", factors[2].flatten(2), factors[1], factors[0].flatten(2)
         ).flatten(2)
-    return parts[1].flatten(2) @ parts[0].flatten(2)
+    return factors[1].flatten(2) @ factors[0].flatten(2)
 
 
 def kind_of(modules: list[nn.Module]) -> str:
@@ -163,11 +163,11 @@ class Factors(nn.Sequential):
         """
         weights = [acting_weight(part) for part in self]
         table = isinstance(self[0], nn.Embedding)
-        made = product([weight.unsqueeze(0) for weight in weights], self.kind, table=table)[0]
+        whole = product([weight.unsqueeze(0) for weight in weights], self.kind, table=table)[0]
         if weights[0].ndim == 2:
-            return made
+            return whole
         kernel = [max(sizes) for sizes in zip(*(weight.shape[2:] for weight in weights), strict=True)]
-        return made.view(len(weights[-1]), weights[0].shape[1], *kernel)
+        return whole.view(len(weights[-1]), weights[0].shape[1], *kernel)
 
     @property
     def bias(self) -> Tensor | None:
@@ -205,7 +205,7 @@ class Repaired(nn.Module):
 
 
 def shape_of(module: nn.Module) -> Shape:
-    """Return what a form depends on, read off a module with a weight."""
+    """Return the shape that a form depends on, read off a module with a weight."""
     weight = module.weight
     assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
     if isinstance(module, nn.Conv2d):
@@ -230,20 +230,20 @@ def factors_like(module: nn.Module, form: Form, *, biased: bool = True) -> Facto
     }  # no memory, no random start: the weights are about to be written
     stored = factor_shapes(shape_of(module), form)
     if isinstance(module, nn.Conv2d):
-        parts = convolutions_like(module, stored, biased=bias is not None, like=like)
+        layers = convolutions_like(module, stored, biased=bias is not None, like=like)
     elif isinstance(module, nn.Embedding):
-        parts = [
+        layers = [
             nn.Embedding(stored[0][0], stored[0][1], module.padding_idx, **like),
             nn.Linear(stored[1][1], stored[1][0], bias=False, **like),
         ]
     else:
-        parts = [
+        layers = [
             nn.Linear(stored[0][1], stored[0][0], bias=False, **like),
             nn.Linear(stored[1][1], stored[1][0], bias=bias is not None, **like),
         ]
     if bias is not None:
-        parts[-1].bias = bias
-    return Factors(*parts).train(module.training)
+        layers[-1].bias = bias
+    return Factors(*layers).train(module.training)
 
 
 def convolutions_like(
@@ -252,7 +252,7 @@ def convolutions_like(
     """Return convolutions of these weight shapes: in each direction the one that is wide strides, pads and
     dilates as `module` does.
     """
-    parts: list[nn.Module] = []
+    layers: list[nn.Module] = []
     wide_already = [False, False]
     for index, (outputs, inputs, *kernel) in enumerate(stored):
         last = index == len(stored) - 1
@@ -275,7 +275,7 @@ def convolutions_like(
             else tuple(value if now else 0 for value, now in zip(module.padding, mine, strict=True))
         )
         mode = module.padding_mode if isinstance(padding, str) or any(padding) else "zeros"
-        parts.append(
+        layers.append(
             nn.Conv2d(
                 inputs,
                 outputs,
@@ -287,7 +287,7 @@ def convolutions_like(
                 **like,
             )
         )
-    return parts
+    return layers
 
 
 def repaired_like(module: nn.Module, rank: int) -> Repaired:
@@ -311,23 +311,23 @@ def copies_of(template: nn.Module, count: int) -> list[Any]:
     return [template, *(twin(template) for _ in range(count - 1))]
 
 
-def carried(parts: list[Tensor], shape: Shape) -> Tensor:
-    """Return what the factors in front of one make of the dense layer's inputs: a matrix [inputs of that one,
-    inputs of the layer].
+def carried(factors: list[Tensor], shape: Shape) -> Tensor:
+    """Return the product of the factors in front of one, a matrix [inputs of that one, inputs of the dense
+    layer].
 
     parts: weights of the factors in front. For a convolution the inputs are patches, and a patch is a picture
     of the kernel's size: every basis vector is sent through.
     """
     if (
-        parts[0][0].numel() == shape.columns
+        factors[0][0].numel() == shape.columns
     ):  # the first reads whole patches, whatever follows reads one pixel
-        made = parts[0].flatten(1)
-        for part in parts[1:]:
-            made = part.flatten(1) @ made
-        return made
-    picture = torch.eye(shape.columns, device=parts[0].device, dtype=parts[0].dtype).view(
+        matrix = factors[0].flatten(1)
+        for part in factors[1:]:
+            matrix = part.flatten(1) @ matrix
+        return matrix
+    picture = torch.eye(shape.columns, device=factors[0].device, dtype=factors[0].dtype).view(
         -1, shape.channels, *shape.kernel
     )
-    for part in parts:
+    for part in factors:
         picture = F.conv2d(picture, part)
     return picture.flatten(1).t()

@@ -94,8 +94,8 @@ def pass_through(values: Tensor, rounded: Tensor) -> Tensor:
     """Return `rounded`, through which gradients pass to `values`."""
     if not (torch.is_grad_enabled() and values.requires_grad):
         return rounded
-    made: Tensor = PassThrough.apply(values, rounded.detach())
-    return made
+    passed: Tensor = PassThrough.apply(values, rounded.detach())
+    return passed
 
 
 class QuantizesInputs(nn.Module):
@@ -186,8 +186,8 @@ class QuantizedConv1D(QuantizesInputs):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product with the rounded inputs [..., inputs]."""
-        made = torch.addmm(self.bias, self.prepared(x).view(-1, x.shape[-1]), self.weight)
-        return made.view(*x.shape[:-1], self.nf)
+        product = torch.addmm(self.bias, self.prepared(x).view(-1, x.shape[-1]), self.weight)
+        return product.view(*x.shape[:-1], self.nf)
 
 
 def quantized_class(module: nn.Module) -> type[QuantizesInputs] | None:
@@ -196,8 +196,8 @@ def quantized_class(module: nn.Module) -> type[QuantizesInputs] | None:
     """
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return QuantizedConv1D
-    known: dict[type, type[QuantizesInputs]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
-    return known.get(type(module))
+    classes: dict[type, type[QuantizesInputs]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
+    return classes.get(type(module))
 
 
 def quantized_like(
@@ -214,13 +214,13 @@ def quantized_like(
     kind = quantized_class(module)
     if kind is None:
         raise TypeError(f"a {type(module).__name__} cannot round its inputs")
-    made: Any = twin(module)
-    made.__class__ = kind
-    made.activation_bits, made.activation_format = rounding.bits, rounding.number_format
-    made.dynamic, made.per_token, made.symmetric = rounding.dynamic, rounding.per_token, rounding.symmetric
+    layer: Any = twin(module)
+    layer.__class__ = kind
+    layer.activation_bits, layer.activation_format = rounding.bits, rounding.number_format
+    layer.dynamic, layer.per_token, layer.symmetric = rounding.dynamic, rounding.per_token, rounding.symmetric
     for name, tensor in (("smooth", smooth), ("input_scale", scale), ("input_zero", zero)):
-        made.register_buffer(name, tensor)
-    return cast("QuantizesInputs", made)
+        layer.register_buffer(name, tensor)
+    return cast("QuantizesInputs", layer)
 
 
 def described(module: QuantizesInputs) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def channels_of(module: nn.Module) -> int:
 
 
 def smoothing_of(module: nn.Module) -> Tensor | None:
-    """Return what a module divides its inputs by, float32 [channels], None if it does not."""
+    """Return the divisors of a module's inputs, float32 [channels], None if it divides by none."""
     return module.smooth if isinstance(module, QuantizesInputs) else None
 
 

@@ -101,8 +101,8 @@ class Layer:
 
     @property
     def smooth(self) -> Tensor | None:
-        """Return what the module divides its inputs by, one number a column of the matrix (float32 [inputs]),
-        None if it does not.
+        """Return the divisors of the module's inputs, one a column of the matrix (float32 [inputs]), None if
+        it divides by none.
 
         The weights hold it already: `matrix()` is what the divided inputs are multiplied by.
         """
@@ -162,7 +162,8 @@ class Layer:
 
     @property
     def change(self) -> Change | None:
-        """Return what was found when the weight, as it is now, was looked over.
+        """Return the change of the weight since the dense model, as it was found when the weight, as it is
+        now, was looked over.
 
         None if nobody has (see `workbench.compress.core.invariants`).
         """
@@ -268,11 +269,11 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
 
 
 def layers_among(holders: dict[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Return what `find_layers` does, from the modules that hold weights."""
+    """Return (layers, reasons), as `find_layers`, from the modules that hold weights."""
     owners: dict[int, dict[str, nn.Module]] = {}  # modules by weight: more than one where it is shared
     for name, module in holders.items():
         owners.setdefault(id(module.weight), {})[name] = module
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
     for modules in owners.values():
         reasons = {name: reason for name, module in modules.items() if (reason := why_left(module))}
@@ -285,14 +286,14 @@ def layers_among(holders: dict[str, nn.Module]) -> tuple[dict[str, Layer], dict[
             }
             continue
         layer = one_layer(modules)
-        found[layer.name] = layer
-    return {name: found[name] for name in holders if name in found}, left
+        layers[layer.name] = layer
+    return {name: layers[name] for name in holders if name in layers}, left
 
 
 def one_layer(modules: dict[str, nn.Module]) -> Layer:
     """Return the layer of a weight; of modules that share it, one that multiplies by it speaks for all."""
     name = next((name for name, module in modules.items() if can_hold(module)), next(iter(modules)))
-    others = {other: module for other, module in modules.items() if other != name}
+    others = {alias: module for alias, module in modules.items() if alias != name}
     reserved = "an embedding" if isinstance(modules[name], nn.Embedding) else ""
     return Layer(
         name,

@@ -30,8 +30,8 @@ def streams_to(thing: nn.Module | Tensor) -> torch.device | None:
 
     None for anything that stays where it is.
     """
-    found = getattr(thing, "streams_to", None)
-    return found if isinstance(found, torch.device) else None
+    device = getattr(thing, "streams_to", None)
+    return device if isinstance(device, torch.device) else None
 
 
 def attach(model: nn.Module, device: torch.device, *, pinned: bool = False) -> nn.Module:
@@ -63,14 +63,14 @@ def tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def replace_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Put `change(tensor)` in the place of every parameter and buffer of a model; shared ones stay shared."""
-    made: dict[int, Tensor] = {}
+    replaced: dict[int, Tensor] = {}
     for module in model.modules():
         for table in tables(module):
             for name, tensor in table.items():
                 if tensor is not None:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = like(tensor, change(tensor))
-                    table[name] = made[id(tensor)]
+                    if id(tensor) not in replaced:
+                        replaced[id(tensor)] = like(tensor, change(tensor))
+                    table[name] = replaced[id(tensor)]
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def at_host(tensor: Tensor, *, pinned: bool) -> Tensor:
     values = tensor.detach()
     if not pinned or values.is_pinned():
         return values.to(HOST)
-    made = torch.empty_like(values, device=HOST, pin_memory=True)
-    return made.copy_(values)
+    pinned_copy = torch.empty_like(values, device=HOST, pin_memory=True)
+    return pinned_copy.copy_(values)
 
 
 def at_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -103,31 +103,31 @@ def fetched(host: Tensor, device: torch.device) -> Tensor:
     Copied without waiting where that is pinned.
     """
     values = torch.empty_like(host.detach(), device=device).copy_(host.detach(), non_blocking=True)
-    made = like(host, values)
-    made.home = host  # type: ignore[attr-defined]
-    return made
+    on_device = like(host, values)
+    on_device.home = host  # type: ignore[attr-defined]
+    return on_device
 
 
 def taken_home(tensor: Tensor, *, pinned: bool) -> Tensor:
     """Return the tensor at home that one on the device is a copy of; of a new one, a copy at home."""
-    known = getattr(tensor, "home", None)
-    if isinstance(known, Tensor):
-        return known
-    made = like(tensor, at_host(tensor, pinned=pinned))
-    made.streams_to = tensor.device  # type: ignore[attr-defined]
-    return made
+    home = getattr(tensor, "home", None)
+    if isinstance(home, Tensor):
+        return home
+    fresh = like(tensor, at_host(tensor, pinned=pinned))
+    fresh.streams_to = tensor.device  # type: ignore[attr-defined]
+    return fresh
 
 
 def bring(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Put copies on the device in the place of every tensor of the modules; shared tensors stay shared."""
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     for module in modules:
         for table in tables(module):
             for name, tensor in table.items():
                 if tensor is not None and not hasattr(tensor, "home"):
-                    if id(tensor) not in made:
-                        made[id(tensor)] = fetched(tensor, device)
-                    table[name] = made[id(tensor)]
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = fetched(tensor, device)
+                    table[name] = copies[id(tensor)]
 
 
 def send_home(modules: Iterable[nn.Module], *, pinned: bool = False) -> None:
@@ -135,22 +135,22 @@ def send_home(modules: Iterable[nn.Module], *, pinned: bool = False) -> None:
 
     New tensors of the device go home as well, into pinned memory if so asked.
     """
-    made: dict[int, Tensor] = {}
+    homes: dict[int, Tensor] = {}
     for module in modules:
         for table in tables(module):
             for name, tensor in table.items():
                 if tensor is not None and streams_to(tensor) is None:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = taken_home(tensor, pinned=pinned)
-                    table[name] = made[id(tensor)]
+                    if id(tensor) not in homes:
+                        homes[id(tensor)] = taken_home(tensor, pinned=pinned)
+                    table[name] = homes[id(tensor)]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the modules that take their turns: the members of every outermost list of modules, in order."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for child in model.children():
-        found += child.children() if isinstance(child, nn.ModuleList) else blocks_of(child)
-    return found
+        blocks += child.children() if isinstance(child, nn.ModuleList) else blocks_of(child)
+    return blocks
 
 
 def outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -228,9 +228,9 @@ class Pass:
             torch.cuda.current_stream(self.device)
         )  # the memory may have been the last block's
         with torch.cuda.stream(self.ahead):
-            for key, made in copies.items():
-                made.detach().copy_(host[key].detach(), non_blocking=True)
-                made.home = host[key]  # type: ignore[attr-defined]
+            for key, copied in copies.items():
+                copied.detach().copy_(host[key].detach(), non_blocking=True)
+                copied.home = host[key]  # type: ignore[attr-defined]
         self.ready[index] = copies
 
     def leaves(self, block: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -315,8 +315,8 @@ def moved(value: Any, device: torch.device, *, pinned: bool = False) -> Any:
 
 
 def identity(tensor: Tensor) -> int:
-    """Return what tells tensors apart that are kept: of a copy on the device, which may be gone tomorrow, the
-    tensor at home counts.
+    """Return an id that tells kept tensors apart: of a copy on the device, which may be gone tomorrow, that
+    of the tensor at home.
     """
     return id(getattr(tensor, "home", tensor))
 

@@ -103,8 +103,8 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def required_bytes(model: nn.Module, device: torch.device) -> int:
-    """Return what a model needs of a device to be compressed and measured there: itself, a compressed copy,
-    and room.
+    """Return the bytes that a model needs of a device to be compressed and measured there: itself, a
+    compressed copy, and room.
     """
     size = model_bytes(model)
     return COPIES * size + max(int(ROOM * size), LEAST_ROOM.get(device.type, 0))
@@ -210,13 +210,13 @@ def device_map(model: nn.Module, memory: Mapping[int, int]) -> dict[str, int]:
     shares = range(size // len(most) + step, max(most.values()) + step, step)  # as even as whole parts allow
     for share in itertools.islice(shares, len(blocks) + 2):
         limits = {index: min(share, mine) for index, mine in most.items()}
-        found = infer_auto_device_map(
+        devices = infer_auto_device_map(
             model,
             max_memory=limits,
             no_split_module_classes=sorted({type(block).__name__ for block in blocks}),
         )
-        if not set(found.values()) - set(most):
-            return dict(found)
+        if not set(devices.values()) - set(most):
+            return dict(devices)
     raise DeviceError(
         f"model {gigabytes(size)}, free"
         f" {', '.join(f'{gigabytes(free)} on cuda:{index}' for index, free in memory.items())}: dense and"

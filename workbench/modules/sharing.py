@@ -41,9 +41,9 @@ def twin(model: nn.Module, *, evaluating: bool = False) -> nn.Module:
 
     Whatever else the modules hold is shared too.
     """
-    made: dict[int, nn.Module] = {}
+    copies: dict[int, nn.Module] = {}
     for module in model.modules():
-        copied = made[id(module)] = module.__class__.__new__(module.__class__)
+        copied = copies[id(module)] = module.__class__.__new__(module.__class__)
         inside = vars(module)
         mine = vars(copied)
         mine.update(inside)
@@ -53,10 +53,10 @@ def twin(model: nn.Module, *, evaluating: bool = False) -> nn.Module:
         mine.pop(COMPILED_CALL, None)
         if evaluating:
             mine["training"] = False
-    for copied in made.values():
+    for copied in copies.values():
         children = children_of(copied)
-        children.update({name: made[id(child)] for name, child in children.items() if child is not None})
-    return made[id(model)]
+        children.update({name: copies[id(child)] for name, child in children.items() if child is not None})
+    return copies[id(model)]
 
 
 @cache
@@ -84,12 +84,12 @@ def leads_to_module(value: Any) -> bool:
         return any(map(leads_to_module, value.values()))
     if isinstance(value, list | tuple | set):
         return any(map(leads_to_module, value))
-    parts = (
+    bound = (
         (getattr(value, "func", None), *getattr(value, "args", ()), *getattr(value, "keywords", {}).values())
         if hasattr(value, "func") and hasattr(value, "keywords")
         else ()
     )
-    return any(map(leads_to_module, parts))
+    return any(map(leads_to_module, bound))
 
 
 def own_parameters(model: nn.Module) -> None:
@@ -104,16 +104,17 @@ def own_parameters(model: nn.Module) -> None:
 def tried(device: torch.device) -> str:
     """Return why a small model cannot be copied around its tensors, "" if it can."""
     model = nn.Sequential(nn.Linear(2, 2, device=device), nn.BatchNorm1d(2, device=device))
-    made = sharing_copy(model)
-    if copied_whole(made, model):
+    copied = sharing_copy(model)
+    if copied_whole(copied, model):
         return "its modules look as if they held others outside the module tree"
-    apart = made[0] is not model[0] and made.state_dict().keys() == model.state_dict().keys()  # type: ignore[index]
-    return "" if apart else "a copy is not a model of its own"
+    apart = copied[0] is not model[0]  # type: ignore[index]
+    same_names = copied.state_dict().keys() == model.state_dict().keys()
+    return "" if apart and same_names else "a copy is not a model of its own"
 
 
-def copied_whole(made: nn.Module, model: nn.Module) -> bool:
+def copied_whole(copied: nn.Module, model: nn.Module) -> bool:
     """Return whether a copy that was just made has tensors of its own."""
-    return next(made.parameters(), None) is not next(model.parameters(), None)
+    return next(copied.parameters(), None) is not next(model.parameters(), None)
 
 
 SHARED_COPIES = FastPath(

@@ -46,7 +46,7 @@ class Sees(StandIn):
         self.given: list[Tensor] = []
 
     def forward(self, given: Tensor) -> Any:
-        """Return what the module returns."""
+        """Return the module's own outputs."""
         self.given.append(given)
         return self.__dict__["instead_of"](given)
 
@@ -76,19 +76,19 @@ class Keeps(StandIn):
         self.states: Tensor | None = None
 
     def forward(self, *given: Any, **named: Any) -> Any:
-        """Return what the block returns."""
-        made = self.__dict__["instead_of"](*given, **named)
-        self.states = made if isinstance(made, Tensor) else made[0]
-        return made
+        """Return the block's own outputs."""
+        returned = self.__dict__["instead_of"](*given, **named)
+        self.states = returned if isinstance(returned, Tensor) else returned[0]
+        return returned
 
 
 def with_stand_ins(model: nn.Module, places: Mapping[str, nn.Module]) -> nn.Module:
     """Return the model with other modules at some dotted names: only the modules that hold those are copied,
     everything else is shared.
     """
-    made = model.__class__.__new__(model.__class__)
-    made.__dict__.update(vars(model))
-    made.__dict__.pop(COMPILED_CALL, None)
+    substituted = model.__class__.__new__(model.__class__)
+    substituted.__dict__.update(vars(model))
+    substituted.__dict__.pop(COMPILED_CALL, None)
     children = dict(children_of(model))
     below: dict[str, dict[str, nn.Module]] = {}
     for name, module in places.items():
@@ -97,35 +97,35 @@ def with_stand_ins(model: nn.Module, places: Mapping[str, nn.Module]) -> nn.Modu
             below.setdefault(child, {})[rest] = module
         else:
             children[child] = module
-    for child, inner in below.items():
-        children[child] = with_stand_ins(model.get_submodule(child), inner)
-    vars(made)["_modules"] = children
-    return made
+    for child, places_below in below.items():
+        children[child] = with_stand_ins(model.get_submodule(child), places_below)
+    vars(substituted)["_modules"] = children
+    return substituted
 
 
 def first_tensor(given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor that a block works on: its first argument, or `hidden_states`."""
-    found = given[0] if given else named.get("hidden_states")
-    return found if isinstance(found, Tensor) else None
+    candidate = given[0] if given else named.get("hidden_states")
+    return candidate if isinstance(candidate, Tensor) else None
 
 
-def extras(made: Any) -> int | None:
+def extras(returned: Any) -> int | None:
     """Return how many None follow a block's hidden states, None for a bare tensor.
 
     Raises:
         TypeError: it returns something else beside.
 
     """
-    if isinstance(made, Tensor):
+    if isinstance(returned, Tensor):
         return None
     if (
-        isinstance(made, tuple)
-        and made
-        and isinstance(made[0], Tensor)
-        and all(one is None for one in made[1:])
+        isinstance(returned, tuple)
+        and returned
+        and isinstance(returned[0], Tensor)
+        and all(beside is None for beside in returned[1:])
     ):
-        return len(made) - 1
-    raise TypeError(f"a block returns {type(made).__name__}, not hidden states alone")
+        return len(returned) - 1
+    raise TypeError(f"a block returns {type(returned).__name__}, not hidden states alone")
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -51,12 +51,12 @@ def visiting(layers: Sequence[Layer]) -> Iterator[None]:
             )
 
 
-def settle(model: nn.Module, made: Iterable[Layer]) -> None:
+def settle(model: nn.Module, fresh: Iterable[Layer]) -> None:
     """Take home the layers that a step made in the place of visiting ones, if the model is streamed."""
     if streams_to(model) is None:
         return
     layers, pinned = (
-        list(made),
+        list(fresh),
         next((tensor.is_pinned() for tensor in model.parameters() if streams_to(tensor) is not None), False),
     )
     send_home(modules_of(layers), pinned=pinned)

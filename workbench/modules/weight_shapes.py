@@ -86,7 +86,7 @@ class Weight:
 
     @property
     def form_shape(self) -> Shape:
-        """Return what forms of low rank depend on."""
+        """Return the shape that forms of low rank depend on."""
         kernel = (self.shape[2], self.shape[3]) if len(self.shape) == 4 else (1, 1)
         return Shape(self.rows, self.columns, kernel, convolution=len(self.shape) == 4, table=self.table)
 
@@ -114,23 +114,23 @@ class Weight:
         return min(options, key=total)
 
     def sides(self) -> list[StoredTensor]:
-        """Return what is stored beside codes: scales, zero points, multipliers of inputs."""
+        """Return the tensors stored beside codes: scales, zero points, multipliers of inputs."""
         key, rows = f"{self.name}.weight", self.scale_rows or self.rows
         scales, wide = rows * self.groups, 4 if self.scale_dtype == "F32" else 2
-        found = [StoredTensor(f"{key}.scale", self.scale_dtype, (rows, self.groups), wide * scales)]
+        tensors = [StoredTensor(f"{key}.scale", self.scale_dtype, (rows, self.groups), wide * scales)]
         if self.zero_point and self.whole_zeros:
-            found.append(
+            tensors.append(
                 StoredTensor(
                     f"{key}.zero_point", "U8", (ceil8(scales * self.bits),), ceil8(scales * self.bits)
                 )
             )
         elif self.zero_point:
-            found.append(
+            tensors.append(
                 StoredTensor(f"{key}.zero_point", self.scale_dtype, (rows, self.groups), wide * scales)
             )
         if self.input_scale:
-            found.append(StoredTensor(f"{key}.input_scale", "F16", (self.columns,), 2 * self.columns))
-        return found
+            tensors.append(StoredTensor(f"{key}.input_scale", "F16", (self.columns,), 2 * self.columns))
+        return tensors
 
     def codes(self, count: int) -> StoredTensor:
         """Return the packed codes of `count` weights."""

@@ -36,11 +36,11 @@ class Spot:
 
 @dataclass(frozen=True)
 class History:
-    """Measured values as a local fit reads them (`known`), and as a prior leaves them over (`residuals`, in
-    units of its doubt).
+    """Measured values as a local fit reads them (`measured`), and as a prior leaves them over (`residuals`,
+    in units of its doubt).
     """
 
-    known: MeasuredValues
+    measured: MeasuredValues
     link: Link | None
     residuals: MeasuredValues | None
     kernel: Kernel | None = None
@@ -53,47 +53,49 @@ class History:
         if spot.unknown:
             return self.guess_unknown(spot)
         if self.link is None or self.residuals is None or self.kernel is None or spot.costs is None:
-            return local_fit(self.known, np.array(spot.place), mark)
+            return local_fit(self.measured, np.array(spot.place), mark)
         prior = self.link.at(spot.costs.most[None])
         doubt = float(self.link.doubt(prior)[0])
         left = residual_fit(
             self.residuals, self.kernel, np.array([*spot.place, *self.link.strength(prior)]), mark
         )
-        highest = max(self.link.most, float(self.known.values.max()))
+        highest = max(self.link.most, float(self.measured.values.max()))
         value = min(float(prior[0]) + left.value * doubt, highest)
         spare = float(prior[0] - self.link.at(spot.costs.least[None])[0])
         return Guess(value, left.half * doubt, left.near, left.wide, spare)
 
     def guess_unknown(self, spot: Spot) -> Guess:
-        """Return what points with the very same settings of the methods without a rule say, nothing at all
-        where there are none: no other point stands for what they do.
+        """Return the fit of points with the very same settings of the methods without a rule, and nothing at
+        all (NaN) where there are none: no other point stands for what these do.
         """
         here = list(spot.unknown)
-        same = (self.known.marks[:, here] == np.array(spot.mark)[here]).all(1)
+        same = (self.measured.marks[:, here] == np.array(spot.mark)[here]).all(1)
         if not same.any():
             return Guess(math.nan, math.inf, 0, wide=True)
-        alike = MeasuredValues(self.known.places[same], self.known.marks[same], self.known.values[same])
+        alike = MeasuredValues(
+            self.measured.places[same], self.measured.marks[same], self.measured.values[same]
+        )
         return local_fit(alike, np.array(spot.place), np.array(spot.mark))
 
 
 def history(spots: Sequence[Spot], values: Sequence[float], link: Link | None = None) -> History:
-    """Return what measured points teach; `link` is the one to start from, None without a prior.
+    """Return the history of measured points; `link` is the one to start from, None without a prior.
 
     The first spot should be the dense model's, whose value is 0. Points without costs help where
     there is no prior only.
     """
-    places, marks, found = (
+    places, marks, value_array = (
         np.array([spot.place for spot in spots]),
         np.array([spot.mark for spot in spots]),
         np.array(values, dtype=float),
     )
-    known = MeasuredValues(places, marks, found)
+    measured = MeasuredValues(places, marks, value_array)
     told = [(index, spot.costs) for index, spot in enumerate(spots) if spot.costs is not None]
     if link is None:
-        return History(known, None, None)
+        return History(measured, None, None)
     costs = np.array([each.most for _, each in told]).reshape(len(told), -1)
     places_told = [index for index, _ in told]
-    own = np.clip(found[places_told], None, link.most)
+    own = np.clip(value_array[places_told], None, link.most)
     if len(told) > 1:
         link = link.fitted(costs[-LATEST:], own[-LATEST:])
     prior = link.at(costs) if told else np.zeros(0)
@@ -102,4 +104,4 @@ def history(spots: Sequence[Spot], values: Sequence[float], link: Link | None = 
         marks[places_told],
         (own - prior) / link.doubt(prior),
     )
-    return History(known, link, residuals, kernel_for(residuals))
+    return History(measured, link, residuals, kernel_for(residuals))

@@ -47,12 +47,12 @@ class Curve:
         )
         low = min(int(place), len(self.knots) - 2)
         share = place - low
-        found: NDArray[np.float64] = (1 - share) * self.errors[:, low] + share * self.errors[:, low + 1]
-        return found
+        errors: NDArray[np.float64] = (1 - share) * self.errors[:, low] + share * self.errors[:, low + 1]
+        return errors
 
 
 def rule_of(step: Step) -> ErrorTable | Recovery | None:
-    """Return what the step's method says of its errors, None where it says nothing."""
+    """Return the rule that the step's method states for its errors, None where it states none."""
     rule = METHODS.of(step).errors
     return None if rule is None else rule(step)
 
@@ -63,7 +63,7 @@ def unknown(steps: Iterable[Step]) -> list[Step]:
 
 
 def key_of(step: Step) -> Key | None:
-    """Return what a step's table goes by, None for a step that has none."""
+    """Return the key of a step's table, None for a step that has none."""
     rule = rule_of(step)
     return (step.kind(), *rule.key) if isinstance(rule, ErrorTable) else None
 

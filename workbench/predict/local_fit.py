@@ -60,18 +60,18 @@ def squared_distances(
     """
     apart = ((places - at[..., None, :]) ** 2).sum(-1)
     differ = (marks != mark[..., None, :]) & (marks != 0) & (mark[..., None, :] != 0)
-    found: NDArray[np.float64] = apart + 0.04 * differ.sum(-1)
-    return found
+    squared: NDArray[np.float64] = apart + 0.04 * differ.sum(-1)
+    return squared
 
 
 def local_fit(
-    known: MeasuredValues, at: NDArray[np.float64], mark: NDArray[np.int64], level: float = LEVEL
+    measured: MeasuredValues, at: NDArray[np.float64], mark: NDArray[np.int64], level: float = LEVEL
 ) -> Guess:
     """Return the local linear fit at a place, and the weighted conformal quantile of its leave-one-out
     residuals.
     """
-    order = np.argsort(squared_distances(known.places, known.marks, at, mark))[:NEAREST]
-    x, marks, y = known.places[order], known.marks[order], known.values[order]
+    order = np.argsort(squared_distances(measured.places, measured.marks, at, mark))[:NEAREST]
+    x, marks, y = measured.places[order], measured.marks[order], measured.values[order]
     here = squared_distances(x, marks, at, mark)
     between = squared_distances(x, marks, x, marks)
     np.fill_diagonal(between, np.inf)  # a point does not predict itself
@@ -167,33 +167,33 @@ class Kernel:
 
     def inverse(self, between: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the inverse covariance of points with these squared distances [n, n]."""
-        found: NDArray[np.float64] = np.linalg.inv(
+        inverted: NDArray[np.float64] = np.linalg.inv(
             np.exp(-between / (2 * self.width**2)) + self.noise * np.eye(len(between))
         ).astype(np.float64, copy=False)
-        return found
+        return inverted
 
 
-def kernel_for(known: MeasuredValues) -> Kernel:
+def kernel_for(measured: MeasuredValues) -> Kernel:
     """Return the kernel whose leave-one-out residuals are smallest over the newest points.
 
     The dense point is the first one.
     """
-    x, marks, y = known.places[-CHOOSING:], known.marks[-CHOOSING:], known.values[-CHOOSING:]
+    x, marks, y = measured.places[-CHOOSING:], measured.marks[-CHOOSING:], measured.values[-CHOOSING:]
     if len(y) < FEWEST:
         return Kernel(*KERNELS[0])
     between = squared_distances(x, marks, x, marks)
-    made = [Kernel(*each) for each in KERNELS]
-    return min(made, key=lambda kernel: float(np.abs(left_out(kernel.inverse(between), y)).mean()))
+    kernels = [Kernel(*each) for each in KERNELS]
+    return min(kernels, key=lambda kernel: float(np.abs(left_out(kernel.inverse(between), y)).mean()))
 
 
 def left_out(inverse: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return value minus prediction of each point from all others (Rasmussen & Williams 2006, 5.12)."""
-    found: NDArray[np.float64] = inverse @ values / inverse.diagonal()
-    return found
+    residuals: NDArray[np.float64] = inverse @ values / inverse.diagonal()
+    return residuals
 
 
 def residual_fit(
-    known: MeasuredValues, kernel: Kernel, at: NDArray[np.float64], mark: NDArray[np.int64]
+    measured: MeasuredValues, kernel: Kernel, at: NDArray[np.float64], mark: NDArray[np.int64]
 ) -> Guess:
     """Return the fit of standardised residuals at a place, in units of the prior's doubt.
 
@@ -203,13 +203,13 @@ def residual_fit(
     standardised leave-one-out residuals in which `USUAL` ones stand for points that are not measured yet;
     `near` counts the measured ones.
     """
-    if not len(known.values):
+    if not len(measured.values):
         return Guess(0.0, UNKNOWN, 0, wide=True)
-    apart = squared_distances(known.places, known.marks, at, mark)
+    apart = squared_distances(measured.places, measured.marks, at, mark)
     order = (
         np.argpartition(apart, NEIGHBOURS)[:NEIGHBOURS] if len(apart) > NEIGHBOURS else np.arange(len(apart))
     )
-    x, marks, y, here = known.places[order], known.marks[order], known.values[order], apart[order]
+    x, marks, y, here = measured.places[order], measured.marks[order], measured.values[order], apart[order]
     close = np.exp(-here / (2 * REACH**2))
     inverse = kernel.inverse(squared_distances(x, marks, x, marks))
     shared = np.exp(-here / (2 * kernel.width**2))

@@ -103,16 +103,18 @@ def forecast(setting: Setting, pace: Pace, recipe: Recipe, first: int) -> Foreca
         return None
     speed = kept.once("bytes a second to the device", lambda: speed_to(setting))
     size = model_bytes(task.model)
-    one = size / speed
-    pass_seconds = pass_time(one, setting, device) * pace.read
+    transfer = size / speed
+    pass_seconds = pass_time(transfer, setting, device) * pace.read
     once = moment_seconds(setting, recipe, pass_seconds)
-    compress = (STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)) * one * pace.compress + (
-        0.0 if pace.warm or not len(recipe) else home_seconds(setting, size)
-    )
-    known = sum(map(len, kept.once("dense scores", list)))
+    compress = (
+        STEP_PASSES * len(recipe) + (CLOSING_PASSES if len(recipe) else 0)
+    ) * transfer * pace.compress + (0.0 if pace.warm or not len(recipe) else home_seconds(setting, size))
+    read_before = sum(map(len, kept.once("dense scores", list)))
 
     def reading(items: int) -> float:
-        return pass_seconds * (ceil(items / task.batch_size) + ceil(max(0, items - known) / task.batch_size))
+        return pass_seconds * (
+            ceil(items / task.batch_size) + ceil(max(0, items - read_before) / task.batch_size)
+        )
 
     start, everything = once + compress, len(setting.evaluation)
     return Forecast(

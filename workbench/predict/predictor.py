@@ -147,11 +147,11 @@ class Predictor:
         except CompressionError as error:
             self.no_prior = str(error)
             return False
-        known = self.spots
+        earlier = self.spots
         self.spots = {
             row.key: (
-                known[row.key]
-                if row.key in known and known[row.key].costs is not None
+                earlier[row.key]
+                if row.key in earlier and earlier[row.key].costs is not None
                 else spot_of(row.recipe, prior)
             )
             for row in rows
@@ -160,16 +160,22 @@ class Predictor:
         return True
 
     def record(self, recipe: Recipe) -> Predicted | None:
-        """Return what is predicted now of a recipe, to be kept with its measurement.
+        """Return the prediction of a recipe as it is now, to be kept with its measurement.
 
         None before anything is known.
         """
-        made = self.predict(recipe)
+        prediction = self.predict(recipe)
         return (
             None
-            if made.quality is None or not len(recipe)
+            if prediction.quality is None or not len(recipe)
             else Predicted(
-                made.metric, made.quality, made.speedup, LEVEL, made.points, made.wide, made.unknown
+                prediction.metric,
+                prediction.quality,
+                prediction.speedup,
+                LEVEL,
+                prediction.points,
+                prediction.wide,
+                prediction.unknown,
             )
         )
 
@@ -237,7 +243,7 @@ class Predictor:
         )
 
     def roof(self, outline: Outline) -> Roof:
-        """Return what bounds a recipe: bandwidth or arithmetic as measured on this device, with the kernels
+        """Return the bound of a recipe: bandwidth or arithmetic as measured on this device, with the kernels
         that there are.
         """
         wide = max(self.limits.multiply_adds_per_s)
@@ -277,9 +283,9 @@ class Predictor:
         """Return the predicted speed against dense, None where it is unknown, and what it rests on."""
         if outline is None:
             return None, "speed unknown before it is measured: a method without a speed rule"
-        work = outline.multiply_adds() / self.outline.multiply_adds()
+        share = outline.multiply_adds() / self.outline.multiply_adds()
         most = self.roof(outline).ratio
-        if work > 0.999 and abs(most - 1) < 0.001:
+        if share > 0.999 and abs(most - 1) < 0.001:
             return Estimate(1.0, 1.0, 1.0), ""
         guess = self.guess(
             "speed", recipe, lambda row: math.log(row.latency.speedup.value) if row.latency else 0.0
@@ -289,28 +295,28 @@ class Predictor:
                 Estimate(*(math.exp(guess.value + side * guess.half) for side in (0, -1, 1))),
                 f"speed predicted from {guess.near} measured points",
             )
-        if work > 0.999:
+        if share > 0.999:
             return (
                 Estimate(most, min(1.0, most), most),
                 "speed predicted from bandwidth and arithmetic measured here, without overheads",
             )
         return (
-            Estimate(1 / work, 1.0, 1 / work),
-            f"speed predicted from multiply-adds ({work:.0%} of dense): the most that it can be",
+            Estimate(1 / share, 1.0, 1 / share),
+            f"speed predicted from multiply-adds ({share:.0%} of dense): the most that it can be",
         )
 
     def guess(
         self, name: str, recipe: Recipe, value: Callable[[Measurement], float], link: Link | None = None
     ) -> Guess:
         """Return the fit of a value at a recipe; `link` is where a prior of it starts."""
-        known = self.histories.get(name)
-        if known is None:
+        past = self.histories.get(name)
+        if past is None:
             rows = [row for row in self.rows if len(row.recipe)]
             spots = [spot_of(Recipe(), self.prior), *(self.spot(row) for row in rows)]
-            known = self.histories[name] = history(
+            past = self.histories[name] = history(
                 spots, [0.0, *(value(row) for row in rows)], link
             )  # the dense model loses nothing
-        return known.guess(spot_of(recipe, self.prior if link is not None else None))
+        return past.guess(spot_of(recipe, self.prior if link is not None else None))
 
     def spot(self, row: Measurement) -> Spot:
         """Return where a measured point stands, worked out once: with thousands of points it is what takes

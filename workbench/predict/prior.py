@@ -118,10 +118,10 @@ class Prior:
                 continue
             if rule is None or step.kind() not in self.kinds:
                 return None
-            found = self.errors(step, rule)
-            if found is None:
+            errors = self.errors(step, rule)
+            if errors is None:
                 return None
-            own = np.where(self.taken(step), found, 0.0)
+            own = np.where(self.taken(step), errors, 0.0)
             most[self.kinds.index(step.kind())] += own
             least[self.kinds.index(step.kind())] += own
         return Costs(most @ self.loads, least @ self.loads)
@@ -131,9 +131,11 @@ class Prior:
         curve = self.curves.get((step.kind(), *table.key))
         if curve is None:
             return None
-        found = curve.at(float(getattr(step, step.slider)))
+        errors = curve.at(float(getattr(step, step.slider)))
         works = table.works
-        return found if works is None else np.where([works(place.shape) for place in self.places], found, 0.0)
+        return (
+            errors if works is None else np.where([works(place.shape) for place in self.places], errors, 0.0)
+        )
 
     def taken(self, step: Step) -> NDArray[np.bool_]:
         """Return which layers a step works on."""
@@ -152,7 +154,7 @@ def fits(statistics: Statistics) -> bool:
 
 
 def samples_of(statistics: Statistics, progress: Progress = no_progress) -> list[LayerSample]:
-    """Return what is looked at of every layer that takes part in the loss: one pass over the calibration data
+    """Return the samples of every layer that takes part in the loss: one pass over the calibration data
     forward, one backward.
 
     All is kept in `statistics`; `statistics.progress`, which belongs to what may run beside this, is left
@@ -228,8 +230,8 @@ class Link:
 
     def strength(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return values of this link as coordinates from 0 to 1."""
-        found: NDArray[np.float64] = -np.expm1(-values) if self.ratio else values / self.most
-        return found
+        coordinates: NDArray[np.float64] = -np.expm1(-values) if self.ratio else values / self.most
+        return coordinates
 
     def doubt(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return how far off values of this link may be before anything else is known: most in the middle of
@@ -248,19 +250,22 @@ class Link:
 
         def residuals(at: NDArray[np.float64]) -> NDArray[np.float64]:
             values_at = curve_of(at, contributions, self.most)
-            found: NDArray[np.float64] = np.concatenate(
+            both: NDArray[np.float64] = np.concatenate(
                 [
                     (values_at - values) / doubt_of(values_at, self.most, ratio=self.ratio),
                     (at - start) / spread,
                 ]
             )
-            return found
+            return both
 
-        found = least_squares(
+        solution = least_squares(
             residuals, start, method="lm", ftol=1e-4, xtol=1e-4, max_nfev=400
         ).x  # Levenberg 1944, Marquardt 1963
         return dataclasses.replace(
-            self, scale=float(found[0]), power=power_of(found), weights=tuple(float(x) for x in found[2:])
+            self,
+            scale=float(solution[0]),
+            power=power_of(solution),
+            weights=tuple(float(x) for x in solution[2:]),
         )
 
 
@@ -277,10 +282,10 @@ def power_of(at: NDArray[np.float64]) -> float:
 def curve_of(at: NDArray[np.float64], contributions: NDArray[np.float64], most: float) -> NDArray[np.float64]:
     """Return the values of contributions [n, kinds] under parameters."""
     weighed = contributions @ np.exp(np.clip(at[2:], -5, 5))
-    found: NDArray[np.float64] = -most * np.expm1(
+    values: NDArray[np.float64] = -most * np.expm1(
         -((np.exp(np.clip(at[0], -20, 20)) * weighed) ** power_of(at))
     )
-    return found
+    return values
 
 
 def doubt_of(values: NDArray[np.float64], most: float, *, ratio: bool) -> NDArray[np.float64]:
@@ -290,5 +295,5 @@ def doubt_of(values: NDArray[np.float64], most: float, *, ratio: bool) -> NDArra
     if ratio:
         return FLOOR + RATIO_DOUBT * np.abs(values)
     share = np.clip(values / most, 0.0, 1.0)
-    found: NDArray[np.float64] = most * (FLOOR + DOUBT * share * (1 - share))
-    return found
+    spread: NDArray[np.float64] = most * (FLOOR + DOUBT * share * (1 - share))
+    return spread

@@ -54,14 +54,14 @@ class PredictionScore:
         """Return one sentence for users, "" if nothing was scored."""
         if self.quality is None:
             return ""
-        known = metric_named(self.metric)
+        metric = metric_named(self.metric)
         error = self.quality.median_error
         off = (
             f"{math.expm1(error):.1%} of {self.metric}"
-            if known.ratio
+            if metric.ratio
             else (
-                f"{error * known.change_scale:.{known.change_digits()}f}{' points' if known.percent else ''}"
-                f" of {self.metric}"
+                f"{error * metric.change_scale:.{metric.change_digits()}f}"
+                f"{' points' if metric.percent else ''} of {self.metric}"
             )
         )
         said = (
@@ -90,12 +90,12 @@ def score(rows: Iterable[Measurement], last: int = LAST) -> PredictionScore | No
     newest = told[-1].predicted
     assert newest is not None  # noqa: S101  for the type checker
     same = [row for row in told if row.predicted is not None and row.predicted.metric == newest.metric]
-    known = [
+    predictions = [
         (row.predicted, row.primary.compressed.value)
         for row in same
         if row.predicted is not None and not row.predicted.unknown
     ]
-    pairs = [(predicted.quality, Estimate(value, value, value)) for predicted, value in known]
+    pairs = [(predicted.quality, Estimate(value, value, value)) for predicted, value in predictions]
     ratio = metric_named(newest.metric).ratio
     timed = [
         (row.predicted.speedup, row.latency.speedup)
@@ -106,22 +106,22 @@ def score(rows: Iterable[Measurement], last: int = LAST) -> PredictionScore | No
         newest.metric,
         newest.level,
         tally(pairs, logarithmic=ratio) if pairs else None,
-        sum(predicted.wide for predicted, _ in known),
+        sum(predicted.wide for predicted, _ in predictions),
         tally(timed, logarithmic=True) if timed else None,
-        len(same) - len(known),
+        len(same) - len(predictions),
     )
 
 
 def words_of(rows: Iterable[Measurement]) -> str:
     """Return one sentence on what was predicted of these points, "" if nothing was."""
-    found = score(rows)
-    return "" if found is None else found.words()
+    scored = score(rows)
+    return "" if scored is None else scored.words()
 
 
 def tally(pairs: Sequence[tuple[Estimate, Estimate]], *, logarithmic: bool) -> Tally:
     """Return how predictions did against what was measured: they hold where both intervals meet."""
-    held = sum(guess.low <= found.high and found.low <= guess.high for guess, found in pairs)
-    errors = [apart(guess.value, found.value, logarithmic=logarithmic) for guess, found in pairs]
+    held = sum(guess.low <= measured.high and measured.low <= guess.high for guess, measured in pairs)
+    errors = [apart(guess.value, measured.value, logarithmic=logarithmic) for guess, measured in pairs]
     return Tally(len(pairs), held, wilson(held, len(pairs)), statistics.median(errors))
 
 

@@ -40,10 +40,10 @@ def choices(recipe: Recipe) -> list[int]:
         main = recipe.main(method.kind)
         own = [step for step in recipe if step.kind() == method.kind and step is not main]
         slider = "" if main is None or method.strength is None else main.slider
-        other = (
+        other_choices = (
             None
             if main is None
             else [[getattr(main, name) for name in ("targets", *main.options()) if name != slider], *own]
         )
-        marks.append(0 if other is None else hash(repr(other)) or 1)
+        marks.append(0 if other_choices is None else hash(repr(other_choices)) or 1)
     return marks

@@ -46,19 +46,19 @@ class Verdict:
 
 def check(gates: Gates, point: Measurement) -> tuple[Verdict, ...]:
     """Return a verdict for every gate that is set."""
-    found = []
+    verdicts = []
     if gates.max_quality_drop is not None:
         drop, limit = point.primary.drop, gates.max_quality_drop
         metric = metric_named(point.primary.metric)
         low, high = (f"{metric.change_scale * end:.4g}" for end in (drop.low, drop.high))
         given = f"{limit:g}, which is {metric.amount(limit)}" if metric.change_scale > 1 else f"{limit:g}"
         reach = f"{metric.name} drop {metric.amount(drop.value)} ({low} to {high}), limit {given}"
-        found.append(
+        verdicts.append(
             Verdict("max_quality_drop", drop.high <= limit, f"{reach}{doubt(drop.low <= limit < drop.high)}")
         )
     if gates.max_file_bytes is not None:
         actual = point.sizes.file_bytes
-        found.append(
+        verdicts.append(
             Verdict(
                 "max_file_bytes",
                 actual <= gates.max_file_bytes,
@@ -67,7 +67,7 @@ def check(gates: Gates, point: Measurement) -> tuple[Verdict, ...]:
         )
     if gates.min_speedup is not None:
         if point.latency is None:
-            found.append(
+            verdicts.append(
                 Verdict(
                     "min_speedup",
                     held=False,
@@ -80,14 +80,14 @@ def check(gates: Gates, point: Measurement) -> tuple[Verdict, ...]:
                 f"speed {speed.value:.3f}x ({speed.low:.3f} to {speed.high:.3f}), limit"
                 f" {gates.min_speedup:g}x"
             )
-            found.append(
+            verdicts.append(
                 Verdict(
                     "min_speedup",
                     speed.low >= gates.min_speedup,
                     f"{reach}{doubt(speed.low < gates.min_speedup <= speed.high)}",
                 )
             )
-    return tuple(found)
+    return tuple(verdicts)
 
 
 def doubt(undecided: bool) -> str:

@@ -10,9 +10,12 @@ COLUMNS = ("step", "choice", "source", "computed once", "a move of the slider", 
 
 
 def described(step: type[Step]) -> tuple[About, ...]:
-    """Return what a step says of its choices, and what plugins say of those that they registered."""
+    """Return a step's lines on its choices, and those of plugins on the choices that they registered."""
     lists = [
-        one.registry for info in step.options().values() for one in info.metadata if isinstance(one, OneOf)
+        extra.registry
+        for info in step.options().values()
+        for extra in info.metadata
+        if isinstance(extra, OneOf)
     ]
     told = [record.about for registry in lists for record in registry]
     lines = [line for about in told for line in ((about,) if isinstance(about, About) else about)]

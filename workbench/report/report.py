@@ -72,17 +72,17 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
     """
     load_plugins(namespace.get("plugins") or ())
     gates = tuple(Gates.__pydantic_fields__)  # type: ignore[attr-defined]
-    known = {*PLAIN, *METHODS.options(), *gates}
+    parameters = {*PLAIN, *METHODS.options(), *gates}
     simple = (str, int, float, list, tuple, type(None))
     for name, value in namespace.items():
         if (
             not name.startswith("_")
             and isinstance(value, simple)
-            and name not in known
+            and name not in parameters
             and name not in {"In", "Out"}
         ):
-            raise RecipeError(f"unknown parameter {name!r}; {nearest(name, sorted(known))}")
-    given = {name: empty_to_none(namespace.get(name)) for name in known}
+            raise RecipeError(f"unknown parameter {name!r}; {nearest(name, sorted(parameters))}")
+    given = {name: empty_to_none(namespace.get(name)) for name in parameters}
     seed = whole("seed", given["seed"], 0)
     recipe = chosen_recipe(given["recipe"], {name: given[name] for name in METHODS.options()}, seed)
     settings = {
@@ -132,7 +132,7 @@ def chosen_recipe(whole_recipe: Any, options: Mapping[str, Any], seed: int) -> R
 
 
 def notebook_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the report notebook is given: a recipe that is given in any way replaces the notebook's
+    """Return the parameters of the report notebook: a recipe that is given in any way replaces the notebook's
     example whole.
     """
     given = {

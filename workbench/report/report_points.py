@@ -31,7 +31,7 @@ class Moved:
     minutes: float
 
     def words(self) -> str:
-        """Return what is missing, "" if nothing is."""
+        """Return a sentence on the points that are missing, "" if none is."""
         if not self.left_out:
             return ""
         labels = ", ".join(recipe.label() for recipe in self.left_out)
@@ -75,23 +75,23 @@ def moved(bench: Bench, recipe: Recipe, slider: str, minutes: float = 0.0) -> Mo
     recipes = around(recipe, slider)
     points: list[Measurement] = []
     left_out: list[Recipe] = []
-    for index, one in enumerate(recipes):
-        known = bench.ledger.find(bench.context.key(one)) is not None
-        if minutes and time.monotonic() > end and not known:
-            left_out.append(one)
+    for index, variant in enumerate(recipes):
+        measured_before = bench.ledger.find(bench.context.key(variant)) is not None
+        if minutes and time.monotonic() > end and not measured_before:
+            left_out.append(variant)
             continue
         try:
             points.append(
                 measured(
                     bench,
-                    one,
+                    variant,
                     f"{slider}, {index + 1} of {len(recipes)}",
                     (lambda: time.monotonic() > end) if minutes else None,
                 )
             )
         except Cancelled:
-            left_out.append(one)
-    found = Moved(slider, tuple(points), tuple(left_out), minutes)
+            left_out.append(variant)
+    record = Moved(slider, tuple(points), tuple(left_out), minutes)
     if bench.show_progress == "lines" and left_out:
-        say(f"  {found.words()}")
-    return found
+        say(f"  {record.words()}")
+    return record

@@ -34,12 +34,12 @@ class LayerEngine(Protocol):
 
     @property
     def takes(self) -> str:
-        """Return what it takes, for the table of runtimes: widths, groups, shapes, devices."""
+        """Return a sentence on what it takes, for the table of runtimes: widths, groups, shapes, devices."""
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """Return what it turns into speed: "weights" (few bits), "inputs" (rounded ones), "zeros" (a
-        pattern).
+        """Return the parts of a recipe that it turns into speed: "weights" (few bits), "inputs" (rounded
+        ones), "zeros" (a pattern).
         """
 
     def here(self, device: str) -> str:
@@ -69,7 +69,7 @@ class ModelEngine(Protocol):
 
     @property
     def takes(self) -> str:
-        """Return what it takes, for the table of runtimes."""
+        """Return a description of what it takes, for the table of runtimes."""
 
     def here(self, device: str) -> str:
         """Return why it cannot run on this machine's `device` whatever the model, "" if it can."""

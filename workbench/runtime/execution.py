@@ -44,10 +44,10 @@ def chosen(runtime: str | None) -> Runtime:
 
     """
     names: tuple[Runtime, ...] = get_args(Runtime)
-    found: Runtime | None = next((name for name in names if name == (runtime or "auto")), None)
-    if found is None:
+    named: Runtime | None = next((name for name in names if name == (runtime or "auto")), None)
+    if named is None:
         raise RuntimeRefused(f"runtime={runtime!r} is unknown: choose one of {', '.join(names)}")
-    return found
+    return named
 
 
 def whole(runtime: Runtime) -> ModelEngine | None:
@@ -88,17 +88,17 @@ def runner(
         raise RuntimeRefused(f"runtime={runtime!r}: {reason}")
     try:
         if engine is not None:
-            made = engine.build(model, layers, kind, items, once)
+            running = engine.build(model, layers, kind, items, once)
         else:
-            made = {"graph": CapturedModel, "compiled": Compiled}.get(runtime, lambda same: same)(model)
+            running = {"graph": CapturedModel, "compiled": Compiled}.get(runtime, lambda same: same)(model)
         with torch.inference_mode():
-            kind.run(made, items)
+            kind.run(running, items)
     except RuntimeRefused as error:
         raise RuntimeRefused(f"runtime={runtime!r}: {error}") from None
     except Exception as error:  # noqa: BLE001
         # compilers and drivers raise what they like; the panel must live on
         raise RuntimeRefused(f"runtime={runtime!r} failed: {kind_and_words(error)}") from None
-    return made
+    return running
 
 
 class CapturedModel(nn.Module):
@@ -183,9 +183,9 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     """Return the blocks that a model is made of: the modules of every outermost list of two or more of one
     class.
     """
-    found: list[nn.Module] = []
+    repeats: list[nn.Module] = []
     for child in model.children():
         blocks = list(child.children()) if isinstance(child, nn.ModuleList) else []
         alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        found += blocks if alike else repeated(child)
-    return found
+        repeats += blocks if alike else repeated(child)
+    return repeats

@@ -100,15 +100,15 @@ class Int8Linear(nn.Module):
         else:
             scale, zero = self.about.parameters(*self.extremes(rows))
         codes = torch.div(rows, scale).round_().add_(zero).clamp_(*self.about.codes).to(torch.int8)
-        made = byte_product(codes, self.codes).float()
+        product = byte_product(codes, self.codes).float()
         if self.sums is not None:
-            made -= zero.reshape(-1, 1) * self.sums
+            product -= zero.reshape(-1, 1) * self.sums
         if self.zero is not None:
-            made -= (
+            product -= (
                 codes.sum(1, keepdim=True, dtype=torch.int32).float() - zero.reshape(-1, 1) * rows.shape[1]
             ) * self.zero
-        made = torch.addcmul(self.bias, made.mul_(scale.reshape(-1, 1)), self.scale)
-        return made.to(input.dtype).reshape(*input.shape[:-1], made.shape[-1])
+        product = torch.addcmul(self.bias, product.mul_(scale.reshape(-1, 1)), self.scale)
+        return product.to(input.dtype).reshape(*input.shape[:-1], product.shape[-1])
 
     def extremes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return (low, high) of each row, [rows, 1], or of all."""

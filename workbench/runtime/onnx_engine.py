@@ -53,7 +53,7 @@ class OnnxRuntime:
 
     def serves(self, model: nn.Module, device: str) -> str:  # noqa: ARG002  the protocol's
         """Return why it does not take this model, "" if it does."""
-        other = next(
+        wrong_dtype = next(
             (
                 parameter.dtype
                 for parameter in model.parameters()
@@ -61,7 +61,11 @@ class OnnxRuntime:
             ),
             None,
         )
-        return "" if other is None else f"the model is {str(other).removeprefix('torch.')}; float32 is needed"
+        return (
+            ""
+            if wrong_dtype is None
+            else f"the model is {str(wrong_dtype).removeprefix('torch.')}; float32 is needed"
+        )
 
     def how(self, layer: Layer) -> str:
         """Return how the session multiplies by a layer: "integers", "packed", or "floats"."""
@@ -86,14 +90,14 @@ class OnnxRuntime:
         Raises:
             RuntimeRefused: it cannot be exported or loaded.
         """
-        made = self.prepared(model, layers, followers(model, layers, kind, items))
+        exported = self.prepared(model, layers, followers(model, layers, kind, items))
         call = recorded(model, kind, items)
-        graph: Graph = once(("onnx graph", signature(made, call)), lambda: export(made, call))
+        graph: Graph = once(("onnx graph", signature(exported, call)), lambda: export(exported, call))
         if (
-            baked(made.state_dict(), graph.weights) != graph.baked
+            baked(exported.state_dict(), graph.weights) != graph.baked
         ):  # values that the exporter worked into the graph differ
-            graph = export(made, call)
-        return OnnxSession(filled(graph, made), graph.outputs)
+            graph = export(exported, call)
+        return OnnxSession(filled(graph, exported), graph.outputs)
 
     def prepared(self, given: nn.Module, layers: tuple[Layer, ...], norms: dict[str, str]) -> nn.Module:
         """Return the model with every layer in the form that is exported, sharing what it can."""
@@ -104,11 +108,8 @@ class OnnxRuntime:
             how = "floats" if layer is None or layer.table or not runs_alone(module) else self.how(layer)
             if how == "integers" and layer is not None and isinstance(module, nn.Conv2d):
                 norm = norms.get(name)
-                replace_module(
-                    model,
-                    name,
-                    IntegerConv(layer, None if norm is None else Affine(model.get_submodule(norm))),  # type: ignore[arg-type]
-                )
+                affine = None if norm is None else Affine(model.get_submodule(norm))  # type: ignore[arg-type]
+                replace_module(model, name, IntegerConv(layer, affine))
                 if norm is not None:
                     replace_module(model, norm, nn.Identity())
             elif how == "integers" and layer is not None:
@@ -139,16 +140,18 @@ def followers(model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: It
     norms = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}
     if not convolutions or not norms:
         return {}
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other one gets their identity
-    found: dict[str, str] = {}
+    outputs: dict[
+        int, tuple[str, Tensor]
+    ] = {}  # the tensors are kept, so that no other one gets their identity
+    readers: dict[str, str] = {}
 
     def after(name: str) -> Callable[[Any, Any, Tensor], None]:
-        return lambda _module, _inputs, output: made.__setitem__(id(output), (name, output))
+        return lambda _module, _inputs, output: outputs.__setitem__(id(output), (name, output))
 
     def before(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            if inputs and id(inputs[0]) in made:
-                found[made[id(inputs[0])][0]] = name
+            if inputs and id(inputs[0]) in outputs:
+                readers[outputs[id(inputs[0])][0]] = name
 
         return hook
 
@@ -160,7 +163,7 @@ def followers(model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: It
     finally:
         for handle in handles:
             handle.remove()
-    return {conv: norm for conv, norm in found.items() if list(found.values()).count(norm) == 1}
+    return {conv: norm for conv, norm in readers.items() if list(readers.values()).count(norm) == 1}
 
 
 class OnnxSession(nn.Module):
@@ -200,7 +203,7 @@ class OnnxSession(nn.Module):
     def forward(self, **given: Any) -> SimpleNamespace:
         """Return the outputs by name, as the model's own would be."""
         feed = {name: value.numpy() for name, value in given.items() if name in self.inputs}
-        made = self.session.run(None, feed)
+        outputs = self.session.run(None, feed)
         return SimpleNamespace(
-            **{name: torch.from_numpy(value) for name, value in zip(self.outputs, made, strict=True)}
+            **{name: torch.from_numpy(value) for name, value in zip(self.outputs, outputs, strict=True)}
         )

@@ -59,14 +59,14 @@ class Recorder(nn.Module):
 
     def forward(self, **given: Any) -> Any:
         """Call the model."""
-        made = self.model(**given)
+        outputs = self.model(**given)
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         self.call = ModelCall(
             tensors,
             {name: value for name, value in given.items() if name not in tensors},
-            tuple(name for name, value in made.items() if isinstance(value, Tensor)),
+            tuple(name for name, value in outputs.items() if isinstance(value, Tensor)),
         )
-        return made
+        return outputs
 
 
 class Called(nn.Module):
@@ -79,8 +79,8 @@ class Called(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model as its task does."""
-        made = self.model(**dict(zip(self.call.tensors, tensors, strict=True)), **self.call.others)
-        return tuple(made[name] for name in self.call.outputs)
+        outputs = self.model(**dict(zip(self.call.tensors, tensors, strict=True)), **self.call.others)
+        return tuple(outputs[name] for name in self.call.outputs)
 
 
 def recorded(model: nn.Module, kind: Kind, items: Items) -> ModelCall:
@@ -107,11 +107,11 @@ def signature(model: nn.Module, call: ModelCall) -> str:
     """Return a hash of everything but the weights: modules and their plain attributes, shapes, configuration,
     inputs.
     """
-    parts: list[object] = [
+    facts: list[object] = [
         (name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()
     ]
     for name, module in model.named_modules():
-        parts.append(
+        facts.append(
             (
                 name,
                 type(module).__qualname__,
@@ -119,10 +119,10 @@ def signature(model: nn.Module, call: ModelCall) -> str:
             )
         )
     config: Any = getattr(model, "config", None)
-    parts.append(config.to_json_string() if hasattr(config, "to_json_string") else "")
-    parts.append([(name, tuple(value.shape), str(value.dtype)) for name, value in call.tensors.items()])
-    parts.append((repr(call.others), call.outputs))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    facts.append(config.to_json_string() if hasattr(config, "to_json_string") else "")
+    facts.append([(name, tuple(value.shape), str(value.dtype)) for name, value in call.tensors.items()])
+    facts.append((repr(call.others), call.outputs))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def simple(value: Any) -> bool:
@@ -175,7 +175,7 @@ def export(model: nn.Module, call: ModelCall) -> Graph:
 
 
 def first_cause(error: BaseException) -> str:
-    """Return what an exception comes from, in one line: exporters wrap theirs in pages of advice."""
+    """Return the first cause of an exception, in one line: exporters wrap theirs in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return kind_and_words(error)

@@ -30,33 +30,31 @@ class Axis:
         """Return the number of positions."""
         return (self.size + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
-    def slices(self, source: str, made: str, axis: int) -> list[str]:
+    def slices(self, source: str, result: str, axis: int) -> list[str]:
         """Return the lines that gather the window's positions along an axis of [N, height, width, channels]
         into the channels.
         """
         if (self.kernel, self.stride) == (1, 1):
-            return [f"{made} = Identity ({source})"]
+            return [f"{result} = Identity ({source})"]
         lines = [
-            f"{made}_axis = Constant <value = int64[1] {{{axis}}}> ()",
-            f"{made}_step = Constant <value = int64[1] {{{self.stride}}}> ()",
+            f"{result}_axis = Constant <value = int64[1] {{{axis}}}> ()",
+            f"{result}_step = Constant <value = int64[1] {{{self.stride}}}> ()",
         ]
         for index in range(self.kernel):
             start = index * self.dilation
             lines += [
-                f"{made}_start{index} = Constant <value = int64[1] {{{start}}}> ()",
+                f"{result}_start{index} = Constant <value = int64[1] {{{start}}}> ()",
                 (
-                    f"{made}_end{index} = Constant <value = int64[1]"
+                    f"{result}_end{index} = Constant <value = int64[1]"
                     f" {{{start + (self.out - 1) * self.stride + 1}}}> ()"
                 ),
                 (
-                    f"{made}_{index} = Slice ({source}, {made}_start{index}, {made}_end{index}, {made}_axis,"
-                    f" {made}_step)"
+                    f"{result}_{index} = Slice ({source}, {result}_start{index}, {result}_end{index},"
+                    f" {result}_axis, {result}_step)"
                 ),
             ]
-        return [
-            *lines,
-            f"{made} = Concat <axis = 3> ({', '.join(f'{made}_{index}' for index in range(self.kernel))})",
-        ]
+        slices = ", ".join(f"{result}_{index}" for index in range(self.kernel))
+        return [*lines, f"{result} = Concat <axis = 3> ({slices})"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Variant:
     def name(self) -> str:
         """Return the operator's name."""
         window = "".join(
-            f"_{one.kernel}_{one.stride}_{one.padding}_{one.dilation}_{one.size}" for one in self.axes
+            f"_{axis.kernel}_{axis.stride}_{axis.padding}_{axis.dilation}_{axis.size}" for axis in self.axes
         )
         scales = "Static" if self.static else "PerRow" if self.per_row else "PerTensor"
         return f"{self.kind}{scales}{'Symmetric' if self.symmetric else 'Asymmetric'}{self.bits}{window}"
@@ -85,19 +83,19 @@ class Variant:
     @staticmethod
     def named(name: str) -> Variant:
         """Return the variant of an operator's name."""
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"(Linear|Conv)(Static|PerRow|PerTensor)(Symmetric|Asymmetric)(\d)((?:_\d+)*)", name
         )
-        if found is None:
+        if match is None:
             raise ValueError(f"{name!r} is no operator of the workbench")
-        numbers = [int(part) for part in found[5].split("_")[1:]]
+        numbers = [int(part) for part in match[5].split("_")[1:]]
         axes = tuple(Axis(*numbers[start : start + 5]) for start in range(0, len(numbers), 5))
         return Variant(
-            found[1],
-            static=found[2] == "Static",
-            per_row=found[2] == "PerRow",
-            symmetric=found[3] == "Symmetric",
-            bits=int(found[4]),
+            match[1],
+            static=match[2] == "Static",
+            per_row=match[2] == "PerRow",
+            symmetric=match[3] == "Symmetric",
+            bits=int(match[4]),
             axes=axes,
         )
 
@@ -243,14 +241,14 @@ def patches(variant: Variant) -> list[str]:
     return lines
 
 
-def repeated(name: str, made: str) -> list[str]:
+def repeated(name: str, result: str) -> list[str]:
     """Return the lines that repeat each image's number for all its positions."""
     return [
         f"{name}_column = Unsqueeze ({name}, second)",
         "share = Div (long_patch, count)" if name == "scale" else "share_again = Identity (share)",
         f"{name}_shape = Concat <axis = 0> (count, share)",
         f"{name}_wide = Expand ({name}_column, {name}_shape)",
-        f"{made} = Reshape ({name}_wide, last)",
+        f"{result} = Reshape ({name}_wide, last)",
     ]
 
 
@@ -302,7 +300,7 @@ def add_functions(proto: Any) -> None:
     from onnx import helper, parser
 
     proto.functions.extend(parser.parse_function(Variant.named(name).text()) for name in names)
-    known = {entry.domain for entry in proto.opset_import}
+    domains = {entry.domain for entry in proto.opset_import}
     proto.opset_import.extend(
-        helper.make_opsetid(domain, 1) for domain in (DOMAIN, CONTRIB) if domain not in known
+        helper.make_opsetid(domain, 1) for domain in (DOMAIN, CONTRIB) if domain not in domains
     )

@@ -28,8 +28,8 @@ def operator(
     name: str, inputs: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype, **attributes: Any
 ) -> Tensor:
     """Return the output of an operator that torch does not have; `name` is `domain::Name`."""
-    made: Tensor = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=1)
-    return made
+    output: Tensor = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=1)
+    return output
 
 
 def like_weight() -> Tensor:
@@ -41,9 +41,9 @@ def exportable(module: nn.Module) -> nn.Module:
     """Return a module that rounds its inputs by operators that the exporter knows (it has none for
     aminmax).
     """
-    made = twin(module)
-    made.__class__ = type("Simulated", (Extremes, type(module)), {})
-    return made
+    copied = twin(module)
+    copied.__class__ = type("Simulated", (Extremes, type(module)), {})
+    return copied
 
 
 class Extremes:
@@ -207,8 +207,8 @@ class IntegerLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's own name
         """Return [..., outputs] for [..., inputs]."""
         values = input if self.smooth is None else input / self.smooth
-        made: Tensor = self.product(values, (*input.shape[:-1], self.product.codes.shape[1]))
-        return made
+        outputs: Tensor = self.product(values, (*input.shape[:-1], self.product.codes.shape[1]))
+        return outputs
 
 
 class IntegerConv(nn.Module):
@@ -247,10 +247,10 @@ class IntegerConv(nn.Module):
                 self.sizes, padding, values.shape[2:], strict=True
             )
         )
-        made: Tensor = self.product(
+        outputs: Tensor = self.product(
             values, (len(values), self.product.codes.shape[1], *(axis.out for axis in axes)), axes
         )
-        return made
+        return outputs
 
 
 class OnnxLinear(nn.Module):

@@ -67,7 +67,7 @@ class PackedWeight:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Return what must be equal for weights to lie side by side in one."""
+        """Return a key that is equal for weights that can lie side by side in one."""
         return (
             self.bits,
             self.inputs,
@@ -220,23 +220,23 @@ class SharedProduct:
     def take(self, member: PackedLinear, x: Tensor) -> Tensor:
         """Return the member's product with x, [vectors, outputs]."""
         if self.seen is x and member.place in self.waiting:
-            found = self.waiting.pop(member.place)
+            waited_for = self.waiting.pop(member.place)
             if not self.waiting:
                 self.seen = None
-            return found
+            return waited_for
         if self.waiting:
             self.apart, self.waiting, self.seen = True, {}, None
         flat = x.reshape(-1, member.in_features)
         if self.apart:
             return multiply(flat, member.weight_packed, member.lock)
-        parts = multiply(flat, self.weight, self.lock).split(
+        products = multiply(flat, self.weight, self.lock).split(
             [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)], dim=1
         )
         self.seen, self.waiting = (
             x,
-            {place: part for place, part in enumerate(parts) if place != member.place},
+            {place: part for place, part in enumerate(products) if place != member.place},
         )
-        mine: Tensor = parts[member.place]
+        mine: Tensor = products[member.place]
         return mine
 
 

@@ -82,14 +82,15 @@ class Served:
     """
 
     engines: dict[str, LayerEngine] = field(default_factory=dict)
-    words: Counter[str] = field(default_factory=Counter)
+    by_engine: Counter[str] = field(default_factory=Counter)  # layers by the name of their engine
     weights: dict[int, Counter[str]] = field(default_factory=dict)  # by width
     inputs: Counter[str] = field(default_factory=Counter)
     zeros: int = 0  # layers whose zeros an engine uses
 
 
 def plan(compressed: Compressed, device: str, runtime: Runtime = "auto") -> KernelPlan:
-    """Return what runs each layer of a compressed model on `device`, and why nothing runs the rest faster.
+    """Return the plan of a compressed model on `device`: the engine of each layer, and why nothing runs the
+    rest faster.
 
     Runs nothing.
     """
@@ -107,24 +108,26 @@ def plan_layers(
         return KernelPlan({}, (), (f"runtime {runtime!r} cannot be used here: {refused}",))
     served = serve(layers, device, runtime)
     where = "this GPU" if device.startswith("cuda") else "this CPU"
-    found = []
+    sentences = []
     if pattern is not None and not served.zeros:
-        found.append(f"no kernel for {pattern} zeros on {where}: they are multiplied like any other number")
+        sentences.append(
+            f"no kernel for {pattern} zeros on {where}: they are multiplied like any other number"
+        )
     alike: dict[str, list[int]] = {}  # widths by their most common reason
     for bits, reasons in sorted(served.weights.items()):
         alike.setdefault(reasons.most_common(1)[0][0], []).append(bits)
     for widths in alike.values():
         reasons = sum((served.weights[bits] for bits in widths), Counter[str]())
-        found.append(
+        sentences.append(
             f"no {'/'.join(map(str, widths))}-bit kernel on {where} for {counted(reasons)}: weights are"
             " unpacked before the product"
         )
     if served.inputs:
-        found.append(
+        sentences.append(
             f"no kernel multiplies rounded inputs on {where} for {counted(served.inputs)}: the rounding is"
             " simulated, which costs time"
         )
-    return KernelPlan(served.engines, by_name(served.words), tuple(found))
+    return KernelPlan(served.engines, by_name(served.by_engine), tuple(sentences))
 
 
 def by_name(layers: Counter[str]) -> tuple[str, ...]:
@@ -143,8 +146,8 @@ def counted(reasons: Counter[str]) -> str:
 def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
     """Ask every engine about every layer that is stored in few bits, rounds its inputs or has a mask."""
     engine, served = whole(runtime), Served()
-    here = {one: one.here(device) for one in layer_engines()} if engine is None else {}
-    others = [one for one in model_engines() if not one.here(device)]
+    here = {candidate: candidate.here(device) for candidate in layer_engines()} if engine is None else {}
+    others = [candidate for candidate in model_engines() if not candidate.here(device)]
     uses: tuple[str, ...]
     for layer in layers:
         rounded = isinstance(layer.module, QuantizesInputs)
@@ -154,7 +157,7 @@ def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
             reason = engine.why_not_narrow(layer)
             uses = ("weights", "inputs") if layer.grid is not None else ()
             if not reason and uses:
-                served.words[engine.name] += 1
+                served.by_engine[engine.name] += 1
         elif runtime == "torch":
             reason, uses = "runtime 'torch' uses none", ()
         else:
@@ -181,14 +184,14 @@ def first_that_serves(
         reason = engine.serves(layer, device)
         if not reason and not absent:
             served.engines[layer.name] = engine
-            served.words[engine.name] += 1
+            served.by_engine[engine.name] += 1
             return "", engine.uses
         if not (reason and absent):
             reasons.append(f"{engine.name}: {reason or absent}")
-    other = next(
+    alternative = next(
         (engine for engine in others if layer.grid is not None and not engine.why_not_narrow(layer)), None
     )
-    hint = "" if other is None else f"; runtime 'onnx' has one ({other.name})"
+    hint = "" if alternative is None else f"; runtime 'onnx' has one ({alternative.name})"
     return (reasons[-1] if reasons else "none in this version") + hint, ()
 
 
@@ -210,13 +213,13 @@ def realise(
     out, and `warnings` say so. Without them the model is the compressed one, with its plan. `once` keeps what
     does not depend on the recipe.
     """
-    made = plan(compressed, device, runtime)
+    planned = plan(compressed, device, runtime)
     original = compressed.model if dense is None else dense
     if kind is None or items is None:
-        return Realised(compressed.model, original, made, compressed.model)
+        return Realised(compressed.model, original, planned, compressed.model)
     keep: Once = once or (lambda _key, compute: compute())
-    built = with_kernels(compressed, made, kind, items)
-    step_by_step = Realised(built.model, original, made, built.model, built.kernels, built.warnings)
+    built = with_kernels(compressed, planned, kind, items)
+    step_by_step = Realised(built.model, original, planned, built.model, built.kernels, built.warnings)
     if runtime in {"auto", "torch"}:
         return step_by_step
     try:
@@ -232,7 +235,7 @@ def realise(
         )
     except RuntimeRefused as error:
         return replace(step_by_step, warnings=(*built.warnings, f"timed step by step in torch: {error}"))
-    return replace(step_by_step, model=running, dense=reference, kernels=built.kernels or made.kernels)
+    return replace(step_by_step, model=running, dense=reference, kernels=built.kernels or planned.kernels)
 
 
 @dataclass(frozen=True)
@@ -244,15 +247,15 @@ class Built:
     warnings: tuple[str, ...] = ()
 
 
-def with_kernels(compressed: Compressed, made: KernelPlan, kind: Kind, items: Items) -> Built:
+def with_kernels(compressed: Compressed, planned: KernelPlan, kind: Kind, items: Items) -> Built:
     """Return the model with the planned kernels in place, checked layer by layer and on the items."""
-    if not made.engines:
+    if not planned.engines:
         return Built(compressed.model)
     model, left_out = sharing_copy(compressed.model), dict[str, list[str]]()
     built: dict[str, nn.Module] = {}
     distances: dict[str, Tensor] = {}
     for layer in compressed.layers:
-        engine = made.engines.get(layer.name)
+        engine = planned.engines.get(layer.name)
         if engine is None:
             continue
         try:
@@ -271,7 +274,7 @@ def with_kernels(compressed: Compressed, made: KernelPlan, kind: Kind, items: It
             replace_module(model, name, built[name])
         else:
             left_out.setdefault(
-                f"{made.engines[name].name} gives other products (such as {apart:.2g} apart, relative to"
+                f"{planned.engines[name].name} gives other products (such as {apart:.2g} apart, relative to"
                 f" their size; {NEAR} is allowed)",
                 [],
             ).append(name)
@@ -288,7 +291,7 @@ def with_kernels(compressed: Compressed, made: KernelPlan, kind: Kind, items: It
         check_answers(model, compressed.model, kind, items)
     except RuntimeRefused as error:
         return Built(compressed.model, (), (*said, f"kernels left out: {error}"))
-    return Built(model, by_name(Counter(made.engines[name].name for name in built)), said)
+    return Built(model, by_name(Counter(planned.engines[name].name for name in built)), said)
 
 
 @torch.inference_mode()
@@ -336,10 +339,10 @@ def check_agreement(running: nn.Module, simulated: nn.Module, kind: Kind, items:
     """
     try:
         with torch.inference_mode():
-            wanted, found = (answers(kind, model, items) for model in (simulated, running))
+            wanted, given = (answers(kind, model, items) for model in (simulated, running))
     except Exception as error:  # noqa: BLE001  whatever a kernel raises
         raise RuntimeRefused(f"{name} fails when it is run: {kind_and_words(error)}") from None
-    apart = float((wanted - found).norm() / wanted.norm().clamp_min(1e-12))
+    apart = float((wanted - given).norm() / wanted.norm().clamp_min(1e-12))
     if not apart <= FAR and bool(torch.isfinite(wanted).all()):
         raise RuntimeRefused(
             f"{name} gives other answers than the compressed model: {apart:.2g} apart, relative to their"
@@ -348,7 +351,7 @@ def check_agreement(running: nn.Module, simulated: nn.Module, kind: Kind, items:
 
 
 def answers(kind: Kind, model: nn.Module, items: Items) -> Tensor:
-    """Return what a model says about items, float32."""
+    """Return a model's outputs for items, float32 [N, ...]."""
     return kind.logits(model, items).float()
 
 
@@ -369,5 +372,5 @@ def reasons_for(
     layers = [probe(bits, group_size, inputs) for bits in widths] or (
         [probe(0, 0, inputs)] if inputs is not None else []
     )
-    made = plan_layers(layers, pattern, device, runtime)
-    return [reason.replace(" for 1 layer ", " ") for reason in made.no_kernel]
+    planned = plan_layers(layers, pattern, device, runtime)
+    return [reason.replace(" for 1 layer ", " ") for reason in planned.no_kernel]

@@ -110,7 +110,7 @@ class Roof:
 def roof(
     dense: Iterable[Product], compressed: Iterable[Product], limits: Limits, activation_bytes: int
 ) -> Roof:
-    """Return what bounds a recipe's products, and the ratio of the dense model's time to theirs."""
+    """Return the bound of a recipe's products, and the ratio of the dense model's time to theirs."""
     before = sum(max(product.seconds(limits, activation_bytes)) for product in dense)
     memory = after = 0.0
     for product in compressed:
@@ -128,14 +128,14 @@ def products(
 
     `multiplied(bits)` says in what width a kernel here multiplies weights of `bits`, 0 if none reads them so.
     """
-    found = []
+    listed = []
     for weight in outline.weights:
         if weight.table:
             continue
         wide = weight.dtype.itemsize * 8
         bits = math.ceil(weight.bits)
         kernel = multiplied(bits) if bits else 0
-        found.append(
+        listed.append(
             Product(
                 items * outline.positions.get(weight.origin, 1),
                 weight.columns,
@@ -145,12 +145,12 @@ def products(
                 passes,
             )
         )
-    return found
+    return listed
 
 
 @cache
 def limits_of(device: str) -> Limits:
-    """Return what a device can do, measured the first time it is asked for: about half a second."""
+    """Return the limits of a device, measured the first time they are asked for: about half a second."""
     place = torch.device(device)
     clock = Clock(place)
     wide = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -168,7 +168,7 @@ def limits_of(device: str) -> Limits:
     return Limits(2 * source.nbytes / best(clock, lambda: target.copy_(source)), rates, refused)
 
 
-def best(clock: Clock, work: Callable[[], object], rounds: int = 9) -> float:
+def best(clock: Clock, call: Callable[[], object], rounds: int = 9) -> float:
     """Return the seconds of the faster half of some rounds, as their median, after two untimed ones."""
-    times = sorted(clock.time_ms(work) / 1000 for _ in range(rounds + 2))[: rounds // 2 + 1]
+    times = sorted(clock.time_ms(call) / 1000 for _ in range(rounds + 2))[: rounds // 2 + 1]
     return statistics.median(times)

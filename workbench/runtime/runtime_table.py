@@ -47,26 +47,26 @@ def runtime_rows(device: str, *, measure: bool = True) -> list[RuntimeRow]:
     layer of its own kind.
     """
     rows = []
-    for name, words in WORDS.items():
+    for name, about in WORDS.items():
         reason = why_not(chosen(name), device)
-        rows.append(RuntimeRow(f"runtime={name}", words, reason or "yes", ""))
+        rows.append(RuntimeRow(f"runtime={name}", about, reason or "yes", ""))
     rows += [
         RuntimeRow(
-            one.name,
-            one.takes,
-            one.here(device) or "yes",
-            measured_model(device) if measure and not one.here(device) else "",
+            engine.name,
+            engine.takes,
+            engine.here(device) or "yes",
+            measured_model(device) if measure and not engine.here(device) else "",
         )
-        for one in model_engines()
+        for engine in model_engines()
     ]
-    for one in layer_engines():
-        reason = one.here(device)
+    for engine in layer_engines():
+        reason = engine.here(device)
         rows.append(
             RuntimeRow(
-                one.name,
-                one.takes,
+                engine.name,
+                engine.takes,
                 reason or "yes",
-                measured_layer(one, device) if measure and not reason else "",
+                measured_layer(engine, device) if measure and not reason else "",
             )
         )
     return rows
@@ -75,13 +75,13 @@ def runtime_rows(device: str, *, measure: bool = True) -> list[RuntimeRow]:
 def measured_layer(engine: LayerEngine, device: str) -> str:
     """Return how a layer of the first format that the engine serves compares with a dense one, in words."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    found = next(
+    served = next(
         (given for given in FORMATS if not engine.serves(probe(given[0], given[1], given[2], TIMED), device)),
         None,
     )
-    if found is None:
+    if served is None:
         return "serves none of the usual formats"
-    bits, group, inputs = found
+    bits, group, inputs = served
     try:
         layer, dense = real_probe(bits, group, inputs, device, dtype)
         kernel = engine.build(layer).eval()
@@ -91,8 +91,8 @@ def measured_layer(engine: LayerEngine, device: str) -> str:
         ]
     except Exception as error:  # noqa: BLE001  a kernel that fails here is what the table is for
         return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    words = f"W{bits}" + (f" g{group}" if group else "") + (f" {inputs.words()}" if inputs else "")
-    return f"{words}, {TIMED[0]} by {TIMED[1]}: " + ", ".join(
+    label = f"W{bits}" + (f" g{group}" if group else "") + (f" {inputs.words()}" if inputs else "")
+    return f"{label}, {TIMED[0]} by {TIMED[1]}: " + ", ".join(
         f"{ratio:.2f}x at {rows} {'token' if rows == 1 else 'tokens'}"
         for ratio, rows in zip(ratios, ROWS, strict=True)
     )
@@ -110,7 +110,7 @@ def measured_model(device: str) -> str:
     try:
         task = load_task("fashion-cnn", offline=True, progress=False, device=device)
         items = task.evaluation[:16]
-        words = []
+        texts = []
         for label, steps in (
             ("fp32", ()),
             (
@@ -121,23 +121,25 @@ def measured_model(device: str) -> str:
                 ),
             ),
         ):
-            made = realise(compress(task, Recipe(*steps)), device, "onnx", kind=task.kind, items=items)
-            if made.warnings:
-                return made.warnings[0]
+            realised = realise(compress(task, Recipe(*steps)), device, "onnx", kind=task.kind, items=items)
+            if realised.warnings:
+                return realised.warnings[0]
             dense = partial(task.kind.logits, task.model, items)
-            other = partial(task.kind.logits, made.model, items)
-            words.append(f"{faster(dense, other, device):.2f}x {label}")
+            run_realised = partial(task.kind.logits, realised.model, items)
+            texts.append(f"{faster(dense, run_realised, device):.2f}x {label}")
     except WorkbenchError as error:
         return f"fails: {error}"
-    return "fashion-cnn, 16 images: " + ", ".join(words)
+    return "fashion-cnn, 16 images: " + ", ".join(texts)
 
 
-def faster(dense: Callable[[], object], other: Callable[[], object], device: str, rounds: int = 15) -> float:
-    """Return the median of dense / other over pairs timed in turn."""
+def faster(
+    dense: Callable[[], object], compressed: Callable[[], object], device: str, rounds: int = 15
+) -> float:
+    """Return the median of dense / compressed over pairs timed in turn."""
     clock, ratios = Clock(torch.device(device)), []
     with torch.inference_mode():
         for index in range(rounds + 3):
-            first, second = clock.time_ms(dense), clock.time_ms(other)
+            first, second = clock.time_ms(dense), clock.time_ms(compressed)
             if index >= 3:
                 ratios.append(first / second)
     return statistics.median(ratios)

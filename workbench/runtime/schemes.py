@@ -48,12 +48,12 @@ def kernels_for(kind: type[Step], device: str) -> tuple[KernelTick, ...]:
 
     What runs is what `realise` says, never more.
     """
-    found = []
+    ticks = []
     for scheme in SCHEMES:
         if scheme.slider == kind.slider:
             inputs = InputFormat(scheme.activation_bits) if scheme.activation_bits < 16 else None
             reasons = reasons_for(
                 scheme.pattern, [scheme.weight_bits] if scheme.weight_bits else [], device, inputs=inputs
             )
-            found.append(KernelTick(scheme.value, scheme.label, not reasons, "; ".join(reasons)))
-    return tuple(found)
+            ticks.append(KernelTick(scheme.value, scheme.label, not reasons, "; ".join(reasons)))
+    return tuple(ticks)

@@ -141,7 +141,7 @@ def comparison(rows: Sequence[Measurement]) -> Comparison:
 
 
 def facts(record: Comparison) -> tuple[Fact, ...]:
-    """Return what was measured, one row a thing, every number with its interval."""
+    """Return the measured facts, one row a thing, every number with its interval."""
     points = record.points
     qualities = [fact_of_quality(points, q.metric) for q in points[0].quality]
     sizes = [
@@ -190,11 +190,11 @@ def fact_of_quality(points: Sequence[Measurement], metric: str) -> Fact:
 
     Longer is a larger value.
     """
-    found = [next((q for q in point.quality if q.metric == metric), None) for point in points]
+    qualities = [next((q for q in point.quality if q.metric == metric), None) for point in points]
     return Fact(
         metric,
-        tuple("" if q is None else quality_words(q).split(" to ", 1)[1] for q in found),
-        lengths([None if q is None else q.compressed.value for q in found]),
+        tuple("" if q is None else quality_words(q).split(" to ", 1)[1] for q in qualities),
+        lengths([None if q is None else q.compressed.value for q in qualities]),
     )
 
 
@@ -202,16 +202,16 @@ def bars(
     name: str,
     points: Sequence[Measurement],
     value: Callable[[Measurement], float | None],
-    words: Callable[[Measurement], str],
+    text_of: Callable[[Measurement], str],
 ) -> Fact:
     """Return a fact with bars as long as its values."""
-    return Fact(name, tuple(words(point) for point in points), lengths([value(point) for point in points]))
+    return Fact(name, tuple(text_of(point) for point in points), lengths([value(point) for point in points]))
 
 
 def lengths(values: Sequence[float | None]) -> tuple[float | None, ...]:
     """Return values relative to the largest finite one; 0 for what is not finite."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    top = max(known, default=0.0)
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    top = max(finite, default=0.0)
     return tuple(
         None if value is None else (value / top if top > 0 and math.isfinite(value) else 0.0)
         for value in values
@@ -222,11 +222,11 @@ def time_words(point: Measurement) -> str:
     """Return the measured time next to the dense model's of the same run."""
     if point.latency is None:
         return point.missing.get("latency", "not measured")
-    words = f"{point.latency.median_ms:.2f} ms, dense {point.latency.dense_median_ms:.2f} ms"
+    text = f"{point.latency.median_ms:.2f} ms, dense {point.latency.dense_median_ms:.2f} ms"
     if point.latency.real_time_factors is not None:
         before, after = point.latency.real_time_factors
-        words += f"; real-time factor {after:.3f}, dense {before:.3f}"
-    return words
+        text += f"; real-time factor {after:.3f}, dense {before:.3f}"
+    return text
 
 
 def ratio_words(point: Measurement) -> str:
@@ -234,17 +234,19 @@ def ratio_words(point: Measurement) -> str:
     if point.latency is None:
         return "not measured"
     speed = point.latency.speedup
-    words = f"{speed.value:.2f}\N{MULTIPLICATION SIGN} ({speed.low:.2f} to {speed.high:.2f})"
-    return f"{words}; {point.no_kernel[0]}" if point.no_kernel else words
+    text = f"{speed.value:.2f}\N{MULTIPLICATION SIGN} ({speed.low:.2f} to {speed.high:.2f})"
+    return f"{text}; {point.no_kernel[0]}" if point.no_kernel else text
 
 
 def worst_words(point: Measurement) -> str:
     """Return the three layers whose weights changed most."""
-    known = sorted(
+    changed = sorted(
         (layer for layer in point.layers if layer.relative_error),
         key=lambda layer: -(layer.relative_error or 0.0),
     )
-    return ", ".join(f"{layer.name} {layer.relative_error:.3f}" for layer in known[:3]) or "no weight changed"
+    return (
+        ", ".join(f"{layer.name} {layer.relative_error:.3f}" for layer in changed[:3]) or "no weight changed"
+    )
 
 
 def choices_of(recipes: Sequence[Recipe]) -> tuple[ComparedOption, ...]:
@@ -254,14 +256,14 @@ def choices_of(recipes: Sequence[Recipe]) -> tuple[ComparedOption, ...]:
     """
     named = [numbered(recipe) for recipe in recipes]
     order = list(dict.fromkeys(name for steps in named for name in steps))
-    found = []
+    options_compared = []
     for name in order:
         sample = next(steps[name] for steps in named if name in steps)
         options = sorted(
             (field.name for field in dataclasses.fields(sample)),
             key=lambda option: (option != sample.slider, option in {"targets", "seed"}),
         )
-        found += [
+        options_compared += [
             ComparedOption(
                 name,
                 option,
@@ -269,16 +271,16 @@ def choices_of(recipes: Sequence[Recipe]) -> tuple[ComparedOption, ...]:
             )
             for option in options
         ]
-    return tuple(found)
+    return tuple(options_compared)
 
 
 def numbered(recipe: Recipe) -> dict[str, Step]:
     """Return a recipe's steps by kind, the second of a kind as `kind 2`."""
-    found: dict[str, Step] = {}
+    steps: dict[str, Step] = {}
     for step in recipe:
-        count = sum(1 for name in found if name.split(" ")[0] == step.kind())
-        found[step.kind() if not count else f"{step.kind()} {count + 1}"] = step
-    return found
+        count = sum(1 for name in steps if name.split(" ")[0] == step.kind())
+        steps[step.kind() if not count else f"{step.kind()} {count + 1}"] = step
+    return steps
 
 
 def shown(value: object) -> str:
@@ -290,7 +292,7 @@ def layers_of(points: Sequence[Measurement]) -> tuple[LayerErrors, ...]:
     """Return every layer of any point with its error in each, the worst first."""
     by_name = [{layer.name: layer for layer in point.layers} for point in points]
     names = dict.fromkeys(name for layers in by_name for name in layers)
-    found = [
+    layer_errors = [
         LayerErrors(
             name,
             tuple(layers[name].relative_error if name in layers else None for layers in by_name),
@@ -298,7 +300,7 @@ def layers_of(points: Sequence[Measurement]) -> tuple[LayerErrors, ...]:
         )
         for name in names
     ]
-    return tuple(sorted(found, key=lambda layer: -layer.worst))
+    return tuple(sorted(layer_errors, key=lambda layer: -layer.worst))
 
 
 def paired_test(

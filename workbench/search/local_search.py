@@ -81,10 +81,10 @@ def proposal(
     centre, most = (Recipe(), float("inf")) if best is None else (best.recipe, best.sizes.file_bytes)
     sliders = [step.slider for step in METHODS.steps() if step.stops and step.slider != "temperature"]
     near = [
-        made
+        recipe
         for slider in sliders
-        for made in around(centre, slider)
-        if made not in tried and bench.ledger.find(bench.context.key(made)) is None
+        for recipe in around(centre, slider)
+        if recipe not in tried and bench.ledger.find(bench.context.key(recipe)) is None
     ]
     guesses = [
         guess
@@ -97,10 +97,10 @@ def proposal(
 
 
 def rank(guess: Prediction, dense: float | None, drop: float) -> tuple[int, float]:
-    """Return what to sort by: first what is predicted to be within, smallest first.
+    """Return a key to sort by: recipes predicted to lose at most `drop` first, the smallest file first.
 
-    Then what is predicted not to be, least loss first. Last, where nothing is known of the loss, the largest
-    file first: what takes away least is the most likely to be within.
+    Then the others, least loss first. Last, where nothing is known of the loss, the largest file first: what
+    takes away least is the most likely to be within.
     """
     if guess.quality is None or dense is None or guess.unknown:
         return 2, -float(guess.file_bytes or 0)

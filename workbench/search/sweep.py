@@ -32,7 +32,7 @@ def around(recipe: Recipe, slider: str) -> tuple[Recipe, ...]:
         raise RecipeError(
             f"no slider {slider!r}; known: {', '.join(step.slider for step in METHODS.steps())}"
         )
-    moved = [made for stop in step.stops if (made := move(recipe, step, stop)) is not None]
+    moved = [variant for stop in step.stops if (variant := move(recipe, step, stop)) is not None]
     return tuple(dict.fromkeys(moved))
 
 
@@ -98,7 +98,7 @@ def sweep(
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["minimize"] * 3, sampler=optuna.samplers.TPESampler(seed=seed))
-    found: dict[str, Measurement] = {}
+    measured: dict[str, Measurement] = {}
     for _ in range(trials):
         trial = study.ask()
         stops: dict[str, Any] = {
@@ -114,5 +114,5 @@ def sweep(
             continue
         speed = point.latency.speedup.value if point.latency else 1.0
         study.tell(trial, [min(point.primary.drop.value, 1e9), float(point.sizes.file_bytes), 1 / speed])
-        found[point.key] = point
-    return list(found.values())
+        measured[point.key] = point
+    return list(measured.values())

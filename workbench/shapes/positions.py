@@ -14,12 +14,12 @@ from workbench.util.hooks import of_this_thread
 
 def positions(task: Task, items: Items) -> dict[str, int]:
     """Return how often each weight is applied to the first of `items`: one forward pass with hooks."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def watch(name: str) -> Callable[[Any, Any, torch.Tensor], None]:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ARG001  torch calls it so
             channels = output.shape[1] if output.ndim == 4 else output.shape[-1]
-            found[name] = output.numel() // channels
+            counts[name] = output.numel() // channels
 
         return hook
 
@@ -33,4 +33,4 @@ def positions(task: Task, items: Items) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return counts

@@ -30,7 +30,7 @@ for built_in in (
 
 
 def score(kind: Kind, model: nn.Module, items: Items) -> Scores:
-    """Return what `model` does on one batch of `items`; the items are moved to the model's device.
+    """Return the scores of `model` on one batch of `items`; the items are moved to the model's device.
 
     A destroyed model still gets a number: where nothing finite comes out, the answer counts as the worst
     there is.

@@ -83,5 +83,5 @@ def resampled(samples: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
     from scipy.signal import resample_poly
 
     common = math.gcd(RATE, rate)
-    found: NDArray[np.float32] = resample_poly(samples, RATE // common, rate // common).astype(np.float32)
-    return found
+    filtered: NDArray[np.float32] = resample_poly(samples, RATE // common, rate // common).astype(np.float32)
+    return filtered

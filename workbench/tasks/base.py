@@ -87,14 +87,20 @@ class Kind:
 
     @abstractmethod
     def processor(self, directory: Path, config: Mapping[str, Any]) -> Any:
-        """Return what makes a model's inputs from raw data: the tokenizer or image processor of a folder.
+        """Return the processor that makes a model's inputs from raw data: the tokenizer or image processor of
+        a folder.
 
         Raises:
             ModelError: missing files, or ones that cannot be read.
         """
 
     # For kinds that read more from a model's folder
-    def prepared(self, model: nn.Module, directory: Path, processor: Any) -> tuple[Self, tuple[str, ...]]:  # noqa: ARG002
+    def prepared(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        directory: Path,  # noqa: ARG002
+        processor: Any,  # noqa: ARG002
+    ) -> tuple[Self, tuple[str, ...]]:
         """Return the kind with what this model's own files add, and notes; the model may be marked.
 
         Raises:
@@ -129,7 +135,7 @@ class Kind:
 
     @abstractmethod
     def score(self, model: nn.Module, items: Items) -> Scores:
-        """Return what `model` does on items that lie on its device."""
+        """Return the scores of `model` on items that lie on its device."""
 
     def run(self, model: nn.Module, items: Items) -> object:
         """Do what a user waits for, to be timed: one forward pass."""

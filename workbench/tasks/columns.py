@@ -156,8 +156,8 @@ def label_numbers(
     Raises:
         DataError: a label that is none of the classes, with the item's number and the classes.
     """
-    known = classes(config)
-    by_name = {label.casefold(): number for number, label in enumerate(known)}
+    class_names = classes(config)
+    by_name = {label.casefold(): number for number, label in enumerate(class_names)}
     values = list(rows[column])
     notes: tuple[str, ...] = ()
     names = getattr(rows.features[column], "names", None)
@@ -172,37 +172,37 @@ def label_numbers(
                 names[value] if isinstance(value, int) and 0 <= value < len(names) else value
                 for value in values
             ]
-        elif len(names) != len(known) or (folder and not _numbered(known)):
+        elif len(names) != len(class_names) or (folder and not _numbered(class_names)):
             raise DataError(
                 f"the classes of data {name!r} ({_some(names)}) are none of the model's classes"
-                f" ({_some(known)})"
+                f" ({_some(class_names)})"
             )
         else:
             notes = (
                 (
-                    f"labels of {name} ({_some(names)}) are matched to the model's classes ({_some(known)})"
-                    " by number, not by name"
+                    f"labels of {name} ({_some(names)}) are matched to the model's classes"
+                    f" ({_some(class_names)}) by number, not by name"
                 ),
             )
-    return [_number(value, row, by_name, known, name) for row, value in enumerate(values)], notes
+    return [_number(value, row, by_name, class_names, name) for row, value in enumerate(values)], notes
 
 
-def _numbered(known: tuple[str, ...]) -> bool:
+def _numbered(class_names: tuple[str, ...]) -> bool:
     """Return whether the classes have no names of their own: LABEL_0, LABEL_1 and so on."""
-    return all(label == f"LABEL_{number}" for number, label in enumerate(known))
+    return all(label == f"LABEL_{number}" for number, label in enumerate(class_names))
 
 
-def _number(value: Any, row: int, by_name: Mapping[str, int], known: tuple[str, ...], name: str) -> int:
+def _number(value: Any, row: int, by_name: Mapping[str, int], class_names: tuple[str, ...], name: str) -> int:
     """Return one label as a class number."""
     if isinstance(value, str) and value.casefold() in by_name:
         return by_name[value.casefold()]
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     whole = isinstance(number, bool | int) or (isinstance(number, float) and number.is_integer())
-    if whole and 0 <= number < len(known):
+    if whole and 0 <= number < len(class_names):
         return int(number)
     raise DataError(
-        f"label {value!r} of item {row} in data {name!r} is none of the model's {len(known)} classes:"
-        f" {_some(known)}"
+        f"label {value!r} of item {row} in data {name!r} is none of the model's {len(class_names)} classes:"
+        f" {_some(class_names)}"
     )
 
 

@@ -88,7 +88,9 @@ class FrameRecognition(SpeechRecognition):
         )
 
     def run(self, model: nn.Module, items: Items) -> Tensor:
-        """Return what `transcribe` does: it takes the same time whatever is heard."""
+        """Return the letters that the model writes, as `transcribe`: it takes the same time whatever is
+        heard.
+        """
         return self.transcribe(model, items)
 
     def transcribe(self, model: nn.Module, items: Items) -> Tensor:
@@ -124,7 +126,13 @@ class FrameRecognition(SpeechRecognition):
         return self.each_loss(logits, labels).sum() / (labels != -100).sum()
 
     # Frames have no labels of their own
-    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
+    def soft_loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,  # noqa: ARG002
+        temperature: float,
+    ) -> Tensor:
         """Return T^2 * KL(teacher || student at T), the mean over all frames."""
         soft, wanted = (
             logits.float().flatten(0, 1).div(temperature).log_softmax(-1) for logits in (student, teacher)

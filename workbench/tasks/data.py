@@ -112,22 +112,22 @@ def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed:
 
 def _distinct(pool: Pool, order: list[int], wanted: int, held_out: set[str]) -> tuple[Items, int]:
     """Return up to `wanted` items of the pool that are not held out, and how many were dropped for that."""
-    parts: list[Items] = []
-    found, dropped, position = 0, 0, 0
-    while found < wanted and position < len(order):
-        rows = order[position : position + wanted - found]
+    kept: list[Items] = []
+    count, dropped, position = 0, 0, 0
+    while count < wanted and position < len(order):
+        rows = order[position : position + wanted - count]
         position += len(rows)
         items = pool.take(rows)
         keep = [i for i, name in enumerate(items.fingerprints) if name not in held_out]
         dropped += len(rows) - len(keep)
-        found += len(keep)
-        parts.append(items if len(keep) == len(rows) else items[torch.tensor(keep, dtype=torch.long)])
-    if not parts:
+        count += len(keep)
+        kept.append(items if len(keep) == len(rows) else items[torch.tensor(keep, dtype=torch.long)])
+    if not kept:
         return pool.take([]) if pool.size == 0 else pool.take([0])[:0], dropped
     return (
         Items(
-            {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
-            torch.cat([part.labels for part in parts]),
+            {name: torch.cat([part.inputs[name] for part in kept]) for name in kept[0].inputs},
+            torch.cat([part.labels for part in kept]),
         ),
         dropped,
     )

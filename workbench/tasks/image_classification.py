@@ -66,7 +66,7 @@ class ImageClassification(Choosing):
         """Return images, one item a row, after checking every label."""
         channels = int(reading.config.get("num_channels") or 3)
 
-        def make(images: list[Any], labels: list[int], rows: Sequence[int], column: str) -> Items:  # noqa: ARG001
+        def make(images: list[Any], labels: list[int], _rows: Sequence[int], _column: str) -> Items:
             return image_items(images, labels, reading.processor, channels)
 
         return labelled_pools(raw, reading.config, columns.image_columns, make)
@@ -107,7 +107,11 @@ class PlainProcessor:
     width: int
 
     # As transformers calls it
-    def __call__(self, images: Sequence[Image], return_tensors: str = "pt") -> dict[str, Tensor]:  # noqa: ARG002
+    def __call__(
+        self,
+        images: Sequence[Image],
+        return_tensors: str = "pt",  # noqa: ARG002
+    ) -> dict[str, Tensor]:
         """Return {"pixel_values": [N, C, H, W]} in float32."""
         pixels = [
             np.atleast_3d(np.asarray(image.resize((self.width, self.height), resample=2), np.float32)) / 255
@@ -142,10 +146,10 @@ def image_items(images: Iterable[Any], labels: Sequence[int], processor: Process
     pixels = []
     for index, image in enumerate(images):
         try:
-            one = opened(image).convert(modes.get(channels, "RGB"))
+            picture = opened(image).convert(modes.get(channels, "RGB"))
         except (OSError, ValueError, TypeError, SyntaxError) as error:
             raise DataError(f"image item {index} cannot be read as a picture: {error}") from None
-        pixels.append(torch.as_tensor(processor(images=[one], return_tensors="pt")["pixel_values"]))
+        pixels.append(torch.as_tensor(processor(images=[picture], return_tensors="pt")["pixel_values"]))
     return Items({"pixel_values": torch.cat(pixels).float()}, torch.tensor(labels, dtype=torch.long))
 
 

@@ -54,7 +54,7 @@ class Choosing(Kind):
     outputs: ClassVar[str] = "distributions"
 
     def score(self, model: nn.Module, items: Items) -> Scores:
-        """Return what `model` does on items that lie on its device; see `likelihoods`."""
+        """Return the scores of `model` on items that lie on its device; see `likelihoods`."""
         return likelihoods(self.logits(model, items), items.labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -135,13 +135,13 @@ def token_loss(logits: Tensor | Unprojected, labels: Tensor) -> tuple[Tensor, Te
         if isinstance(logits, Unprojected)
         else torch.split(logits.reshape(-1, classes), rows)
     )
-    parts = [
+    reductions = [
         reduced(some, wanted)
         for chunk, labelled in zip(chunks, torch.split(target, rows), strict=True)
         for some, wanted in zip(torch.split(chunk, few), torch.split(labelled, few), strict=True)
     ]
-    loss = torch.cat([part[0] for part in parts]).reshape(labels.shape)
-    answers = torch.cat([part[1] for part in parts]).reshape(labels.shape)
+    loss = torch.cat([part[0] for part in reductions]).reshape(labels.shape)
+    answers = torch.cat([part[1] for part in reductions]).reshape(labels.shape)
     return torch.where(torch.isfinite(loss), loss, torch.inf), answers
 
 

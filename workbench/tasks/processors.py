@@ -54,14 +54,14 @@ def check_tokenizer(directory: Path, what: str) -> None:
 
 
 def load_from(directory: Path, called: str, *loaders: Any, **options: Any) -> Any:
-    """Return what transformers' loaders make of a folder's files: one thing, or a list of several.
+    """Return the objects that transformers' loaders make of a folder's files: one, or a list of several.
 
     Raises:
         ModelError: the files cannot be read, or need code of their own; the message names what is `called`.
     """
     with quiet():
         try:
-            made = [
+            loaded = [
                 loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
                 for loader in loaders
             ]
@@ -69,7 +69,7 @@ def load_from(directory: Path, called: str, *loaders: Any, **options: Any) -> An
             raise ModelError(
                 f"{directory}: its {called} cannot be loaded: {type(error).__name__}: {one_line(error)}"
             ) from None
-    return made[0] if len(made) == 1 else made
+    return loaded[0] if len(loaded) == 1 else loaded
 
 
 def set_padding(model: nn.Module, tokenizer: Any) -> None:

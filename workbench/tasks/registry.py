@@ -66,9 +66,9 @@ class Kinds(Registry[Kind]):
         kinds = [kind for kind in self if has_class(kind, model_type)]
         if len(kinds) == 1:
             return kinds[0]
-        found = ", ".join(kind.name for kind in kinds) or "none of them"
+        candidates = ", ".join(kind.name for kind in kinds) or "none of them"
         raise ModelError(
-            f"config.json names no architecture, and model type {model_type!r} can do {found}; "
+            f"config.json names no architecture, and model type {model_type!r} can do {candidates}; "
             f"add 'architectures' to config.json (the workbench runs {supported})"
         )
 
@@ -114,15 +114,15 @@ def unstated(kind: Kind) -> list[str]:
 
 
 def contradiction(kind: Kind) -> str:
-    """Return what does not fit together in a kind's facts, "" if all does."""
-    made = type(kind)
+    """Return the contradiction in a kind's facts, "" if there is none."""
+    kind_class = type(kind)
     if kind.primary not in METRICS:
         return f"its metric {kind.primary!r} is not registered; {nearest(kind.primary, METRICS.names())}"
     if kind.behaviour is not None and kind.behaviour not in get_args(View):
         return f"behaviour={kind.behaviour!r} is none of {', '.join(get_args(View))}, or None"
-    if kind.behaviour == "told apart" and made.examples is Kind.examples:
+    if kind.behaviour == "told apart" and kind_class.examples is Kind.examples:
         return "behaviour='told apart' needs examples(model, items), its answers in words"
-    if kind.distribution is not None and getattr(made, "score", None) is not Choosing.score:
+    if kind.distribution is not None and getattr(kind_class, "score", None) is not Choosing.score:
         return (
             f"distribution={kind.distribution!r} says that answers are scored by likelihood, and it has a"
             " score of its own: state distribution=None"

@@ -139,7 +139,13 @@ class SentenceSimilarity(Choosing):
         return (cosines(logits) - labels.float()).square().mean()
 
     # Directions have none
-    def soft_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:  # noqa: ARG002
+    def soft_loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,  # noqa: ARG002
+        temperature: float,  # noqa: ARG002
+    ) -> Tensor:
         """Return the mean of 1 - cosine between the vectors of student and teacher: half their squared
         distance.
         """
@@ -152,7 +158,7 @@ class SentenceSimilarity(Choosing):
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
         """Return each pair with people's score, and the model's cosine."""
         with torch.inference_mode():
-            found = cosines(self.logits(model, items)).tolist()
+            values = cosines(self.logits(model, items)).tolist()
         pairs = (
             [
                 [self.tokenizer.decode(text, skip_special_tokens=True) for text in pair]
@@ -162,8 +168,8 @@ class SentenceSimilarity(Choosing):
             else [["?", "?"]] * len(items)
         )
         return [
-            (f"{one} / {other} (people: {wanted:.2f})", f"{cosine:.2f}")
-            for (one, other), wanted, cosine in zip(pairs, items.labels.tolist(), found, strict=True)
+            (f"{first} / {second} (people: {wanted:.2f})", f"{cosine:.2f}")
+            for (first, second), wanted, cosine in zip(pairs, items.labels.tolist(), values, strict=True)
         ]
 
 
@@ -227,16 +233,16 @@ def pair_columns(name: str, rows: Any) -> tuple[str, str, str]:
 
     """
     by_name = {column.strip().casefold(): column for column in rows.column_names}
-    found = [
+    chosen = [
         next((by_name[wanted] for wanted in names if wanted in by_name), None)
         for names in (FIRST_NAMES, SECOND_NAMES, SCORE_NAMES)
     ]
-    if None in found:
+    if None in chosen:
         raise DataError(
             f"data {name!r} have columns {', '.join(rows.column_names)}; sentence similarity expects two"
             " texts and a number: columns such as sentence1, sentence2 and score"
         )
-    return str(found[0]), str(found[1]), str(found[2])
+    return str(chosen[0]), str(chosen[1]), str(chosen[2])
 
 
 def pair_pools(reading: Reading, raw: Raw) -> Pools:
@@ -271,7 +277,7 @@ def checked(raw: Raw, split: str) -> list[tuple[str, str, float]]:
     """Return the pairs of a split as (text, text, score)."""
     rows = raw.splits[split]
     names = pair_columns(raw.name, rows)
-    found = []
+    pairs = []
     for number, (first, second, score) in enumerate(zip(*(list(rows[name]) for name in names), strict=True)):
         for column, text in zip(names, (first, second), strict=False):
             if not isinstance(text, str) or not text.strip():
@@ -287,10 +293,10 @@ def checked(raw: Raw, split: str) -> list[tuple[str, str, float]]:
                 f"item {number} of data {raw.name!r} has {score!r} in column {names[2]!r}; a score of 0 or"
                 " more is needed"
             )
-        found.append((first, second, value))
-    if not found:
+        pairs.append((first, second, value))
+    if not pairs:
         raise DataError(f"data {raw.name!r} ({split}) hold no pairs")
-    return found
+    return pairs
 
 
 def padded_length(texts: Sequence[str], reading: Reading) -> int:

@@ -75,7 +75,12 @@ class SpeechRecognition(Choosing):
         """Return how a model hears and writes: its feature extractor, its tokenizer, its special tokens."""
         return whisper_writing(directory, *tokens_and_features(directory, self.name))
 
-    def prepared(self, model: nn.Module, directory: Path, processor: Any) -> tuple[Self, tuple[str, ...]]:  # noqa: ARG002
+    def prepared(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        directory: Path,  # noqa: ARG002
+        processor: Any,
+    ) -> tuple[Self, tuple[str, ...]]:
         """Return the kind with how this model writes."""
         return replace(self, writing=processor), ()
 

@@ -48,7 +48,12 @@ class TextClassification(Choosing):
         """Return the tokenizer of a folder."""
         return load_tokenizer(directory, self.name)
 
-    def prepared(self, model: nn.Module, directory: Path, processor: Any) -> tuple[Self, tuple[str, ...]]:  # noqa: ARG002
+    def prepared(
+        self,
+        model: nn.Module,
+        directory: Path,  # noqa: ARG002
+        processor: Any,
+    ) -> tuple[Self, tuple[str, ...]]:
         """Return the kind as it is, once model and tokenizer agree on a padding token."""
         if processor is not None:
             set_padding(model, processor)

@@ -126,13 +126,13 @@ def spoken_scores(wanted: Sequence[str], heard: Sequence[str], loss: Tensor, wei
 
     `correct` is the share of words that are right, `answers` a hash of each transcript.
     """
-    counted = [word_errors(one, other) for one, other in zip(wanted, heard, strict=True)]
-    errors, words = (torch.tensor([pair[i] for pair in counted], dtype=torch.float64) for i in (0, 1))
+    counted = [word_errors(said, written) for said, written in zip(wanted, heard, strict=True)]
+    errors, word_counts = (torch.tensor([pair[i] for pair in counted], dtype=torch.float64) for i in (0, 1))
     hashes = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") for text in heard]
     return Scores(
         loss=loss.double().cpu(),
-        correct=(1 - errors / words).clamp(min=0),
+        correct=(1 - errors / word_counts).clamp(min=0),
         weight=weight.double().cpu(),
         answers=torch.tensor(hashes, dtype=torch.long),
-        details={"word errors": errors, "words": words},
+        details={"word errors": errors, "words": word_counts},
     )

@@ -72,14 +72,14 @@ def asterisk_prompts(*, offline: bool = False, progress: bool = True) -> Raw:  #
             f"data {PROMPTS!r}: the recordings are not those that were transcribed (their sha256 is"
             f" {digest.hexdigest()[:12]}...)"
         )
-    found = Dataset.from_dict({"audio": [str(path) for path in paths], "text": [words for _, words in rows]})
+    dataset = Dataset.from_dict({"audio": [str(path) for path in paths], "text": [text for _, text in rows]})
     notes = (
         (
             f"speech: {len(rows)} prompts of Asterisk, one speaker, Allison Smith (CC-BY-SA 3.0): easy, so"
             " error rates are optimistic"
         ),
     )
-    return Raw(PROMPTS, {"train": found}, notes)
+    return Raw(PROMPTS, {"train": dataset}, notes)
 
 
 def audio_folder(path: Path) -> Mapping[str, Any] | None:
@@ -94,8 +94,8 @@ def audio_folder(path: Path) -> Mapping[str, Any] | None:
     tables = {split: path / split / "metadata.csv" for split in ("train", "test", "validation")} | {
         "": path / "metadata.csv"
     }
-    found = {split or "train": table for split, table in tables.items() if table.is_file()}
-    return {split: Dataset.from_dict(metadata(table)) for split, table in found.items()} or None
+    present = {split or "train": table for split, table in tables.items() if table.is_file()}
+    return {split: Dataset.from_dict(metadata(table)) for split, table in present.items()} or None
 
 
 def metadata(table: Path) -> dict[str, list[str]]:
@@ -109,8 +109,8 @@ def metadata(table: Path) -> dict[str, list[str]]:
             f"{table} is not UTF-8: {error.reason} {error.object[error.start]:#x} at byte {error.start}; save"
             " it as UTF-8"
         ) from None
-    words = next((name for name in WORD_NAMES if name in names), None)
-    if "file_name" not in names or words is None:
+    words_column = next((name for name in WORD_NAMES if name in names), None)
+    if "file_name" not in names or words_column is None:
         raise DataError(
             f"{table} has columns {', '.join(names) or '(none)'}; expected file_name and one of"
             f" {', '.join(WORD_NAMES)}"
@@ -124,7 +124,7 @@ def metadata(table: Path) -> dict[str, list[str]]:
             raise DataError(f"{table}, row {number}: there is no file {row['file_name']!r}")
     return {
         "audio": [str(table.parent / row["file_name"]) for row in rows],
-        "text": [row[words] or "" for row in rows],
+        "text": [row[words_column] or "" for row in rows],
     }
 
 
@@ -137,13 +137,13 @@ def speech_columns(name: str, rows: Any) -> tuple[str, str]:
     """
     typed = [column for column, feature in rows.features.items() if type(feature).__name__ == "Audio"]
     sound = next((column for column in (*typed, *AUDIO_NAMES) if column in rows.column_names), None)
-    words = next((column for column in WORD_NAMES if column in rows.column_names), None)
-    if sound is None or words is None:
+    words_column = next((column for column in WORD_NAMES if column in rows.column_names), None)
+    if sound is None or words_column is None:
         raise DataError(
             f"data {name!r} have columns {', '.join(rows.column_names)}; speech recognition expects sound in"
             " a column 'audio' and words in a column 'text'"
         )
-    return sound, words
+    return sound, words_column
 
 
 class Maker(Protocol):
@@ -199,15 +199,15 @@ def listened(
     Note the files left out by reason, and count rates.
     """
     left, rates = counts
-    sound, words = speech_columns(name, rows)
+    sound, words_column = speech_columns(name, rows)
     if type(rows.features[sound]).__name__ == "Audio":
         from datasets import Audio
 
         rows = rows.cast_column(sound, Audio(decode=False))
     order = sorted(np.random.default_rng(0).permutation(len(rows))[: READ_AHEAD * wanted + 16].tolist())
-    found = []
+    usable = []
     for number, row in zip(order, rows.select(order), strict=True):
-        text = row[words] if isinstance(row[words], str) else ""
+        text = row[words_column] if isinstance(row[words_column], str) else ""
         if not any(map(str.isalnum, writing.normalise(text))):
             left.setdefault("no words", []).append(name_of(row[sound]))
             continue
@@ -219,17 +219,17 @@ def listened(
                 name_of(row[sound])
             )
             continue
-        found.append(Utterance(row[sound], " ".join(text.split()), opened.seconds, what))
-    if not found:
+        usable.append(Utterance(row[sound], " ".join(text.split()), opened.seconds, what))
+    if not usable:
         reasons = (
             ", ".join(f"{len(names)} {reason} ({some_of(names)})" for reason, names in left.items())
             or "no rows"
         )
         raise DataError(
             f"data {name!r} hold no utterance that can be used: {reasons}; give files of at most"
-            f" {MOST_SECONDS:g} s in which something is heard, each with its words in column {words!r}"
+            f" {MOST_SECONDS:g} s in which something is heard, each with its words in column {words_column!r}"
         )
-    return found
+    return usable
 
 
 def name_of(sound: Any) -> str:
@@ -262,7 +262,7 @@ class Windows:
             DataError: words longer than the decoder can hold.
 
         """
-        lengths = [len(writing.prefix) + len(tokens_of(one.words, writing)) for one in utterances]
+        lengths = [len(writing.prefix) + len(tokens_of(utterance.words, writing)) for utterance in utterances]
         most = int(config.get("max_target_positions") or 448)
         if max(lengths) > most:
             raise DataError(
@@ -275,27 +275,28 @@ class Windows:
         """Return `input_features` [N, mels, 3000], `attention_mask` [N, 3000] (sound or filling),
         `decoder_input_ids` and labels [N, length].
         """
-        made = [self.features(one) for one in utterances]
-        given = torch.full((len(made), self.length), self.writing.end)
-        labels = torch.full((len(made), self.length), -100)
-        for row, one in enumerate(utterances):
-            start, tokens = len(self.writing.prefix), tokens_of(one.words, self.writing)
+        extracted = [self.features(utterance) for utterance in utterances]
+        given = torch.full((len(extracted), self.length), self.writing.end)
+        labels = torch.full((len(extracted), self.length), -100)
+        for row, utterance in enumerate(utterances):
+            start, tokens = len(self.writing.prefix), tokens_of(utterance.words, self.writing)
             given[row, : start + len(tokens)] = torch.tensor([*self.writing.prefix, *tokens])
             labels[row, start - 1 : start + len(tokens)] = torch.tensor([*tokens, self.writing.end])
         inputs = {
-            name: torch.cat([one[name] for one in made]) for name in ("input_features", "attention_mask")
+            name: torch.cat([tensors[name] for tensors in extracted])
+            for name in ("input_features", "attention_mask")
         }
         return Items({**inputs, "decoder_input_ids": given}, labels)
 
     def features(self, utterance: Utterance) -> dict[str, Tensor]:
         """Return the features of one utterance."""
         samples = audio.opened(utterance.audio, utterance.what).samples
-        made = self.writing.features(
+        extracted = self.writing.features(
             samples, sampling_rate=audio.RATE, return_tensors="pt", return_attention_mask=True
         )
         return {
-            "input_features": made["input_features"].float(),
-            "attention_mask": made["attention_mask"].long(),
+            "input_features": extracted["input_features"].float(),
+            "attention_mask": extracted["attention_mask"].long(),
         }
 
 
@@ -317,8 +318,8 @@ class Frames:
         """Return the maker for all utterances of the data."""
         return cls(
             writing,
-            max(round(one.seconds * audio.RATE) for one in utterances),
-            max(len(letters_of(one.words, writing)) for one in utterances),
+            max(round(utterance.seconds * audio.RATE) for utterance in utterances),
+            max(len(letters_of(utterance.words, writing)) for utterance in utterances),
         )
 
     def items(self, utterances: Sequence[Utterance]) -> Items:
@@ -328,13 +329,13 @@ class Frames:
             torch.zeros(len(utterances), self.samples, dtype=torch.long),
         )
         labels = torch.full((len(utterances), self.length), -100)
-        for row, one in enumerate(utterances):
-            samples = audio.opened(one.audio, one.what).samples
-            made = self.writing.features(samples, sampling_rate=audio.RATE, return_tensors="pt")[
+        for row, utterance in enumerate(utterances):
+            samples = audio.opened(utterance.audio, utterance.what).samples
+            wave = self.writing.features(samples, sampling_rate=audio.RATE, return_tensors="pt")[
                 "input_values"
             ][0]
-            values[row, : len(made)], mask[row, : len(made)] = made, 1
-            letters = letters_of(one.words, self.writing)
+            values[row, : len(wave)], mask[row, : len(wave)] = wave, 1
+            letters = letters_of(utterance.words, self.writing)
             labels[row, : len(letters)] = torch.tensor(letters)
         return Items({"input_values": values, "attention_mask": mask}, labels)
 
@@ -344,9 +345,9 @@ def letters_of(words: str, writing: Writing) -> list[int]:
     plain = " ".join(
         "".join(letter if letter.isalnum() or letter in " '" else " " for letter in words).split()
     )
-    known = writing.tokenizer.get_vocab()
+    vocabulary = writing.tokenizer.get_vocab()
     return list(
-        writing.tokenizer(plain.upper() if "A" in known else plain.lower(), add_special_tokens=False)[
+        writing.tokenizer(plain.upper() if "A" in vocabulary else plain.lower(), add_special_tokens=False)[
             "input_ids"
         ]
     )

@@ -86,8 +86,8 @@ def describe(device: torch.device) -> str:
 
 
 def choices() -> list[tuple[str, str]]:
-    """Return what can be picked here as (words, name): `auto` first, then the CPU and every GPU that torch
-    sees.
+    """Return the devices that can be picked here as (words, name): `auto` first, then the CPU and every GPU
+    that torch sees.
     """
     gpus = [
         (f"cuda:{index} {torch.cuda.get_device_name(index)}", f"cuda:{index}")
@@ -159,7 +159,7 @@ def cpu_flags() -> frozenset[str]:
     """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    found = next(
+    flags = next(
         (
             line.split(":", 1)[1]
             for line in lines
@@ -167,7 +167,7 @@ def cpu_flags() -> frozenset[str]:
         ),
         "",
     )
-    return frozenset(found.lower().split())
+    return frozenset(flags.lower().split())
 
 
 def processors(device: torch.device) -> int:

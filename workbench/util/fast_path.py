@@ -29,7 +29,7 @@ def untried(device: torch.device) -> str:  # noqa: ARG001  the form of a trial
 
 
 def with_triton(kernels: str) -> Callable[[torch.device], str]:
-    """Return what says why a device has no kernels of a module (`workbench.kernels.triton_...`).
+    """Return a function that says why a device has no kernels of a module (`workbench.kernels.triton_...`).
 
     Whether the installed Triton takes the module is seen on any machine; it may raise what it likes.
     """
@@ -61,7 +61,7 @@ class FastPath:
 
 
 def attempted(trial: Callable[[], str]) -> str:
-    """Return what a trial says: a reason, "" if nothing is wrong. An error that it raises is a reason.
+    """Return the reason that a trial gives, "" if nothing is wrong. An error that it raises is a reason.
 
     Compilers, drivers and models raise what they like, and the plain way is there: this is the one place that
     takes any error for an answer.

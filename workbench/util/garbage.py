@@ -64,11 +64,11 @@ def let_go(error: BaseException, *, telling: bool = True) -> None:
         error.add_note("It was raised here:\n" + "".join(traceback.format_tb(error.__traceback__)))
     waiting, met = [error], set[int]()
     while waiting:
-        one = waiting.pop()
-        if id(one) not in met:
-            met.add(id(one))
-            one.__traceback__ = None
-            waiting += [other for other in (one.__context__, one.__cause__) if other is not None]
+        current = waiting.pop()
+        if id(current) not in met:
+            met.add(id(current))
+            current.__traceback__ = None
+            waiting += [linked for linked in (current.__context__, current.__cause__) if linked is not None]
 
 
 def import_apart(*names: str) -> None:

@@ -67,8 +67,8 @@ def largest_of_each(tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 def compilations(most: int) -> AbstractContextManager[object]:
     """Return a context in which `torch.compile` makes up to `most` variants of one function."""
-    found: AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=most)  # noqa: SLF001
-    return found
+    context: AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=most)  # noqa: SLF001
+    return context
 
 
 def attention_of(config: Any) -> str | None:
@@ -78,7 +78,8 @@ def attention_of(config: Any) -> str | None:
 
 def frames_of(model: Any, samples: Tensor) -> Tensor:
     """Return how many frames a CTC model of transformers makes of so many samples, both int64 [N]."""
-    frames: Tensor = model._get_feat_extract_output_lengths(samples)  # noqa: SLF001  all that knows the strides
+    # All that knows the strides
+    frames: Tensor = model._get_feat_extract_output_lengths(samples)  # noqa: SLF001
     return frames
 
 
@@ -101,15 +102,15 @@ class Internal:
 
 
 def inside(module: str, attribute: str = "", *, made: bool = False) -> Callable[[], object]:
-    """Return what imports a module when it is called, and returns it or one of its attributes.
+    """Return a function that imports a module when it is called, and returns it or one of its attributes.
 
     `made`: a class of which one is made, since what is looked for exists in instances only.
     """
 
     def owner() -> object:
-        found: Any = importlib.import_module(module)
-        found = getattr(found, attribute) if attribute else found
-        return found() if made else found
+        target: Any = importlib.import_module(module)
+        target = getattr(target, attribute) if attribute else target
+        return target() if made else target
 
     return owner
 
@@ -189,10 +190,10 @@ LIVE_PLOT = (
 
 def lacks(internals: Sequence[Internal]) -> str:
     """Return which of these names the installed library does not have, "" if it has all."""
-    absent = [one for one in internals if one.absent()]
+    absent = [internal for internal in internals if internal.absent()]
     if not absent:
         return ""
-    names = ", ".join(one.name for one in absent)
+    names = ", ".join(internal.name for internal in absent)
     return f"{installed(absent[0].library)} has no {names}, needed for {absent[0].serves}"
 
 

@@ -109,12 +109,12 @@ def no_progress(what: str, done: int, total: int) -> None:
     """Report nothing. Any function like it may raise `Cancelled` to stop the work at that point."""
 
 
-def both(one: Progress, other: Progress) -> Progress:
-    """Return what tells both."""
+def both(first: Progress, second: Progress) -> Progress:
+    """Return a progress function that tells both."""
 
     def report(what: str, done: int, total: int) -> None:
-        one(what, done, total)
-        other(what, done, total)
+        first(what, done, total)
+        second(what, done, total)
 
     return report
 

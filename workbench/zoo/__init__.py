@@ -121,12 +121,12 @@ def _locate(name: str | Path, data: Any, *, offline: bool, progress: bool) -> _L
         raise ModelError(
             f"model {str(name)!r} is a file; give the folder that holds config.json and model.safetensors"
         )
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in {".", "..", "~"} or path.is_absolute():
-        known = [listed.name for listed in CATALOGUE]
+    names = str(name).split("/")
+    if len(names) != 2 or not all(names) or names[0] in {".", "..", "~"} or path.is_absolute():
+        listed_names = [listed.name for listed in CATALOGUE]
         raise ModelError(
-            f"unknown model {str(name)!r}; {nearest(str(name), known)}; or give a local folder, or a hub id"
-            " such as owner/name"
+            f"unknown model {str(name)!r}; {nearest(str(name), listed_names)}; or give a local folder,"
+            " or a hub id such as owner/name"
         )
     return _from_hub(str(name), data, offline=offline, progress=progress)
 

@@ -27,8 +27,8 @@ def arrived_bytes(name: str) -> int:
         [] if repository is None else [hub.cache() / f"models--{repository.replace('/', '--')}" / "blobs"]
     )
     if listed is not None and listed.archive is not None:
-        made = listed.archive.directory()
-        folders += [made, *wheel_archive.cache().glob(f".{made.name}.*")]
+        converted = listed.archive.directory()
+        folders += [converted, *wheel_archive.cache().glob(f".{converted.name}.*")]
     return sum(content(folder) for folder in folders)
 
 

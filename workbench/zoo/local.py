@@ -200,12 +200,12 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         ModelError: not a floating-point type.
 
     """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(parsed, torch.dtype) and parsed.is_floating_point):
         raise ModelError(
             f"dtype={dtype!r} is not one that a model can be loaded in; use float32, bfloat16 or float16"
         )
-    return found
+    return parsed
 
 
 def _check_finite(directory: Path, model: nn.Module) -> None:

@@ -73,7 +73,7 @@ def check_vocabulary(name: str, task: Task, theirs: dict[str, int], mine: dict[s
 
 
 def check_labels(name: str, task: Task, config: dict[str, Any]) -> None:
-    """Refuse a teacher whose classes have other names, or an other order.
+    """Refuse a teacher whose classes have other names, or another order.
 
     Names that transformers made up (LABEL_0) say nothing.
     """
@@ -83,12 +83,18 @@ def check_labels(name: str, task: Task, config: dict[str, Any]) -> None:
         return
     if theirs != task.labels:
         place = next(
-            (i for i, (one, other) in enumerate(zip(theirs, task.labels, strict=False)) if one != other),
+            (
+                i
+                for i, (their_label, our_label) in enumerate(zip(theirs, task.labels, strict=False))
+                if their_label != our_label
+            ),
             min(len(theirs), len(task.labels)),
         )
-        one, other = (names[place] if place < len(names) else "nothing" for names in (theirs, task.labels))
+        their_label, our_label = (
+            names[place] if place < len(names) else "nothing" for names in (theirs, task.labels)
+        )
         raise ModelError(
             f"teacher {name!r} has other labels than {task.model_name!r}: {len(theirs)} against"
-            f" {len(task.labels)}, and label {place} is {one!r} against {other!r}; give one with the same"
-            " classes in the same order"
+            f" {len(task.labels)}, and label {place} is {their_label!r} against {our_label!r}; give one with"
+            " the same classes in the same order"
         )

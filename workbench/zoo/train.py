@@ -78,7 +78,10 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     1, 28, 28].
     """
     count, _, height, width = images.shape
-    draw = lambda high: torch.randint(high, (count, 1, 1), device=images.device, generator=generator)  # noqa: E731
+
+    def draw(high: int) -> torch.Tensor:
+        return torch.randint(high, (count, 1, 1), device=images.device, generator=generator)
+
     rows = torch.arange(height, device=images.device).view(1, -1, 1) + draw(5)
     columns = torch.arange(width, device=images.device).view(1, 1, -1)
     columns = torch.where(draw(2) == 1, width - 1 - columns, columns) + draw(5)
@@ -228,7 +231,10 @@ def main() -> None:
         )
         for split in ("train", "t10k")
     }
-    normalise = lambda pixels: ((torch.tensor(pixels) / 255 - MEAN) / STD).unsqueeze(1).to(device)  # noqa: E731
+
+    def normalise(pixels: np.ndarray) -> torch.Tensor:
+        return ((torch.tensor(pixels) / 255 - MEAN) / STD).unsqueeze(1).to(device)
+
     (x, y), (x_test, y_test) = [
         (normalise(images), torch.tensor(labels).long().to(device)) for images, labels in raw.values()
     ]

@@ -120,20 +120,20 @@ class Batch:
         if first.mask is None and first.grid is None and not fresh:
             return None
         stored = self.stored()
-        found = (
+        wrong = (
             ~torch.isfinite(stored).all()
             if fresh
             else torch.zeros((), dtype=torch.bool, device=stored.device)
         )
         if (masks := self.masks()) is not None:
-            found |= ((stored != 0) & ~masks).any()
+            wrong |= ((stored != 0) & ~masks).any()
         if first.grid is not None:
-            found |= (self.grids().dequantize().to(stored.dtype) != stored).any()
-        return found
+            wrong |= (self.grids().dequantize().to(stored.dtype) != stored).any()
+        return wrong
 
 
 def matrices_in_place(layers: Sequence[Layer]) -> list[Tensor] | None:
-    """Return what `Batch.in_place` does, of layers of any shapes."""
+    """Return the matrices of layers of any shapes where they lie, or None, as `Batch.in_place`."""
     if not layers or not all(layer.finite and not layer.transposed for layer in layers):
         return None
     weights = [layer.as_matrix(layer.parameter.detach()) for layer in layers]
@@ -156,9 +156,9 @@ def know_finite(layers: Sequence[Layer], statistics: Statistics) -> None:
             weight_trials.refused(device, dtype)  # tried here, where nobody waits for a move yet
         return frozenset(name for name, fine in zip(names, good, strict=True) if fine)
 
-    found = statistics.once("finite layers", look)
+    finite_names = statistics.once("finite layers", look)
     for layer in layers:
-        layer.finite = layer.name in found
+        layer.finite = layer.name in finite_names
 
 
 def grouped(layers: Iterable[Layer], *, whole: bool = False) -> Iterator[Batch]:

@@ -53,13 +53,13 @@ class Work:
         """Find the layers of the model."""
         holders = holders_of(self.model)
         self.layers, self.left = layers_among(holders)
-        shared = {other: layer.name for layer in self.layers.values() for other in layer.others}
+        shared = {alias: layer.name for layer in self.layers.values() for alias in layer.others}
         self.shared = frozenset(shared)  # names of modules whose weight is counted under another one
-        known = {*self.layers, *self.left, *shared}
+        reported = {*self.layers, *self.left, *shared}
         self.outcomes = {
             name: [f"its weight is that of {shared[name]}"] if name in shared else []
             for name in holders
-            if name in known
+            if name in reported
         }
         self.taken: dict[str, list[str]] = {}
         self.done: dict[tuple[str, str], Step] = {}  # the last step of a kind that changed a layer
@@ -85,11 +85,11 @@ class Work:
             self.statistics.layers if self.statistics.task is self.task else find_layers(self.task.model)[0]
         )
 
-    def say(self, layer: Layer | str, words: str) -> None:
+    def say(self, layer: Layer | str, outcome: str) -> None:
         """Record what happened to a layer, for the report."""
         for name in (layer,) if isinstance(layer, str) else (layer.origin, *layer.others):
-            if words not in self.outcomes[name]:
-                self.outcomes[name].append(words)
+            if outcome not in self.outcomes[name]:
+                self.outcomes[name].append(outcome)
 
     def select(self, step: Step) -> Iterator[Layer]:
         """Iterate over the layers that `step` names, reporting progress; see `choose`."""
@@ -167,7 +167,7 @@ class Work:
                     " targets of one of them"
                 )
 
-    def took(self, step: Step, layer: Layer, words: str) -> None:
+    def took(self, step: Step, layer: Layer, outcome: str) -> None:
         """Record that `step` changed this layer."""
         self.changes += 1
         for name in (layer.origin, *layer.others):
@@ -180,7 +180,7 @@ class Work:
         self.taken.setdefault(layer.origin, [])
         if step.claim not in self.taken[layer.origin]:
             self.taken[layer.origin].append(step.claim)
-        self.say(layer, words)
+        self.say(layer, outcome)
 
     def place(self, name: str) -> str | None:
         """Return where a module of the dense model stands now, None if it was removed with its block."""
@@ -201,7 +201,7 @@ class Work:
 
         Their layers get new names, or leave.
         """
-        parts = {
+        suffixes = {
             name: layer.name.removeprefix(layer.place or layer.origin) for name, layer in self.layers.items()
         }
         self.moved |= {self.origin_of(block): now for block, now in blocks.items()}
@@ -209,5 +209,5 @@ class Work:
         for name, layer in stay.items():
             place = str(self.place(layer.origin))
             if place != (layer.place or layer.origin):
-                layer.place, layer.name = place, place + parts[name]
+                layer.place, layer.name = place, place + suffixes[name]
         self.layers = {layer.name: layer for layer in stay.values()}

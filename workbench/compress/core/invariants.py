@@ -58,10 +58,10 @@ def look_over(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
     another form than affine integers, are left.
     """
     fits = [layer for layer in layers if layer.change is None and comparable(layer, dense.get(layer.origin))]
-    found: list[tuple[Batch, Tensor]] = []
+    tables: list[tuple[Batch, Tensor]] = []
     for batch in grouped(fits, whole=True):
         stacks = [
-            [layer.as_matrix(one.parameter.detach()) for one in (dense[layer.origin], layer)]
+            [layer.as_matrix(version.parameter.detach()) for version in (dense[layer.origin], layer)]
             for layer in batch.layers
         ]
         masks = [layer.mask for layer in batch.layers if layer.mask is not None]
@@ -73,11 +73,11 @@ def look_over(layers: Sequence[Layer], dense: Mapping[str, Layer]) -> None:
             for part in (grid.scale, grid.zero_point)
             if part is not None
         ):
-            found.append((batch, weight_passes.survey(before, now, masks or None, grids or None)))
-    if not found:
+            tables.append((batch, weight_passes.survey(before, now, masks or None, grids or None)))
+    if not tables:
         return
-    changes = iter(weight_passes.changes(torch.cat([table.to(found[0][1].device) for _, table in found])))
-    for batch, _ in found:
+    changes = iter(weight_passes.changes(torch.cat([table.to(tables[0][1].device) for _, table in tables])))
+    for batch, _ in tables:
         for layer in batch.layers:
             layer.looked = layer.parameter, layer.mask, layer.grid, next(changes)
 

@@ -71,8 +71,8 @@ def damping_warnings(
     dampings: Sequence[float],
     seen: Sequence[tuple[int, int]],
 ) -> list[str]:
-    """Return what a user should know of some inverses: which layers needed more damping, and which have
-    seen fewer inputs than they have columns.
+    """Return warnings about some inverses: which layers needed more damping, and which have seen fewer inputs
+    than they have columns.
 
     Args:
         step: the kind of step that took them.

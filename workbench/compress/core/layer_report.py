@@ -59,12 +59,12 @@ def layer_reports(work: Work) -> tuple[LayerReport, ...]:
     return tuple(
         one_report(
             name,
-            "; ".join(words) or work.left.get(name, "left dense"),
+            "; ".join(outcomes) or work.left.get(name, "left dense"),
             now.get(name, []),
             measured.get(name),
             work,
         )
-        for name, words in work.outcomes.items()
+        for name, outcomes in work.outcomes.items()
     )
 
 
@@ -134,32 +134,34 @@ def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, t
 
     Weights that left with removed structure count as zero.
     """
-    found = untouched(dense, now)
-    look_over([layers[0] for name, layers in now.items() if len(layers) == 1 and name not in found], dense)
-    found |= {
+    measured = untouched(dense, now)
+    look_over([layers[0] for name, layers in now.items() if len(layers) == 1 and name not in measured], dense)
+    measured |= {
         name: told
         for name, layers in now.items()
-        if name not in found and (told := known_change(layers)) is not None
+        if name not in measured and (told := known_change(layers)) is not None
     }
     alike: dict[object, list[str]] = {}
     for name, layers in now.items():
-        if name in dense and name not in found:
+        if name in dense and name not in measured:
             alike.setdefault(
                 tuple((layer.parameter.shape, layer.parameter.dtype, layer.role) for layer in layers), []
             ).append(name)
     for names in alike.values():
         for batch in grouped(dense[name] for name in names):
             mine = [layer.name for layer in batch.layers]
-            parts = [now[name] for name in mine]
-            with visiting([layer for part in parts for layer in part]):
-                both = compared(batch, parts).tolist()
-            found.update({name: (error, int(count)) for name, error, count in zip(mine, *both, strict=True)})
-    return found
+            successors = [now[name] for name in mine]
+            with visiting([layer for part in successors for layer in part]):
+                both = compared(batch, successors).tolist()
+            measured.update(
+                {name: (error, int(count)) for name, error, count in zip(mine, *both, strict=True)}
+            )
+    return measured
 
 
 def untouched(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, tuple[float, int]]:
-    """Return what `changes` says of the weights that no step wrote: an embedding is often a quarter of a
-    model. They are looked at once, not at every move.
+    """Return (relative error, exact zeros), as `changes`, of the weights that no step wrote: an embedding is
+    often a quarter of a model. They are looked at once, not at every move.
     """
     same = [
         dense[name]
@@ -176,7 +178,9 @@ def untouched(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str,
 
 
 def unchanged(weights: Sequence[Tensor]) -> list[Change]:
-    """Return what is known of weights that are the dense model's."""
+    """Return the changes of weights that are the dense model's: no error, and the zeros that they have
+    anyway.
+    """
     sums = torch.stack(
         [
             torch.stack(
@@ -198,7 +202,7 @@ def unchanged(weights: Sequence[Tensor]) -> list[Change]:
     ]
 
 
-def compared(batch: Batch, parts: list[list[Layer]]) -> Tensor:
+def compared(batch: Batch, successors: list[list[Layer]]) -> Tensor:
     """Return the relative errors of what became of a batch of dense weights, and the exact zeros stored,
     float64 [2, layers].
 
@@ -207,11 +211,13 @@ def compared(batch: Batch, parts: list[list[Layer]]) -> Tensor:
     """
     if any(
         len(part) > 1 or part[0].rows is not None or part[0].columns is not None or part[0].smooth is not None
-        for part in parts
+        for part in successors
     ):
-        zeros = sum((Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*parts, strict=True))
+        zeros = sum(
+            (Batch(tuple(part)).stored() == 0).flatten(1).sum(1) for part in zip(*successors, strict=True)
+        )
         original = batch.stored().float()
-        change = spread_out(multiplied(parts, batch.layers[0]), parts, original).sub_(original)
+        change = spread_out(multiplied(successors, batch.layers[0]), successors, original).sub_(original)
         return torch.stack(
             [
                 (change.flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)).double(),
@@ -219,14 +225,14 @@ def compared(batch: Batch, parts: list[list[Layer]]) -> Tensor:
             ]
         )
     rows, columns = batch.shape
-    step = max(1, PIECE.get(batch.layers[0].parameter.device.type, 2**20) // (len(parts) * columns))
-    sums = torch.zeros(3, len(parts), dtype=torch.float64, device=batch.layers[0].parameter.device)
+    step = max(1, PIECE.get(batch.layers[0].parameter.device.type, 2**20) // (len(successors) * columns))
+    sums = torch.zeros(3, len(successors), dtype=torch.float64, device=batch.layers[0].parameter.device)
     for start in range(0, rows, step):
         before, after = (
             torch.stack(
                 [layer.as_matrix(layer.parameter.detach())[start : start + step] for layer in layers]
             ).flatten(1)
-            for layers in (batch.layers, [one for (one,) in parts])
+            for layers in (batch.layers, [successor for (successor,) in successors])
         )
         zeros, original = (after == 0).sum(1), before.float()
         sums += torch.stack(
@@ -240,29 +246,28 @@ def compared(batch: Batch, parts: list[list[Layer]]) -> Tensor:
 
 
 def known_change(layers: list[Layer]) -> tuple[float, int] | None:
-    """Return what `changes` says of one weight, None if nobody has looked it over."""
+    """Return (relative error, exact zeros), as `changes`, of one weight, None if nobody looked it over."""
     change = layers[0].change if len(layers) == 1 else None
     if change is None:
         return None
     return (math.sqrt(change.errors / change.squares) if change.squares else math.nan), change.zeros
 
 
-def multiplied(parts: list[list[Layer]], dense: Layer) -> Tensor:
-    """Return the matrices [layers, outputs, inputs] that layers multiply by, float32.
-
-    `parts` holds each one's factors.
+def multiplied(successors: list[list[Layer]], dense: Layer) -> Tensor:
+    """Return the matrices [layers, outputs, inputs] that layers multiply by, float32. `successors` holds each
+    one's factors.
     """
-    first = parts[0]
+    first = successors[0]
     if len(first) == 1:
-        return acting([part for (part,) in parts])
+        return acting([part for (part,) in successors])
     stacks = {
         part.role or str(place): torch.stack(
-            [acting_weight(layers[place].module).detach() for layers in parts]
+            [acting_weight(layers[place].module).detach() for layers in successors]
         ).float()
         for place, part in enumerate(first)
     }
     if "base" in stacks:
-        base = acting([layer for layers in parts for layer in layers if layer.role == "base"])
+        base = acting([layer for layers in successors for layer in layers if layer.role == "base"])
         return base + stacks["second"].flatten(2) @ stacks["first"].flatten(2)
     return product(list(stacks.values()), kind_of([layer.module for layer in first]), table=dense.table)
 
@@ -282,11 +287,11 @@ def acting(layers: list[Layer]) -> Tensor:
     )
 
 
-def spread_out(current: Tensor, parts: list[list[Layer]], like: Tensor) -> Tensor:
+def spread_out(current: Tensor, successors: list[list[Layer]], like: Tensor) -> Tensor:
     """Return matrices in the dense shape, zero where rows or columns left."""
-    rows = [next((layer.rows for layer in layers if layer.rows is not None), None) for layers in parts]
+    rows = [next((layer.rows for layer in layers if layer.rows is not None), None) for layers in successors]
     columns = [
-        next((layer.columns for layer in layers if layer.columns is not None), None) for layers in parts
+        next((layer.columns for layer in layers if layer.columns is not None), None) for layers in successors
     ]
     if all(index is None for index in (*rows, *columns)):
         return current

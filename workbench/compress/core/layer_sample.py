@@ -36,12 +36,12 @@ class LayerSample:
 
     @property
     def energy(self) -> Tensor:
-        """Return what the sampled outputs carry, as the loss feels it: a scalar."""
+        """Return the energy that the sampled outputs carry, as the loss feels it: a scalar."""
         return weighed(self.weight, self)
 
 
 def sample(layer: Layer, gradients: Gradients, moment: Tensor) -> LayerSample:
-    """Return what is kept of a layer: rows spread evenly over its outputs."""
+    """Return the sample of a layer: rows spread evenly over its outputs."""
     matrix = layer.matrix()
     rows, columns = matrix.shape
     taken = min(rows, max(FEWEST_ROWS, WEIGHTS // columns))
@@ -68,8 +68,9 @@ def relative(errors: Tensor, about: LayerSample) -> Tensor:
 
 
 def conditional(moment: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Return what is left of each input's energy once those after it have made up for it, [inputs]: 1 / d^2
-    of the Cholesky factor.
+    """Return the energy of each input that is left once those after it have made up for it, float32 [inputs]:
+    1 / d^2 of the Cholesky factor. `moment` is [inputs, inputs]; `columns` [inputs] is the order, None as
+    they stand.
     """
     size = len(moment)
     order = torch.arange(size, device=moment.device) if columns is None else columns
@@ -80,6 +81,6 @@ def conditional(moment: Tensor, columns: Tensor | None = None) -> Tensor:
     lower = torch.linalg.cholesky_ex(damped.flip(0, 1)).L.flip(
         0, 1
     )  # M = U U^T with U upper: input j once those after it are known
-    found = torch.empty(size, dtype=torch.float64, device=moment.device)
-    found[order] = lower.diagonal().square()
-    return found.float()
+    left = torch.empty(size, dtype=torch.float64, device=moment.device)
+    left[order] = lower.diagonal().square()
+    return left.float()

@@ -81,7 +81,7 @@ def by_source(
     under `options`; all others are computed each time.
     """
     sources = [(source_of(layer, work) if source is None else source(layer)) for layer in layers]
-    known = {
+    first_of = {
         name: layer
         for name, layer in zip(reversed(sources), reversed(layers), strict=True)
         if name is not None
@@ -92,7 +92,7 @@ def by_source(
             zip(
                 names,
                 work.statistics.stacked(
-                    options, names, lambda places: compute([known[names[place]] for place in places])
+                    options, names, lambda places: compute([first_of[names[place]] for place in places])
                 ),
                 strict=True,
             )
@@ -101,6 +101,6 @@ def by_source(
         else {}
     )
     own = [layer for layer, name in zip(layers, sources, strict=True) if name is None]
-    made = compute(own) if own else None
+    computed = compute(own) if own else None
     fresh = iter(range(len(own)))
-    return [kept[name] if name is not None else (cast("T", made), next(fresh)) for name in sources]
+    return [kept[name] if name is not None else (cast("T", computed), next(fresh)) for name in sources]

@@ -42,9 +42,9 @@ def paired_blocks(student: nn.Module, dense: nn.Module, teacher: nn.Module, *, l
     for name in mine:
         if name in theirs:
             lengths = (len(list(model.get_submodule(name).children())) for model in (student, teacher))
-            found = layer_map(*lengths)
+            matches = layer_map(*lengths)
             pairs += [
-                Pair(f"{name}.{one}", f"{name}.{other}") for one, other in (found[-1:] if last else found)
+                Pair(f"{name}.{own}", f"{name}.{aim}") for own, aim in (matches[-1:] if last else matches)
             ]
     if not pairs:
         raise CompressionError(
@@ -59,18 +59,18 @@ def paired_blocks(student: nn.Module, dense: nn.Module, teacher: nn.Module, *, l
 @contextmanager
 def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that holds, after a forward pass, what each of the named blocks passes on."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, given: Any, out: Any) -> None:  # noqa: ARG001  torch calls it so
-            found[name] = out if isinstance(out, Tensor) else out[0]
+            outputs[name] = out if isinstance(out, Tensor) else out[0]
 
         return hook
 
     with ExitStack() as hooks:
         for name in names:
             hooks.callback(model.get_submodule(name).register_forward_hook(of_this_thread(keep(name))).remove)
-        yield found
+        yield outputs
 
 
 def points(states: Tensor, items: Items) -> Tensor:
@@ -100,12 +100,12 @@ def which(length: int, items: Items) -> Tensor | None:
     return None
 
 
-def count_points(states: Tensor, found: Tensor, items: Items, whole: Items) -> Tensor | float:
+def count_points(states: Tensor, counted_points: Tensor, items: Items, whole: Items) -> Tensor | float:
     """Return how many points a whole batch has, of which `items` are a part with `states` and the points
     `found`.
     """
     counted = which(states.shape[1], whole) if states.ndim == 3 else None
-    return len(found) / len(items) * len(whole) if counted is None else counted.sum()
+    return len(counted_points) / len(items) * len(whole) if counted is None else counted.sum()
 
 
 def check_points(pair: Pair, student: Tensor, teacher: Tensor) -> None:

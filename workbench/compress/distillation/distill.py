@@ -88,11 +88,11 @@ def distill(step: Distill, work: Work) -> Distill:
 
 def report(step: Distill, work: Work, layers: list[Layer], trained: Trained) -> None:
     """Write into the report what was trained, and what a target left out."""
-    words = f"distilled {trained.steps} steps at T={step.temperature:g}{trained.words()}"
+    outcome = f"distilled {trained.steps} steps at T={step.temperature:g}{trained.words()}"
     for layer in layers:
-        work.took(step, layer, words)
+        work.took(step, layer, outcome)
     for name in work.left if step.everything else ():  # embeddings and shared weights learn too
-        work.say(name, words if step.takes(name) else f"distill left out by target {step.excluded(name)!r}")
+        work.say(name, outcome if step.takes(name) else f"distill left out by target {step.excluded(name)!r}")
     for layer in work.layers.values():
         if step.excluded(*layer.names) is not None:
             work.say(layer, f"distill left out by target {step.excluded(*layer.names)!r}")
@@ -110,7 +110,7 @@ class Eye:
     mixed: bool
 
     def see(self, model: nn.Module, items: Items) -> SeenStates:
-        """Return what a model shows for items on its device."""
+        """Return the logits, states and maps that a model shows for items on its device."""
         with self.arithmetic():
             return see(self.kind, model, items, states=self.states, maps=self.maps)
 
@@ -177,10 +177,10 @@ class Lesson:
         """Return the loss of some training items, a scalar."""
         step = self.step
         (wanted,) = answers = self.asked(drawn)
-        found = self.eye.see(self.work.model, drawn)
+        seen = self.eye.see(self.work.model, drawn)
         with self.eye.arithmetic():
             loss = distillation_loss(
-                found.logits,
+                seen.logits,
                 wanted.logits,
                 drawn.labels,
                 step.temperature,
@@ -191,7 +191,7 @@ class Lesson:
             )
             if self.pairs:
                 loss = loss + inner_loss(
-                    found,
+                    seen,
                     wanted,
                     self.pairs,
                     padding_masks(drawn),

@@ -61,13 +61,13 @@ def see(
         before.remove()
         after.remove()
     names = [*STATES * states, *MAPS * maps]
-    found = {name: getattr(shown[-1], name, None) for name in names}
+    inside = {name: getattr(shown[-1], name, None) for name in names}
     return SeenStates(
         logits,
         {
             name: tuple(values)
-            for name, values in found.items()
-            if values and all(isinstance(one, Tensor) for one in values)
+            for name, values in inside.items()
+            if values and all(isinstance(value, Tensor) for value in values)
         },
     )
 
@@ -115,7 +115,7 @@ def pair_up(
         CompressionError: a model shows none, or shapes differ, with the reason.
         RecipeError: the map names a block that is not there.
     """
-    found: Pairs = {}
+    places: Pairs = {}
     for wanted, groups, option in ((states, STATES, "hidden_weight"), (maps, MAPS, "attention_weight")):
         if not wanted:
             continue
@@ -139,8 +139,8 @@ def pair_up(
                     f"block {b + 1 - first} of the teacher",
                     option,
                 )
-            found[name] = pairs
-    return found
+            places[name] = pairs
+    return places
 
 
 def block_pairs(
@@ -154,8 +154,8 @@ def block_pairs(
     """
     if not layer_map:
         return tuple(
-            (one, min(teacher, max(1, math.floor(one * teacher / student + 0.5))))
-            for one in range(1, student + 1)
+            (block, min(teacher, max(1, math.floor(block * teacher / student + 0.5))))
+            for block in range(1, student + 1)
         )
     pairs = tuple((int(a), int(b)) for a, b in (pair.split(":") for pair in layer_map.split(",")))
     for a, b in pairs:
@@ -209,8 +209,8 @@ def inner_loss(
 
 
 def share_of(part: Items, whole: Items | None) -> Callable[[Tensor], Tensor | float]:
-    """Return what a distance over a part of a batch is multiplied by, so that all parts, weighted by their
-    labels, add up to that of the `whole` (None: it is it).
+    """Return a function of states that gives the factor, a scalar, of their distance over a part of a batch,
+    so that all parts, weighted by their labels, add up to that of the `whole` (None: it is it).
     """
     if whole is None:
         return lambda _states: 1.0

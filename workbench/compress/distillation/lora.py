@@ -117,13 +117,13 @@ def without_gradients(model: nn.Module) -> None:
 
     The values stay where they are, and other models that share them as they are.
     """
-    made: dict[int, nn.Parameter] = {}
+    frozen: dict[int, nn.Parameter] = {}
     for module in model.modules():
         parameters = parameters_of(module)
         for name, parameter in parameters.items():
             # no public way replaces a parameter by one that is tied
             if parameter is not None and parameter.requires_grad:
-                parameters[name] = made.setdefault(
+                parameters[name] = frozen.setdefault(
                     id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)
                 )
 

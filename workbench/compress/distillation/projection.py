@@ -24,8 +24,8 @@ def angles(student: Tensor, teacher: Tensor) -> Tensor:
     <a, b>, but exact near 0 and near pi, and with a finite gradient everywhere (0 where both vectors are the
     same).
     """
-    one, other = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    return 2 * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))
+    own, aim = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    return 2 * torch.atan2((own - aim).norm(dim=-1), (own + aim).norm(dim=-1))
 
 
 def geodesic(student: Tensor, teacher: Tensor) -> Tensor:

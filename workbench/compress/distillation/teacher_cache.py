@@ -46,11 +46,10 @@ class TeacherCache:
 
     @torch.no_grad()
     def look_up(self, index: Tensor) -> SeenStates:
-        """Return what the teacher shows for training items `index` (int64 [N], on the CPU).
+        """Return the teacher's answers to training items `index` (int64 [N], on the CPU).
 
         Raises:
             OSError: the disk is full; nothing is kept any more then.
-
         """
         try:
             for place in sorted(set((index // self.chunk).tolist()) - self.filled):
@@ -77,11 +76,11 @@ class TeacherCache:
         self.filled.add(place)
 
     def fitting(self, items: Items) -> dict[str, Tensor]:
-        """Return what is kept of the answers to some items; computed half by half where memory runs out.
+        """Return the tensors to keep of the answers to some items, as `packed`; computed half by half where
+        memory runs out.
 
         Raises:
             torch.OutOfMemoryError: not even one item fits.
-
         """
         try:
             return self.packed(items)
@@ -93,11 +92,15 @@ class TeacherCache:
         return {name: torch.cat([values, second[name]]) for name, values in first.items()}
 
     def packed(self, items: Items) -> dict[str, Tensor]:
-        """Return what is kept of the teacher's answers, by name, first dimension = item."""
+        """Return the tensors to keep of the teacher's answers, [items, ...] by name: `logits` or `states`,
+        and what is inside as `group/place`.
+        """
         seen, states, _ = watched(self.compute, self.head, items)
         kept = {"logits": seen.logits} if states is None else {"states": states}
         return kept | {
-            f"{name}/{place}": one for name, values in seen.inside.items() for place, one in enumerate(values)
+            f"{name}/{place}": value
+            for name, values in seen.inside.items()
+            for place, value in enumerate(values)
         }
 
     def unpacked(self, kept: dict[str, Tensor]) -> SeenStates:
@@ -129,8 +132,8 @@ class TeacherCache:
 def watched(
     compute: Compute, head: nn.Module | None, items: Items
 ) -> tuple[SeenStates, Tensor | None, torch.dtype | None]:
-    """Return what a teacher shows, what its output head was given ([N, L, width]), None without a head, and
-    the type of the head's arithmetic where autocast chose one.
+    """Return a teacher's answers, the states that its output head was given ([N, L, width]), None without a
+    head, and the type of the head's arithmetic where autocast chose one.
     """
     given: list[tuple[Tensor, torch.dtype | None]] = []
 
@@ -160,17 +163,17 @@ def teacher_cache(
     """
     head = output_layer(teacher)
     seen, states, precision = watched(compute, head, training[:1])
-    shown = [one for values in seen.inside.values() for one in values]
-    inside = sum(one.nbytes for one in shown)
+    shown = [value for values in seen.inside.values() for value in values]
+    inside = sum(value.nbytes for value in shown)
     if states is not None and states.shape[0] == 1 and states.nbytes < seen.logits.nbytes:
         for slice_last in (False, True):
-            made = TeacherCache(compute, training, chunk, head, slice_last, precision)
-            again = made.replay(states)
+            cache = TeacherCache(compute, training, chunk, head, slice_last, precision)
+            again = cache.replay(states)
             if again.shape == seen.logits.shape and torch.allclose(
                 again.float(), seen.logits.float(), rtol=1e-3, atol=1e-3
             ):
-                return made, len(training) * (states.nbytes + inside)
-    by_item = all(len(one) == 1 for one in (seen.logits, *shown))
+                return cache, len(training) * (states.nbytes + inside)
+    by_item = all(len(value) == 1 for value in (seen.logits, *shown))
     return TeacherCache(compute, training, chunk, by_item=by_item), len(training) * (
         seen.logits.nbytes + inside
     )

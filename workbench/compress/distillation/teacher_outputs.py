@@ -54,7 +54,7 @@ class Allowance:
 
     @property
     def given(self) -> str:
-        """Return what the user gave, such as `teacher_cache_mb=5`, with the verb that follows."""
+        """Return the options that the user gave, such as `teacher_cache_mb=5`, with the verb that follows."""
         given = [
             f"{name}={value}"
             for name, value in (
@@ -107,7 +107,7 @@ class Asked:
         self.shelves = self.found() if teachers and (allowance.memory_mb or allowance.disk_mb) else []
 
     def __call__(self, drawn: Drawn) -> list[SeenStates]:
-        """Return what each teacher shows for training items: as it was kept, or computed now."""
+        """Return each teacher's answers to training items: as they were kept, or computed now."""
         if self.shelves:
             try:
                 return [shelf.cache.look_up(drawn.index) for shelf in self.shelves]
@@ -141,21 +141,21 @@ class Asked:
                 " training items"
             )
         statistics, task = self.work.statistics, self.work.task
-        known: dict[Hashable, Shelf] = (
+        kept_before: dict[Hashable, Shelf] = (
             statistics.once("teachers' answers", dict) if statistics.task is task else {}
         )
-        shelves = [self.shelf(known, teacher, on_disk=False) for teacher in self.teachers]
+        shelves = [self.shelf(kept_before, teacher, on_disk=False) for teacher in self.teachers]
         if any(not shelf.cache.by_item for shelf in shelves):
             return self.refused("not used: what the teacher shows has not one row for each item")
         size = sum(shelf.size for shelf in shelves)
         if size <= allowed.memory_mb * MB:
-            return self.kept(known, shelves, on_disk=False)
+            return self.kept(kept_before, shelves, on_disk=False)
         if size > allowed.disk_mb * MB:
             return self.refused(
                 f"too little for the teacher's answers to {count} training items, {-(-size // MB)} MB: they"
                 " are computed at each step"
             )
-        shelves = [self.shelf(known, teacher, on_disk=True) for teacher in self.teachers]
+        shelves = [self.shelf(kept_before, teacher, on_disk=True) for teacher in self.teachers]
         free, written = free_bytes(disk_folder()), sum(shelf.cache.nbytes for shelf in shelves)
         if size - written > free:
             self.work.warnings.append(
@@ -164,19 +164,21 @@ class Asked:
                 " each step"
             )
             return []
-        return self.kept(known, shelves, on_disk=True)
+        return self.kept(kept_before, shelves, on_disk=True)
 
     def refused(self, reason: str) -> list[Shelf]:
         """Say why nothing is kept."""
         self.work.warnings.append(f"{self.allowance.given} {reason}")
         return []
 
-    def shelf(self, known: dict[Hashable, Shelf], teacher: Teacher, *, on_disk: bool) -> Shelf:
-        """Return what is kept of a teacher there, or an empty shelf for it, which is known from now on."""
+    def shelf(self, kept_before: dict[Hashable, Shelf], teacher: Teacher, *, on_disk: bool) -> Shelf:
+        """Return the shelf of a teacher there, an empty one where there is none that fits, which is kept from
+        now on.
+        """
         key, elsewhere = ((place, teacher.name, teacher.view) for place in (on_disk, not on_disk))
-        shelf = known.get(key)
+        shelf = kept_before.get(key)
         if shelf is None or not shelf.fits(teacher, self.work):
-            shelf = known.get(elsewhere)
+            shelf = kept_before.get(elsewhere)
             if shelf is None or not shelf.fits(teacher, self.work):
                 shelf = Shelf(
                     weakref.ref(teacher.model),
@@ -184,11 +186,11 @@ class Asked:
                         teacher.compute, teacher.model, self.work.task.training, self.work.task.batch_size
                     ),
                 )
-            known[key] = shelf = shelf.emptied(on_disk=on_disk)
+            kept_before[key] = shelf = shelf.emptied(on_disk=on_disk)
         return shelf
 
-    def kept(self, known: dict[Hashable, Shelf], shelves: list[Shelf], *, on_disk: bool) -> list[Shelf]:
-        """Return the shelves, known from now on as those used last.
+    def kept(self, kept_before: dict[Hashable, Shelf], shelves: list[Shelf], *, on_disk: bool) -> list[Shelf]:
+        """Return the shelves, kept from now on as those used last.
 
         What was used longest ago goes until the rest is within the allowance.
         """
@@ -196,7 +198,7 @@ class Asked:
             (on_disk, teacher.name, teacher.view): shelf
             for teacher, shelf in zip(self.teachers, shelves, strict=True)
         }
-        others = {key: shelf for key, shelf in known.items() if key not in mine}
+        others = {key: shelf for key, shelf in kept_before.items() if key not in mine}
         left = {
             place: megabytes * MB - sum(shelf.size for shelf in shelves) * (place == on_disk)
             for place, megabytes in ((False, self.allowance.memory_mb), (True, self.allowance.disk_mb))
@@ -207,8 +209,8 @@ class Asked:
             left[place] -= shelf.cache.nbytes
             if left[place] >= 0:
                 staying.append((key, shelf))
-        known.clear()
-        known.update([*reversed(staying), *mine.items()])  # what was used longest ago comes first
+        kept_before.clear()
+        kept_before.update([*reversed(staying), *mine.items()])  # what was used longest ago comes first
         return shelves
 
 

@@ -124,8 +124,8 @@ class DiskTable:
 
     def take(self, index: Tensor) -> Tensor:
         """Return rows `index` (int64 [N], on the CPU) on the device that they came from."""
-        found = torch.from_numpy(self.bytes_read[index.numpy()])
-        return found.view(self.dtype).view(len(index), *self.shape).to(self.device)
+        rows = torch.from_numpy(self.bytes_read[index.numpy()])
+        return rows.view(self.dtype).view(len(index), *self.shape).to(self.device)
 
 
 def disk_folder() -> Path:

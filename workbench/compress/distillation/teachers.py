@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +44,16 @@ def loaded(names: list[str], work: Work) -> list[nn.Module]:
         CompressionError: a teacher cannot run the student's items, answers in another shape, or with NaN.
 
     """
-    found = [
-        (
-            work.task.model
-            if name == DENSE
-            else work.statistics.once(("teacher", name), lambda name=name: other(name, work))  # type: ignore[misc]
-        )
+    models = [
+        work.task.model
+        if name == DENSE
+        else work.statistics.once(("teacher", name), partial(other, name, work))
         for name in names
     ]
     items = work.task.calibration[:1].to(next(work.model.parameters()).device)
     with torch.no_grad():
         mine = work.task.kind.logits(work.model, items).shape
-        for name, teacher in zip(names, found, strict=True):
+        for name, teacher in zip(names, models, strict=True):
             try:
                 answer = work.task.kind.logits(teacher, items)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -68,7 +67,7 @@ def loaded(names: list[str], work: Work) -> list[nn.Module]:
                     f" {list(mine)}: give a teacher with the same classes or vocabulary"
                 )
             check_finite(name, answer)
-    return found
+    return models
 
 
 def showing(kind: Kind, model: nn.Module, blocks: tuple[str, ...], *, answers: bool) -> Compute:

@@ -127,14 +127,14 @@ class Lessons:
         """Return the teachers that are asked at each step, and what each shows: answers, and of the first the
         states that are compared.
         """
-        answers, kind, found = self.step.kl_weight > 0, self.work.task.kind, []
+        answers, kind, asked = self.step.kl_weight > 0, self.work.task.kind, []
         for name, model in zip(names_of(self.step.teachers), self.teachers, strict=True):
             blocks = tuple(self.aims()) if model is self.teachers[0] else ()
             if answers or blocks:
-                found.append(
+                asked.append(
                     Teacher(name, model, showing(kind, model, blocks, answers=answers), (answers, blocks))
                 )
-        return found
+        return asked
 
     def align(self) -> None:
         """Find which states are compared, leave out those that no LoRA can change, and fit the projections to
@@ -181,14 +181,14 @@ class Lessons:
                 task.kind.logits(self.work.model, items)
                 task.kind.logits(self.teachers[0], items)
             for pair in self.pairs:
-                one, other = points(mine[pair.student], items), points(theirs[pair.teacher], items)
-                check_points(pair, one, other)
-                if self.step.align_projection == "none" and one.shape[1] != other.shape[1]:
+                own, aim = points(mine[pair.student], items), points(theirs[pair.teacher], items)
+                check_points(pair, own, aim)
+                if self.step.align_projection == "none" and own.shape[1] != aim.shape[1]:
                     raise CompressionError(
-                        f"{self.step!r}: {pair.student!r} is {one.shape[1]} wide and {pair.teacher!r} of the"
-                        f" teacher {other.shape[1]}; use align_projection='fixed' or 'trained'"
+                        f"{self.step!r}: {pair.student!r} is {own.shape[1]} wide and {pair.teacher!r} of the"
+                        f" teacher {aim.shape[1]}; use align_projection='fixed' or 'trained'"
                     )
-                fits[pair.student].add(one, other)
+                fits[pair.student].add(own, aim)
         return fits
 
     def aims(self) -> list[str]:
@@ -201,7 +201,7 @@ class Lessons:
         Nothing else in reach of the optimizer, so everything else keeps its bits.
         """
         step, work = self.step, self.work
-        inner = Work(
+        training_work = Work(
             nn.ModuleList(several),
             work.task,
             work.statistics,
@@ -229,7 +229,7 @@ class Lessons:
         )
         return train(
             dataclasses.replace(step, targets=("*",)),
-            inner,
+            training_work,
             [],
             plan,
             lambda items: self.loss(several[items.learner], items),
@@ -237,8 +237,8 @@ class Lessons:
         )
 
     def identity(self) -> str:
-        """Return what a checkpoint depends on besides the data and the student's weights: options, and the
-        weights of teachers.
+        """Return a text of all that a checkpoint depends on besides the data and the student's weights:
+        options, and the weights of teachers.
         """
         from workbench.zoo.local import fingerprint
 
@@ -282,19 +282,19 @@ class Lessons:
         """Return the mean over the compared blocks of the distance between projected states and their
         aims.
         """
-        trained, found = list(adapters.projections), []
+        trained, distances = list(adapters.projections), []
         for index, pair in enumerate(self.pairs):
             state = points(mine[pair.student], items)
             projection = trained[index] if trained else self.projections.get(pair.student)
             wanted = points(theirs[pair.teacher], items)
-            found.append(
+            distances.append(
                 DISTANCES[self.step.align](state if projection is None else state @ projection, wanted)
                 * self.share(index, items, theirs[pair.teacher], wanted)
             )
-        return torch.stack(found).mean()
+        return torch.stack(distances).mean()
 
     def share(self, index: int, items: Drawn, states: Tensor, wanted: Tensor) -> Tensor | float:
-        """Return what the distance of a part of a batch is multiplied by, so that all parts, weighted by
+        """Return the factor of the distance of a part of a batch, a scalar, so that all parts, weighted by
         their labels, add up to that of the batch.
         """
         if items.whole is None:
@@ -316,8 +316,10 @@ class Lessons:
             for some in whole.batches(len(part)):
                 assert isinstance(some, Drawn)  # noqa: S101  for the type checker
                 states = dict(zip(self.aims(), self.asked(some)[0].inside["aims"], strict=True))
-                found = [points(states[pair.teacher], some).square().sum() for pair in self.pairs]
-                sums = [one + other for one, other in zip(sums, found, strict=True)] if sums else found
+                of_part = [points(states[pair.teacher], some).square().sum() for pair in self.pairs]
+                sums = (
+                    [total + added for total, added in zip(sums, of_part, strict=True)] if sums else of_part
+                )
             self.squared = whole, sums
         return self.squared[1]
 
@@ -346,9 +348,9 @@ def told(
         ]
     )
     averaged = f", mean of {step.lora_count}," if step.lora_count > 1 else ""
-    words = (
+    sentence = (
         f"LoRA of rank {step.lora_rank}{averaged} trained {done.steps} steps by {way}, folded; trainable in"
         f" all: {count:,} numbers, {count / size:.2%} of the teacher's {size:,}{done.words()}"
     )
     for layer in layers:
-        work.took(step, layer, words)
+        work.took(step, layer, sentence)

@@ -211,7 +211,7 @@ class Transfer(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: weights that have learned."""
+        """Return the mark that it leaves: weights that have learned."""
         return frozenset({"learned"})
 
     def label(self) -> str:

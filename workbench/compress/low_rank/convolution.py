@@ -20,12 +20,12 @@ def convolution_factors(kernel: Tensor, form: Form, moment: Tensor | None) -> li
 
     With the inputs' second moment the last is refitted.
     """
-    parts = (
+    weights = (
         spatial(kernel, form.ranks[0])
         if form.kind == "spatial"
         else tucker2(kernel, form.ranks[0], form.ranks[1])
     )
-    return parts if moment is None else refitted(kernel, parts, moment)
+    return weights if moment is None else refitted(kernel, weights, moment)
 
 
 def spatial(kernel: Tensor, rank: int) -> list[Tensor]:
@@ -44,15 +44,15 @@ def spatial(kernel: Tensor, rank: int) -> list[Tensor]:
     ]
 
 
-def tucker2(kernel: Tensor, inner: int, outer: int) -> list[Tensor]:
-    """Return [ri, c, 1, 1], [ro, ri, h, w] and [o, ro, 1, 1]: HOSVD, then a few sweeps that improve each side
-    given the other.
+def tucker2(kernel: Tensor, inputs_rank: int, outputs_rank: int) -> list[Tensor]:
+    """Return [ri, c, 1, 1], [ro, ri, h, w] and [o, ro, 1, 1], with ri and ro the ranks of inputs and outputs:
+    HOSVD, then a few sweeps that improve each side given the other.
     """
-    side_in = mode(kernel.transpose(0, 1), inner)  # [c, ri]
-    side_out = mode(kernel, outer)  # [o, ro]
+    side_in = mode(kernel.transpose(0, 1), inputs_rank)  # [c, ri]
+    side_out = mode(kernel, outputs_rank)  # [o, ro]
     for _ in range(SWEEPS):
-        side_in = mode(torch.einsum("ochw,op->cphw", kernel, side_out), inner)
-        side_out = mode(torch.einsum("ochw,cq->oqhw", kernel, side_in), outer)
+        side_in = mode(torch.einsum("ochw,op->cphw", kernel, side_out), inputs_rank)
+        side_out = mode(torch.einsum("ochw,cq->oqhw", kernel, side_in), outputs_rank)
     core = torch.einsum("ochw,cq,op->pqhw", kernel, side_in, side_out)
     return [
         side_in.t()[..., None, None].contiguous(),
@@ -69,12 +69,12 @@ def mode(tensor: Tensor, rank: int) -> Tensor:
     return eigenvectors(flat @ flat.t())[1][:, :rank]
 
 
-def refitted(kernel: Tensor, parts: list[Tensor], moment: Tensor) -> list[Tensor]:
+def refitted(kernel: Tensor, weights: list[Tensor], moment: Tensor) -> list[Tensor]:
     """Return the factors with the last one replaced by the one of least error of the outputs, given those in
     front of it.
     """
     outputs, _, height, width = kernel.shape
     shape = Shape(outputs, kernel[0].numel(), (height, width), convolution=True)
-    seen = carried(parts[:-1], shape)  # [inputs of the last, inputs of the layer]
+    seen = carried(weights[:-1], shape)  # [inputs of the last, inputs of the layer]
     last = kernel.flatten(1) @ moment @ seen.t() @ pseudo_inverse(seen @ moment @ seen.t())
-    return [*parts[:-1], last.view(parts[-1].shape)]
+    return [*weights[:-1], last.view(weights[-1].shape)]

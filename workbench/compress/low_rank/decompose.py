@@ -44,15 +44,15 @@ def decompose(weights: Tensor, moments: list[Tensor] | None, most: int, dtype: t
     With moments W' = Q Q^T W, Q the eigenvectors of the outputs' second moment W E[x x^T] W^T; without, the
     truncated singular value decomposition, its singular values shared evenly between both factors.
     """
-    parts = []
+    stacks = []
     for part in one_by_one(len(weights)):
         weight = weights[part].double()
         basis = leading(weight, None if moments is None else torch.stack(moments[part]).double(), most)
-        parts.append(factors(weight, basis, even=moments is None, dtype=dtype))
+        stacks.append(factors(weight, basis, even=moments is None, dtype=dtype))
     return (
-        parts[0]
-        if len(parts) == 1
-        else Stack(torch.cat([part.left for part in parts]), torch.cat([part.right for part in parts]))
+        stacks[0]
+        if len(stacks) == 1
+        else Stack(torch.cat([part.left for part in stacks]), torch.cat([part.right for part in stacks]))
     )
 
 
@@ -90,10 +90,10 @@ def leading(weight: Tensor, moment: Tensor | None, most: int) -> Tensor:
 
 def regular(moment: Tensor) -> Tensor:
     """Return second moments with a ridge, so that none is singular."""
-    made = moment.clone()
-    diagonal = made.diagonal(dim1=-2, dim2=-1)
+    ridged = moment.clone()
+    diagonal = ridged.diagonal(dim1=-2, dim2=-1)
     diagonal += RIDGE * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return made
+    return ridged
 
 
 def root(moment: Tensor) -> Tensor:

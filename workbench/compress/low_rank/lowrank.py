@@ -51,12 +51,12 @@ def why_not_placed(step: LowRank) -> str:
 
 def reads(step: LowRank) -> frozenset[Reads]:
     """Return the statistics that a step reads."""
-    found: set[Reads] = set()
+    statistics: set[Reads] = set()
     if step.factorization == "whitened" or step.rank_allocation != "uniform":
-        found.add("moments")
+        statistics.add("moments")
     if step.rank_allocation == "loss":
-        found.add("gradients")
-    return frozenset(found)
+        statistics.add("gradients")
+    return frozenset(statistics)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def allocated(step: LowRank, layers: list[Layer], work: Work) -> list[LayerForm]
 
 
 def candidates_of(batch: Batch, step: LowRank, work: Work) -> list[Candidate]:
-    """Return what each direction of each layer is worth: relative to the layer's outputs by energy, in the
+    """Return each layer with the worth of its directions: relative to the layer's outputs by energy, in the
     loss by loss.
     """
     shape = shape_of(batch.layers[0].module)
@@ -208,20 +208,20 @@ def candidates_of(batch: Batch, step: LowRank, work: Work) -> list[Candidate]:
 
 
 def worths(batch: Batch, step: LowRank, kind: str, work: Work) -> list[Tensor]:
-    """Return what each step of rank of each layer is worth per weight, on the CPU."""
+    """Return the worth per weight of each step of rank of each layer, float64 [most_rank + 1] on the CPU."""
     by_loss = step.rank_allocation == "loss"
     felt = torch.stack([sensitivity(layer, work) for layer in batch.layers]) if by_loss else None
     moments = torch.stack(moments_of(batch, work))
     shape = shape_of(batch.layers[0].module)
     if kind == "spatial":
-        parts = [
+        pairs = [
             spatial(layer.matrix().double().view(layer.parameter.shape), most_rank(shape, kind))
             for layer in batch.layers
         ]
         gains = torch.stack(
             [
                 spatial_energies(first, last, moments[index], shape, None if felt is None else felt[index])
-                for index, (first, last) in enumerate(parts)
+                for index, (first, last) in enumerate(pairs)
             ]
         )
     else:
@@ -272,12 +272,12 @@ def weights_of_factors(batch: Batch, form: Form, step: LowRank, work: Work) -> l
             return [left, right.mT.contiguous()]
         kernel = batch.layers[0].parameter.shape[2:] if isinstance(batch.layers[0].module, nn.Conv2d) else ()
         return [right.unflatten(2, (-1, *kernel)), left[..., None, None]] if kernel else [right, left]
-    found = []
+    by_layer = []
     for layer, matrix in zip(batch.layers, batch.matrices(), strict=True):
         kernel = matrix.double().view(layer.parameter.shape)
         moment = second_moment_of(layer, work).double() if whitened else None
-        found.append(convolution_factors(kernel, form, moment))
-    return [torch.stack(parts).to(batch.layers[0].parameter.dtype) for parts in zip(*found, strict=True)]
+        by_layer.append(convolution_factors(kernel, form, moment))
+    return [torch.stack(stack).to(batch.layers[0].parameter.dtype) for stack in zip(*by_layer, strict=True)]
 
 
 def sliced(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -293,20 +293,20 @@ def stacked(batch: Batch, factorization: str, work: Work) -> tuple[Tensor, Tenso
     if not all(layer.pristine for layer in batch.layers):
         fresh = fresh_stack(batch, factorization, work)
         return fresh.left, fresh.right
-    found = work.statistics.stacked(
+    located = work.statistics.stacked(
         ("factors", factorization),
         [layer.origin for layer in batch.layers],
         lambda places: fresh_stack(
             Batch(tuple(batch.layers[place] for place in places)), factorization, work
         ),
     )
-    first = found[0][0]
-    if len(first.left) == len(found) and all(
-        stack is first and place == index for index, (stack, place) in enumerate(found)
+    first = located[0][0]
+    if len(first.left) == len(located) and all(
+        stack is first and place == index for index, (stack, place) in enumerate(located)
     ):
         return first.left, first.right
-    return torch.stack([stack.left[place] for stack, place in found]), torch.stack(
-        [stack.right[place] for stack, place in found]
+    return torch.stack([stack.left[place] for stack, place in located]), torch.stack(
+        [stack.right[place] for stack, place in located]
     )
 
 
@@ -314,33 +314,33 @@ def fresh_stack(batch: Batch, factorization: str, work: Work) -> Stack:
     """Return the factors of layers of one shape, worked out together."""
     layer = batch.layers[0]
     moments = moments_of(batch, work) if factorization == "whitened" and not layer.table else None
-    made = decompose(
+    stack = decompose(
         batch.matrices(),
         moments,
         most_rank(replace(shape_of(layer.module), kernel=(1, 1), convolution=False), "channel"),
         layer.parameter.dtype,
     )
-    finite = torch.isfinite(made.left).flatten(1).all(1) & torch.isfinite(made.right).flatten(1).all(1)
+    finite = torch.isfinite(stack.left).flatten(1).all(1) & torch.isfinite(stack.right).flatten(1).all(1)
     if not bool(finite.all()):
         bad = batch.layers[int((~finite).nonzero()[0])]
         raise CompressionError(
             f"layer {bad.name!r} {batch.shape} has factors that are infinite or NaN in"
             f" {layer.parameter.dtype}"
         )
-    return made
+    return stack
 
 
 def install(batch: Batch, form: Form, weights: list[Tensor], work: Work) -> None:
     """Replace each layer's module by its factors, and its entry by one for each. weights: a stack [layers,
     *as stored] for each factor.
     """
-    made: dict[str, list[Layer]] = {}
+    successors: dict[str, list[Layer]] = {}
     ranks = (form.ranks[0], form.ranks[-1], form.ranks[-1])
     for index, (layer, module) in enumerate(zip(batch.layers, modules_for(batch, form), strict=True)):
         for part, stack in zip(module, weights, strict=True):
             part.weight = nn.Parameter(stack[index], requires_grad=False)
         replace_module(work.model, layer.name, module)
-        made[layer.name] = [
+        successors[layer.name] = [
             Layer(
                 f"{layer.name}.{place}",
                 layer.origin,
@@ -351,9 +351,11 @@ def install(batch: Batch, form: Form, weights: list[Tensor], work: Work) -> None
             )
             for place, part in enumerate(module)
         ]
-        made[layer.name][0].columns, made[layer.name][-1].rows = layer.columns, layer.rows
-    settle(work.model, [part for parts in made.values() for part in parts])
-    work.layers = {layer.name: layer for name, old in work.layers.items() for layer in made.get(name, [old])}
+        successors[layer.name][0].columns, successors[layer.name][-1].rows = layer.columns, layer.rows
+    settle(work.model, [part for factors in successors.values() for part in factors])
+    work.layers = {
+        layer.name: layer for name, old in work.layers.items() for layer in successors.get(name, [old])
+    }
 
 
 def modules_for(batch: Batch, form: Form) -> list[Factors]:
@@ -366,15 +368,15 @@ def modules_for(batch: Batch, form: Form) -> list[Factors]:
     alike = {(type(module), getattr(module, "bias", None) is None, module.training) for module in modules}
     if not all(plain) or len(alike) > 1:
         return [factors_like(module, form) for module in modules]
-    made: list[Factors] = copies_of(factors_like(modules[0], form), len(modules))
-    for module, parts in zip(modules, made, strict=True):
+    copies: list[Factors] = copies_of(factors_like(modules[0], form), len(modules))
+    for module, factors in zip(modules, copies, strict=True):
         if getattr(module, "bias", None) is not None:
-            parts[-1].bias = module.bias
-    return made
+            factors[-1].bias = module.bias
+    return copies
 
 
 def words(step: LowRank, layer: Layer, form: Form) -> str:
-    """Return what was done, for the report."""
+    """Return a few words on the form that a layer got, for the report."""
     full = full_ranks(shape_of(layer.module), form.kind)
     how = "svd" if layer.table else step.factorization
     kind = "" if form.kind == "channel" else f", {form.kind}"

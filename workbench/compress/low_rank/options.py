@@ -122,7 +122,7 @@ class LowRank(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: factors."""
+        """Return the mark that it leaves: factors."""
         return frozenset({"factors"})
 
     def label(self) -> str:
@@ -197,7 +197,7 @@ class Repair(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: a term beside the weight."""
+        """Return the mark that it leaves: a term beside the weight."""
         return frozenset({"term"})
 
     def check_rounds(self, earlier: tuple[Step, ...]) -> None:

@@ -81,9 +81,9 @@ def prices(shape: Shape, kind: str) -> Tensor:
     The last one makes it whole.
     """
     most, step = most_rank(shape, kind), cost(shape, Form(kind, (1,)))
-    made = torch.full((most + 1,), step)
-    made[-1] = shape.count - most * step
-    return made
+    steps = torch.full((most + 1,), step)
+    steps[-1] = shape.count - most * step
+    return steps
 
 
 def slopes(shape: Shape, kind: str, gains: Tensor, total: float) -> Tensor:
@@ -104,10 +104,10 @@ def slopes(shape: Shape, kind: str, gains: Tensor, total: float) -> Tensor:
         ):
             hull.pop()
         hull.append(point)
-    made = [
+    per_weight = [
         slope(places, heights, left, right) for left, right in pairwise(hull) for _ in range(right - left)
     ]
-    return torch.tensor(made, dtype=torch.float64)
+    return torch.tensor(per_weight, dtype=torch.float64)
 
 
 def slope(places: list[int], heights: list[float], left: int, right: int) -> float:
@@ -131,8 +131,8 @@ def direction_energies(left: Tensor, right: Tensor, moment: Tensor, sensitivity:
 def spatial_energies(
     first: Tensor, last: Tensor, moment: Tensor, shape: Shape, sensitivity: Tensor | None
 ) -> Tensor:
-    """Return the same for the directions of a spatial form, float64 [k]. first [k, c, h, 1], last [o, k, 1,
-    w], moment [i, i].
+    """Return the error of the outputs that each direction of a spatial form carries, float64 [k]. first [k,
+    c, h, 1], last [o, k, 1, w], moment [i, i], sensitivity [o] or None.
     """
     wide = last.shape[3]
     seen = carried([first.double()], shape).view(len(first), wide, -1)

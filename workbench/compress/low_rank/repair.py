@@ -102,10 +102,10 @@ def best_term(lost: Tensor, moments: list[Tensor], rank: int) -> tuple[Tensor, T
     """Return L [layers, o, r] and R [layers, r, i], float32, that minimise ||(lost - L R) X||. lost: float32
     [layers, o, i].
     """
-    found = []
+    terms = []
     for part in one_by_one(len(lost)):
         weight = lost[part].double()
-        found.append(
+        terms.append(
             factors(
                 weight,
                 leading(weight, torch.stack(moments[part]).double(), rank),
@@ -113,7 +113,7 @@ def best_term(lost: Tensor, moments: list[Tensor], rank: int) -> tuple[Tensor, T
                 dtype=torch.float32,
             )
         )
-    return torch.cat([stack.left for stack in found]), torch.cat([stack.right for stack in found])
+    return torch.cat([stack.left for stack in terms]), torch.cat([stack.right for stack in terms])
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ def same_budget(importance: Tensor, mask: Tensor, group: tuple[int, int] | None,
     there; both [layers, o, i].
     """
     if group is not None:
-        parts, kept = importance.unflatten(2, (-1, group[1])), mask.unflatten(2, (-1, group[1]))
+        groups, kept = importance.unflatten(2, (-1, group[1])), mask.unflatten(2, (-1, group[1]))
     else:
-        parts, kept = (importance, mask) if by_row else (importance.flatten(1), mask.flatten(1))
-    places = parts.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        groups, kept = (importance, mask) if by_row else (importance.flatten(1), mask.flatten(1))
+    places = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     keep: Tensor = places < kept.sum(-1, keepdim=True)
     return keep.view_as(mask)
 
@@ -174,7 +174,7 @@ def same_budget(importance: Tensor, mask: Tensor, group: tuple[int, int] | None,
 def install(batch: Batch, left: Tensor, right: Tensor, work: Work) -> None:
     """Put the term beside each layer's module, and entries for all three in the place of the layer's."""
     rank = right.shape[1]
-    made: dict[str, list[Layer]] = {}
+    successors: dict[str, list[Layer]] = {}
     for layer, module in zip(batch.layers, modules_for(batch, rank), strict=True):
         replace_module(work.model, layer.name, module)
         base, first, second = (
@@ -190,7 +190,7 @@ def install(batch: Batch, left: Tensor, right: Tensor, work: Work) -> None:
         )
         base.mask, base.grid, base.rows, base.columns = layer.mask, layer.grid, layer.rows, layer.columns
         first.columns, second.rows = layer.columns, layer.rows
-        made[layer.name] = [base, first, second]
+        successors[layer.name] = [base, first, second]
     if any(
         layer.smooth is not None for layer in batch.layers
     ):  # the term reads inputs as they are, not divided
@@ -201,9 +201,11 @@ def install(batch: Batch, left: Tensor, right: Tensor, work: Work) -> None:
             ]
         )
     for index, stack in ((1, right), (2, left)):
-        Batch(tuple(parts[index] for parts in made.values())).write(stack)
-    settle(work.model, [part for parts in made.values() for part in parts])
-    work.layers = {layer.name: layer for name, old in work.layers.items() for layer in made.get(name, [old])}
+        Batch(tuple(triple[index] for triple in successors.values())).write(stack)
+    settle(work.model, [part for triple in successors.values() for part in triple])
+    work.layers = {
+        layer.name: layer for name, old in work.layers.items() for layer in successors.get(name, [old])
+    }
 
 
 def modules_for(batch: Batch, rank: int) -> list[Repaired]:

@@ -191,9 +191,9 @@ def candidates(total: int, fractions: list[float]) -> list[int]:
     """Return how many of a layer's weights may go: the first rounded down and the last up (but never all), so
     that every budget between fits.
     """
-    inner = [round(fraction * total) for fraction in fractions[1:-1]]
+    between = [round(fraction * total) for fraction in fractions[1:-1]]
     return sorted(
-        {math.floor(fractions[0] * total), *inner, min(total - 1, math.ceil(fractions[-1] * total))}
+        {math.floor(fractions[0] * total), *between, min(total - 1, math.ceil(fractions[-1] * total))}
     )
 
 
@@ -205,11 +205,11 @@ def harms(step: Prune, batch: Batch, evidence: Evidence, points: list[int]) -> l
     fisher = torch.stack([evidence.gradients(layer).square for layer in batch.layers])
     energy = ((matrices @ moments) * matrices).flatten(1).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     loads = (matrices.square() * fisher).flatten(1).sum(1) / 2 / energy
-    found = []
+    by_count = []
     for count in points:
         gone = matrices * ~mask_of(step, scores, [count] * len(batch.layers))
-        found.append(loads * ((gone @ moments) * gone).flatten(1).sum(1))
-    return [list(map(float, row)) for row in torch.stack(found, 1).tolist()]
+        by_count.append(loads * ((gone @ moments) * gone).flatten(1).sum(1))
+    return [list(map(float, row)) for row in torch.stack(by_count, 1).tolist()]
 
 
 def hull(layer: str, points: list[int], harm: list[float]) -> list[Piece]:

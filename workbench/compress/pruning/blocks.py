@@ -104,10 +104,10 @@ def block_scores(step: Prune, work: Work, candidates: list[tuple[str, int]]) -> 
         return influence(work, names)
 
     untouched = all(layer.pristine for layer in work.layers.values())
-    found = (
+    influences = (
         work.statistics.once(("block influence", *names), compute, lasting=True) if untouched else compute()
     )
-    return [found[name] for name in names]
+    return [influences[name] for name in names]
 
 
 def influence(work: Work, names: list[str]) -> dict[str, float]:
@@ -122,7 +122,7 @@ def influence(work: Work, names: list[str]) -> dict[str, float]:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         # Torch calls it so
-        def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:  # noqa: ARG001
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
             before, after = (
                 given[0] if given else named["hidden_states"],
                 out if isinstance(out, Tensor) else out[0],
@@ -159,11 +159,11 @@ def influence(work: Work, names: list[str]) -> dict[str, float]:
             weights[0] = None if mask is None else mask.float()
             task.kind.logits(work.model, items)
     totals = torch.stack([sums[name] for name in names]).tolist()
-    found = {name: total / number for name, (total, number) in zip(names, totals, strict=True)}
-    bad = next((name for name, value in found.items() if not math.isfinite(value)), None)
+    influences = {name: total / number for name, (total, number) in zip(names, totals, strict=True)}
+    bad = next((name for name, value in influences.items() if not math.isfinite(value)), None)
     if bad is not None:
         raise CompressionError(f"block {bad!r} passes on infinite or NaN values during calibration")
-    return found
+    return influences
 
 
 def report(
@@ -181,15 +181,15 @@ def report(
     by = "random choice" if CRITERIA[step.criterion].units == "draw" else "block influence"
     for (name, place), score in zip(candidates, scores, strict=True):
         went = (name, place) in gone
-        words = (
+        outcome = (
             f"{'removed with' if went else 'kept with'} block {work.origin_of(f'{name}.{place}')}: {by}"
             f" {score:.3g} ({len(gone)} of {len(candidates)} blocks removed{asked})"
         )
         for layer in within(f"{name}.{place}", work):
-            work.took(step, layer, words)
+            work.took(step, layer, outcome)
         for left in work.left:
             if (work.place(left) or "").startswith(f"{name}.{place}."):
-                work.say(left, words)
+                work.say(left, outcome)
 
 
 def take_out(work: Work, name: str, gone: list[int], length: int) -> None:

@@ -51,17 +51,17 @@ def find_channels(model: nn.Module, kind: Kind, items: Items, head: str | None) 
         )
     spaces, skipped = [], dict[str, str]()
     for group in groups:
-        made = space_of(group, names)
-        if isinstance(made, Space):
-            spaces.append(made)
+        space = space_of(group, names)
+        if isinstance(space, Space):
+            spaces.append(space)
         else:
-            skipped.update(made)
+            skipped.update(space)
     return FoundSpaces(tuple(spaces), skipped)
 
 
 def space_of(group: Any, names: dict[nn.Module, str]) -> Space | dict[str, str]:
     """Return a group of the graph as a space, or for each of its modules why it cannot be one."""
-    parts: list[UnitPart] = []
+    unit_parts: list[UnitPart] = []
     reason, touched = "", [names[item.dep.target.module] for item in group if item.dep.target.module in names]
     for item in group:
         module, handler = item.dep.target.module, item.dep.handler.__name__
@@ -78,14 +78,14 @@ def space_of(group: Any, names: dict[nn.Module, str]) -> Space | dict[str, str]:
             axis = "rows"
         elif not isinstance(module, nn.Conv2d | nn.Linear):
             reason = f"its channels meet {names[module]}, a {type(module).__name__}, which has no rule here"
-        parts.append(UnitPart(names[module], axis, by_unit(item)))  # type: ignore[arg-type]
-    units = len(parts[0].index) if parts else 0
-    if not reason and any(len(part.index) != units for part in parts):
+        unit_parts.append(UnitPart(names[module], axis, by_unit(item)))  # type: ignore[arg-type]
+    units = len(unit_parts[0].index) if unit_parts else 0
+    if not reason and any(len(part.index) != units for part in unit_parts):
         reason = "its channels are divided among the modules in a way that has no rule here"
     if reason:
         return dict.fromkeys(touched, reason)
     ordered = sorted(
-        {(part.module, part.axis): part for part in parts}.values(),
+        {(part.module, part.axis): part for part in unit_parts}.values(),
         key=lambda part: list(names.values()).index(part.module),
     )
     first = next(part.module for part in ordered if part.axis == "rows")

@@ -3,7 +3,7 @@ tensors.
 
 A configuration says what an ordinary one can say, so that other tools load the model: heads where it knows
 their size apart from the width, neurons, blocks, the widths of a ResNet, each only if all blocks have it in
-common. The rest is written into an export beside it (`structure_cut.differences`).
+common. The rest is written into an export beside it (`surgery.differences`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def settle_numbers(step: Prune, work: Work) -> None:
     """Bring every number in line after `step` has taken units of its pattern out of the work's model."""
     config = own_config(work)
     if step.pattern == "heads":
-        before = {one.name: one for one in find_attentions(work.task.model)[0]}
+        before = {attention.name: attention for attention in find_attentions(work.task.model)[0]}
         tell_heads(config, find_narrowed(work, before), before)
     elif step.pattern == "neurons":
         tell_neurons(config, work.model)
@@ -41,22 +41,22 @@ def settle_numbers(step: Prune, work: Work) -> None:
 
 def find_narrowed(work: Work, before: dict[str, Attention]) -> list[tuple[int, int, int]]:
     """Return (heads, heads of keys and values, size) of every attention, its own numbers settled."""
-    found = []
-    for one in before.values():
-        name = work.place(one.name)
+    narrowed = []
+    for attention in before.values():
+        name = work.place(attention.name)
         if name:
-            found.append((*count_heads(work.model, one.moved(name)), one.size))
-    return found
+            narrowed.append((*count_heads(work.model, attention.moved(name)), attention.size))
+    return narrowed
 
 
-def tell_heads(config: Any, found: list[tuple[int, int, int]], before: dict[str, Attention]) -> None:
+def tell_heads(config: Any, narrowed: list[tuple[int, int, int]], before: dict[str, Attention]) -> None:
     """Write the heads into a configuration that knows their size apart from the width, if all blocks have the
     same.
     """
-    dense = {(one.heads, one.shared) for one in before.values()}
-    if config is None or len(set(found)) != 1 or len(dense) != 1:
+    dense = {(attention.heads, attention.shared) for attention in before.values()}
+    if config is None or len(set(narrowed)) != 1 or len(dense) != 1:
         return
-    heads, shared, size = found[0]
+    heads, shared, size = narrowed[0]
     width = getattr(config, "hidden_size", 0)
     apart = hasattr(config, "head_dim") or getattr(config, "model_type", "") == "vit"
     if apart and width and width % heads == 0:  # configurations refuse a width that the heads do not divide
@@ -73,13 +73,13 @@ def tell_neurons(config: Any, model: nn.Module) -> None:
     modules, widths = dict(model.named_modules()), set[int]()
     for name, module in modules.items():
         for makers, reader in MLPS:
-            parts = members(modules, name, (*makers, reader))
-            if parts:
-                widths.add(outputs(modules[parts[0]]))
-                count(module, ("intermediate_size",), outputs(modules[parts[0]]))
-    known = next((name for name in WIDTHS if hasattr(config, name)), None)
-    if known is not None and len(widths) == 1:
-        setattr(config, known, widths.pop())
+            products = members(modules, name, (*makers, reader))
+            if products:
+                widths.add(outputs(modules[products[0]]))
+                count(module, ("intermediate_size",), outputs(modules[products[0]]))
+    name_here = next((name for name in WIDTHS if hasattr(config, name)), None)
+    if name_here is not None and len(widths) == 1:
+        setattr(config, name_here, widths.pop())
 
 
 def tell_channels(config: Any, model: nn.Module) -> None:

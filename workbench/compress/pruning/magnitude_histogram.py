@@ -60,13 +60,15 @@ def counts(batch: Batch, statistics: Statistics) -> Tensor:
 
 
 def counted(batch: Batch) -> Tensor:
-    """Return what `counts` does, of a batch that may be copied."""
+    """Return how many weights of each layer have at most each magnitude, int32 [layers, 32768], of a batch
+    that may be copied.
+    """
     number = len(batch.layers)
-    found = (
+    keys = (
         magnitudes.keys(batch.stored().flatten(1)).int()
         + VALUES * torch.arange(number, dtype=torch.int32, device=batch.layers[0].parameter.device)[:, None]
     )
-    return torch.bincount(found.flatten(), minlength=number * VALUES).view(number, VALUES).cumsum(1).int()
+    return torch.bincount(keys.flatten(), minlength=number * VALUES).view(number, VALUES).cumsum(1).int()
 
 
 def below_threshold(

@@ -231,7 +231,7 @@ class Prune(Step):
 
     @property
     def claim(self) -> str:
-        """Return what a layer can be taken for once: for each kind of structure, and for zeros."""
+        """Return the claim that it makes on its layers: one for each kind of structure, and one for zeros."""
         return f"{self.kind()} {self.pattern}" if self.structured else self.kind()
 
     @property
@@ -266,7 +266,7 @@ class Prune(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: zeros, or fewer units."""
+        """Return the mark that it leaves: zeros, or fewer units."""
         return frozenset({"fewer" if self.structured else "zeros"})
 
     @property

@@ -146,18 +146,18 @@ def blocks(units: int, width: int) -> Tensor:
 
 def find_attentions(model: nn.Module) -> tuple[list[Attention], dict[str, str]]:
     """Return every attention of a known form, and why others cannot be taken."""
-    modules, found, skipped = dict(model.named_modules()), list[Attention](), dict[str, str]()
+    modules, attentions, skipped = dict(model.named_modules()), list[Attention](), dict[str, str]()
     for name in modules:
         for form in ATTENTIONS:
-            parts = members(modules, name, form)
-            if parts:
-                one = attention(modules, name, parts)
-                if isinstance(one, str):
-                    skipped[name] = one
+            products = members(modules, name, form)
+            if products:
+                told = attention(modules, name, products)
+                if isinstance(told, str):
+                    skipped[name] = told
                 else:
-                    found.append(one)
+                    attentions.append(told)
                 break
-    return found, skipped
+    return attentions, skipped
 
 
 def members(modules: dict[str, nn.Module], name: str, form: tuple[str, ...]) -> list[str]:
@@ -180,9 +180,9 @@ def inputs(module: nn.Module) -> int:
     )
 
 
-def attention(modules: dict[str, nn.Module], name: str, parts: list[str]) -> Attention | str:
+def attention(modules: dict[str, nn.Module], name: str, products: list[str]) -> Attention | str:
     """Return an attention with its numbers read from shapes, or why its heads cannot be told apart."""
-    query, key, value, output = parts
+    query, key, value, output = products
     owner = query.rpartition(".")[0]
     size = next(
         (
@@ -215,42 +215,42 @@ def attention(modules: dict[str, nn.Module], name: str, parts: list[str]) -> Att
             f" by {output}, {size} a head"
         )
     for parameter, tensor in modules[owner].named_parameters():
-        if f"{owner}.{parameter}".rpartition(".")[0] not in parts and tensor.shape[-1] != size:
+        if f"{owner}.{parameter}".rpartition(".")[0] not in products and tensor.shape[-1] != size:
             return f"its parameter {parameter} {list(tensor.shape)} belongs to several heads at once"
     return Attention(name, owner, query, key, value, output, wide // size, narrow // size, size)
 
 
 def find_neurons(model: nn.Module) -> FoundSpaces:
     """Return the neurons of every MLP of a known form."""
-    modules, found, skipped = dict(model.named_modules()), list[Space](), dict[str, str]()
+    modules, spaces, skipped = dict(model.named_modules()), list[Space](), dict[str, str]()
     for name in modules:
         for makers, reader in MLPS:
-            parts = members(modules, name, (*makers, reader))
-            if parts:
-                widths = {outputs(modules[part]) for part in parts[:-1]} | {inputs(modules[parts[-1]])}
+            products = members(modules, name, (*makers, reader))
+            if products:
+                widths = {outputs(modules[part]) for part in products[:-1]} | {inputs(modules[products[-1]])}
                 if len(widths) > 1:
                     skipped[name] = (
-                        f"what {parts[-1]} reads is not what {' and '.join(parts[:-1])} make:"
-                        f" {inputs(modules[parts[-1]])} inputs"
+                        f"what {products[-1]} reads is not what {' and '.join(products[:-1])} make:"
+                        f" {inputs(modules[products[-1]])} inputs"
                     )
                     continue
                 each = blocks(widths.pop(), 1)
-                rows = tuple(UnitPart(part, "rows", each) for part in parts[:-1])
-                found.append(
+                rows = tuple(UnitPart(part, "rows", each) for part in products[:-1])
+                spaces.append(
                     Space(
                         block_of(name, makers, reader),
                         "neurons",
                         len(each),
-                        (*rows, UnitPart(parts[-1], "columns", each)),
+                        (*rows, UnitPart(products[-1], "columns", each)),
                     )
                 )
                 break
-    return FoundSpaces(tuple(found), skipped)
+    return FoundSpaces(tuple(spaces), skipped)
 
 
 def block_of(name: str, makers: tuple[str, ...], reader: str) -> str:
-    """Return what the report calls an MLP: the module that holds it, or its first product where that holds
-    more.
+    """Return the name of an MLP in the report: that of the module that holds it, or of its first product
+    where that holds more.
     """
     return f"{name}.{makers[0]}" if "." in makers[0] or (makers[0], reader) == ("fc1", "fc2") else name
 
@@ -263,16 +263,18 @@ def find_heads(model: nn.Module, sparsity: float, *, alike: bool) -> FoundSpaces
     do (they shrink the cache as well); if blocks may lose different numbers (`alike` False), whole groups
     wherever there are several.
     """
-    found, skipped = find_attentions(model)
+    attentions, skipped = find_attentions(model)
     spaces: list[Space] = []
-    for one in found:
-        whole, within = [one.whole()], one.within() if one.heads > one.shared else []
+    for attended in attentions:
+        whole, within = [attended.whole()], attended.within() if attended.heads > attended.shared else []
         if not within:
             spaces += whole
         elif alike:
-            spaces += within if off(within[0].units, sparsity) < off(one.shared, sparsity) - 1e-9 else whole
+            spaces += (
+                within if off(within[0].units, sparsity) < off(attended.shared, sparsity) - 1e-9 else whole
+            )
         else:
-            spaces += whole if one.shared > 1 else within
+            spaces += whole if attended.shared > 1 else within
     return FoundSpaces(tuple(spaces), skipped)
 
 
@@ -294,17 +296,17 @@ def find_blocks(model: nn.Module) -> dict[str, list[int]]:
     Blocks of a transformer (each holds an attention of a known form) may all go; of a residual network, those
     whose shortcut changes nothing.
     """
-    attended = {one.name for one in find_attentions(model)[0]}
-    found: dict[str, list[int]] = {}
+    attended = {attended_place.name for attended_place in find_attentions(model)[0]}
+    lists: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
             children = list(module)
             if isinstance(module, nn.ModuleList) and all(
                 any(a.startswith(f"{name}.{i}.") for a in attended) for i in range(len(children))
             ):
-                found[name] = list(range(len(children)))
+                lists[name] = list(range(len(children)))
             elif all(hasattr(child, "shortcut") for child in children):
-                found[name] = [
+                lists[name] = [
                     i for i, child in enumerate(children) if isinstance(child.shortcut, nn.Identity)
                 ]
-    return found
+    return lists

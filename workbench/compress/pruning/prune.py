@@ -190,7 +190,7 @@ def kept_of_group(group: tuple[int, int], share: float) -> tuple[int, int]:
 
 
 def words(step: Prune, layer: Layer, count: int) -> str:
-    """Return what was done to a layer, for the report."""
+    """Return a few words on the zeros of a layer, for the report."""
     said = (
         step.label()
         if step.allocation == "uniform"

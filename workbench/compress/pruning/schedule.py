@@ -102,10 +102,10 @@ def trained_layers(step: Prune, work: Work) -> list[Layer]:
 def report(step: Prune, work: Work, layers: list[Layer]) -> None:
     """Say of every weight that learned how long it did."""
     between = step.rounds - 1
-    parts = [f"{step.train_steps} steps with penalty {step.penalty:g} first"] if step.penalty else []
-    parts += [f"{step.train_steps} steps after each of {between} rounds"] if between else []
-    words = "trained " + ", ".join(parts)
+    trainings = [f"{step.train_steps} steps with penalty {step.penalty:g} first"] if step.penalty else []
+    trainings += [f"{step.train_steps} steps after each of {between} rounds"] if between else []
+    outcome = "trained " + ", ".join(trainings)
     for layer in layers:
-        work.say(layer, words)
+        work.say(layer, outcome)
     for name in work.left if step.everything else ():
-        work.say(name, words if step.takes(name) else f"prune left out by target {step.excluded(name)!r}")
+        work.say(name, outcome if step.takes(name) else f"prune left out by target {step.excluded(name)!r}")

@@ -41,17 +41,17 @@ def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
     Raises:
         CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
     """
-    parts = by_source(
+    located = by_source(
         layers,
         evidence.work,
         "inverse factor",
         lambda fresh: factorised(fresh, evidence),
         None if evidence.dense else lambda _: None,
     )
-    warn(layers, [stack.damping[place] for stack, place in parts], evidence)
+    warn(layers, [stack.damping[place] for stack, place in located], evidence)
     return Factor(
-        torch.stack([stack.upper[place] for stack, place in parts]),
-        torch.stack([stack.alive[place] for stack, place in parts]),
+        torch.stack([stack.upper[place] for stack, place in located]),
+        torch.stack([stack.alive[place] for stack, place in located]),
     )
 
 
@@ -87,7 +87,7 @@ def warn(layers: tuple[Layer, ...], damping: list[float], evidence: Evidence) ->
     """Say once which layers needed more damping, and which have seen fewer inputs than they have columns."""
     seen = [(evidence.rows(layer), evidence.moment(layer).shape[0]) for layer in layers]
     said = damping_warnings("prune", layers, damping, DAMPING, seen)
-    evidence.work.warnings += [words for words in said if words not in evidence.work.warnings]
+    evidence.work.warnings += [warning for warning in said if warning not in evidence.work.warnings]
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Prune with a structured pattern: units really leave the model, which stays an ordinary one with smaller
 modules.
 
-What belongs to a unit comes from `structure_spaces` (heads, neurons) and `channels`; whole blocks are in
-`structure_blocks`. Here units are scored, chosen, taken out and reported. Removing a unit is the same as
+What belongs to a unit comes from `prunable_units` (heads, neurons) and `channels`; whole blocks are in
+`blocks`. Here units are scored, chosen, taken out and reported. Removing a unit is the same as
 setting all its weights to zero; only with `reconstruct` does what follows change to make up for it.
 """
 
@@ -71,14 +71,14 @@ def remove(step: Prune, work: Work) -> None:
         check_runs(step, work)
         return
     pristine = all(layer.pristine for layer in work.layers.values())
-    found = find_spaces(step, work.model, work.task, work.statistics, pristine=pristine)
-    for name, reason in found.skipped.items():
+    found_spaces = find_spaces(step, work.model, work.task, work.statistics, pristine=pristine)
+    for name, reason in found_spaces.skipped.items():
         for layer in work.layers.values():
             if layer.name == name or layer.name.startswith(f"{name}."):
                 work.say(layer, f"prune skipped: {reason}")
-    spaces = [space for space in found.spaces if may_be_cut(space, step, work)]
+    spaces = [space for space in found_spaces.spaces if may_be_cut(space, step, work)]
     if not spaces:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.skipped.items())[:2])
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found_spaces.skipped.items())[:2])
         raise CompressionError(
             f"{step!r}: {work.task.model_name} has no {step.pattern} that it can remove"
             + (f" ({reasons})" if reasons else "")
@@ -110,9 +110,9 @@ def group_norm(step: Prune, work: Work) -> Tensor:
             f"{step!r}: penalty={step.penalty:g} acts on units within blocks, not on whole layers; use"
             " penalty=0"
         )
-    found = find_spaces(step, work.model, work.task, work.statistics, pristine=False)
+    found_spaces = find_spaces(step, work.model, work.task, work.statistics, pristine=False)
     norms = []
-    for space in found.spaces:
+    for space in found_spaces.spaces:
         if may_be_cut(space, step, work):
             squares = [
                 side_squares(work.layers[part.module], part.axis)[
@@ -254,14 +254,14 @@ def report(step: Prune, work: Work, spaces: list[Space], removed: list[Tensor]) 
                 f"{'; one has to stay' if len(units) == space.units - 1 and step.sparsity > given else ''})"
             )
         )
-        words = (
+        outcome = (
             f"{len(units)} of {space.units} {space.unit} of {space.block} removed by {step.criterion}{asked}"
         )
-        words += f": {ranges(units.tolist())}" if len(units) else ""
-        words += ", what follows refitted" if step.reconstruct else ""
+        outcome += f": {ranges(units.tolist())}" if len(units) else ""
+        outcome += ", what follows refitted" if step.reconstruct else ""
         for name in space.modules():
             if name in work.layers:
-                work.took(step, work.layers[name], words)
+                work.took(step, work.layers[name], outcome)
 
 
 def ranges(numbers: list[int], most: int = 12) -> str:
@@ -272,8 +272,8 @@ def ranges(numbers: list[int], most: int = 12) -> str:
             runs[-1][1:] = [number]
         else:
             runs.append([number])
-    words = ["-".join(map(str, run)) for run in runs]
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more ranges" if len(words) > most else "")
+    texts = ["-".join(map(str, run)) for run in runs]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more ranges" if len(texts) > most else "")
 
 
 def check_runs(step: Prune, work: Work) -> None:

@@ -47,16 +47,16 @@ def after_units(outline: Outline, step: Any) -> Outline:
             for part in space.parts:
                 side = rows if part.axis == "rows" else channels
                 side[part.module] = side.get(part.module, 0) + gone * part.index.shape[1]
-    made = tuple(
+    smaller = tuple(
         narrowed(weight, rows.get(weight.name, 0), channels.get(weight.name, 0)) for weight in outline.weights
     )
     return dataclasses.replace(
-        outline, weights=made, rest=tuple(shortened(entry, rows) for entry in outline.rest)
+        outline, weights=smaller, rest=tuple(shortened(entry, rows) for entry in outline.rest)
     )
 
 
 def cut_by(space: Space, step: Any, outline: Outline, weights: dict[str, Weight]) -> bool:
-    """Return whether a step cuts a space: the rule of `structure.may_be_cut`, on shapes."""
+    """Return whether a step cuts a space: the rule of `structured.may_be_cut`, on shapes."""
     norms = {entry.name.rpartition(".")[0] for entry in outline.rest if len(entry.shape) == 1}
     if any(name not in weights and name not in norms for name in space.modules()):
         return False
@@ -100,7 +100,7 @@ def after_blocks(outline: Outline, step: Any) -> Outline | None:
     if not candidates or not gone:
         return outline
     if gone == len(candidates) and all(
-        place >= lists[name] - sum(other == name for other, _ in candidates) > 0 for name, place in candidates
+        place >= lists[name] - sum(owner == name for owner, _ in candidates) > 0 for name, place in candidates
     ):
         dropped = tuple(
             f"{name}.{place}." for name, place in candidates
@@ -122,7 +122,13 @@ def after_blocks(outline: Outline, step: Any) -> Outline | None:
 def block_count(outline: Outline, name: str) -> int:
     """Return how many blocks of a list the outline still has."""
     names = [weight.name for weight in outline.weights]
-    return len({one[len(name) + 1 :].partition(".")[0] for one in names if one.startswith(f"{name}.")})
+    return len(
+        {
+            weight_name[len(name) + 1 :].partition(".")[0]
+            for weight_name in names
+            if weight_name.startswith(f"{name}.")
+        }
+    )
 
 
 def goes(outline: Outline, block: str, step: Any) -> bool:

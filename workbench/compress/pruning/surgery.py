@@ -68,18 +68,18 @@ def count(module: nn.Module, names: Iterable[str], number: int) -> None:
             setattr(module, name, number)
 
 
-def count_heads(model: nn.Module, one: Attention) -> tuple[int, int]:
+def count_heads(model: nn.Module, attention: Attention) -> tuple[int, int]:
     """Bring the numbers that an attention keeps in line with its products.
 
     Return (heads, heads of keys and values).
     """
     owner, width = (
-        model.get_submodule(one.owner),
-        outputs(model.get_submodule(one.query)) // (3 if one.fused else 1),
+        model.get_submodule(attention.owner),
+        outputs(model.get_submodule(attention.query)) // (3 if attention.fused else 1),
     )
     heads, shared = (
-        width // one.size,
-        (width if one.fused else outputs(model.get_submodule(one.key))) // one.size,
+        width // attention.size,
+        (width if attention.fused else outputs(model.get_submodule(attention.key))) // attention.size,
     )
     count(owner, ("num_heads", "num_attention_heads", "n_heads"), heads)
     count(owner, ("num_key_value_heads",), shared)
@@ -119,23 +119,12 @@ def own_config(work: Work) -> Any:
     return config
 
 
-def tell_config(config: Any, names: tuple[str, ...], values: list[int], dense: int) -> None:
-    """Write what all blocks have in common under the first name that holds the dense number.
-
-    What they do not is left.
-    """
-    for name in names:
-        if getattr(config, name, None) == dense and len(set(values)) == 1:
-            setattr(config, name, values[0])
-            return
-
-
 def differences(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]:
     """Return how `model` differs from what its configuration alone builds: sizes and numbers by module.
 
     {module: {"rows": outputs, "columns": inputs, "numbers": {attribute: value}}}, each only where it differs.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_module: dict[str, dict[str, Any]] = {}
     modules = dict(model.named_modules())
     for name, blank in plain.named_modules():
         module = modules.get(name)
@@ -145,8 +134,8 @@ def differences(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]
             continue
         about: dict[str, Any] = {}
         if can_hold(blank) or isinstance(blank, NORMS):
-            made, wanted = sizes_of(blank), sizes_of(module)
-            about |= {side: wanted[side] for side in wanted if wanted[side] != made[side]}
+            built, wanted = sizes_of(blank), sizes_of(module)
+            about |= {side: wanted[side] for side in wanted if wanted[side] != built[side]}
         else:
             numbers = {
                 key: value
@@ -155,8 +144,8 @@ def differences(model: nn.Module, plain: nn.Module) -> dict[str, dict[str, Any]]
             }
             about |= {"numbers": numbers} if numbers else {}
         if about:
-            found[name] = about
-    return found
+            by_module[name] = about
+    return by_module
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:

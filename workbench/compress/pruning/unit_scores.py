@@ -58,12 +58,12 @@ def side_sums(step: Prune, work: Work, names: list[str]) -> dict[tuple[str, str]
     """
     layers = [work.layers[name] for name in names]
     evidence = evidence_for(step, work, layers)
-    found: dict[tuple[str, str], Tensor] = {}
+    sums: dict[tuple[str, str], Tensor] = {}
     for batch in grouped(layers):
         rows, channels = batch_sums(step, batch, evidence)
         for place, layer in enumerate(batch.layers):
-            found[layer.name, "rows"], found[layer.name, "columns"] = rows[place], channels[place]
-    return found
+            sums[layer.name, "rows"], sums[layer.name, "columns"] = rows[place], channels[place]
+    return sums
 
 
 def batch_sums(step: Prune, batch: Batch, evidence: Evidence) -> tuple[Tensor, Tensor]:

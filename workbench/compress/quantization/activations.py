@@ -134,7 +134,7 @@ class Activations(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: inputs that are rounded."""
+        """Return the mark that it leaves: inputs that are rounded."""
         return frozenset({"inputs"})
 
     @property
@@ -301,8 +301,8 @@ def largest_weights(batch: Batch) -> Tensor:
 
 def divisors(inputs: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     """Return max|x|^smoothing / max|w|^(1 - smoothing), 1 where either is zero; all [layers, channels]."""
-    made = inputs.pow(smoothing) / weights.pow(1 - smoothing)
-    return torch.where((inputs > 0) & (weights > 0), made, torch.ones_like(made)).clamp_min(LEAST_SMOOTHING)
+    exact = inputs.pow(smoothing) / weights.pow(1 - smoothing)
+    return torch.where((inputs > 0) & (weights > 0), exact, torch.ones_like(exact)).clamp_min(LEAST_SMOOTHING)
 
 
 def columns_of(batch: Batch, channels: Tensor) -> Tensor:
@@ -322,9 +322,9 @@ def install(batch: Batch, rounding: InputFormat, fitted: Fitted, work: Work) -> 
         for name, module in {layer.name: layer.module, **layer.others}.items():
             if not can_hold(module) or quantized_class(module) is None:
                 continue
-            made = quantized_like(module, rounding, *own)
-            replace_module(work.model, name, made)
+            rounding_module = quantized_like(module, rounding, *own)
+            replace_module(work.model, name, rounding_module)
             if name == layer.name:
-                layer.module = made
+                layer.module = rounding_module
             else:
-                layer.others[name] = made
+                layer.others[name] = rounding_module

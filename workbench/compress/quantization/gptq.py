@@ -55,16 +55,16 @@ def orders(layers: tuple[Layer, ...], work: Work, *, damping: float, by_activati
         CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
     """
     options = "gptq order", damping, by_activation
-    parts = by_source(
+    located = by_source(
         layers,
         work,
         options,
         lambda fresh: factorised(fresh, work, damping=damping, by_activation=by_activation),
     )
-    warn(layers, [stack.stronger[place] for stack, place in parts], damping, work)
+    warn(layers, [stack.stronger[place] for stack, place in located], damping, work)
     return Order(
-        torch.stack([stack.upper[place] for stack, place in parts]),
-        torch.stack([stack.columns[place] for stack, place in parts]),
+        torch.stack([stack.upper[place] for stack, place in located]),
+        torch.stack([stack.columns[place] for stack, place in located]),
     )
 
 
@@ -110,7 +110,7 @@ def factorise(
 
 
 def dampings(damping: float) -> list[float]:
-    """Return what is tried one after the other where `damping` was asked for."""
+    """Return the dampings that are tried one after the other where `damping` was asked for."""
     return [times * damping for times in STRONGER]
 
 
@@ -119,7 +119,7 @@ def warn(layers: tuple[Layer, ...], stronger: list[int], damping: float, work: W
     seen = [(work.statistics.rows(layer.origin), layer.shape[1]) for layer in layers]
     taken = [times * damping for times in stronger]
     said = damping_warnings("quantize", layers, taken, dampings(damping), seen)
-    work.warnings += [words for words in said if words not in work.warnings]
+    work.warnings += [warning for warning in said if warning not in work.warnings]
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class KVCache(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: a cache of its own."""
+        """Return the mark that it leaves: a cache of its own."""
         return frozenset({"cache"})
 
     @property
@@ -125,8 +125,8 @@ def use_cache_of(model: nn.Module, form: CacheFormat) -> None:
 
 def cache_format_of(model: nn.Module) -> CacheFormat | None:
     """Return the form in which a model keeps its keys and values, None for its own."""
-    found = getattr(model, "cache_format", None)
-    return found if isinstance(found, CacheFormat) else None
+    kept_in = getattr(model, "cache_format", None)
+    return kept_in if isinstance(kept_in, CacheFormat) else None
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,15 @@ UNITS = 2**14
 
 
 def costs(layers: Iterable[Layer], spec: Spec, work: Work) -> dict[str, list[float]]:
-    """Return what each width is estimated to cost, in nats of the loss, for every layer.
-
-    Those of the dense model are kept.
+    """Return the estimated cost of each of `WIDTHS`, in nats of the loss, by layer. Those of the dense model
+    are kept.
     """
     kept: dict[str, list[float]] = work.statistics.once(("costs of widths", spec), dict)
-    found: dict[str, list[float]] = {}
+    by_layer: dict[str, list[float]] = {}
     fresh = []
     for layer in layers:
         if layer.pristine and layer.origin in kept:
-            found[layer.name] = kept[layer.origin]
+            by_layer[layer.name] = kept[layer.origin]
         else:
             fresh.append(layer)
     done = 0
@@ -50,32 +49,32 @@ def costs(layers: Iterable[Layer], spec: Spec, work: Work) -> dict[str, list[flo
             return batch_costs(batch, spec, work)
 
         pristine = all(layer.pristine for layer in batch.layers)
-        found_rows = (
+        fresh_rows = (
             work.statistics.once(
                 ("costs of widths", spec, tuple(layer.origin for layer in batch.layers)), rows, lasting=True
             )
             if pristine
             else rows()
         )
-        for layer, row in zip(batch.layers, found_rows, strict=True):
-            found[layer.name] = row
+        for layer, row in zip(batch.layers, fresh_rows, strict=True):
+            by_layer[layer.name] = row
             if layer.pristine:
                 kept[layer.origin] = row
         done += len(batch.layers)
-    return found
+    return by_layer
 
 
 def batch_costs(batch: Batch, spec: Spec, work: Work) -> list[list[float]]:
-    """Return what each width costs each layer of one shape."""
+    """Return the estimated cost of each of `WIDTHS`, in nats of the loss, of each layer of one shape."""
     stack = batch.matrices()
     weigh = by_fisher if batch.layers[0].table else by_outputs
-    felt, known = weigh(batch, work), ranges(stack, spec)
-    found = []
+    felt, extremes = weigh(batch, work), ranges(stack, spec)
+    by_width = []
     for bits in WIDTHS:
         at = Spec(bits, spec.group_size, symmetric=spec.symmetric, search=spec.search, whole=spec.whole)
-        error = form_of(stack, fit(stack, at, known), at).dequantize() - stack
-        found.append(felt(error))
-    return torch.stack(found, 1).double().tolist()
+        error = form_of(stack, fit(stack, at, extremes), at).dequantize() - stack
+        by_width.append(felt(error))
+    return torch.stack(by_width, 1).double().tolist()
 
 
 def by_outputs(batch: Batch, work: Work) -> Weigh:

@@ -61,14 +61,16 @@ def called_layers(statistics: Statistics) -> frozenset[str]:
 
 def input_ranges(task: Task, model: nn.Module, progress: Progress) -> Ranges:
     """Return the ranges of one model over all calibration items; raises as `ranges_now`."""
-    found = watched(task, model, progress, items=len(task.calibration))
-    refuse_infinite({name: torch.isfinite(found.low[name] + found.high[name]).all() for name in found.low})
-    return found
+    extremes = watched(task, model, progress, items=len(task.calibration))
+    refuse_infinite(
+        {name: torch.isfinite(extremes.low[name] + extremes.high[name]).all() for name in extremes.low}
+    )
+    return extremes
 
 
 def watched(task: Task, model: nn.Module, progress: Progress, *, items: int) -> Ranges:
     """Return the ranges over the first `items` calibration items, finite or not."""
-    found = Ranges({}, {})
+    extremes = Ranges({}, {})
     device = next(model.parameters()).device
     with ExitStack() as hooks, torch.no_grad():
         for name, layer in find_layers(model)[0].items():
@@ -76,24 +78,24 @@ def watched(task: Task, model: nn.Module, progress: Progress, *, items: int) -> 
                 if can_hold(module):
                     hooks.callback(
                         module.register_forward_pre_hook(
-                            of_this_thread(watch(name, found)), with_kwargs=True
+                            of_this_thread(watch(name, extremes)), with_kwargs=True
                         ).remove
                     )
         for start in range(0, items, task.batch_size):
             progress("calibration", start, items)
             task.kind.logits(model, task.calibration[start : min(items, start + task.batch_size)].to(device))
     progress("calibration", items, items)
-    return found
+    return extremes
 
 
-def watch(name: str, found: Ranges) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+def watch(name: str, extremes: Ranges) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
     """Return a hook that widens the ranges of `name` by what a module is given."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         given = (inputs[0] if inputs else next(iter(named.values()))).float()
         over = (0, 2, 3) if isinstance(module, nn.Conv2d) else tuple(range(given.ndim - 1))
         low, high = given.amin(over), given.amax(over)
-        found.low[name] = torch.minimum(found.low[name], low) if name in found.low else low
-        found.high[name] = torch.maximum(found.high[name], high) if name in found.high else high
+        extremes.low[name] = torch.minimum(extremes.low[name], low) if name in extremes.low else low
+        extremes.high[name] = torch.maximum(extremes.high[name], high) if name in extremes.high else high
 
     return hook

@@ -185,7 +185,7 @@ class Quantize(Step):
 
     @property
     def format(self) -> NumberFormat:
-        """Return what a code stands for."""
+        """Return the number format of the codes."""
         return FORMATS[self.number_format]
 
     @property
@@ -194,7 +194,7 @@ class Quantize(Step):
         return self.bit_allocation == "knapsack" or self.weight_bits != int(self.weight_bits)
 
     def spec(self, bits: int) -> Spec:
-        """Return what weights of a layer of this width are rounded to."""
+        """Return the form that weights of a layer of this width are rounded to."""
         return Spec(
             bits,
             self.group_size,
@@ -206,14 +206,14 @@ class Quantize(Step):
 
     def label(self) -> str:
         """Return such as `W4`, `W4 g64`, `W3.4 g64 gptq` or `NF4`."""
-        words = [f"W{self.weight_bits:g}" if self.format.affine else self.format.label]
-        words += [f"g{self.group_size}"] * bool(self.group_size) + ["per tensor"] * (
+        texts = [f"W{self.weight_bits:g}" if self.format.affine else self.format.label]
+        texts += [f"g{self.group_size}"] * bool(self.group_size) + ["per tensor"] * (
             self.granularity == "tensor"
         )
-        words += [self.rounding] * (self.rounding != "rtn") + ["mixed"] * (
+        texts += [self.rounding] * (self.rounding != "rtn") + ["mixed"] * (
             self.mixed and self.weight_bits == int(self.weight_bits)
         )
-        return " ".join(words)
+        return " ".join(texts)
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse quantization after repair."""
@@ -225,5 +225,5 @@ class Quantize(Step):
 
     @property
     def leaves(self) -> frozenset[Mark]:
-        """Return what later steps find: codes of a grid, or 16-bit numbers."""
+        """Return the mark that it leaves: codes of a grid, or 16-bit numbers."""
         return frozenset({"grid" if self.format.cast is None else "cast"})

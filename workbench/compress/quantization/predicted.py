@@ -31,7 +31,7 @@ def stored(weight: Weight, step: Quantize) -> list[Weight]:
     if step.format.cast is not None:
         return [dataclasses.replace(weight, bits=8 * step.format.cast.itemsize, cast=step.format.cast)]
     hqq = step.rounding == "hqq"
-    made = dataclasses.replace(
+    on_grid = dataclasses.replace(
         weight,
         bits=step.weight_bits,
         groups=weight.columns // group,
@@ -43,7 +43,7 @@ def stored(weight: Weight, step: Quantize) -> list[Weight]:
         input_scale=step.rounding == "awq" and not weight.table,
         estimated=weight.estimated or step.mixed,
     )
-    return [made]
+    return [on_grid]
 
 
 KEY = (
@@ -73,13 +73,13 @@ def errors(step: Quantize, widths: tuple[int, ...], about: LayerSample) -> Tenso
     if step.group_size and columns % step.group_size:
         return torch.zeros(len(widths), device=about.weight.device)
     stack = about.weight.unsqueeze(0)
-    found = []
+    by_width = []
     for bits in widths:
         spec: Spec = step.spec(bits)
         scales = None if step.format.cast is not None else fit(stack, spec)
         rounded = form_of(stack, scales, spec).dequantize()
-        found.append(weighed((rounded - stack)[0].float(), about))
-    return relative(torch.stack(found), about) * rounding_share(step, about)
+        by_width.append(weighed((rounded - stack)[0].float(), about))
+    return relative(torch.stack(by_width), about) * rounding_share(step, about)
 
 
 def rounding_share(step: Quantize, about: LayerSample) -> Tensor | float:

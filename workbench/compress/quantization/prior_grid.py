@@ -44,8 +44,7 @@ class Sample(NamedTuple):
 
 
 def notes(statistics: Statistics) -> tuple[str, ...]:
-    """Return what the user should know about the dense model's weights, empty if they lie on no grid.
-
+    """Return a sentence for each grid that the dense model's weights lie on already, () if they lie on none.
     Looked at once.
     """
 
@@ -64,11 +63,11 @@ def notes(statistics: Statistics) -> tuple[str, ...]:
     return statistics.once("weights on a grid", compute)
 
 
-def words(found: dict[str, tuple[int, int]], layers: int) -> tuple[str, ...]:
-    """Return one sentence for each grid that some layers lie on. found: (bits, group size or 0) by layer."""
+def words(by_name: dict[str, tuple[int, int]], layers: int) -> tuple[str, ...]:
+    """Return one sentence for each grid that some layers lie on. by_name: (bits, group size or 0)."""
     said = []
-    for (bits, group), count in Counter(found.values()).most_common():
-        first = next(name for name, grid in found.items() if grid == (bits, group))
+    for (bits, group), count in Counter(by_name.values()).most_common():
+        first = next(name for name, grid in by_name.items() if grid == (bits, group))
         where = f"group {group}" if group else "one scale a row"
         said.append(
             f"quantize: the weights of {count} of {layers} layers, such as {first!r}, already lie on a"
@@ -85,7 +84,7 @@ def known_grids(stacks: Iterable[Tensor]) -> list[tuple[int, int] | None]:
 
     What is looked at of all layers is compared together: a GPU would wait for being asked about each.
     """
-    found: list[tuple[int, int] | None] = []
+    by_layer: list[tuple[int, int] | None] = []
     samples: dict[Sample, list[Tensor]] = {}
     places: dict[Sample, list[int]] = {}
     for stack in stacks:
@@ -95,16 +94,16 @@ def known_grids(stacks: Iterable[Tensor]) -> list[tuple[int, int] | None]:
                 values = sampled(stack, size)
                 key = Sample(values.shape[1], values.shape[2], group, torch.finfo(stack.dtype).eps)
                 samples.setdefault(key, []).append(values)
-                places.setdefault(key, []).extend(range(len(found), len(found) + len(stack)))
-        found += [None] * len(stack)
+                places.setdefault(key, []).extend(range(len(by_layer), len(by_layer) + len(stack)))
+        by_layer += [None] * len(stack)
     for group in GROUPS:
         for key in (key for key in samples if key.group == group):
             for place, bits in zip(
                 places[key], widths(torch.cat(gathered(samples[key])), key.eps), strict=True
             ):
-                if bits and found[place] is None:
-                    found[place] = bits, group
-    return found
+                if bits and by_layer[place] is None:
+                    by_layer[place] = bits, group
+    return by_layer
 
 
 def sampled(stack: Tensor, size: int) -> Tensor:

@@ -40,12 +40,12 @@ __all__ = ["SHRINKS", "Quantize", "fit_grids", "quantize"]
 
 def reads(step: Quantize) -> frozenset[Reads]:
     """Return the statistics that a step reads."""
-    found: set[Reads] = set()
+    statistics: set[Reads] = set()
     if step.rounding in BY_INPUTS or step.mixed:
-        found.add("moments")
+        statistics.add("moments")
     if step.mixed:
-        found.add("gradients")
-    return frozenset(found)
+        statistics.add("gradients")
+    return frozenset(statistics)
 
 
 @METHODS.register(
@@ -62,16 +62,16 @@ def reads(step: Quantize) -> frozenset[Reads]:
 def quantize(step: Quantize, work: Work) -> None:
     """Round weights and leave their form as a promise to later steps."""
     layers = [layer for layer in work.choose(step) if divides(step, layer, work)]
-    work.warnings += [words for words in prior_grid.notes(work.statistics) if words not in work.warnings]
+    work.warnings += [note for note in prior_grid.notes(work.statistics) if note not in work.warnings]
     done = 0
     for bits, members in by_width(step, layers, work).items():
         for batch in of_one_sort(members, whole=in_place_all(step, members, bits)):
             work.progress(step.kind(), done, len(layers))
-            form, half, made = rounded(step, batch, bits, work)
+            form, half, on_grid = rounded(step, batch, bits, work)
             for layer, own in zip(batch.layers, split(form, half), strict=True):
                 layer.grid = own
                 work.took(step, layer, words(step, layer, bits))
-            batch.put(made) if made else batch.write(form.dequantize())
+            batch.put(on_grid) if on_grid else batch.write(form.dequantize())
             done += len(batch.layers)
     work.progress(step.kind(), len(layers), len(layers))
 
@@ -145,8 +145,8 @@ def rounded(
             )
         else:
             scales = scales_of(lambda: fit_stack(batch.matrices(), batch, spec, work), batch, spec, work)
-        made, codes = weight_passes.to_grid(weights, scales.scale, scales.zero, bits)
-        return Grid(codes, scales.scale, scales.zero, bits), scales.half, made
+        on_grid, codes = weight_passes.to_grid(weights, scales.scale, scales.zero, bits)
+        return Grid(codes, scales.scale, scales.zero, bits), scales.half, on_grid
     return *solved(step, batch, spec, work, by_inputs=by_inputs), []
 
 
@@ -187,19 +187,19 @@ def scales_of(fitted: Callable[[], Scales], batch: Batch, spec: Spec, work: Work
     )
 
 
-def ranges_of(found: Callable[[], Ranges], batch: Batch, spec: Spec, work: Work) -> Ranges:
+def ranges_of(fresh: Callable[[], Ranges], batch: Batch, spec: Spec, work: Work) -> Ranges:
     """Return the ranges of a batch's groups; those of the dense weights are kept for the next width."""
     if not all(layer.pristine for layer in batch.layers):
-        return found()
+        return fresh()
     return work.statistics.once(
         ("ranges", spec.group_size, spec.whole, tuple(layer.origin for layer in batch.layers)),
-        found,
+        fresh,
         optional=True,
     )
 
 
 def words(step: Quantize, layer: Layer, bits: int) -> str:
-    """Return what was done to a layer, for the report."""
+    """Return a few words on the codes of a layer, for the report."""
     if step.format.cast is not None:
         return f"cast to {step.number_format}"
     said = [f"W{bits}" if step.format.affine else step.format.label]

@@ -52,7 +52,7 @@ class Spec:
 
     @property
     def format(self) -> NumberFormat:
-        """Return what a code stands for."""
+        """Return the number format of the codes."""
         return FORMATS[self.number_format]
 
     @property
@@ -83,17 +83,17 @@ def ranges(stack: Tensor, spec: Spec) -> Ranges:
 
 
 def ranges_in_place(weights: list[Tensor], spec: Spec) -> Ranges:
-    """Return what `ranges` does, by a kernel that reads the weights where they lie, where `in_place` says
-    so.
+    """Return (least, largest) of each group, as `ranges`, by a kernel that reads the weights where they lie,
+    where `in_place` says so.
     """
     return weight_passes.extremes(weights, spec.group_size or weights[0].shape[1])
 
 
-def fit(stack: Tensor, spec: Spec, known: Ranges | None = None) -> Scales:
+def fit(stack: Tensor, spec: Spec, extremes: Ranges | None = None) -> Scales:
     """Return the scales of least squared error among the candidate ranges: the full one, or with `search` 24
-    down to 40% of it. `known`: what `ranges` returns.
+    down to 40% of it. `extremes`: what `ranges` returns, None to look.
     """
-    groups, (low, high) = spec.grouped(stack), known or ranges(stack, spec)
+    groups, (low, high) = spec.grouped(stack), extremes or ranges(stack, spec)
 
     def best(scales: Tensor, zeros: Tensor | None) -> Tensor:
         errors = [
@@ -105,15 +105,13 @@ def fit(stack: Tensor, spec: Spec, known: Ranges | None = None) -> Scales:
     return among(low, high, spec, best)
 
 
-def fit_in_place(weights: list[Tensor], spec: Spec, known: Ranges | None = None) -> Scales:
-    """Return what `fit` returns for integers, by kernels that read the weights where they lie (see
-    `workbench.kernels.weight_passes`).
-
-    Sums of squares differ in their last digits, so that of candidates that are as good another one may be
-    taken.
+def fit_in_place(weights: list[Tensor], spec: Spec, extremes: Ranges | None = None) -> Scales:
+    """Return the scales of integers, as `fit`, by kernels that read the weights where they lie (see
+    `workbench.kernels.weight_passes`). Sums of squares differ in their last digits, so that of candidates
+    that are as good another one may be taken.
     """
     return among(
-        *(known or ranges_in_place(weights, spec)),
+        *(extremes or ranges_in_place(weights, spec)),
         spec,
         lambda scales, zeros: weight_passes.search(weights, scales, zeros, spec.bits),
     )

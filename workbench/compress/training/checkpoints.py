@@ -24,11 +24,11 @@ def folder() -> Path:
     return cache_folder("checkpoints")
 
 
-def checkpoint_path(model: nn.Module, parts: Iterable[object]) -> Path:
-    """Return the file of a training: named after its options, its data (`parts`) and every bit that it starts
-    from.
+def checkpoint_path(model: nn.Module, content: Iterable[object]) -> Path:
+    """Return the file of a training: named after its options, its data (`content`) and every bit that it
+    starts from.
     """
-    digest = hashlib.sha256(json.dumps([str(part) for part in parts]).encode())
+    digest = hashlib.sha256(json.dumps([str(part) for part in content]).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(

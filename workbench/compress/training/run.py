@@ -100,8 +100,8 @@ class Run:
         if self.held is not None and self.best is not None and self.best[0] != self.done:
             self.kept = self.best[0]
             self.moving.restore(self.best[2])
-        elif self.held is None and (words := worse(self.losses)):
-            self.work.warnings.append(f"{self.plan.noun} {words}; {self.plan.advice}")
+        elif self.held is None and (sentence := worse(self.losses)):
+            self.work.warnings.append(f"{self.plan.noun} {sentence}; {self.plan.advice}")
         if path is not None and self.done == self.plan.steps:
             path.unlink(missing_ok=True)
         return None
@@ -109,7 +109,7 @@ class Run:
     def advance(self, objective: Objective) -> str:
         """Do one optimizer step.
 
-        Return what is wrong instead, and do nothing, if the training has diverged.
+        Return "", or the reason, with nothing done, if the training has diverged.
         """
         total = self.gradients(self.drawn(), objective)
         self.moving.pass_through()
@@ -131,12 +131,12 @@ class Run:
         """Return the next batch of each learner, on the model's device."""
         training, device = self.work.task.training, next(self.work.model.parameters()).device
         count = len(training) - (0 if self.held is None else len(self.held.items))
-        found = []
+        batches = []
         for learner, generator in enumerate(self.generators):
             index = torch.randint(count, (min(self.plan.batch, count),), generator=generator)
             some = training[index]
-            found.append(Drawn(some.inputs, some.labels, index, learner).to(device))
-        return found
+            batches.append(Drawn(some.inputs, some.labels, index, learner).to(device))
+        return batches
 
     def gradients(self, batches: list[Drawn], objective: Objective) -> Tensor:
         """Leave the gradients of the losses of all batches in the parameters.
@@ -230,15 +230,15 @@ class Run:
         """
         if path is not None:
             path.unlink(missing_ok=True)
-        words = f"{self.plan.noun} diverged at step {self.done} of {self.plan.steps}: {wrong}; "
+        event = f"{self.plan.noun} diverged at step {self.done} of {self.plan.steps}: {wrong}; "
         if self.best is None or self.done == 0:
-            raise CompressionError(words + self.plan.advice)
+            raise CompressionError(event + self.plan.advice)
         self.moving.restore(self.best[2])
         self.done = self.kept = self.best[0]
         self.ended = True
         where = f"after step {self.done}" if self.done else "from before the first step"
         self.work.warnings.append(
-            f"{words}the weights {where} are kept, where {'held-out' if self.held else 'training'} loss was"
+            f"{event}the weights {where} are kept, where {'held-out' if self.held else 'training'} loss was"
             f" lowest ({self.best[1]:.3g}); {self.plan.advice}"
         )
 
@@ -278,7 +278,7 @@ class Run:
             else (
                 best["step"],
                 best["loss"],
-                [one.to(now) for one, now in zip(best["weights"], self.moving.snapshot(), strict=True)],
+                [saved.to(now) for saved, now in zip(best["weights"], self.moving.snapshot(), strict=True)],
             )
         )
         self.done = len(self.losses)

@@ -36,8 +36,8 @@ class Hidden:
         """Hand the gradients of the rounded weights to the hidden ones straight through, and none to pruned
         weights; with learned steps as LSQ does.
         """
-        found = [layer.parameter.grad for layer in self.batch.layers]
-        if all(gradient is None for gradient in found):
+        by_layer = [layer.parameter.grad for layer in self.batch.layers]
+        if all(gradient is None for gradient in by_layer):
             return
         stack = torch.stack(
             [
@@ -46,7 +46,7 @@ class Hidden:
                     if gradient is None
                     else layer.as_matrix(gradient).float()
                 )
-                for index, (layer, gradient) in enumerate(zip(self.batch.layers, found, strict=True))
+                for index, (layer, gradient) in enumerate(zip(self.batch.layers, by_layer, strict=True))
             ]
         )
         if self.masks is not None:
@@ -94,14 +94,14 @@ def hidden_copies(
 
     `start(batch)` is where they begin, float32 [layers, outputs, inputs].
     """
-    made = []
+    copies = []
     for batch in grouped(layer for layer in layers if layer.grid is not None):
         form = batch.grids()
         masks = batch.masks()
         steps = steps_of(form) if learn_steps else None
         half = tuple(stored_in_half(layer.grid) for layer in batch.layers if layer.grid is not None)
-        made.append(Hidden(batch, start(batch), form, half, masks, None if steps is None else steps.log()))
-    return made
+        copies.append(Hidden(batch, start(batch), form, half, masks, None if steps is None else steps.log()))
+    return copies
 
 
 def stored_in_half(form: Form) -> bool:

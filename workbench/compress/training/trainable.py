@@ -29,7 +29,7 @@ class Moving:
 
     @property
     def weights(self) -> list[Tensor]:
-        """Return what moves at the rate of weights."""
+        """Return the tensors that move at the rate of weights."""
         return [*self.parameters, *(copy.values for copy in self.hidden)]
 
     @property
@@ -70,13 +70,15 @@ class Moving:
 
         NaN or infinite where one of them is.
         """
-        found = [
+        gradients = [
             tensor.grad
             for tensor in (*self.weights, *self.steps)
             if tensor.grad is not None and tensor.numel()
         ]
         return (
-            torch.stack([norm.float() for norm in largest_of_each(found)]).max() if found else torch.zeros(())
+            torch.stack([norm.float() for norm in largest_of_each(gradients)]).max()
+            if gradients
+            else torch.zeros(())
         )
 
     def finite(self) -> bool:

@@ -99,10 +99,10 @@ def repeatable_convolutions() -> Iterator[None]:
 
 
 def told(plan: Plan, work: Work) -> list[object]:
-    """Return what a checkpoint is known by besides the weights that it starts from."""
-    known = dataclasses.replace(plan, stop_at=0, checkpoint_every=0)
+    """Return all that a checkpoint is known by besides the weights that it starts from."""
+    told_plan = dataclasses.replace(plan, stop_at=0, checkpoint_every=0)
     return [
-        known,
+        told_plan,
         work.task.model_fingerprint,
         work.task.data_fingerprint,
         next(work.model.parameters()).device.type,

@@ -33,22 +33,22 @@ class HeldOut:
     planned: int
 
     def look(self, model: nn.Module, step: int) -> Look:
-        """Return what `model` does after `step` optimizer steps."""
+        """Return the look at `model` after `step` optimizer steps."""
         kind = self.task.kind
         main, *others = quality(
             kind.primary, self.dense, scores(self.task, model, self.items), looks=self.planned
         )
-        found = main.compressed
-        losses = (one for one in (*others, main) if not metric_named(one.metric).higher)
-        chosen_by = next((one.compressed.value for one in losses), -found.value)
+        primary = main.compressed
+        losses = (secondary for secondary in (*others, main) if not metric_named(secondary.metric).higher)
+        chosen_by = next((secondary.compressed.value for secondary in losses), -primary.value)
         return Look(
             step,
             chosen_by,
             main.metric,
             main.dense.value,
-            found.value,
-            found.low,
-            found.high,
+            primary.value,
+            primary.low,
+            primary.high,
             main.items,
             main.confidence,
         )

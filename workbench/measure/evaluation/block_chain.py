@@ -61,7 +61,7 @@ class Chain:
     def upto(
         self, model: nn.Module, count: int, states: Tensor, fill: float | None = None
     ) -> dict[str, nn.Module]:
-        """Return what takes the place of the first `count` blocks, the last of which returns `states`.
+        """Return the stand-ins, by name, for the first `count` blocks, the last of which returns `states`.
 
         Those before it do too, or `fill`.
         """
@@ -72,14 +72,14 @@ class Chain:
         return places
 
 
-def differs(dense: nn.Module, other: nn.Module | None) -> bool:
+def differs(dense: nn.Module, module: nn.Module | None) -> bool:
     """Return whether a module is not the dense one with the same tensors.
 
     What its children hold is not looked at.
     """
-    if other is None or type(other) is not type(dense):
+    if module is None or type(module) is not type(dense):
         return True
-    ours, theirs = vars(dense), vars(other)
+    ours, theirs = vars(dense), vars(module)
     if ours.keys() != theirs.keys() or ours["_modules"].keys() != theirs["_modules"].keys():
         return True
     for name, value in ours.items():
@@ -107,7 +107,7 @@ class BlockCall:
     began: int
     ended: int = -1
     given: Tensor | None = None
-    made: Any = None
+    returned: Any = None
     states: Tensor | None = None
     copy: Tensor | None = None
 
@@ -130,7 +130,7 @@ class Watch:
                     lambda _module, given, named, name=name: self.begin(name, given, named), with_kwargs=True
                 )
             )
-            handles.append(module.register_forward_hook(lambda _module, _given, made: self.end(made)))
+            handles.append(module.register_forward_hook(lambda _module, _given, returned: self.end(returned)))
         return handles
 
     def begin(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -140,18 +140,18 @@ class Watch:
         self.calls.append(call)
         self.running.append(call)
 
-    def end(self, made: Any) -> None:
+    def end(self, returned: Any) -> None:
         """Note that it ends."""
         self.clock += 1
         call = self.running.pop()
         call.ended = self.clock
         if call.name in self.listed:
-            call.made = made
+            call.returned = returned
             call.states = (
-                made
-                if isinstance(made, Tensor)
-                else made[0]
-                if isinstance(made, tuple) and made and isinstance(made[0], Tensor)
+                returned
+                if isinstance(returned, Tensor)
+                else returned[0]
+                if isinstance(returned, tuple) and returned and isinstance(returned[0], Tensor)
                 else None
             )
             call.copy = None if call.states is None else call.states.clone()
@@ -159,15 +159,15 @@ class Watch:
 
 def members(model: nn.Module) -> set[str]:
     """Return the names of the modules that stand in a list, and hold parameters."""
-    found = set()
+    names = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
-            found |= {
+            names |= {
                 f"{name}.{child}".removeprefix(".")
                 for child, block in module.named_children()
                 if next(block.parameters(), None) is not None
             }
-    return found
+    return names
 
 
 @torch.inference_mode()
@@ -198,10 +198,12 @@ def find_chain(model: nn.Module, score: Score, items: Items, refusals: Refusals)
         # One block alone saves nothing; a block that changes its input in place would change what is kept
         return None
     blocks = tuple(call.name for call in chain)
-    found = Chain(blocks, tuple(extras(call.made) for call in chain), limits(model, chain, watch.calls))
-    reason = why_not(found, model, chain[-2].states, whole, lambda other: score(other, items))
+    candidate = Chain(
+        blocks, tuple(extras(call.returned) for call in chain), limits(model, chain, watch.calls)
+    )
+    reason = why_not(candidate, model, chain[-2].states, whole, lambda trial_model: score(trial_model, items))
     refusals.note(PREFIX, reason)
-    return None if reason else found
+    return None if reason else candidate
 
 
 def why_not(
@@ -280,7 +282,7 @@ def chains(calls: list[BlockCall]) -> dict[int, list[BlockCall]]:
 def fits(call: BlockCall) -> bool:
     """Return whether a block returns other states than it is given, and nothing beside."""
     try:
-        extras(call.made)
+        extras(call.returned)
     except TypeError:
         return False
     return call.given is not None and call.states is not None and call.states is not call.given
@@ -294,7 +296,7 @@ def limits(model: nn.Module, chain: list[BlockCall], calls: list[BlockCall]) -> 
     for call in calls:
         first.setdefault(call.name, call.began)
     twins = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    found = {}
+    by_module = {}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = next(
             (
@@ -305,8 +307,8 @@ def limits(model: nn.Module, chain: list[BlockCall], calls: list[BlockCall]) -> 
             None,
         )
         began = first.get(name, first.get(twins[id(module)], 0))
-        found[name] = sum(call.ended < began for call in chain) if inside is None else inside
-    return found
+        by_module[name] = sum(call.ended < began for call in chain) if inside is None else inside
+    return by_module
 
 
 def tried(device: torch.device) -> str:

@@ -95,8 +95,8 @@ def find_head(model: nn.Module, items: Items, refusals: Refusals) -> Head | None
 def tried(device: torch.device) -> str:
     """Return why the head of a small Llama is not taken off, "" if it is."""
     refusals = Refusals()
-    found = find_head(*small_llama(device), refusals)
-    return refusals.reason(CHUNKED_HEAD) or ("" if found else "no output head is found in a Llama")
+    head = find_head(*small_llama(device), refusals)
+    return refusals.reason(CHUNKED_HEAD) or ("" if head else "no output head is found in a Llama")
 
 
 CHUNKED_HEAD = FastPath(

@@ -113,7 +113,7 @@ class Graphs:
                 own_parameters(self.copy)
                 self.called = self.prepared(self.copy)
                 self.own, self.slots = (
-                    counterparts(self.dense, one) or [] for one in (self.dense, self.copy)
+                    counterparts(self.dense, holder) or [] for holder in (self.dense, self.copy)
                 )
                 self.pristine = [True] * len(self.slots)
         self.holds = None
@@ -137,18 +137,18 @@ class Graphs:
 
     def why_not(self) -> str:
         """Return why the dense model is not captured, "" if it can be tried."""
-        found = [*self.dense.parameters(), *self.dense.buffers()]
-        device = found[0].device if found else torch.device("cpu")
+        tensors = [*self.dense.parameters(), *self.dense.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
         if device.type != "cuda":
             return "CUDA graphs need a CUDA GPU"
         if self.kind.distribution is None:
             return f"{self.kind.name} is not scored by one forward pass"
-        if any(tensor.device != device for tensor in found):
+        if any(tensor.device != device for tensor in tensors):
             return "the model lies on several devices"
         if any(holds_modules(module) or hooked(module) for module in self.dense.modules()):
             return "a module has hooks, or holds others outside the module tree"
         size, total = (
-            sum(tensor.nbytes for tensor in found),
+            sum(tensor.nbytes for tensor in tensors),
             torch.cuda.get_device_properties(device).total_memory,
         )
         if size > SHARE * total or size > free_fraction(device) * total / 4:
@@ -171,15 +171,15 @@ class Graphs:
             failed = attempted(lambda: self.keep(shape, items))
             self.refused = f"capture failed: {failed}" if failed else ""
             self.refusals.note(GRAPHS, self.refused)
-        found = self.captured.get(shape)
-        if found is None:
+        captured = self.captured.get(shape)
+        if captured is None:
             return self.evaluate(items)
         for name, tensor in items.inputs.items():
-            found.inputs.inputs[name].copy_(tensor)
-        found.inputs.labels.copy_(items.labels)
-        found.graph.replay()
-        self.sampled = self.sampled if found.sampled is None else found.sampled
-        return found.loss.clone(), found.answers.clone()
+            captured.inputs.inputs[name].copy_(tensor)
+        captured.inputs.labels.copy_(items.labels)
+        captured.graph.replay()
+        self.sampled = self.sampled if captured.sampled is None else captured.sampled
+        return captured.loss.clone(), captured.answers.clone()
 
     def keep(self, shape: object, items: Items) -> str:
         """Keep a graph for batches of a shape; raises what drivers and models raise."""
@@ -233,14 +233,13 @@ def sorts(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def counterparts(dense: nn.Module, model: nn.Module) -> list[Tensor] | None:
-    """Return what a model holds in the place of each tensor of the dense one, each once, always in the same
-    order.
+    """Return the tensors of a model in the places of the dense one's, each once, always in the same order.
 
     None if it differs in anything else than the values of its tensors: modules, numbers, shapes, types, or a
     tensor that was one and is two.
     """
     met: dict[int, nn.Module] = {}
-    found: dict[int, Tensor] = {}
+    matches: dict[int, Tensor] = {}
     pairs = [(dense, model)]
     while pairs:
         ours, theirs = pairs.pop()
@@ -249,28 +248,31 @@ def counterparts(dense: nn.Module, model: nn.Module) -> list[Tensor] | None:
         for table in ("_parameters", "_buffers"):
             values = vars(theirs)[table]
             if any(
-                found.setdefault(id(own), values[name]) is not values[name]
+                matches.setdefault(id(own), values[name]) is not values[name]
                 for name, own in vars(ours)[table].items()
                 if own is not None
             ):
                 return None
         children = children_of(theirs)
         pairs += [
-            (child, other)
+            (child, counterpart)
             for name, child in children_of(ours).items()
-            if child is not None and (other := children[name]) is not None
+            if child is not None and (counterpart := children[name]) is not None
         ]
-    return list(found.values())
+    return list(matches.values())
 
 
-def same_but_values(dense: nn.Module, other: nn.Module) -> bool:
+def same_but_values(dense: nn.Module, module: nn.Module) -> bool:
     """Return whether a module is the dense one but for the values of its tensors, children apart."""
-    ours, theirs = vars(dense), vars(other)
-    if type(dense) is not type(other) or ours.keys() != theirs.keys() or hooked(other):
+    ours, theirs = vars(dense), vars(module)
+    if type(dense) is not type(module) or ours.keys() != theirs.keys() or hooked(module):
         return False
     if any(ours[name] is not theirs[name] for name in sorts(tuple(ours))[0]):
         return False
-    children = [{name: child is None for name, child in one["_modules"].items()} for one in (ours, theirs)]
+    children = [
+        {name: child is None for name, child in attributes["_modules"].items()}
+        for attributes in (ours, theirs)
+    ]
     return (
         children[0] == children[1]
         and same_form(ours["_parameters"], theirs["_parameters"])
@@ -282,24 +284,26 @@ def same_form(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) 
     """Return whether two tables name tensors of the same shapes, types and devices."""
     if ours.keys() != theirs.keys():
         return False
-    pairs = [(one, theirs[name]) for name, one in ours.items() if one is not theirs[name]]
+    pairs = [(own, theirs[name]) for name, own in ours.items() if own is not theirs[name]]
     return all(
-        one is not None
-        and two is not None
-        and (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
-        for one, two in pairs
+        own is not None
+        and counterpart is not None
+        and (own.shape, own.dtype, own.device) == (counterpart.shape, counterpart.dtype, counterpart.device)
+        for own, counterpart in pairs
     )
 
 
 def here(device: torch.device) -> str:
-    """Return what torch or transformers lack for graphs, or that there is no GPU; "" if they can be tried."""
+    """Return the reason why graphs cannot be tried: names that torch or transformers lack, or no GPU; "" if
+    they can.
+    """
     return lacks(SHARED) or lacks(MASKED) or on_a_gpu(device)
 
 
 def tried(device: torch.device) -> str:
     """Return why a small Llama cannot be replayed, "" if it can."""
     model, items = small_llama(device)
-    graphs = Graphs(LANGUAGE_MODELLING, model, len(items), lambda one: one)
+    graphs = Graphs(LANGUAGE_MODELLING, model, len(items), lambda prepared_model: prepared_model)
     with graphs.loaded(model) as read, torch.inference_mode():
         if read is not None:
             read(items)

@@ -79,7 +79,14 @@ class Evaluator:
         if isinstance(self.fused, FusedBlocks):
             self.refusals.note(FUSED, self.fused.reason)
         if self.task.kind.outputs == "distributions":
-            dtype = next((one.dtype for one in self.task.model.parameters() if one.is_floating_point()), None)
+            dtype = next(
+                (
+                    parameter.dtype
+                    for parameter in self.task.model.parameters()
+                    if parameter.is_floating_point()
+                ),
+                None,
+            )
             device = self.items.labels.device
             self.refusals.note(LOSSES, "" if dtype is None else losses_failed(device, dtype))
         return self.refusals.words()
@@ -138,17 +145,17 @@ class Evaluator:
 
         The first `blocks` blocks are known to be the dense model's.
         """
-        spans, found = self.text_spans(), list[Scores]()
+        spans, batch_scores = self.text_spans(), list[Scores]()
         order = None if spans is None else ordered(spans, start, stop)
         for batch, items in self.batches(start, stop, spans, order):
-            done = sum(map(len, found))
+            done = sum(map(len, batch_scores))
             progress("evaluate", start + done, len(self.items))
-            found.append(
+            batch_scores.append(
                 self.score(
                     model, items, blocks, batch, outputs=outputs, index=places(start, order, done, len(items))
                 )
             )
-        joined = Scores.join(found)
+        joined = Scores.join(batch_scores)
         return joined if order is None else in_place(joined, order - start)
 
     @contextmanager
@@ -157,12 +164,12 @@ class Evaluator:
 
         `blocks` are known, None if nothing is read.
         """
-        known = 0 if self.prefix is None or self.prefix.chain is None else len(self.prefix.chain.blocks)
+        block_count = 0 if self.prefix is None or self.prefix.chain is None else len(self.prefix.chain.blocks)
         if (
             blocks is None
             or self.graphs is False
             or self.items.labels.device.type != "cuda"
-            or (blocks and blocks >= PREFERRED * known)
+            or (blocks and blocks >= PREFERRED * block_count)
         ):
             yield None
             return
@@ -193,16 +200,16 @@ class Evaluator:
 
         Waits for the device once, at the end, after `meanwhile`.
         """
-        spans, found = self.text_spans(), list[tuple[Tensor, Tensor]]()
+        spans, replayed = self.text_spans(), list[tuple[Tensor, Tensor]]()
         order = None if spans is None else ordered(spans, start, stop)
         for done, (_, items) in enumerate(self.batches(start, stop, spans, order)):
             progress("evaluate", start + done * self.task.batch_size, len(self.items))
-            found.append(replay(items))
+            replayed.append(replay(items))
             if outputs is not None and isinstance(self.graphs, Graphs) and self.graphs.sampled is not None:
                 outputs.keep(
                     places(start, order, done * self.task.batch_size, len(items)), self.graphs.sampled
                 )
-        loss, answers = (torch.cat([one[part] for one in found]) for part in (0, 1))
+        loss, answers = (torch.cat([pair[part] for pair in replayed]) for part in (0, 1))
         labels = (
             self.items.labels[start:stop]
             if order is None
@@ -237,27 +244,33 @@ class Evaluator:
         outputs: Outputs | None = None,
         index: Tensor | None = None,
     ) -> Scores:
-        """Return what a model does on one batch, of the items `index`."""
+        """Return the scores of a model on one batch, of the items `index` (int64 [N])."""
         if self.prefix is None:
             return self.run(model, items, outputs, index)
-        return self.prefix.score(model, blocks, batch, lambda other: self.run(other, items, outputs, index))
+        return self.prefix.score(
+            model, blocks, batch, lambda substituted: self.run(substituted, items, outputs, index)
+        )
 
     def run(
         self, model: nn.Module, items: Items, outputs: Outputs | None = None, index: Tensor | None = None
     ) -> Scores:
-        """Return what a model does on one batch, with the output head taken off where that gives the same."""
+        """Return the scores of a model on one batch, with the output head taken off where that gives the
+        same.
+        """
         if outputs is None or index is None:
             return score(self.task.kind, self.headless(model), items)
         return scored(self.task.kind, self.headless(model), items, outputs, index)
 
     def head_of(self, model: nn.Module, rows: Tensor) -> nn.Module | None:
-        """Return what makes logits of a model's kept outputs [..., width], None if these are logits."""
+        """Return the module that makes logits of a model's kept outputs [..., width], None if these are
+        logits.
+        """
         head = self.heads.get(type(model))
         return None if head is None or rows.shape[-1] == head.classes else model.get_submodule(head.name)
 
     def prepared(self, model: nn.Module) -> nn.Module:
-        """Return what is called for a model: itself, or with fused blocks and without its output head where
-        that gives the same.
+        """Return the module that is called for a model: itself, or with fused blocks and without its output
+        head where that gives the same.
         """
         return self.headless(self.fuse(model))
 

@@ -49,7 +49,7 @@ class Operation:
     failed: str = ""
 
     def __call__(self, *given: Any) -> Any:
-        """Return what it makes, None if it cannot or if gradients are asked for, which it has none of."""
+        """Return its result, None if it fails or if gradients are asked for, which it has none of."""
         if self.failed or torch.is_grad_enabled():
             return None
         try:
@@ -71,15 +71,15 @@ class FusedNorm(StandIn):
         self.norm = norm
 
     def forward(self, given: Tensor) -> Any:
-        """Return what the module returns."""
+        """Return the module's outputs, by the kernel where it takes them."""
         module = self.__dict__["instead_of"]
         weight = module.weight
-        made = (
+        fused = (
             self.norm(given, weight, module.variance_epsilon)
             if given.dtype == weight.dtype and given.device == weight.device
             else None
         )
-        return module(given) if made is None else made
+        return module(given) if fused is None else fused
 
 
 class FusedGate(StandIn):
@@ -93,15 +93,15 @@ class FusedGate(StandIn):
         self.gated = gated
 
     def forward(self, given: Tensor) -> Any:
-        """Return what the module returns."""
+        """Return the module's outputs, by the kernel where it takes them."""
         module = self.__dict__["instead_of"]
         gate, up = module.gate_proj(given), module.up_proj(given)
-        made = (
+        fused = (
             self.gated(gate, up)
             if gate.shape == up.shape and gate.dtype == up.dtype and gate.dtype in NEAR
             else None
         )
-        return module.down_proj(module.act_fn(gate) * up if made is None else made)
+        return module.down_proj(module.act_fn(gate) * up if fused is None else fused)
 
 
 class FusedRotary(StandIn):
@@ -113,7 +113,7 @@ class FusedRotary(StandIn):
         self.run = run
 
     def forward(self, *given: Any, **named: Any) -> Any:
-        """Return what the module returns."""
+        """Return the module's outputs, by the kernel where it takes them."""
         return self.run(self.__dict__["instead_of"], *given, **named)
 
 
@@ -149,9 +149,9 @@ class FusedBlocks:
     def failed(self) -> dict[str, str]:
         """Return why operations are no longer used, by name."""
         return {
-            name: one.failed
-            for name, one in (("norm", self.norm), ("gated", self.gated), ("rotary", self.rotary))
-            if one.failed
+            name: operation.failed
+            for name, operation in (("norm", self.norm), ("gated", self.gated), ("rotary", self.rotary))
+            if operation.failed
         }
 
     def of(self, model: nn.Module) -> nn.Module:
@@ -162,20 +162,19 @@ class FusedBlocks:
         return self.within(model) or model
 
     def within(self, module: nn.Module) -> nn.Module | None:
-        """Return what takes a module's place: a stand-in, or a copy that holds some.
-
-        None if it is run as it is.
+        """Return the module that takes another's place: a stand-in, or a copy that holds some. None if it is
+        run as it is.
         """
         children = {
-            name: made
+            name: replacement
             for name, child in children_of(module).items()
-            if child is not None and (made := self.within(child)) is not None
+            if child is not None and (replacement := self.within(child)) is not None
         }
         held = with_stand_ins(module, children) if children else None
         return self.stand_in(held or module) or held
 
     def stand_in(self, module: nn.Module) -> nn.Module | None:
-        """Return what computes a module, None if it is run as it is."""
+        """Return a stand-in that computes a module, None if it is run as it is."""
         make = self.maker(module)
         if make is None or not untouched(module):
             return None
@@ -188,7 +187,9 @@ class FusedBlocks:
         return None if self.refused[key] else make(module)
 
     def maker(self, module: nn.Module) -> Make | None:
-        """Return what makes a stand-in for modules that look like this one."""
+        """Return the function that makes a stand-in for modules that look like this one, None if there is
+        none.
+        """
         kind, children = type(module), children_of(module)
         if not children:
             norm = (
@@ -196,17 +197,17 @@ class FusedBlocks:
                 and hasattr(module, "variance_epsilon")
                 and isinstance(getattr(module, "weight", None), nn.Parameter)
             )
-            return (lambda one: FusedNorm(one, self.norm)) if norm else None
+            return (lambda found_module: FusedNorm(found_module, self.norm)) if norm else None
         if "gate_proj" in children:
             return (
-                (lambda one: FusedGate(one, self.gated))
+                (lambda found_module: FusedGate(found_module, self.gated))
                 if {"up_proj", "down_proj", "act_fn"} <= children.keys() and is_silu(children["act_fn"])
                 else None
             )
         if kind not in self.codes:
             self.codes[kind] = code(kind, self.rotary)
         run = self.codes[kind]
-        return None if run is None else lambda one: FusedRotary(one, run)
+        return None if run is None else lambda found_module: FusedRotary(found_module, run)
 
     @torch.inference_mode()
     def trial(self, module: nn.Module, weight: Tensor) -> str:
@@ -249,8 +250,8 @@ class FusedBlocks:
         )
         own = type(module).forward.__globals__[ROTARY](q, k, cos, sin)
         return all(
-            torch.equal(one, two)
-            for one, two in zip(own, self.operations.rotary(q, k, cos, sin), strict=True)
+            torch.equal(expected, fused)
+            for expected, fused in zip(own, self.operations.rotary(q, k, cos, sin), strict=True)
         )
 
 
@@ -266,14 +267,14 @@ def code(make: type[nn.Module], ours: Operation) -> types.FunctionType | None:
         or not callable(own.__globals__.get(ROTARY))
     ):
         return None
-    made = types.FunctionType(
+    patched = types.FunctionType(
         own.__code__,
         {**own.__globals__, ROTARY: either(ours, own.__globals__[ROTARY])},
         own.__name__,
         own.__defaults__,
     )
-    made.__kwdefaults__ = own.__kwdefaults__
-    return made
+    patched.__kwdefaults__ = own.__kwdefaults__
+    return patched
 
 
 def either(ours: Operation, theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,8 +283,8 @@ def either(ours: Operation, theirs: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
-        made = ours(q, k, cos, sin) if not more and not named and rotates(q, k, cos, sin) else None
-        return theirs(q, k, cos, sin, *more, **named) if made is None else made
+        rotated = ours(q, k, cos, sin) if not more and not named and rotates(q, k, cos, sin) else None
+        return theirs(q, k, cos, sin, *more, **named) if rotated is None else rotated
 
     return rotary
 
@@ -300,12 +301,12 @@ def rotates(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return fits and q.dtype in NEAR and q.dtype == k.dtype == cos.dtype == sin.dtype
 
 
-def near(expected: Tensor, found: Tensor) -> bool:
+def near(expected: Tensor, computed: Tensor) -> bool:
     """Return whether two tensors agree to two roundings of each number."""
-    if expected.shape != found.shape or expected.dtype != found.dtype:
+    if expected.shape != computed.shape or expected.dtype != computed.dtype:
         return False
     return torch.allclose(
-        found.float(),
+        computed.float(),
         expected.float(),
         rtol=NEAR[expected.dtype],
         atol=torch.finfo(expected.dtype).tiny,
@@ -317,8 +318,8 @@ def untouched(module: nn.Module) -> bool:
     """Return whether a module and its parts run their class's own code, and nobody watches them: a stand-in
     passes by what is in the module's way.
     """
-    parts = [part for part in (module, children_of(module).get("act_fn")) if part is not None]
-    return not any(is_watched(part) or "forward" in vars(part) for part in parts)
+    modules = [part for part in (module, children_of(module).get("act_fn")) if part is not None]
+    return not any(is_watched(part) or "forward" in vars(part) for part in modules)
 
 
 def is_silu(module: nn.Module | None) -> bool:
@@ -327,7 +328,7 @@ def is_silu(module: nn.Module | None) -> bool:
 
 
 def fused_blocks(device: torch.device) -> FusedBlocks | None:
-    """Return what fuses blocks on a device, None where there is no GPU or no Triton."""
+    """Return the fused blocks of a device, None where there is no GPU or no Triton."""
     if device.type != "cuda" or why_no_triton(device):
         return None
     from workbench.kernels import block_ops

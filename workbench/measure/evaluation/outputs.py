@@ -57,7 +57,7 @@ class Sampler:
         return Sampler(len(items), int(room), CUDA_LOGITS)
 
     def __call__(self, logits: Tensor | Unprojected) -> Tensor:
-        """Return what is kept of a batch's logits or of what makes them: [N, width], or [N, P, width] for
+        """Return the rows to keep of a batch's logits or of what makes them: [N, width], or [N, P, width] for
         labels [N, L].
         """
         states = logits.states if isinstance(logits, Unprojected) else logits
@@ -75,9 +75,9 @@ class Sampler:
 
     def room(self, kept: Tensor) -> int:
         """Return of how many items what is kept fits."""
-        one = kept[:1]
-        made = self.items if kept.ndim == 2 else self.logits // (one.shape[1] * self.classes)
-        return max(0, min(self.items, made, self.budget // (one.numel() * one.element_size())))
+        item = kept[:1]
+        by_logits = self.items if kept.ndim == 2 else self.logits // (item.shape[1] * self.classes)
+        return max(0, min(self.items, by_logits, self.budget // (item.numel() * item.element_size())))
 
     def of_labels(self, labels: Tensor) -> Tensor:
         """Return the labels of the answers that are kept: [N, P] of [N, L]."""

@@ -43,16 +43,16 @@ class KeptPrefix:
             for (kept, blocks), states in list(self.states.items())
             if kept == batch and blocks <= count
         ]
-        return max(held, key=lambda one: one[0], default=(0, None))
+        return max(held, key=lambda entry: entry[0], default=(0, None))
 
     def put(self, batch: Hashable, count: int, states: Tensor) -> None:
         """Keep states if there is room, or room can be made."""
         held = self.nbytes
-        for key, other in list(self.states.items()):
+        for key, kept_states in list(self.states.items()):
             if held + states.nbytes <= self.budget:
                 break
             if key[1] != count and self.states.pop(key, None) is not None:
-                held -= other.nbytes
+                held -= kept_states.nbytes
         if held + states.nbytes <= self.budget:
             self.states[batch, count] = states
 
@@ -96,10 +96,10 @@ class Prefix:
         keeps = Keeps(model.get_submodule(last)) if start < count else None
         if keeps is not None:
             places[last] = keeps
-        found = score(with_stand_ins(model, places))
+        scores = score(with_stand_ins(model, places))
         if keeps is not None and keeps.states is not None:
             self.kept.put(batch, count, keeps.states)
-        return found
+        return scores
 
 
 def may_share(dense: nn.Module, model: nn.Module) -> bool:
@@ -109,8 +109,10 @@ def may_share(dense: nn.Module, model: nn.Module) -> bool:
     others = dict(model.named_modules())
     for name, module in dense.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
-            first, other = next(iter(module)), others.get(f"{name}.0".removeprefix("."))
-            pairs = zip(first.parameters(), () if other is None else other.parameters(), strict=False)
-            if other is not None and all(one is two for one, two in pairs):
+            first, counterpart = next(iter(module)), others.get(f"{name}.0".removeprefix("."))
+            pairs = zip(
+                first.parameters(), () if counterpart is None else counterpart.parameters(), strict=False
+            )
+            if counterpart is not None and all(own is theirs for own, theirs in pairs):
                 return True
     return False
