@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_tasks import SORTS, TRAINING, same, tiny_task, weights
+from tiny_tasks import SORTS, TRAINING, same, spread, tiny_task, vit, weights
+from transformers import ViTForImageClassification
 
 import workbench as wb
 from workbench.compress import compress
@@ -39,6 +40,36 @@ def close(task, left, right, atol):
     with torch.no_grad():
         one, other = (task.kind.logits(made.model, some) for made in (left, right))
     return torch.allclose(one, other, atol=atol)
+
+
+# --- models that keep tensors between calls
+
+
+class Remembering(ViTForImageClassification):
+    """A model that makes a tensor at its first call and uses it ever after, as BEiT's relative positions and
+    the rotary embeddings of several speech models are."""
+
+    kept = None
+
+    def forward(self, pixel_values, **options):
+        if self.kept is None:
+            self.kept = torch.full((1,), 2.0, device=pixel_values.device)
+        outputs = super().forward(pixel_values, **options)
+        outputs.logits = outputs.logits * self.kept
+        return outputs
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_a_model_that_keeps_tensors_can_be_trained_after_it_was_measured(tmp_path, criterion):
+    """What gradients need must not have been made where there can be none."""
+    recipe = Recipe(
+        wb.Prune(sparsity=0.5, criterion=criterion), wb.Distill(steps=2, distill_batch=8, look_every=0)
+    )
+    fresh, measured = (tiny_task(model=spread(Remembering(vit().config))) for _ in range(2))
+    bench = wb.Bench(measured, device="cpu", ledger=tmp_path / "points.journal", progress=False)
+    bench.measure(Recipe(PRUNE))
+    assert measured.model.kept is not None
+    assert same(weights(compress(fresh, recipe).model), weights(bench.compress(recipe).model))
 
 
 # --- parts of a batch

@@ -131,7 +131,7 @@ def answers(task: Task, model: nn.Module, progress: Progress) -> Tensor:
     """Return a model's log-probabilities on all evaluation items, float64 [N, classes] on the CPU."""
     device = device_of(model)
     batches = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(task.evaluation), task.batch_size):
             progress("behaviour", start, len(task.evaluation))
             items: Items = task.evaluation[start : start + task.batch_size].to(device)
@@ -206,7 +206,7 @@ def write(model: nn.Module, prompt: Tensor, count: int, tokenizer: Any) -> str:
     device = device_of(model)
     ids = prompt.to(device)
     generate: Any = model.generate
-    with torch.inference_mode():
+    with torch.no_grad():
         written = generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

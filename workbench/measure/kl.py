@@ -170,7 +170,7 @@ def divergence(
     mask = (labels != -100).cpu().reshape(len(both), math.prod(labels.shape[1:]))
     kl = torch.zeros(mask.shape, dtype=torch.float64)
     if len(both) and not same and dense.rows is not None and mine.rows is not None:
-        with torch.inference_mode(), streaming(evaluator.task.model), streaming(model):
+        with torch.no_grad(), streaming(evaluator.task.model), streaming(model):
             sides = [
                 (rows, evaluator.head_of(side_model, rows))
                 for rows, side_model in ((dense.rows, evaluator.task.model), (mine.rows, model))

@@ -28,7 +28,7 @@ def cache_bytes(model: nn.Module, items: Items) -> int:
     RuntimeError if it keeps none.
     """
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             cache: Any = model(**items[:1].inputs, use_cache=True).past_key_values
     except (TypeError, AttributeError) as error:
         raise RuntimeError(f"{type(model).__name__} takes no use_cache ({error})") from None

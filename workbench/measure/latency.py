@@ -81,7 +81,7 @@ def measure_latency(
     times: dict[str, list[float]] = {"dense": [], "realised": []}
     runs = [("dense", once(dense)), ("realised", once(realised))]
     rounds, warmup = most, 3
-    with torch.inference_mode():
+    with torch.no_grad():
         first = sum(clock.time_ms(run) for _, run in runs)
         if first * (most + warmup) > 1000 * budget_s:  # a slow model: the first pass has warmed it up
             rounds, warmup = max(least, int(1000 * budget_s / first)), 1

@@ -39,19 +39,19 @@ def peak_memory_bytes(kind: Kind, model: nn.Module, items: Items) -> int:
     """
     held = unique_bytes([*model.parameters(), *model.buffers()])
     if items.labels.device.type == "cuda":
-        with torch.inference_mode():
+        with torch.no_grad():
             kind.logits(
                 model, items[:1]
             )  # libraries take their workspace on the first call: it is not the model's
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with torch.inference_mode():
+        with torch.no_grad():
             kind.logits(model, items)
         torch.cuda.synchronize()
         return held + torch.cuda.max_memory_allocated() - before
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         quiet_stderr(),
         profile(profile_memory=True) as profiler,
     ):

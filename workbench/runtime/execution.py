@@ -91,7 +91,7 @@ def runner(
             running = engine.build(model, layers, kind, items, once)
         else:
             running = {"graph": CapturedModel, "compiled": Compiled}.get(runtime, lambda same: same)(model)
-        with torch.inference_mode():
+        with torch.no_grad():
             kind.run(running, items)
     except RuntimeRefused as error:
         raise RuntimeRefused(f"runtime={runtime!r}: {error}") from None
@@ -142,12 +142,12 @@ class CapturedModel(nn.Module):
         device = next(iter(inputs.values())).device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), torch.inference_mode(), one_sequence_each(), as_if_captured():
+        with torch.cuda.stream(side), torch.no_grad(), one_sequence_each(), as_if_captured():
             for _ in range(3):
                 self.model(**inputs, **others)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), one_sequence_each(), torch.cuda.graph(graph):
+        with torch.no_grad(), one_sequence_each(), torch.cuda.graph(graph):
             outputs = self.model(**inputs, **others)
         return graph, inputs, outputs
 

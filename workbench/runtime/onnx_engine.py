@@ -158,7 +158,7 @@ def followers(model: nn.Module, layers: tuple[Layer, ...], kind: Kind, items: It
     handles = [module.register_forward_hook(after(name)) for name, module in convolutions.items()]
     handles += [module.register_forward_pre_hook(before(name)) for name, module in norms.items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             kind.logits(model, items[:1])
     finally:
         for handle in handles:

@@ -92,7 +92,7 @@ def recorded(model: nn.Module, kind: Kind, items: Items) -> ModelCall:
     """
     recorder = Recorder(model)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             kind.logits(recorder, items)
     except (AttributeError, TypeError) as error:
         raise RuntimeRefused(
@@ -144,10 +144,9 @@ def export(model: nn.Module, call: ModelCall) -> Graph:
         raise RuntimeRefused(
             f"its weights take {size:,} bytes; an ONNX graph in memory holds at most {MOST_BYTES:,}"
         )
-    # tensors of inference mode cannot be traced
-    inputs = tuple(tensor.clone() for tensor in call.tensors.values())
+    inputs = tuple(call.tensors.values())
     try:
-        with quiet(), torch.inference_mode(False), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 Called(model, call).eval(),
                 inputs,

@@ -294,7 +294,7 @@ def with_kernels(compressed: Compressed, planned: KernelPlan, kind: Kind, items:
     return Built(model, by_name(Counter(planned.engines[name].name for name in built)), said)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def distance(built: nn.Module, layer: Layer) -> Tensor:
     """Return how far a kernel's products with random inputs are from the layer's own, relative to their size:
     float32, a scalar.
@@ -317,7 +317,7 @@ def check_answers(running: nn.Module, simulated: nn.Module, kind: Kind, items: I
         RuntimeRefused: it fails, or answers with infinities or NaN where the simulated one does not.
     """
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             finite = (
                 torch.isfinite(answers(kind, running, items)).all()
                 | ~torch.isfinite(answers(kind, simulated, items)).all()
@@ -338,7 +338,7 @@ def check_agreement(running: nn.Module, simulated: nn.Module, kind: Kind, items:
 
     """
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             wanted, given = (answers(kind, model, items) for model in (simulated, running))
     except Exception as error:  # noqa: BLE001  whatever a kernel raises
         raise RuntimeRefused(f"{name} fails when it is run: {kind_and_words(error)}") from None

@@ -137,7 +137,7 @@ def faster(
 ) -> float:
     """Return the median of dense / compressed over pairs timed in turn."""
     clock, ratios = Clock(torch.device(device)), []
-    with torch.inference_mode():
+    with torch.no_grad():
         for index in range(rounds + 3):
             first, second = clock.time_ms(dense), clock.time_ms(compressed)
             if index >= 3:

@@ -28,7 +28,7 @@ def positions(task: Task, items: Items) -> dict[str, int]:
         for name, layer in find_layers(task.model)[0].items()
     ]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             task.kind.logits(task.model, items[:1])
     finally:
         for handle in handles:

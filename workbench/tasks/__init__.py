@@ -35,7 +35,7 @@ def score(kind: Kind, model: nn.Module, items: Items) -> Scores:
     A destroyed model still gets a number: where nothing finite comes out, the answer counts as the worst
     there is.
     """
-    with torch.inference_mode(), streaming(model):
+    with torch.no_grad(), streaming(model):
         return kind.score(model, items.to(_device(model, items)))
 
 

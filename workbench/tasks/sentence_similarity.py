@@ -157,7 +157,7 @@ class SentenceSimilarity(Choosing):
 
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
         """Return each pair with people's score, and the model's cosine."""
-        with torch.inference_mode():
+        with torch.no_grad():
             values = cosines(self.logits(model, items)).tolist()
         pairs = (
             [

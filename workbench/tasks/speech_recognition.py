@@ -140,7 +140,7 @@ class SpeechRecognition(Choosing):
 
     def examples(self, model: nn.Module, items: Items) -> list[tuple[str, str]]:
         """Return the true words and those that the model writes, normalised."""
-        with torch.inference_mode():
+        with torch.no_grad():
             heard = self.writes.texts(self.transcribe(model, items))
         return list(zip(self.writes.texts(items.labels), heard, strict=True))
 

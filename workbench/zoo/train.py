@@ -193,7 +193,7 @@ def train(
     return smoothed
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the fraction of `images` ([N, 1, 28, 28]) classified as `labels` ([N]), in float32."""
     hits = [

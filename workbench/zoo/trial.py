@@ -50,7 +50,7 @@ def try_items(name: str, kind: Kind, model: nn.Module, pools: Sequence[Items]) -
         check_positions(name, model, items)
     item = pools[0][:1]
     given = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in item.inputs.items())
-    with torch.inference_mode(), in_one_line(f"{name} cannot read its data ({given}; {numbers(model)})"):
+    with torch.no_grad(), in_one_line(f"{name} cannot read its data ({given}; {numbers(model)})"):
         outputs = kind.logits(model, item.to(device_of(model)))
         if not isinstance(outputs, Tensor):
             raise TypeError(f"{kind.name} gives {type(outputs).__name__} in place of a tensor")

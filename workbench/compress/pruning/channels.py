@@ -34,7 +34,7 @@ def find_channels(model: nn.Module, kind: Kind, items: Items, head: str | None) 
         copy.deepcopy(model).float().cpu().eval()
     )  # the graph is read off autograd, and hooks are put on the modules
     names = {module: name for name, module in twin.named_modules()}
-    with torch.inference_mode(mode=False), torch.enable_grad(), warnings.catch_warnings():
+    with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # it warns of parameters outside of modules: those groups are skipped below

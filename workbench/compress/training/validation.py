@@ -72,9 +72,6 @@ def held_out(work: Work, look_every: int, steps: int, option: str = "look_every"
 
 @torch.no_grad()
 def scores(task: Task, model: nn.Module, items: Items) -> Scores:
-    """Return the scores of a model.
-
-    Not in inference mode, whose tensors could be caught in a model that is trained on.
-    """
+    """Return the scores of a model."""
     device = device_of(model)
     return Scores.join([task.kind.score(model, part.to(device)) for part in items.batches(task.batch_size)])

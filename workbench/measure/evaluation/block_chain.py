@@ -170,7 +170,7 @@ def members(model: nn.Module) -> set[str]:
     return names
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_chain(model: nn.Module, score: Score, items: Items, refusals: Refusals) -> Chain | None:
     """Return the longest chain of a model's blocks that can be left out from the front, None if there is
     none.

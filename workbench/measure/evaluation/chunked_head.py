@@ -66,7 +66,7 @@ def by_rows(head: nn.Module) -> bool:
     return True
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_head(model: nn.Module, items: Items, refusals: Refusals) -> Head | None:
     """Return a model's output head, None if the model's logits are not exactly those that it makes of its
     inputs.

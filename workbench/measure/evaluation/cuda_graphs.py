@@ -128,7 +128,7 @@ class Graphs:
             if value is not own or not self.pristine[index]
         ]
         if moved:
-            with torch.inference_mode():
+            with torch.no_grad():
                 copy_each([self.slots[index] for index in moved], [values[index] for index in moved])
         for index in moved:
             self.pristine[index] = values[index] is self.own[index]
@@ -304,7 +304,7 @@ def tried(device: torch.device) -> str:
     """Return why a small Llama cannot be replayed, "" if it can."""
     model, items = small_llama(device)
     graphs = Graphs(LANGUAGE_MODELLING, model, len(items), lambda prepared_model: prepared_model)
-    with graphs.loaded(model) as read, torch.inference_mode():
+    with graphs.loaded(model) as read, torch.no_grad():
         if read is not None:
             read(items)
     return graphs.refused

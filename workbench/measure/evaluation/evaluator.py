@@ -185,7 +185,7 @@ class Evaluator:
         with self.graphs.loaded(model, again=again) as replay:
             yield replay
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def replay(
         self,
         replay: Read,

@@ -209,7 +209,7 @@ class FusedBlocks:
         run = self.codes[kind]
         return None if run is None else lambda found_module: FusedRotary(found_module, run)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def trial(self, module: nn.Module, weight: Tensor) -> str:
         """Return why a class of modules is run as it is, "" if its stand-in computes the same."""
         generator = torch.Generator(weight.device).manual_seed(0)

@@ -56,7 +56,7 @@ def trimmed(items: Items, spans: Tensor) -> Items:
     return Items(cut, items.labels)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def trims(kind: Kind, model: nn.Module, items: Items, spans: Tensor, refusals: Refusals) -> bool:
     """Return whether a model gives the same answers to rounding without the padding, tried on the shortest of
     some items (on its device).

@@ -106,8 +106,7 @@ class Outputs:
         """Keep what a sampler made of some items (int64, on the CPU), those that fit."""
         if self.rows is None:
             count = self.sampler.room(kept)
-            with torch.inference_mode(mode=False):  # what is kept may be moved to and fro outside
-                self.rows = torch.empty((count, *kept.shape[1:]), dtype=kept.dtype, device=kept.device)
+            self.rows = torch.empty((count, *kept.shape[1:]), dtype=kept.dtype, device=kept.device)
             self.read = torch.zeros(count, dtype=torch.bool)
         fits = torch.nonzero(index < len(self.rows)).flatten()
         if not len(fits):
@@ -130,7 +129,7 @@ def scored(kind: Kind, model: nn.Module, items: Items, outputs: Outputs, index: 
 
     The kind has a distribution; `index` int64 says which evaluation items these are.
     """
-    with torch.inference_mode(), streaming(model):
+    with torch.no_grad(), streaming(model):
         logits: Tensor | Unprojected = kind.logits(model, items)
         outputs.keep(index, outputs.sampler(logits))
         return likelihoods(logits, items.labels)
