@@ -22,7 +22,6 @@ from tiny_tasks import tiny_task
 import workbench as wb
 from workbench.bench import Bench
 from workbench.cli import workbench
-from workbench.errors import LedgerError
 from workbench.ledger.journal import Journal
 from workbench.ledger.ledger import Annotation, Ledger
 from workbench.measure.measurement import ADAPTER, Measurement
@@ -254,13 +253,13 @@ def test_blank_lines_are_no_lines(tmp_path, measured):
     assert again.unreadable == 0
 
 
-def test_a_file_whose_first_line_is_broken_is_refused_and_not_changed(tmp_path, measured):
+def test_a_file_whose_first_line_is_broken_keeps_its_points(tmp_path, measured):
     where = tmp_path / "points.journal"
     Ledger(where).add(measured)
     content = where.read_bytes().replace(b'"op_code":0', b'"op_code":~', 1)
     where.write_bytes(content)
-    with pytest.raises(LedgerError, match="the first line of the file is broken"):
-        Ledger(where)
+    ledger = Ledger(where)
+    assert (len(ledger), [line for line, _ in ledger.left_out]) == (1, [1])
     assert where.read_bytes() == content
 
 

@@ -231,6 +231,7 @@ class Explorer(ipw.VBox):
         """Draw the present state."""
         state = self.session.state
         self.tabs.set_title(self.tabs.children.index(self.history), f"history ({len(state.past.rows):,})")
+        self.errors.say("ledger", state.past.damage, "note")
         for pane in self.panes:
             pane.show(state)
 

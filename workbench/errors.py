@@ -4,9 +4,13 @@
 class WorkbenchError(Exception):
     """Base of all errors below; its message is one line that a user can act on."""
 
+    exit_code = 1  # of the command: 1 where it failed, 2 where what it was given cannot be meant
+
 
 class RecipeError(WorkbenchError, ValueError):
     """A recipe or one of its options is out of range, unknown, or in an order that cannot work."""
+
+    exit_code = 2
 
 
 class ModelError(WorkbenchError):
@@ -37,6 +41,12 @@ class ExportError(WorkbenchError):
 
 class DeviceError(WorkbenchError):
     """The device asked for is not here."""
+
+
+class DeviceNameError(DeviceError):
+    """What was asked for is no device."""
+
+    exit_code = 2
 
 
 class RuntimeRefused(WorkbenchError):  # noqa: N818  says what happened

@@ -327,7 +327,9 @@ class Session:
         With thousands of points that takes a moment: whoever draws calls it.
         """
         bench = self.bench
-        past = Past() if bench is None else Past(self.rows(), bench.ledger.annotations())
+        past = Past()
+        if bench is not None:
+            past = Past(self.rows(), bench.ledger.annotations(), bench.ledger.damage())
         with self.measurer.changed:
             if bench is self.bench:
                 self.state = replace(self.state, past=past)

@@ -22,6 +22,7 @@ class Past:
 
     rows: Sequence[Measurement] = ()
     said: Mapping[str, Annotation] = field(default_factory=dict)
+    damage: str = ""  # what of the ledger cannot be read, and where
 
     def about(self, point: Measurement | None) -> Annotation:
         """Return the note and pin of a point."""

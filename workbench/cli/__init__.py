@@ -13,7 +13,9 @@ from typing import Any, get_args
 import click
 
 from workbench.cli.cache import cache
+from workbench.cli.last_resort import last_resort, prepared, tell
 from workbench.cli.points import annotate, compare, points
+from workbench.cli.port import Port
 from workbench.cli.printing import show, show_point
 from workbench.compress.registry import METHODS
 from workbench.errors import WorkbenchError
@@ -230,6 +232,8 @@ def measure(
     )
     point = bench.measure(job.recipe, again=again)
     show_point(point)
+    if words := bench.ledger.damage():
+        click.echo(f"note: {words}")
     if directory is not None:
         click.echo(
             f"written to {bench.export(job.recipe, directory, overwrite=overwrite)}; load it with"
@@ -271,7 +275,9 @@ def report(ctx: click.Context, /, output: Path, name: str | None, quiet: bool, *
 @workbench.command()
 @click.argument("notebook", default="explore")
 @click.option("--no-browser", is_flag=True, help="print the address instead of opening it")
-@click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
+@click.option(
+    "--port", type=Port(), help="of the server on 127.0.0.1; left out: the first free one from 8888"
+)
 def lab(notebook: str, no_browser: bool, port: int | None) -> int:
     """Open JupyterLab on NOTEBOOK of this project (explore, report) or on a notebook file."""
     from workbench.cli.serve import lab as serve
@@ -282,7 +288,9 @@ def lab(notebook: str, no_browser: bool, port: int | None) -> int:
 @workbench.command()
 @click.argument("notebook", default="explore")
 @click.option("--no-browser", is_flag=True, help="print the address instead of opening it")
-@click.option("--port", type=int, help="of the server on 127.0.0.1; left out: the first free one from 8888")
+@click.option(
+    "--port", type=Port(), help="of the server on 127.0.0.1; left out: the first free one from 8888"
+)
 def app(notebook: str, no_browser: bool, port: int | None) -> int:
     """Serve NOTEBOOK of this project (explore), or a notebook file, as a page without code: on 127.0.0.1,
     behind a token.
@@ -311,26 +319,36 @@ for gate, about in Gates.__pydantic_fields__.items():  # type: ignore[attr-defin
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; an error of the workbench is one line on stderr and exit code 1."""
-    exit_with(lambda: workbench.main(arguments, standalone_mode=False))
+    """Run the command: 0 if all went well, 1 if not or a gate failed, 2 for bad usage, 130 for Ctrl-C.
+
+    An error is one line on stderr, whatever it is; `WORKBENCH_DEBUG=1` shows where it came from.
+    """
+    exit_with(lambda: workbench.main(arguments, "workbench", standalone_mode=False))
 
 
 def exit_with(run: Callable[[], Any]) -> None:
-    """Run, turning errors into one line and an exit code: 1 for the workbench's, 2 for usage, 130 for
-    Ctrl-C.
-    """
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        code = run()
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; every point measured before is in the ledger", err=True)
-        sys.exit(130)
-    except WorkbenchError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    """Run, turning errors into one line and an exit code."""
+    with prepared():
+        try:
+            code = run()
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = 2
+        except click.ClickException as error:
+            tell(f"error: {error.format_message()}{help_for(error)}", error)
+            code = 2
+        except (click.Abort, KeyboardInterrupt):
+            tell("stopped; every point measured before is in the ledger")
+            code = 130
+        except WorkbenchError as error:
+            tell(f"error: {error}", error)
+            code = error.exit_code
+        except Exception as error:  # noqa: BLE001  nobody is to read a traceback
+            code = last_resort(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def help_for(error: click.ClickException) -> str:
+    """Return where the right usage is told, in brackets."""
+    context = getattr(error, "ctx", None)
+    return "" if context is None else f" ({context.command_path} --help)"

@@ -37,11 +37,13 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    from workbench.ledger.table import save_points
+    from workbench.ledger.table import FORMATS, save_points
     from workbench.measure.card import quality_words
     from workbench.predict.scoring import words_of as predictions
     from workbench.util.text import size
 
+    if output is not None and output.suffix not in FORMATS:
+        raise click.UsageError(f"--output {str(output)!r}: the name must end in {' or '.join(FORMATS)}")
     ledger = opened(model, where)
     said = ledger.annotations()
     rows = [row for row in rows_of(ledger, model) if not pinned or (row.key in said and said[row.key].pinned)]
@@ -65,11 +67,6 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     show(table)
     if accuracy := predictions(rows):
         click.echo(accuracy)
-    if ledger.unreadable:
-        click.echo(
-            f"{ledger.unreadable} points or lines of the ledger cannot be read here (by a plugin that is not"
-            " loaded, or damaged); they stay in it"
-        )
 
 
 @click.command()
@@ -130,7 +127,10 @@ def opened(model: str, where: str | None) -> Ledger:
             f"nothing is measured on {model!r} yet: there is no ledger {place!r}; give --ledger if the points"
             " are elsewhere"
         )
-    return Ledger(place)
+    ledger = Ledger(place)
+    if words := ledger.damage():
+        click.echo(f"note: {words}")
+    return ledger
 
 
 def rows_of(ledger: Ledger, model: str) -> list[Measurement]:

@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from workbench.cli.port import check_free
+
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {
         "fetchNews": "false",
@@ -72,7 +74,13 @@ def write_settings(directory: Path) -> None:
 
 
 def lab(notebook: Path, *, browser: bool = True, port: int | None = None) -> int:
-    """Run JupyterLab on a notebook until it is stopped; return its exit code."""
+    """Run JupyterLab on a notebook until it is stopped; return its exit code.
+
+    Raises:
+        WorkbenchError: the port cannot be used.
+
+    """
+    check_free(port)
     with tempfile.TemporaryDirectory(prefix="workbench-lab-") as folder:
         write_settings(Path(folder))
         return run(lab_command(notebook.resolve(), Path(folder), browser=browser, port=port))

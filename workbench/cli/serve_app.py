@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
+from workbench.cli.port import check_free
 from workbench.cli.serve import common_options, run
 
 TEMPLATES = Path(__file__).parent / "jupyter"  # a Jupyter data directory: voila/templates/workbench
@@ -70,5 +71,11 @@ def app_environment() -> dict[str, str]:
 
 
 def app(notebook: Path, *, browser: bool = True, port: int | None = None) -> int:
-    """Serve a notebook as an application until it is stopped; return the server's exit code."""
+    """Serve a notebook as an application until it is stopped; return the server's exit code.
+
+    Raises:
+        WorkbenchError: the port cannot be used.
+
+    """
+    check_free(port)
     return run(app_command(notebook.resolve(), browser=browser, port=port), app_environment())

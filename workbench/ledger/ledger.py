@@ -8,17 +8,24 @@ is touched.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+import time
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from workbench.errors import DataError, LedgerError, RecipeError
+from workbench.errors import LedgerError
 from workbench.ledger.annotation import Annotation
 from workbench.ledger.journal import Journal
+from workbench.ledger.journal_lines import CREATE_STUDY
 from workbench.measure.measurement import Measurement
+from workbench.measure.stored_layers import StoredLayers
+from workbench.metrics.metrics import metric_named
 from workbench.util.folders import state_folder
 from workbench.util.garbage import import_apart, uncollected
-from workbench.util.text import file_name
+from workbench.util.text import file_name, one_line
 
 if TYPE_CHECKING:
     import optuna
@@ -33,7 +40,9 @@ DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = (
     "minimize",
 )  # minus the quality drop, file bytes, latency relative to dense
 WORST = 1e9  # stands for an infinite drop, which Optuna's samplers do not take
+FIRST = {"op_code": CREATE_STUDY, "worker_id": "", "directions": [2, 1, 1]}  # Optuna's numbers of DIRECTIONS
 LONGEST_NOTE = 500  # characters
+MOST_SAID = 5  # damaged lines that are named one by one
 OPTUNA = ("optuna", "optuna.distributions", "optuna.samplers", "optuna.storages", "optuna.trial")
 
 
@@ -56,14 +65,16 @@ class Ledger:
             LedgerError: the place cannot be read or written.
 
         """
-        self.where = str(where)
-        self.refused = 0
+        self.where, self.name = str(where), study
+        self.refused: dict[int, str] = {}  # why a trial of the study is no point here, by its number in it
         self.unsaved: list[Measurement] = []
+        self.rescue: Ledger | None = None  # where points lie that could not be written here
         self.points: dict[str, Measurement] = {}
         self.read = 0  # trials of the study
         with uncollected():
             try:
-                self.journal = None if "://" in self.where else Journal(Path(self.where))
+                first = {**FIRST, "study_name": study}
+                self.journal = None if "://" in self.where else Journal(Path(self.where), first)
                 self.study = open_study(self.journal or self.where, study)
                 self.refresh()
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
@@ -73,18 +84,25 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take over what other processes have added since the last time."""
+        self.catch_up()
         trials = self.study.get_trials(deepcopy=False)
         with uncollected():
             for trial in trials[self.read :]:
-                self.take(trial.user_attrs)
+                self.take(trial.number, trial.user_attrs)
         self.read = len(trials)
 
-    def take(self, stored: dict[str, Any]) -> None:
+    def catch_up(self) -> None:
+        """Pass over lines that Optuna refuses, before it is asked for anything."""
+        if self.journal is not None:
+            self.journal.catch_up()
+
+    def take(self, number: int, stored: dict[str, Any]) -> None:
         """Keep one stored point; one that this version cannot read is counted, not lost."""
         try:
             point = Measurement.from_json(str(stored.get("measurement", "")), stored.get("layers"))
-        except (ValueError, RecipeError, DataError):
-            self.refused += 1
+            readable(point)
+        except Exception as error:  # noqa: BLE001  a damaged text may break any step of reading it
+            self.refused[number] = "it holds no point" if "measurement" not in stored else one_line(error)
         else:
             self.points[point.key] = point
 
@@ -93,7 +111,30 @@ class Ledger:
         """Return how many points and lines this version cannot read (a plugin that is not loaded, a line that
         something else wrote); they stay where they are.
         """
-        return self.refused + (0 if self.journal is None else len(self.journal.broken))
+        return len(self.left_out)
+
+    @property
+    def left_out(self) -> list[tuple[int | None, str]]:
+        """Return what cannot be read here: (the number of its line, None in other storages; why)."""
+        if self.journal is None:
+            return [(None, why) for why in self.refused.values()]
+        lines = self.journal.lines_of(self.name)
+        found = list(self.journal.broken.items())
+        found += [(lines[number], why) for number, why in self.refused.items() if number < len(lines)]
+        found += [(line, "it was not written to its end, and was cut off") for line in self.journal.cut]
+        return [*sorted(found)]
+
+    def damage(self) -> str:
+        """Return in one line what cannot be read here and where, "" if all is read."""
+        found = self.left_out
+        if not found:
+            return ""
+        said = [f"line {line}: {why}" if line is not None else why for line, why in found[:MOST_SAID]]
+        more = f"; and {len(found) - MOST_SAID} more" if len(found) > MOST_SAID else ""
+        return (
+            f"{len(found)} points or lines of the ledger cannot be read here (by a plugin that is not loaded,"
+            f" or damaged) and are left out; they stay in it: {'; '.join(said)}{more}"
+        )
 
     def __len__(self) -> int:
         """Return the number of points."""
@@ -145,16 +186,19 @@ class Ledger:
         for name, value in given.items():
             if value is not None:
                 try:
+                    self.catch_up()
                     self.study.set_user_attr(name, value)
                 except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                     raise LedgerError(
                         f"cannot write the {name.split()[0]} on {key!r} to {self.where!r}:"
-                        f" {' '.join(str(error).split())}"
+                        f" {' '.join(str(error).split())}; copy it to where you may write, and give that with"
+                        " ledger=... (--ledger)"
                     ) from None
         return self.annotations().get(key, Annotation())
 
     def annotations(self) -> dict[str, Annotation]:
         """Return the notes and pins of points, by key; points neither pinned nor noted are left out."""
+        self.catch_up()
         attributes = self.study.user_attrs
         keys = dict.fromkeys(
             name.partition(" ")[2] for name in attributes if name.startswith(("note ", "pinned "))
@@ -178,7 +222,8 @@ class Ledger:
     def add(self, point: Measurement) -> None:
         """Write a complete point.
 
-        If the storage fails, the point stays in memory and goes with the next one that succeeds.
+        If the storage fails, the point stays in memory and goes with the next one that succeeds. Meanwhile it
+        lies in a ledger of its own, which the error names: a process that ends now loses nothing.
 
         Raises:
             LedgerError: the storage refused it (a full disk, say); the point is still in `rows()`.
@@ -187,13 +232,66 @@ class Ledger:
         self.unsaved.append(point)
         while self.unsaved:
             try:
+                self.catch_up()
                 self.study.add_trial(as_trial(self.unsaved[0]))
             except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
                 raise LedgerError(
                     f"{len(self.unsaved)} measured points are not on disk yet: cannot write {self.where!r}:"
-                    f" {' '.join(str(error).split())}"
+                    f" {' '.join(str(error).split())}{self.rescued()}"
                 ) from None
             self.unsaved.pop(0)
+        self.drop_rescue()
+
+    def rescued(self) -> str:
+        """Keep what is not saved in another ledger; return where it is, in words."""
+        name = (
+            f"{file_name(Path(self.where.rpartition('://')[2]).stem)}-{os.getpid()}-{time.time_ns()}.journal"
+        )
+        for folder in (state_folder("ledger") / "unsaved", Path(tempfile.gettempdir())):
+            try:
+                self.rescue = self.rescue or Ledger(folder / name, self.name)
+                for point in self.unsaved:
+                    if point.key not in self.rescue.points:
+                        self.rescue.write(point)
+            except LedgerError:
+                if self.rescue is None or not self.rescue.points:
+                    self.rescue = None
+                    remove(folder / name)
+            else:
+                return f"; they are kept in {self.rescue.where!r}: go on with ledger=... (--ledger) of that"
+        return "; give another place with ledger=... (--ledger)"
+
+    def write(self, point: Measurement) -> None:
+        """Write a point or raise `LedgerError`, and keep nothing for later."""
+        try:
+            self.study.add_trial(as_trial(point))
+        except Exception as error:  # noqa: BLE001  any storage driver may raise its own kind
+            raise LedgerError(one_line(error)) from None
+        self.points[point.key] = point
+
+    def drop_rescue(self) -> None:
+        """Delete the other ledger, once what lies in it is written here."""
+        rescue, self.rescue = self.rescue, None
+        if rescue is not None:
+            remove(Path(rescue.where))
+
+
+def remove(journal: Path) -> None:
+    """Delete a journal and its lock, as far as that can be done."""
+    for path in (journal, Path(f"{journal}.lock")):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def readable(point: Measurement) -> None:
+    """Raise an exception of any kind unless everything that lists and plots ask of a point is in it."""
+    metric_named(point.primary.metric)
+    if not point.sizes.file_bytes > 0 < point.dense_sizes.file_bytes:
+        raise ValueError("its sizes are no sizes")
+    if isinstance(point.layers, StoredLayers):
+        text = point.layers.text.strip()
+        if not (text.startswith("[") and text.endswith("]")):
+            raise ValueError("its layers are no list")
 
 
 def plain_text(note: str) -> str:
@@ -247,8 +345,11 @@ def open_study(where: str | Journal, study: str) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if isinstance(where, str):
         return load_or_create(optuna.storages.get_storage(where), study)
-    backend = cast("BaseJournalBackend", where)  # see Journal
-    return load_or_create(optuna.storages.JournalStorage(backend), study)
+    where.silent = True  # the storage reads when it is made, and would refuse the whole file for one line
+    where.storage = optuna.storages.JournalStorage(cast("BaseJournalBackend", where))  # see Journal
+    where.silent = False
+    where.catch_up()
+    return load_or_create(where.storage, study)
 
 
 def load_or_create(storage: optuna.storages.BaseStorage, study: str) -> optuna.Study:

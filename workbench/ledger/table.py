@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ from workbench.ledger.annotation import Annotation
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
+from workbench.util.markup import spreadsheet_text
+from workbench.util.saving import PART
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,9 +151,14 @@ def save_points(
 
 
 def table_text(rows: Sequence[Measurement], annotations: Mapping[str, Annotation]) -> str:
-    """Return points as CSV; floats are written so that they come back as they were."""
+    """Return points as CSV; floats are written so that they come back as they were.
+
+    A text that a spreadsheet would compute begins with `'` there: notes and names come from anywhere.
+    """
     buffer = io.StringIO()
-    points_frame(rows, annotations).to_csv(buffer, index=False, lineterminator="\n")
+    frame = points_frame(rows, annotations)
+    frame = frame.map(as_text).rename(columns=as_text)
+    frame.to_csv(buffer, index=False, lineterminator="\n")
     return buffer.getvalue()
 
 
@@ -163,15 +172,46 @@ def lines_text(rows: Sequence[Measurement], annotations: Mapping[str, Annotation
     return "".join(f"{line}\n" for line in lines)
 
 
+def as_text(value: Any) -> Any:
+    """Return a value of a table such that a spreadsheet shows it, and does not compute it."""
+    return spreadsheet_text(value) if isinstance(value, str) else value
+
+
 def write_new(target: Path, text: str) -> Path:
-    """Write to `target`, or to `name-2`, `name-3`, ... beside it where that is taken."""
-    number = 1
-    while True:
-        place = target if number == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
-        try:
-            with place.open("x", encoding="utf-8", newline="") as file:
-                file.write(text)
-        except FileExistsError:
-            number += 1
-        else:
-            return place
+    """Write to `target`, or to `name-2`, `name-3`, ... beside it where that is taken: all of it or nothing.
+
+    It is written under another name first, and gets its own once it is whole.
+    """
+    side = target.with_name(f".{target.name}-{os.getpid()}-{time.monotonic_ns()}{PART}")
+    try:
+        with side.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        number = 1
+        while True:
+            place = target if number == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
+            try:
+                put(side, place)
+            except FileExistsError:
+                number += 1
+            else:
+                return place
+    finally:
+        side.unlink(missing_ok=True)
+
+
+def put(side: Path, place: Path) -> None:
+    """Give a file its name, unless that is taken.
+
+    Raises:
+        FileExistsError: it is.
+
+    """
+    try:
+        place.hardlink_to(side)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links
+        place.open("x").close()
+        side.replace(place)

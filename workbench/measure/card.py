@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from workbench.measure.measurement import CHANGED, Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
+from workbench.util.markup import markdown_code, markdown_text
 from workbench.util.text import size
 
 
@@ -86,7 +87,6 @@ def card(point: Measurement) -> str:
     """Return the model card of an export as Markdown."""
     context, provenance = point.context, point.provenance
     rows = [
-        ("recipe", f"`{point.recipe!r}`"),
         *((q.metric, quality_words(q).removeprefix(f"{q.metric} ")) for q in point.quality),
         ("changed answers", changed_words(point)),
         *([("KL to dense", divergence_words(point))] if point.kl is not None else []),
@@ -107,12 +107,14 @@ def card(point: Measurement) -> str:
         ("measured on", f"{context.device_name}, {provenance.time}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    notes = "".join(f"\n- {note}" for note in point.warnings)
+    told = [("recipe", markdown_code(repr(point.recipe)))]
+    told += [(markdown_text(name), markdown_text(value)) for name, value in rows]
+    table = "\n".join(f"| {name} | {value} |" for name, value in told)
+    notes = "".join(f"\n- {markdown_text(note)}" for note in point.warnings)
     heading = "\n\n## Notes\n"
-    return f"""# {context.model_name}, compressed
+    return f"""# {markdown_text(context.model_name)}, compressed
 
-{verdict(point)}
+{markdown_text(verdict(point))}
 
 | | |
 |---|---|

@@ -18,10 +18,14 @@ from workbench.compress.registry import METHODS, PLAIN
 from workbench.errors import GateFailed, LedgerError, RecipeError, WorkbenchError
 from workbench.recipe import Recipe
 from workbench.report.gates import Gates
-from workbench.util.text import file_name, nearest
+from workbench.util.device import device_named
+from workbench.util.text import file_name, kind_and_words, nearest
 
 if TYPE_CHECKING:
     from workbench.bench import Bench
+
+
+YES, NO = ("yes", "y", "on", "true", "1"), ("no", "n", "off", "false", "0")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class Job:
 
         if self.settings.get("progress") == "lines":
             say(f"loading {self.model}")
-        return Bench(self.model, **self.settings)
+        bench = Bench(self.model, **self.settings)
+        if words := bench.ledger.damage():
+            say(f"note: {words}")
+        return bench
 
 
 def load_plugins(names: str | tuple[str, ...] | list[str]) -> None:
@@ -56,8 +63,8 @@ def load_plugins(names: str | tuple[str, ...] | list[str]) -> None:
     ):
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise RecipeError(f"plugin {name!r} cannot be imported: {error}") from None
+        except Exception as error:  # noqa: BLE001  a module may raise anything
+            raise RecipeError(f"plugin {name!r} cannot be imported: {kind_and_words(error)}") from None
 
 
 def job_from(namespace: Mapping[str, Any]) -> Job:
@@ -90,12 +97,14 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
         for name in ("data", "device", "ledger", "runtime", "placement")
         if given[name] is not None
     }
+    lines = given["progress"] == "lines"
     settings |= {
         "seed": seed,
-        **{name: str(given[name]).lower() in {"true", "1", "yes"} for name in ("offline", "progress")},
+        "offline": yes_or_no("offline", given["offline"]),
+        "progress": "lines" if lines else yes_or_no("progress", given["progress"]),
     }
-    if given["progress"] == "lines":
-        settings["progress"] = "lines"
+    if "device" in settings:
+        device_named(str(settings["device"]))
     if given["evaluation_items"] is not None:
         settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
     if given["margin"] is not None:
@@ -156,6 +165,16 @@ def whole(name: str, value: Any, least: int) -> int:
     if number < least:
         raise RecipeError(f"{name}={value!r} is refused: give a whole number of at least {least}")
     return number
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """Return a parameter that is yes or no, in any of the usual words; None is no."""
+    word = str(value).strip().lower()
+    if value is None or word in NO:
+        return False
+    if word in YES:
+        return True
+    raise RecipeError(f"{name}={value!r} is refused: give one of {', '.join(YES)}, or {', '.join(NO)}")
 
 
 def fraction(name: str, value: Any, example: str = "0.01") -> float:

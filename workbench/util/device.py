@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from workbench.errors import DeviceError
+from workbench.errors import DeviceError, DeviceNameError
 
 NEEDS_GPU = "needs a CUDA GPU"
 
@@ -21,17 +21,13 @@ def pick(wanted: str | None = None) -> torch.device:
     """Return the device asked for, or the first GPU, or the CPU.
 
     Raises:
-        DeviceError: the name is unknown, or the device is not here.
+        DeviceNameError: the name is unknown.
+        DeviceError: the device is not here.
 
     """
-    if wanted is None or wanted == "auto":
+    device = device_named(wanted)
+    if device is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise DeviceError(f"unknown device {wanted!r}: use 'cpu', 'cuda' or 'cuda:0'") from None
-    if device.type not in {"cpu", "cuda"}:
-        raise DeviceError(f"device {wanted!r} is not supported: use 'cpu' or 'cuda'")
     if device.type == "cuda" and (
         not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
     ):
@@ -40,6 +36,24 @@ def pick(wanted: str | None = None) -> torch.device:
             " devices; use 'cpu'"
         )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def device_named(name: str | None) -> torch.device | None:
+    """Return the device of a name, whether or not it is here; None for "auto".
+
+    Raises:
+        DeviceNameError: the name is unknown.
+
+    """
+    if name is None or name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceNameError(f"unknown device {name!r}: use 'cpu', 'cuda' or 'cuda:0'") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise DeviceNameError(f"device {name!r} is not supported: use 'cpu' or 'cuda'")
+    return device
 
 
 def placed(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
