@@ -47,6 +47,8 @@ class Words:
         if isinstance(text, str):
             return {"input_ids": [number(word) for word in text.split()]}
         rows = [[number(word) for word in one.split()][:max_length] for one in text]
+        if max_length is None:
+            return {"input_ids": rows}
         ids = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 

@@ -29,7 +29,7 @@ from workbench.recipe import Recipe
 from workbench.runtime.execution import chosen, why_not
 from workbench.sensitivity import LayerSensitivity, sensitivities
 from workbench.tasks.base import Items, Task
-from workbench.tasks.placing import place_task
+from workbench.tasks.placing import capped, place_task
 from workbench.util.device import pick
 from workbench.util.progress import Bar, Progress, Shown, Training, both, no_progress, stoppable
 
@@ -72,7 +72,8 @@ class Bench:
             evaluation_items: at most so many; None takes the task's default.
             calibration_items: at most so many; None takes the task's default.
             training_items: at most so many; None takes the task's default.
-            context_length: tokens in a window of a language model; None takes the task's default.
+            context_length: tokens in a window of a language model, or read of a text; None takes the task's
+                default.
             latency_batch: items in the batch that is timed; None takes 16, or 1 window of a language model or
                 1 utterance.
             runtime: how both models are run when they are timed: "auto" (None), "torch", "onnx", "graph" or
@@ -98,8 +99,13 @@ class Bench:
         if reason := why_not(engine, place.type):
             raise RuntimeRefused(f"runtime={runtime!r} cannot be used on {place.type}: {reason}")
         self.show_progress, self.margin = progress, checked_margin(margin)
+        counts = {
+            "evaluation": evaluation_items,
+            "calibration": calibration_items,
+            "training": training_items,
+        }
         task = (
-            place_task(model, place, placement_named(placement))
+            capped(place_task(model, place, placement_named(placement)), counts)
             if isinstance(model, Task)
             else load_task(
                 model,

@@ -19,6 +19,7 @@ from workbench.measure.memory import peak_memory_bytes
 from workbench.measure.recent_scores import Neighbours
 from workbench.measure.setting import Setting
 from workbench.measure.size import Sizes, counted_sizes, sizes
+from workbench.metrics.class_recall import lost_classes
 from workbench.metrics.control_variates import ControlVariates
 from workbench.metrics.quality import flips, quality
 from workbench.metrics.scores import Scores
@@ -140,6 +141,7 @@ class Partial:
             warnings=(*task.notes, *self.compressed.warnings, *setting.evaluator.slower()),
             curve=self.compressed.curve,
             held_out=self.compressed.looks,
+            lost_classes=lost_classes(task.labels, setting.evaluation.labels[:count], dense, mine),
         )
 
     def finish(self) -> Measurement:

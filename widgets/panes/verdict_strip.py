@@ -9,6 +9,7 @@ import ipywidgets as ipw
 from widgets.session.state import PanelState, Phase
 from workbench.measure.card import changed_words, divergence_words, nothing_known
 from workbench.measure.measurement import Measurement
+from workbench.metrics.class_recall import lost_words
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
 from workbench.predict.predictor import Prediction
@@ -197,7 +198,8 @@ def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
 
 def doubts(point: Measurement) -> list[str]:
     """Return sentences on what the measured numbers do not show."""
-    drop, sentences = point.primary.drop, []
+    drop = point.primary.drop
+    sentences = [lost] if (lost := lost_words(point.lost_classes)) else []
     if len(point.recipe) and drop.low <= 0 <= drop.high:
         sentences.append("the change of quality is within the noise: its interval holds zero")
     if point.latency is not None and len(point.recipe) and point.latency.speedup.high < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workbench.measure.measurement import CHANGED, Measurement
+from workbench.metrics.class_recall import lost_words
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
 from workbench.util.markup import markdown_code, markdown_text
@@ -80,7 +81,8 @@ def verdict(point: Measurement) -> str:
         f"{point.shrink:.2f}x smaller on disk ({size(point.dense_sizes.file_bytes)} to"
         f" {size(point.sizes.file_bytes)})"
     )
-    return f"{point.recipe.label()}: {quality_words(point.primary)}; {smaller}; {speed_words(point)}."
+    parts = (quality_words(point.primary), smaller, speed_words(point), lost_words(point.lost_classes))
+    return f"{point.recipe.label()}: {'; '.join(part for part in parts if part)}."
 
 
 def card(point: Measurement) -> str:

@@ -16,6 +16,7 @@ from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
 from workbench.measure.size import Sizes
 from workbench.measure.stored_layers import Layers, StoredLayers, layers_text
+from workbench.metrics.class_recall import LostClass
 from workbench.metrics.quality import Estimate, Quality
 from workbench.recipe import Recipe
 from workbench.util.progress import Look
@@ -129,6 +130,7 @@ class Measurement:
     kl: Estimate | None = None
     kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
     kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
+    lost_classes: tuple[LostClass, ...] = ()  # of a classifier: those that it never finds any more
 
     @property
     def complete(self) -> bool:

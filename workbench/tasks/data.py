@@ -69,7 +69,8 @@ def load(
     )
     train, held_out, notes = kind.pools(reading, raw, sizes)
     cut = _cut(raw.name, train, held_out, sizes, seed)
-    return replace(cut, labels=kind.labels(reading.config), notes=(*raw.notes, *notes, *cut.notes))
+    cut = replace(cut, labels=kind.labels(reading.config))
+    return replace(cut, notes=(*raw.notes, *notes, *cut.notes, *one_class(cut)))
 
 
 def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed: int) -> Data:
@@ -95,8 +96,8 @@ def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed:
             f"data {name!r} leave {len(kept)} items to calibrate and train on ({dropped} dropped as copies of"
             " evaluation items); 2 are needed"
         )
-    count = min(sizes.calibration, len(kept) // 2)
-    notes = []
+    count = calibrating(len(kept), sizes)
+    notes = [*train.said(), *(held_out.said() if held_out else ())]
     if dropped:
         notes.append(
             f"{dropped} items of {name} were dropped from calibration and training: they are also in the"
@@ -107,7 +108,27 @@ def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed:
             f"only {len(evaluation)} evaluation items in {name}: differences will be inside the noise; {FEW}"
             " or more are advised"
         )
-    return Data(name, evaluation, kept[:count], kept[count:], notes=tuple(notes))
+    rest = kept[count : count + sizes.training]
+    return Data(name, evaluation, kept[:count], rest, notes=tuple(dict.fromkeys(notes)))
+
+
+def calibrating(found: int, sizes: ItemCounts) -> int:
+    """Return how many of the items that were found are to calibrate on, the others are to train on: as many
+    as were asked for where there are enough for both, else at most half, or all that training leaves.
+    """
+    return min(sizes.calibration, max(found // 2, found - sizes.training))
+
+
+def one_class(data: Data) -> tuple[str, ...]:
+    """Return a note on evaluation items that are all of one class."""
+    found = data.evaluation.labels.unique().tolist() if data.labels else []
+    if len(found) != 1:
+        return ()
+    note = (
+        f"all {len(data.evaluation)} evaluation items are of one class, {data.labels[found[0]]}: a model that"
+        " always answers it is always right, and nothing is known of the others"
+    )
+    return (note,)
 
 
 def _distinct(pool: Pool, order: list[int], wanted: int, held_out: set[str]) -> tuple[Items, int]:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import DataError
 from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.fashion_mnist import SLICE
 from workbench.tasks.items import ItemCounts, Pools, Reading, labelled_pools
 from workbench.tasks.likelihood import Choosing
 from workbench.tasks.processors import FEATURE_FILES, load_from
+from workbench.tasks.reading.pictures import name_of, shown
+from workbench.tasks.reading.tally import Tally
+from workbench.tasks.reading.texts import ReadColumns
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,10 +68,14 @@ class ImageClassification(Choosing):
         """Return images, one item a row, after checking every label."""
         channels = int(reading.config.get("num_channels") or 3)
 
-        def make(images: list[Any], labels: list[int], _rows: Sequence[int], _column: str) -> Items:
-            return image_items(images, labels, reading.processor, channels)
+        tally = Tally("pictures")
 
-        return labelled_pools(raw, reading.config, columns.image_columns, make)
+        def make(
+            images: list[list[Any]], labels: list[int], rows: Sequence[int], _read: ReadColumns
+        ) -> Items:
+            return image_items(images[0], labels, reading.processor, channels, rows=rows, tally=tally)
+
+        return labelled_pools(raw, reading.config, columns.image_columns, make, tally.notes)
 
     def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the classes."""
@@ -135,36 +141,26 @@ def grey_items(images: np.ndarray, labels: np.ndarray, mean: float, std: float) 
     return Items({"pixel_values": pixels.unsqueeze(1)}, torch.from_numpy(labels).long())
 
 
-def image_items(images: Iterable[Any], labels: Sequence[int], processor: Processor, channels: int) -> Items:
+def image_items(
+    images: Iterable[Any],
+    labels: Sequence[int],
+    processor: Processor,
+    channels: int,
+    *,
+    rows: Sequence[int] | None = None,
+    tally: Tally | None = None,
+) -> Items:
     """Return items of PIL pictures (or of dicts with their bytes or path, as `datasets` gives them when
-    undecoded).
+    undecoded), upright and of 8 bits; `tally` counts what was done to them.
 
     Raises:
-        DataError: a picture that cannot be read, by its place in the data.
+        DataError: a picture that cannot be read or shown rightly, by its file and its place in the data
+            (`rows`).
     """
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
     pixels = []
+    counted = Tally("pictures") if tally is None else tally
     for index, image in enumerate(images):
-        try:
-            picture = opened(image).convert(modes.get(channels, "RGB"))
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
-            raise DataError(f"image item {index} cannot be read as a picture: {error}") from None
-        pixels.append(torch.as_tensor(processor(images=[picture], return_tensors="pt")["pixel_values"]))
+        what = name_of(image, index if rows is None else rows[index])
+        one = shown(image, channels, what, counted)
+        pixels.append(torch.as_tensor(processor(images=[one], return_tensors="pt")["pixel_values"]))
     return Items({"pixel_values": torch.cat(pixels).float()}, torch.tensor(labels, dtype=torch.long))
-
-
-def opened(image: Any) -> Image:
-    """Return a PIL picture from a picture, an array [H, W] or [H, W, C] of uint8, a path, or a dict with
-    bytes or path.
-    """
-    from io import BytesIO
-
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, dict):
-        return Image.open(BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
-    if isinstance(image, str):
-        return Image.open(image)
-    return Image.fromarray(np.asarray(image, np.uint8))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.errors import DataError
 from workbench.tasks.columns import Raw, held_out, label_numbers, train_name, undecoded
+from workbench.tasks.reading.texts import ReadColumns
 
 Batch = dict[str, Tensor]
 
@@ -102,12 +103,14 @@ class ItemCounts:
 class Pool:
     """Items that are made when taken.
 
-    `take` maps row numbers to `Items`; `mixed` says the rows are in random order already.
+    `take` maps row numbers to `Items`; `mixed` says the rows are in random order already; `said` returns
+    notes on those that were taken.
     """
 
     size: int
     take: Callable[[Sequence[int]], Items]
     mixed: bool = False
+    said: Callable[[], tuple[str, ...]] = tuple
 
     def order(self, generator: np.random.Generator) -> list[int]:
         """Return every row number in the order to use them."""
@@ -116,8 +119,8 @@ class Pool:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to turn raw rows into a model's items: its config.json and processor, and the window length in
-    tokens.
+    """How to turn raw rows into a model's items: its config.json and processor, and the length in tokens of a
+    window, or of the longest text.
     """
 
     config: Mapping[str, Any]
@@ -141,16 +144,18 @@ def split_pools(raw: Raw, pool: Callable[[str], Pool]) -> tuple[Pool, Pool | Non
 def labelled_pools(
     raw: Raw,
     config: Mapping[str, Any],
-    find: Callable[[str, Any], tuple[str, str]],
-    make: Callable[[list[Any], list[int], Sequence[int], str], Items],
+    find: Callable[[str, Any], tuple[ReadColumns, str]],
+    make: Callable[[list[list[Any]], list[int], Sequence[int], ReadColumns], Items],
+    said: Callable[[], tuple[str, ...]] = tuple,
 ) -> Pools:
     """Return classified things, one item a row, after checking every label.
 
     Args:
         raw: the rows.
         config: the model's config.json, with its classes.
-        find: (name of the data, rows) -> the columns of things and of labels.
-        make: (things, labels, their rows, their column) -> items.
+        find: (name of the data, rows) -> the columns of things and that of labels.
+        make: (things of each column, labels, their rows, their columns) -> items.
+        said: notes on the things that were made.
 
     Raises:
         DataError: a missing column, or a label that is none of the classes.
@@ -159,14 +164,20 @@ def labelled_pools(
 
     def pool(split: str) -> Pool:
         rows = raw.splits[split]
-        item, label = find(raw.name, rows)
-        labels, said = label_numbers(rows, label, config, raw.name)
-        notes.extend(note for note in said if note not in notes)
-        plain = undecoded(rows, item)
+        chosen, label = find(raw.name, rows)
+        labels, noted = label_numbers(rows, label, config, raw.name)
+        if set(rows.column_names) != {"image", "label"}:  # those of a folder of pictures
+            notes.extend(chosen.notes(label))
+        notes.extend(noted)
+        plain = rows
+        for column in chosen.columns:
+            plain = undecoded(plain, column)
 
         def take(index: Sequence[int]) -> Items:
-            return make(list(plain.select(list(index))[item]), [labels[i] for i in index], index, item)
+            some = plain.select(list(index))
+            things = [list(some[column]) for column in chosen.columns]
+            return make(things, [labels[i] for i in index], index, chosen)
 
-        return Pool(len(rows), take)
+        return Pool(len(rows), take, said=said)
 
-    return *split_pools(raw, pool), tuple(notes)
+    return *split_pools(raw, pool), tuple(dict.fromkeys(notes))

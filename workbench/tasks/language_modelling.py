@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.items import ItemCounts, Pool, Pools, Reading
 from workbench.tasks.likelihood import Choosing
-from workbench.tasks.processors import GENERATION_FILES, TOKENIZER_FILES, load_tokenizer
+from workbench.tasks.processors import (
+    GENERATION_FILES,
+    TOKENIZER_FILES,
+    load_tokenizer,
+    opening,
+    positions,
+)
+from workbench.tasks.reading.chats import written
 from workbench.tasks.sources import PYTHON_DOCS, WIKITEXT
 
 CONTEXT = 512
@@ -93,21 +100,28 @@ def window_items(ids: Tensor) -> Items:
     return Items({"input_ids": ids}, ids[:, 1:].contiguous())
 
 
-def windows(texts: Iterable[str], tokenizer: Any, context: int = CONTEXT, limit: int | None = None) -> Tensor:
+def windows(
+    texts: Iterable[str],
+    tokenizer: Any,
+    context: int = CONTEXT,
+    limit: int | None = None,
+    begin: Sequence[int] = (),
+) -> Tensor:
     """Return the tokens of all texts, one after the other, cut into windows [N, context].
 
-    The last short one is dropped.
-
-    No special tokens are added and no window overlaps another. At most `limit` windows are made, and no more
-    text is tokenised than they need.
+    The last short one is dropped. Each begins with the tokens `begin`, those that the tokenizer puts before a
+    text; no other special tokens are added, and no window overlaps another. At most `limit` windows are made,
+    and no more text is tokenised than they need.
     """
     ids: list[int] = []
+    room = context - len(begin)
     for chunk in _chunks(texts):
         ids += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-        if limit is not None and len(ids) >= limit * context:
+        if limit is not None and len(ids) >= limit * room:
             break
-    count = len(ids) // context if limit is None else min(limit, len(ids) // context)
-    return torch.tensor(ids[: count * context], dtype=torch.long).reshape(count, context)
+    count = len(ids) // room if limit is None else min(limit, len(ids) // room)
+    made = torch.tensor(ids[: count * room], dtype=torch.long).reshape(count, room)
+    return torch.cat([torch.tensor(list(begin), dtype=torch.long).expand(count, -1), made], 1)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
@@ -131,22 +145,31 @@ def window_pools(reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools
     Raises:
         DataError: a window that the model cannot hold, or less text than one.
     """
-    context = reading.context or min(
-        CONTEXT,
-        int(reading.config.get("max_position_embeddings") or reading.config.get("n_positions") or CONTEXT),
-    )
-    longest = reading.config.get("max_position_embeddings") or reading.config.get("n_positions")
-    if context < 2 or (longest and context > longest):
+    longest = positions(reading.config)
+    context = reading.context or min(CONTEXT, longest or CONTEXT)
+    begin = opening(reading.processor)
+    if context < 2 + len(begin) or (longest and context > longest):
         raise DataError(
-            f"context={context}: a window needs at least 2 tokens"
+            f"context={context}: a window needs at least {2 + len(begin)} tokens"
             + (f" and at most the model's {longest}" if longest else "")
         )
+    word = reading.processor.decode(begin) if begin else ""
+    notes = [
+        f"windows of {context} tokens" + (f", each after {word!r} as the tokenizer begins" * bool(begin))
+    ]
     held_out_name = columns.held_out(raw)
 
     def pool(split: str, wanted: int) -> Pool:
         rows = raw.splits[split]
-        texts = (text for text in rows[columns.text_column(raw.name, rows)] if text)
-        ids = windows(texts, reading.processor, context, limit=READ_AHEAD * wanted)
+        chosen = columns.text_column(raw.name, rows)
+        (column,) = chosen.columns
+        notes.extend(note for note in chosen.notes() if note not in notes)
+        texts = (
+            written(rows[column], reading.processor, column, raw.name, word)
+            if chosen.chat
+            else (text for text in rows[column] if text)
+        )
+        ids = windows(texts, reading.processor, context, READ_AHEAD * wanted, begin)
         if not len(ids):
             raise DataError(
                 f"data {raw.name!r} ({split}) hold less text than one window of {context} tokens: give more"
@@ -156,8 +179,5 @@ def window_pools(reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools
 
     rest = sizes.calibration + sizes.training
     train = pool(columns.train_name(raw, held_out_name), rest + (0 if held_out_name else sizes.evaluation))
-    return (
-        train,
-        pool(held_out_name, sizes.evaluation) if held_out_name else None,
-        (f"windows of {context} tokens",),
-    )
+    held_out = pool(held_out_name, sizes.evaluation) if held_out_name else None
+    return train, held_out, tuple(notes)

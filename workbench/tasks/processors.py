@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ TOKENIZER_FILES = (
 )
 FEATURE_FILES = ("preprocessor_config.json", "processor_config.json")
 GENERATION_FILES = ("generation_config.json",)
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # in config.json
+PLACES = re.compile(
+    "(?:absolute_)?position_embeddings?|embed_positions?|wpe|positions_embed"
+)  # names of tables
+PROBE = "a"  # a text that every tokenizer knows
 
 
 def load_tokenizer(directory: Path, what: str) -> Any:
@@ -72,20 +79,74 @@ def load_from(directory: Path, called: str, *loaders: Any, **options: Any) -> An
     return loaded[0] if len(loaded) == 1 else loaded
 
 
-def set_padding(model: nn.Module, tokenizer: Any) -> None:
-    """Agree on a padding token for texts of different lengths: the tokenizer's, else its end of text.
+def set_padding(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
+    """Agree on a padding token for texts of different lengths, and return notes: the model's own, which it
+    looks for to find the end of a text, else the tokenizer's, else its end of text.
+
+    Padding stands on the right, so that each token has the position that it has alone. Models that answer by
+    their last token of all keep their tokenizer's side: their positions are relative (XLNet).
 
     Raises:
         ModelError: the tokenizer has neither.
-
     """
-    if tokenizer.pad_token is None:
+    config: Any = model.config
+    own, notes = getattr(config, "pad_token_id", None), list[str]()
+    known = isinstance(own, int) and 0 <= own < (getattr(config, "vocab_size", None) or own + 1)
+    word = tokenizer.convert_ids_to_tokens(own) if known else None
+    if tokenizer.pad_token is None and word is None:
         if tokenizer.eos_token is None:
             raise ModelError(
                 "the tokenizer has no padding token and no end-of-text token; set pad_token in"
                 " tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    config: Any = model.config
-    if getattr(config, "pad_token_id", None) is None:
+    if word is not None and tokenizer.pad_token_id != own:
+        if tokenizer.pad_token is not None:
+            notes.append(
+                f"texts are padded with {word!r}, which the model's config names, not with the tokenizer's"
+                f" {tokenizer.pad_token!r}"
+            )
+        tokenizer.pad_token = word
+    elif not known:
         config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.padding_side != "right" and getattr(config, "summary_type", None) != "last":
+        tokenizer.padding_side = "right"
+        notes.append("texts are padded on the right, so that positions count from their first word")
+    return tuple(notes)
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model's config.json says that it reads, None where it does not say.
+
+    Tables of relative positions have no end.
+    """
+    said = {**config, **(config.get("text_config") or {})}
+    if "relative_attention_num_buckets" in said:
+        return None
+    found = (said.get(name) for name in POSITIONS)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Return how many tokens a model reads by its config and its tables of positions; None: without an end.
+
+    RoBERTa's family leaves out the first rows of its table, up to that of the padding.
+    """
+    config: Any = model.config
+    ends = [end] if (end := positions(config.to_dict())) else []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and PLACES.fullmatch(name.rsplit(".", 1)[-1]):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            ends.append(module.num_embeddings - skipped)
+    return min(ends, default=None)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before a text of its own accord: mostly none, or one that says
+    where a text begins.
+    """
+    whole, bare = (
+        list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False)
+    )
+    starts = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
+    return whole[: next(starts, 0)] if bare else []

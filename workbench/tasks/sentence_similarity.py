@@ -23,7 +23,15 @@ from workbench.tasks.base import Items
 from workbench.tasks.columns import Raw
 from workbench.tasks.items import ItemCounts, Pool, Pools, Reading
 from workbench.tasks.likelihood import Choosing
-from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer
+from workbench.tasks.processors import (
+    TOKENIZER_FILES,
+    load_tokenizer,
+    most_tokens,
+    positions,
+    set_padding,
+)
+from workbench.tasks.reading.lengths import count_cut, text_length
+from workbench.tasks.reading.tally import Tally
 from workbench.tasks.sources import STSB, WORDSIM
 
 MAX_TOKENS = 128
@@ -65,6 +73,9 @@ class SentenceSimilarity(Choosing):
     masked_texts = True
 
     pooling: str = "mean"
+    limit: int | None = field(
+        default=None, compare=False
+    )  # tokens that the model reads, None: without an end
     tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def why_not(self, config: Mapping[str, Any]) -> str:
@@ -88,11 +99,11 @@ class SentenceSimilarity(Choosing):
         """
         kind, notes = pooled(self, directory, processor)
         spare_pooler(model)
-        return kind, notes
+        return replace(kind, limit=most_tokens(model)), (*notes, *set_padding(model, processor))
 
     def pools(self, reading: Reading, raw: Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
         """Return pairs of texts, one item a row."""
-        return pair_pools(reading, raw)
+        return pair_pools(reading, raw, self.limit)
 
     def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
         """Return nothing: scores are no classes."""
@@ -245,8 +256,9 @@ def pair_columns(name: str, rows: Any) -> tuple[str, str, str]:
     return str(chosen[0]), str(chosen[1]), str(chosen[2])
 
 
-def pair_pools(reading: Reading, raw: Raw) -> Pools:
-    """Return pairs of texts, one item a row, with scores between 0 and 1, after checking every row.
+def pair_pools(reading: Reading, raw: Raw, limit: int | None = None) -> Pools:
+    """Return pairs of texts, one item a row, with scores between 0 and 1, after checking every row; the model
+    reads at most `limit` tokens, None: as many as its config says.
 
     Raises:
         DataError: missing columns, a text that is none, a score that is no number or below 0.
@@ -258,7 +270,7 @@ def pair_pools(reading: Reading, raw: Raw) -> Pools:
     top = max(score for split in rows.values() for _, _, score in split)
     scale = next((scale for scale in SCALES if top <= scale), top)
     texts = [text for split in rows.values() for first, second, _ in split for text in (first, second)]
-    length = padded_length(texts, reading)
+    length = padded_length(texts, reading, limit or positions(reading.config), tally := Tally("texts"))
 
     def pool(split: str) -> Pool:
         return Pool(
@@ -269,7 +281,10 @@ def pair_pools(reading: Reading, raw: Raw) -> Pools:
     return (
         pool(names[0]),
         pool(names[1]) if held_out_name else None,
-        (f"scores of 0 to {scale:g} stand between 0 and 1; texts are padded to {length} tokens",),
+        (
+            f"scores of 0 to {scale:g} stand between 0 and 1; texts are padded to {length} tokens",
+            *tally.notes(),
+        ),
     )
 
 
@@ -299,13 +314,13 @@ def checked(raw: Raw, split: str) -> list[tuple[str, str, float]]:
     return pairs
 
 
-def padded_length(texts: Sequence[str], reading: Reading) -> int:
-    """Return the tokens of the longest text rounded up, at most those that the model reads."""
-    most = min(
-        MAX_TOKENS,
-        reading.context or MAX_TOKENS,
-        int(reading.config.get("max_position_embeddings") or MAX_TOKENS),
-    )
+def padded_length(texts: Sequence[str], reading: Reading, limit: int | None, tally: Tally) -> int:
+    """Return the tokens of the longest text rounded up, at most those that are read.
+
+    Texts that are longer are counted.
+    """
+    most = text_length(reading.context, reading.processor, limit, MAX_TOKENS)
+    count_cut(tally, [texts], reading.processor, most, limit)
     longest = max(
         len(ids) for ids in reading.processor(list(texts), truncation=True, max_length=most)["input_ids"]
     )

@@ -11,6 +11,8 @@ from typing import Any
 from workbench.errors import DataError, ModelError
 from workbench.tasks.columns import Raw
 from workbench.tasks.fashion_mnist import SLICE
+from workbench.tasks.reading import tables
+from workbench.tasks.reading.folders import SUFFIXES, picture_folder
 from workbench.tasks.utterances import PROMPTS, asterisk_prompts, audio_folder
 from workbench.util.text import nearest
 
@@ -30,7 +32,6 @@ BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True) -> Raw:
@@ -51,7 +52,7 @@ def read(data: str | Path | Any, *, offline: bool = False, progress: bool = True
         return Raw(name, _hub(HUB_NAMES[name], offline=offline, progress=progress))
     path = Path(data).expanduser()
     if path.exists():
-        return Raw(name, _local(path, progress=progress))
+        return Raw(name, *_local(path, progress=progress))
     if path.suffix.lower() in BUILDERS or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(f"data {name!r}: there is no such file or folder")
     if name.count("/") != 1:
@@ -148,8 +149,10 @@ def _given(data: Any) -> Raw:
     )
 
 
-def _local(path: Path, *, progress: bool) -> dict[str, Any]:
-    """Read a file, a folder of images, or a folder with files named after splits (train.csv, test.csv)."""
+def _local(path: Path, *, progress: bool) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Read a file, a folder of images, or a folder with files named after splits (train.csv, test.csv); and
+    return notes.
+    """
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
             raise DataError(
@@ -158,7 +161,7 @@ def _local(path: Path, *, progress: bool) -> dict[str, Any]:
             )
         if not path.stat().st_size:
             raise DataError(f"data {str(path)!r}: the file is empty")
-        return _build(path, {"train": str(path)}, path.suffix.lower(), progress=progress)
+        return _build(path, {"train": path}, progress=progress)
     files = {
         file.stem: file
         for file in sorted(path.iterdir())
@@ -168,24 +171,35 @@ def _local(path: Path, *, progress: bool) -> dict[str, Any]:
         suffixes = {file.suffix.lower() for file in files.values()}
         if len(suffixes) > 1:
             raise DataError(f"data {str(path)!r} mix kinds of files: {', '.join(sorted(suffixes))}")
-        return _build(
-            path, {split: str(file) for split, file in files.items()}, suffixes.pop(), progress=progress
-        )
+        return _build(path, files, progress=progress)
     spoken = audio_folder(path)
     if spoken is not None:
-        return dict(spoken)
-    if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
+        return spoken, ()
+    if (seen := picture_folder(path)) is not None:
+        return seen
+    if not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*")):
         raise DataError(
             f"data {str(path)!r}: the folder holds neither images, nor files such as train.csv and test.csv,"
             " nor a metadata.csv of sound files"
         )
-    return _load("imagefolder", str(path), progress=progress, data_dir=str(path))
+    return _load("imagefolder", str(path), progress=progress, data_dir=str(path)), ()
 
 
-def _build(path: Path, files: dict[str, str], suffix: str, *, progress: bool) -> dict[str, Any]:
-    """Read files of one kind with the builder for it."""
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
-    return _load(BUILDERS[suffix], str(path), progress=progress, data_files=files, **options)
+def _build(
+    path: Path, files: Mapping[str, Path], *, progress: bool
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read files of one kind, by split, with the builder for it, each in its own encoding; and return
+    notes.
+    """
+    found: dict[str, Any] = {}
+    notes: list[str] = []
+    for split, file in files.items():
+        builder = BUILDERS[file.suffix.lower()]
+        told, said = ({}, ()) if builder == "parquet" else tables.options(file, builder)
+        loaded = _load(builder, str(path), progress=progress, data_files={split: str(file)}, **told)
+        found |= loaded
+        notes += said
+    return found, tuple(notes)
 
 
 def _hub(name: str, *, offline: bool, progress: bool) -> dict[str, Any]:

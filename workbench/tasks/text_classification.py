@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,16 @@ from workbench.tasks import columns
 from workbench.tasks.base import Items
 from workbench.tasks.items import ItemCounts, Pools, Reading, labelled_pools
 from workbench.tasks.likelihood import Choosing
-from workbench.tasks.processors import TOKENIZER_FILES, load_tokenizer, set_padding
+from workbench.tasks.processors import (
+    TOKENIZER_FILES,
+    load_tokenizer,
+    most_tokens,
+    positions,
+    set_padding,
+)
+from workbench.tasks.reading.lengths import count_cut, text_length
+from workbench.tasks.reading.tally import Tally
+from workbench.tasks.reading.texts import ReadColumns
 
 MAX_TOKENS = 128
 
@@ -40,6 +50,11 @@ class TextClassification(Choosing):
     behaviour = "classes"
     masked_texts = True
 
+    limit: int | None = field(
+        default=None, compare=False
+    )  # tokens that the model reads, None: without an end
+    segments: bool = field(default=True, compare=False)  # whether it is told which of two texts a token is of
+
     def why_not(self, config: Mapping[str, Any]) -> str:
         """Return why a head does not choose one class."""
         return columns.not_one_class(config)
@@ -54,26 +69,30 @@ class TextClassification(Choosing):
         directory: Path,  # noqa: ARG002
         processor: Any,
     ) -> tuple[Self, tuple[str, ...]]:
-        """Return the kind as it is, once model and tokenizer agree on a padding token."""
-        if processor is not None:
-            set_padding(model, processor)
-        return self, ()
+        """Return the kind with the number of tokens that this model reads, once model and tokenizer agree on
+        padding, and notes.
+        """
+        notes = set_padding(model, processor) if processor is not None else ()
+        return replace(self, limit=most_tokens(model), segments=takes_segments(model)), notes
 
     def pools(self, reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
-        """Return texts, one item a row, after checking every label."""
-        longest = min(
-            MAX_TOKENS,
-            reading.context or MAX_TOKENS,
-            int(reading.config.get("max_position_embeddings") or MAX_TOKENS),
-        )
+        """Return texts or pairs of texts, one item a row, after checking every label."""
+        limit = self.limit or positions(reading.config)
+        longest = text_length(reading.context, reading.processor, limit, MAX_TOKENS)
+        tally = Tally("texts")
 
-        def make(texts: list[Any], labels: list[int], rows: Sequence[int], column: str) -> Items:
-            for row, text in zip(rows, texts, strict=True):
-                if not isinstance(text, str):
-                    raise DataError(f"item {row} has {text!r} in column {column!r}; a text is needed")
-            return text_items(texts, labels, reading.processor, longest)
+        def make(texts: list[list[Any]], labels: list[int], rows: Sequence[int], read: ReadColumns) -> Items:
+            for column, some in zip(read.columns, texts, strict=True):
+                for row, text in zip(rows, some, strict=True):
+                    if not isinstance(text, str):
+                        raise DataError(f"item {row} has {text!r} in column {column!r}; a text is needed")
+            count_cut(tally, texts, reading.processor, longest, limit)
+            first, second = texts[0], texts[1] if len(texts) > 1 else None
+            return text_items(
+                first, labels, reading.processor, longest, seconds=second, segments=self.segments
+            )
 
-        return labelled_pools(raw, reading.config, columns.text_columns, make)
+        return labelled_pools(raw, reading.config, columns.text_columns, make, tally.notes)
 
     def labels(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the names of the classes."""
@@ -92,21 +111,33 @@ class TextClassification(Choosing):
 TEXT_CLASSIFICATION = TextClassification()
 
 
+def takes_segments(model: nn.Module) -> bool:
+    """Return whether a model is told which of two texts each token is of (`token_type_ids` of 0 and 1)."""
+    kinds = getattr(model.config, "type_vocab_size", None)
+    return "token_type_ids" in signature(model.forward).parameters and (kinds is None or int(kinds) > 1)
+
+
 def text_items(
-    texts: Sequence[str], labels: Sequence[int], tokenizer: Any, max_tokens: int = MAX_TOKENS
+    texts: Sequence[str],
+    labels: Sequence[int],
+    tokenizer: Any,
+    max_tokens: int = MAX_TOKENS,
+    *,
+    seconds: Sequence[str] | None = None,
+    segments: bool = True,
 ) -> Items:
-    """Return items of texts, truncated and padded to `max_tokens` tokens: `input_ids`, `attention_mask` [N,
-    max_tokens].
+    """Return items of texts, or of pairs with their second texts, truncated and padded to `max_tokens`
+    tokens: `input_ids`, `attention_mask` [N, max_tokens]; of pairs also `token_type_ids`, if the tokenizer
+    gives them and the model takes them (`segments`).
 
     Every set is padded to the same length, so that an item's inputs do not depend on which others it stands
     with.
     """
+    given = [list(texts)] if seconds is None else [list(texts), list(seconds)]
     encoded = tokenizer(
-        list(texts), truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt"
+        *given, truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt"
     )
-    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    if (
-        "token_type_ids" in encoded and encoded["token_type_ids"].any()
-    ):  # zeros are the default, and not every model takes them
-        inputs["token_type_ids"] = encoded["token_type_ids"]
-    return Items(inputs, torch.tensor(labels, dtype=torch.long))
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in encoded and segments:  # zeros are the default, and not every model takes them
+        names += ["token_type_ids"] * (seconds is not None or bool(encoded["token_type_ids"].any()))
+    return Items({name: encoded[name] for name in names}, torch.tensor(labels, dtype=torch.long))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import ModelError
 from workbench.hub import hub
+from workbench.tasks import columns
 from workbench.tasks.registry import KINDS
 from workbench.zoo import _locate, local
 
@@ -77,8 +78,7 @@ def check_labels(name: str, task: Task, config: dict[str, Any]) -> None:
 
     Names that transformers made up (LABEL_0) say nothing.
     """
-    listed = config.get("id2label") or {}
-    theirs = tuple(str(listed[key]) for key in sorted(listed, key=int))
+    theirs = columns.classes(config) if config.get("id2label") else ()
     if not task.labels or not theirs or theirs[0] == "LABEL_0":
         return
     if theirs != task.labels:
