@@ -43,15 +43,15 @@ SMOOTHINGS = (0.0, 0.5)
 
 def measured(bench, recipe, dense) -> dict:
     """Return quality and bytes of a recipe."""
-    made = compress(bench.task, recipe, bench.statistics, shared=True)
+    compressed = compress(bench.task, recipe, bench.statistics, shared=True)
     kind = bench.task.kind
-    found = {
-        one.metric: one
-        for one in quality(
-            kind.primary, dense, score(kind, made.model, bench.evaluation), bench.setting.confidence
+    by_metric = {
+        metric_quality.metric: metric_quality
+        for metric_quality in quality(
+            kind.primary, dense, score(kind, compressed.model, bench.evaluation), bench.setting.confidence
         )
     }
-    main = found[kind.primary]
+    main = by_metric[kind.primary]
     row = {
         "recipe": repr(recipe),
         "label": recipe.label(),
@@ -59,13 +59,13 @@ def measured(bench, recipe, dense) -> dict:
         "dense": main.dense.value,
         "value": main.compressed.value,
         "drop": [main.drop.value, main.drop.low, main.drop.high],
-        "packed_bytes": sizes(made.model, made.layers).packed_bytes,
+        "packed_bytes": sizes(compressed.model, compressed.layers).packed_bytes,
     }
     if kind.primary == "perplexity":
         window = bench.evaluation[:1]
         row |= {
             "context": context_of(window),
-            "cache_bytes": cache_bytes(made.model, window),
+            "cache_bytes": cache_bytes(compressed.model, window),
             "dense_cache_bytes": cache_bytes(bench.task.model, window),
         }
     print(
@@ -79,7 +79,7 @@ def measured(bench, recipe, dense) -> dict:
 def roundings(bench, dense, bits: int) -> list[dict]:
     """Return W8 alone, then inputs of `bits` bits on top in every way."""
     weights = wb.Quantize(weight_bits=8)
-    found = [
+    rows = [
         measured(bench, wb.Recipe(weights), dense) | {"inputs": "not rounded", "smoothing": 0.0, "bits": 16}
     ]
     for name, options in ROUNDINGS.items():
@@ -87,19 +87,19 @@ def roundings(bench, dense, bits: int) -> list[dict]:
             continue
         for smoothing in SMOOTHINGS:
             recipe = wb.Recipe(wb.Activations(activation_bits=bits, smoothing=smoothing, **options), weights)
-            found.append(
+            rows.append(
                 measured(bench, recipe, dense) | {"inputs": name, "smoothing": smoothing, "bits": bits}
             )
-    return found
+    return rows
 
 
 def caches(bench, dense) -> list[dict]:
     """Return the cache at several widths and groups; nothing for a model without one."""
-    found = []
+    rows = []
     for bits in (8, 4, 3, 2):
         for group in (0, 32):
             try:
-                found.append(
+                rows.append(
                     measured(bench, wb.Recipe(wb.KVCache(kv_bits=bits, kv_group_size=group)), dense)
                     | {
                         "bits": bits,
@@ -108,13 +108,14 @@ def caches(bench, dense) -> list[dict]:
                 )
             except CompressionError as error:
                 print(error)
-                return found
-    return found
+                return rows
+    return rows
 
 
 def trainings(bench, dense, bits: tuple[int, ...], *, steps: int, seeds: int, step_rate: float) -> list[dict]:
-    """Return what training wins back from rounding, for each loss and seed."""
-    found = []
+    """Return a row for each loss and seed: the quality of a trained model, and the share of the loss of
+    quality by rounding that training has recovered."""
+    rows = []
     for width in bits:
         rounded = wb.Quantize(weight_bits=width)
         base = measured(bench, wb.Recipe(rounded), dense)
@@ -127,7 +128,7 @@ def trainings(bench, dense, bits: tuple[int, ...], *, steps: int, seeds: int, st
                 wb.Recipe(rounded, wb.QAT(qat_steps=steps, qat_loss=loss, qat_step_rate=rate, seed=seed)),
                 dense,
             )
-            found.append(
+            rows.append(
                 row
                 | {
                     "bits": width,
@@ -139,7 +140,7 @@ def trainings(bench, dense, bits: tuple[int, ...], *, steps: int, seeds: int, st
                     "recovered": 1 - row["drop"][0] / base["drop"][0] if base["drop"][0] else None,
                 }
             )
-    return found
+    return rows
 
 
 def cell(drop: list[float]) -> str:

@@ -117,9 +117,9 @@ def main() -> None:
         },
     }
     for target, sliders in result["targets"].items():
-        for slider, found in sliders.items():
-            print(f"{target:12} {slider:20} {found['before_ms']:9.1f} {found['after_ms']:9.1f} ms", end="  ")
-            print(f"{found['ratio']:.3f}  {found['ratios']}")
+        for slider, times in sliders.items():
+            print(f"{target:12} {slider:20} {times['before_ms']:9.1f} {times['after_ms']:9.1f} ms", end="  ")
+            print(f"{times['ratio']:.3f}  {times['ratios']}")
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -92,7 +92,7 @@ def said(kind: str, dense: Scores, mine: Scores, near: Scores | None) -> list[tu
     counts, primary = looks_of(dense), primary_of(dense)
     if kind == "plain":
         return [plainly(primary, dense.first(n), mine.first(n), len(counts)) for n in counts]
-    known = None if kind == "joint" else ControlVariates(dense, near)
+    control = None if kind == "joint" else ControlVariates(dense, near)
     return [
         quality(
             primary,
@@ -101,7 +101,7 @@ def said(kind: str, dense: Scores, mine: Scores, near: Scores | None) -> list[tu
             CONFIDENCE,
             len(counts),
             level=level_of(counts),
-            known=known,
+            known=control,
         )
         for n in counts
     ]
@@ -114,8 +114,8 @@ def plainly(primary: str, dense: Scores, mine: Scores, looks: int) -> tuple[Qual
     change = mean(mine.loss - dense.loss, dense.weight, level)
     of_loss = {"loss": change, "perplexity": change.mapped(math.expm1)}
     return tuple(
-        dataclasses.replace(one, change=of_loss.get(one.metric, one.change))
-        for one in quality(primary, dense, mine, CONFIDENCE, looks, level=level)
+        dataclasses.replace(metric_quality, change=of_loss.get(metric_quality.metric, metric_quality.change))
+        for metric_quality in quality(primary, dense, mine, CONFIDENCE, looks, level=level)
     )
 
 
@@ -137,26 +137,30 @@ def of_recipe(
     The look `all` is whether all hold.
     """
     truth = {q.metric: q.change.value for q in quality(primary_of(dense), dense, mine)}
-    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    trials_by_key: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for order in orders(target, len(dense), trials, seed):
-        before, after, close = (None if one is None else taken(one, order) for one in (dense, mine, near))
-        assert before is not None
-        assert after is not None
+        before, after = taken(dense, order), taken(mine, order)
+        close = None if near is None else taken(near, order)
         for kind in KINDS if near is not None else KINDS[:-1]:
             together: dict[str, bool] = {}
             for look in said(kind, before, after, close if kind == "neighbour" else None):
-                for one in look:
-                    slack = 1e-12 * max(1.0, abs(truth[one.metric]))
-                    holds = one.change.low - slack <= truth[one.metric] <= one.change.high + slack
-                    together[one.metric] = together.get(one.metric, True) and holds
-                    row = found.setdefault((one.metric, kind, str(one.items)), {"holds": [], "width": []})
+                for estimated in look:
+                    slack = 1e-12 * max(1.0, abs(truth[estimated.metric]))
+                    holds = (
+                        estimated.change.low - slack
+                        <= truth[estimated.metric]
+                        <= estimated.change.high + slack
+                    )
+                    together[estimated.metric] = together.get(estimated.metric, True) and holds
+                    row = trials_by_key.setdefault(
+                        (estimated.metric, kind, str(estimated.items)), {"holds": [], "width": []}
+                    )
                     row["holds"].append(float(holds))
-                    row["width"].append(one.change.high - one.change.low)
+                    row["width"].append(estimated.change.high - estimated.change.low)
             for metric, all_hold in together.items():
-                found.setdefault((metric, kind, "all looks"), {"holds": [], "width": []})["holds"].append(
-                    float(all_hold)
-                )
-    return found
+                row = trials_by_key.setdefault((metric, kind, "all looks"), {"holds": [], "width": []})
+                row["holds"].append(float(all_hold))
+    return trials_by_key
 
 
 def wilson(holds: float, trials: int) -> tuple[float, float]:
@@ -205,7 +209,9 @@ def summarised(
             "recipes": len(mine),
             **share(mine),
         }
-        row["worst_tenth"] = round(float(np.quantile([np.mean(one["holds"]) for one in mine], 0.1)), 4)
+        row["worst_tenth"] = round(
+            float(np.quantile([np.mean(recipe_trials["holds"]) for recipe_trials in mine], 0.1)), 4
+        )
         if look != "all looks":
             ratios = [
                 np.mean(recipe[key]["width"]) / np.mean(recipe[metric, plain, look]["width"])
@@ -237,12 +243,12 @@ def measured(folder: Path, trials: int) -> list[Row]:
             alone, paired = [], []
             for number, (loss, correct) in enumerate(zip(kept["loss"], kept["correct"], strict=True)):
                 close = scores(near[number], kept["near_correct"][number]) if number < len(near) else None
-                found = of_recipe(target, dense, scores(loss, correct), close, trials, seed=1000 + number)
-                alone.append({key: value for key, value in found.items() if key[1] != "neighbour"})
+                by_key = of_recipe(target, dense, scores(loss, correct), close, trials, seed=1000 + number)
+                alone.append({key: value for key, value in by_key.items() if key[1] != "neighbour"})
                 paired += (
                     []
                     if close is None
-                    else [{key: value for key, value in found.items() if key[1] in {"plain", "neighbour"}}]
+                    else [{key: value for key, value in by_key.items() if key[1] in {"plain", "neighbour"}}]
                 )
             rows += summarised(path.stem, target, alone)
             rows += (
@@ -287,16 +293,15 @@ def together(rows: list[Row], metric: str, kind: str, look: str, what: str = "ow
 
 
 def aim(rows: list[Row]) -> list[Row]:
-    """Return what the aim is about: how often the first look's interval of the main metric contains the
-    full-set value."""
+    """Return how often the first look's interval of the main metric contains the full-set value: the aim."""
     firsts = [("accuracy", str(LOOKS[0])), ("perplexity", str(FEW_LONG)), ("perplexity", str(LOOKS[0]))]
-    found = [
+    rows_or_none = [
         together(rows, metric, kind, look, what)
         for metric, look in firsts
         for kind in KINDS
         for what in ("own_order", "trials")
     ]
-    return [row for row in found if row is not None]
+    return [row for row in rows_or_none if row is not None]
 
 
 def table(rows: list[Row], columns: list[str]) -> str:
@@ -317,7 +322,7 @@ def table(rows: list[Row], columns: list[str]) -> str:
 
 
 def looks_section(result: Row) -> str:
-    """Return what is said about the intervals of looks."""
+    """Return the Markdown on the intervals of looks."""
     columns = [
         "model",
         "metric",
@@ -331,7 +336,7 @@ def looks_section(result: Row) -> str:
         "worst_tenth",
         "width",
     ]
-    parts = [
+    sections = [
         "## The first look\n",
         (
             f"How often the interval of the main metric after {LOOKS[0]} items, of windows also after"
@@ -339,12 +344,12 @@ def looks_section(result: Row) -> str:
             " 95%.\n"
         ),
     ]
-    parts.append(
+    sections.append(
         table(
             result["rows"], ["models", "metric", "interval", "look", "of", "covered", "low", "high", "trials"]
         )
     )
-    parts += [
+    sections += [
         "## All looks together\n",
         (
             f"How often every look's interval of a recipe holds at once; aim: {CONFIDENCE:.0%}. For the value"
@@ -352,7 +357,7 @@ def looks_section(result: Row) -> str:
             " promised.\n"
         ),
     ]
-    parts.append(
+    sections.append(
         table(
             [row for row in result["details"] if row["look"] == "all looks"],
             ["model", "metric", "interval", "for", "recipes", "trials", "covered", "low", "high"],
@@ -364,25 +369,28 @@ def looks_section(result: Row) -> str:
             if target == "full set"
             else "the value of the population that the items were drawn from"
         )
-        parts += [
+        sections += [
             f"## Does the interval contain {about}?\n",
             (
                 "`worst tenth`: coverage of the recipe that a tenth of the recipes stay below. `width`: the"
                 " median over recipes, relative to plain intervals of the same recipes.\n"
             ),
         ]
-        parts.append(table([row for row in result["details"] if row["for"] == target], columns))
-    return "\n".join(parts)
+        sections.append(table([row for row in result["details"] if row["for"] == target], columns))
+    return "\n".join(sections)
 
 
 def predicted_section(result: Row) -> str:
-    """Return what is said about predicted intervals: `predicted`, written by their own script as {"what":
-    ..., "rows": [...]}; nothing without."""
-    found = result.get("predicted")
+    """Return the Markdown on predicted intervals: `predicted`, written by their own script as {"what": ...,
+    "rows": [...]}; "" without."""
+    predicted = result.get("predicted")
     return (
         ""
-        if not found
-        else f"## Predicted intervals\n\n{found['what']}\n\n{table(found['rows'], list(found['rows'][0]))}"
+        if not predicted
+        else (
+            f"## Predicted intervals\n\n{predicted['what']}\n\n"
+            f"{table(predicted['rows'], list(predicted['rows'][0]))}"
+        )
     )
 
 
@@ -419,11 +427,11 @@ def write(result: Row, path: Path) -> None:
 def sources(folder: Path, source: str) -> dict[str, str]:
     """Return by what, when and where each model's rows were computed, and their scores before that, where the
     file says so."""
-    found = {}
+    by_model = {}
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as scores:
-            found[path.stem] = f"{source}; scores by {scores['made']}" if "made" in scores else source
-    return found
+            by_model[path.stem] = f"{source}; scores by {scores['made']}" if "made" in scores else source
+    return by_model
 
 
 def main() -> None:

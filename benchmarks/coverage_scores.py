@@ -145,11 +145,11 @@ def scored(task: Task, plain: int, seed: int, path: Path, structured: int = 0) -
             if met < len(texts) and texts[met] == recipe.to_json():
                 met += 1
                 continue
-            made = compress(task, recipe, statistics, shared=True)
+            compressed = compress(task, recipe, statistics, shared=True)
         except (CompressionError, RecipeError):
             refused += 1
             continue
-        rows.append(arrays(evaluator.scores(made.model, [], len(task.evaluation))))
+        rows.append(arrays(evaluator.scores(compressed.model, [], len(task.evaluation))))
         texts.append(recipe.to_json())
         met += 1
         if met % EVERY == 0 or met == count:
@@ -186,7 +186,12 @@ def moved(recipe: wb.Recipe, draw: random.Random) -> wb.Recipe:
         change = {"criterion": "magnitude" if criterion != "magnitude" else "wanda"}
     else:
         change = {step.slider: round(min(0.95, max(0.02, value + sign * draw.uniform(0.01, 0.05))), 3)}
-    return wb.Recipe(*(dataclasses.replace(one, **change) if one is step else one for one in recipe))
+    return wb.Recipe(
+        *(
+            dataclasses.replace(recipe_step, **change) if recipe_step is step else recipe_step
+            for recipe_step in recipe
+        )
+    )
 
 
 def scored_neighbours(task: Task, kept: dict[str, np.ndarray], count: int, seed: int, path: Path) -> None:
@@ -226,7 +231,7 @@ def scored_neighbours(task: Task, kept: dict[str, np.ndarray], count: int, seed:
 
 
 def evaluator_of(task: Task) -> Evaluator:
-    """Return what scores models on all evaluation items, on the model's device."""
+    """Return an evaluator of all evaluation items, on the model's device."""
     return Evaluator(task, task.evaluation.to(next(task.model.parameters()).device))
 
 

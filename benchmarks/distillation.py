@@ -41,24 +41,24 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 def correct(bench, recipe) -> tuple[torch.Tensor, list]:
     """Return which evaluation items are right, float64 [N], and the warnings."""
-    made = compress(bench.task, recipe, bench.statistics, shared=True)
+    compressed = compress(bench.task, recipe, bench.statistics, shared=True)
     return Scores.join(
-        [score(bench.task.kind, made.model, part) for part in bench.evaluation.batches(256)]
-    ).correct, list(made.warnings)
+        [score(bench.task.kind, compressed.model, part) for part in bench.evaluation.batches(256)]
+    ).correct, list(compressed.warnings)
 
 
 def recovery(dense, before, after: list[torch.Tensor], draws: int = 1000) -> dict:
     """Return the recovered share of the loss with its interval, and each seed's."""
-    lost, won = dense - before, torch.stack([one - before for one in after])
+    lost, won = dense - before, torch.stack([right - before for right in after])
     index = torch.randint(len(dense), (draws, len(dense)), generator=torch.Generator().manual_seed(0))
     shares = (won.mean(0)[index].mean(1) / lost[index].mean(1)).sort().values
-    each = [float(one.mean() / lost.mean()) for one in won]
+    each = [float(right.mean() / lost.mean()) for right in won]
     return {
         "recovered": sum(each) / len(each),
         "low": float(shares[int(0.025 * draws)]),
         "high": float(shares[int(0.975 * draws) - 1]),
         "seeds": each,
-        "accuracy": [float(one.mean()) for one in after],
+        "accuracy": [float(right.mean()) for right in after],
     }
 
 
@@ -76,7 +76,7 @@ def trained(bench, steps, options, *, seeds, dense, before) -> dict:
     return recovery(dense, before, after) | {"seconds_each": (time.perf_counter() - start) / seeds}
 
 
-def model_results(found: dict, arguments) -> None:
+def model_results(numbers: dict, arguments) -> None:
     """Add all numbers of one model to `found`, written as they come."""
     name = arguments.model
     bench = wb.Bench(name, offline=True, device=arguments.device, progress=False)
@@ -87,7 +87,13 @@ def model_results(found: dict, arguments) -> None:
     ways = {"distillation": {"alpha": arguments.alpha}, "fine-tuning": {"alpha": 0.0}}
     if arguments.hidden_weight:
         ways["with hidden states"] = {"alpha": arguments.alpha, "hidden_weight": arguments.hidden_weight}
-    found |= {"dense": float(dense.mean()), "items": len(dense), "damage": {}, "temperature": {}, "cache": {}}
+    numbers |= {
+        "dense": float(dense.mean()),
+        "items": len(dense),
+        "damage": {},
+        "temperature": {},
+        "cache": {},
+    }
     given: dict = {}
     every = {**DAMAGE, "50% structure": [wb.Prune(sparsity=0.5, pattern=STRUCTURE[name])]}
     for label, steps in every.items():
@@ -100,8 +106,8 @@ def model_results(found: dict, arguments) -> None:
             way: trained(bench, steps, {"temperature": 4.0, **chosen, **options}, **given)
             for way, chosen in ways.items()
         }
-        found["damage"][label] = row
-        write(found, arguments.out)
+        numbers["damage"][label] = row
+        write(numbers, arguments.out)
         print(
             name,
             label,
@@ -116,20 +122,20 @@ def model_results(found: dict, arguments) -> None:
         return
     given |= {"before": correct(bench, wb.Recipe(*DAMAGE["80% sparsity"]))[0]}
     for t in TEMPERATURES:
-        found["temperature"][str(t)] = trained(
+        numbers["temperature"][str(t)] = trained(
             bench, DAMAGE["80% sparsity"], {"temperature": t, "alpha": 1.0, **options}, **given
         )
-        write(found, arguments.out)
-    print(name, "T", {t: f"{row['recovered']:.1%}" for t, row in found["temperature"].items()}, flush=True)
-    found["cache"] = cache_ratio(bench)
-    print(name, "cache", found["cache"], flush=True)
-    write(found, arguments.out)
+        write(numbers, arguments.out)
+    print(name, "T", {t: f"{row['recovered']:.1%}" for t, row in numbers["temperature"].items()}, flush=True)
+    numbers["cache"] = cache_ratio(bench)
+    print(name, "cache", numbers["cache"], flush=True)
+    write(numbers, arguments.out)
 
 
-def write(found: dict, path: Path) -> None:
+def write(numbers: dict, path: Path) -> None:
     """Write the numbers as JSON, and the page beside it."""
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(found))
+    path.write_text(json.dumps(numbers, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(numbers))
 
 
 def cache_ratio(bench, steps: int = 90, pairs: int = 3) -> dict:
@@ -162,56 +168,56 @@ def cache_ratio(bench, steps: int = 90, pairs: int = 3) -> dict:
     }
 
 
-def page(found: dict) -> str:
+def page(numbers: dict) -> str:
     """Return the numbers as Markdown."""
-    ways = [way for way in WAYS if any(way in row for row in found["damage"].values())]
+    ways = [way for way in WAYS if any(way in row for row in numbers["damage"].values())]
     hidden = (
-        f"; with hidden states: also hidden_weight={found['hidden_weight']:g}"
-        if found.get("hidden_weight")
+        f"; with hidden states: also hidden_weight={numbers['hidden_weight']:g}"
+        if numbers.get("hidden_weight")
         else ""
     )
     lines = [
-        f"# Distillation of {found['model']}",
+        f"# Distillation of {numbers['model']}",
         "",
         (
-            f"{found['device']};"
-            f" {', '.join(f'{name} {version}' for name, version in found['versions'].items())};"
-            f" {found['date']}; `{found['command']}`"
+            f"{numbers['device']};"
+            f" {', '.join(f'{name} {version}' for name, version in numbers['versions'].items())};"
+            f" {numbers['date']}; `{numbers['command']}`"
         ),
         "",
         (
-            f"Dense {found['dense']:.4f} on {found['items']} items; {found['steps']} steps of"
-            f" {found.get('batch', 64)} items at rate {found['learning_rate']:g}. Distillation: T=4,"
-            f" alpha={found.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}."
+            f"Dense {numbers['dense']:.4f} on {numbers['items']} items; {numbers['steps']} steps of"
+            f" {numbers.get('batch', 64)} items at rate {numbers['learning_rate']:g}. Distillation: T=4,"
+            f" alpha={numbers.get('alpha', 0.9):g}; fine-tuning: alpha=0{hidden}."
         ),
         "",
-        *([found["note"], ""] if found.get("note") else []),
+        *([numbers["note"], ""] if numbers.get("note") else []),
         "| | accuracy before | taught by | accuracy after | recovered [95%] | seeds | s a run |",
         "|---|---|---|---|---|---|---|",
     ]
-    for label, row in found["damage"].items():
+    for label, row in numbers["damage"].items():
         for way in ways:
-            one = row[way]
+            outcome = row[way]
             mean, share = (
-                sum(one["accuracy"]) / len(one["accuracy"]),
-                f"{one['recovered']:.1%} [{one['low']:.1%}, {one['high']:.1%}]",
+                sum(outcome["accuracy"]) / len(outcome["accuracy"]),
+                f"{outcome['recovered']:.1%} [{outcome['low']:.1%}, {outcome['high']:.1%}]",
             )
             lines.append(
                 f"| {label} | {row['before']:.4f} | {way} | {mean:.4f} | {share} |"
-                f" {', '.join(f'{each:.1%}' for each in one['seeds'])} | {one['seconds_each']:.0f} |"
+                f" {', '.join(f'{each:.1%}' for each in outcome['seeds'])} | {outcome['seconds_each']:.0f} |"
             )
-    if found.get("single_runs"):
+    if numbers.get("single_runs"):
         lines += [
             "",
             "Single runs with seed 0, by which options were chosen (same items, recovered):",
             "",
-            *(f"- {run}: {share:.1%}" for run, share in found["single_runs"].items()),
+            *(f"- {run}: {share:.1%}" for run, share in numbers["single_runs"].items()),
         ]
-    if not found["temperature"]:
+    if not numbers["temperature"]:
         return "\n".join([*lines, ""])
     lines += [
         "",
-        *([found["temperature_how"], ""] if found.get("temperature_how") else []),
+        *([numbers["temperature_how"], ""] if numbers.get("temperature_how") else []),
         "Temperature at 80% sparsity, alpha 1:",
         "",
         "| T | recovered [95%] | seeds |",
@@ -219,10 +225,10 @@ def page(found: dict) -> str:
     ]
     lines += [
         f"| {t} | {row['recovered']:.1%} [{row['low']:.1%}, {row['high']:.1%}] |"
-        f" {', '.join(f'{one:.1%}' for one in row['seeds'])} |"
-        for t, row in found["temperature"].items()
+        f" {', '.join(f'{share:.1%}' for share in row['seeds'])} |"
+        for t, row in numbers["temperature"].items()
     ]
-    cache = found["cache"]
+    cache = numbers["cache"]
     if not cache:
         return "\n".join([*lines, ""])
     ratios = (
@@ -269,7 +275,7 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = {
+    numbers = {
         "command": shlex.join(["python", *sys.argv]),
         "device": describe(device),
         "versions": versions(),
@@ -282,7 +288,7 @@ def main() -> None:
         "hidden_weight": arguments.hidden_weight,
         "note": arguments.note,
     }
-    model_results(found, arguments)
+    model_results(numbers, arguments)
 
 
 if __name__ == "__main__":

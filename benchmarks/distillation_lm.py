@@ -157,7 +157,7 @@ def main() -> None:
         )
         context = bench.evaluation.inputs["input_ids"].shape[1]
         rate = matmul_rate(bench.device, torch.bfloat16 if bench.device.type == "cuda" else torch.float32)
-        work = flop(bench.task, bench.evaluation[:1]) * options.batch * (3 if options.cache else 4)
+        step_flop = flop(bench.task, bench.evaluation[:1]) * options.batch * (3 if options.cache else 4)
         result = {
             "model": options.model,
             "device": describe(bench.device),
@@ -171,7 +171,7 @@ def main() -> None:
             "batch": options.batch,
             "cached": bool(options.cache),
             "rate_tflops": round(rate / 1e12, 1),
-            "step_tflop": round(work / 1e12, 3),
+            "step_tflop": round(step_flop / 1e12, 3),
             "rows": [],
         }
         base = wb.Prune(sparsity=0.5, criterion="wanda"), wb.Quantize(weight_bits=4, group_size=64)
@@ -203,7 +203,7 @@ def main() -> None:
                 | {
                     "step_ms": round(1000 * each, 1),
                     "steps_a_second": round(1 / each, 2),
-                    "share_of_peak": round(work / rate / each, 4),
+                    "share_of_peak": round(step_flop / rate / each, 4),
                 },
             )
 

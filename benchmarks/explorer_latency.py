@@ -86,15 +86,15 @@ def move(panel: lab.Lab, value: float, *, wait: bool) -> dict[str, float]:
 
 def summarise(seen: list[dict[str, float]]) -> dict[str, float]:
     """Return medians and 95th percentiles in milliseconds."""
-    found: dict[str, float] = {"moves": len(seen)}
+    summary: dict[str, float] = {"moves": len(seen)}
     for name in ("predicted", "measured"):
         values = [s[name] for s in seen if name in s]
-        found |= {
+        summary |= {
             f"{name}_median_ms": round(float(np.median(values)), 1),
             f"{name}_p95_ms": round(float(np.quantile(values, 0.95)), 1),
             f"{name}_seen": len(values),
         }
-    return found
+    return summary
 
 
 def fill(ledger: Path, points: int) -> None:

@@ -53,7 +53,7 @@ def browser_rounds(state: Path, rounds: int) -> list[dict[str, float]]:
     import lab
     from playwright.sync_api import sync_playwright
 
-    found = []
+    all_laps = []
     with (
         tempfile.TemporaryDirectory() as folder,
         lab.server(ROOT / "notebooks" / "explore.ipynb", Path(folder), {"XDG_STATE_HOME": str(state)}) as url,
@@ -76,9 +76,9 @@ def browser_rounds(state: Path, rounds: int) -> list[dict[str, float]]:
             ):
                 opened.page.wait_for_selector(place, timeout=60_000, state="attached")
                 laps[name] = round(time.perf_counter() - start, 2)
-            found.append(laps)
+            all_laps.append(laps)
         chromium.close()
-    return found
+    return all_laps
 
 
 def main() -> None:

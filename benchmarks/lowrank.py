@@ -33,17 +33,17 @@ RANKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def measured(bench, recipe, dense) -> dict | None:
     """Return quality and bytes of a recipe, None where it compresses nothing."""
     try:
-        made = compress(bench.task, recipe, bench.statistics, shared=True)
+        compressed = compress(bench.task, recipe, bench.statistics, shared=True)
     except CompressionError:
         return None
     kind = bench.task.kind
-    found = {
-        one.metric: one
-        for one in quality(
-            kind.primary, dense, score(kind, made.model, bench.evaluation), bench.setting.confidence
+    by_metric = {
+        metric_quality.metric: metric_quality
+        for metric_quality in quality(
+            kind.primary, dense, score(kind, compressed.model, bench.evaluation), bench.setting.confidence
         )
     }
-    main, loss = found[kind.primary], found.get("loss", found[kind.primary])
+    main, loss = by_metric[kind.primary], by_metric.get("loss", by_metric[kind.primary])
     row = {
         "recipe": repr(recipe),
         "label": recipe.label(),
@@ -52,8 +52,8 @@ def measured(bench, recipe, dense) -> dict | None:
         "value": main.compressed.value,
         "drop": [main.drop.value, main.drop.low, main.drop.high],
         "loss_drop": [loss.drop.value, loss.drop.low, loss.drop.high],
-        "packed_bytes": sizes(made.model, made.layers).packed_bytes,
-        "layers": sum("rank" in line.outcome and "skipped" not in line.outcome for line in made.report),
+        "packed_bytes": sizes(compressed.model, compressed.layers).packed_bytes,
+        "layers": sum("rank" in line.outcome and "skipped" not in line.outcome for line in compressed.report),
     }
     print(
         f"{row['label']:34} {main.metric} {main.compressed.value:.4f}  loss +{loss.drop.value:.4f} "
@@ -67,10 +67,10 @@ def ladder(bench, dense) -> dict[str, list[dict]]:
     """Return plain against whitened at every rank, and the ways of sharing out the same weights."""
 
     def every(**options):
-        made = (measured(bench, wb.Recipe(wb.LowRank(rank_ratio=ratio, **options)), dense) for ratio in RANKS)
-        return [row | {"rank_ratio": ratio} for ratio, row in zip(RANKS, made, strict=True) if row]
+        rows = (measured(bench, wb.Recipe(wb.LowRank(rank_ratio=ratio, **options)), dense) for ratio in RANKS)
+        return [row | {"rank_ratio": ratio} for ratio, row in zip(RANKS, rows, strict=True) if row]
 
-    found = {
+    ways = {
         "plain": every(factorization="svd"),
         "whitened": every(),
         "whitened, by energy": every(rank_allocation="energy"),
@@ -80,13 +80,13 @@ def ladder(bench, dense) -> dict[str, list[dict]]:
         isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1)
         for module in bench.task.model.modules()
     ):
-        found |= {f"whitened, {conv}": every(conv=conv) for conv in ("spatial", "tucker2")}
-    return found
+        ways |= {f"whitened, {conv}": every(conv=conv) for conv in ("spatial", "tucker2")}
+    return ways
 
 
 def repairs(bench, dense, groups: int) -> list[dict]:
     """Return how much of the loss repair takes away, for about 5% more bytes and for more."""
-    found = []
+    rows = []
     bases = {
         "2:4": [wb.Prune(sparsity=0.5, pattern="2:4")],
         "2:4 wanda": [wb.Prune(sparsity=0.5, pattern="2:4", criterion="wanda")],
@@ -107,7 +107,7 @@ def repairs(bench, dense, groups: int) -> list[dict]:
                     continue
                 seen.add(row["packed_bytes"])
                 lost = base["loss_drop"][0]
-                found.append(
+                rows.append(
                     row
                     | {
                         "base": name,
@@ -119,7 +119,7 @@ def repairs(bench, dense, groups: int) -> list[dict]:
                         "recovered": (lost - row["loss_drop"][0]) / lost if lost else None,
                     }
                 )
-    return found
+    return rows
 
 
 def page(result: dict) -> str:

@@ -36,19 +36,19 @@ def moves(count: int) -> dict[str, list[wb.Recipe]]:
     sparse = [0.4 + 0.02 * i for i in range(count)]
     ranks = [0.2 + 0.02 * i for i in range(count)]
     pruned = wb.Prune(sparsity=0.5, pattern="2:4")
-    found = {
+    recipes = {
         f"prune {criterion}": [wb.Recipe(wb.Prune(sparsity=s, criterion=criterion)) for s in sparse]
         for criterion in ("magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random")
     }
-    found |= {
+    recipes |= {
         f"prune magnitude {how}": [wb.Recipe(wb.Prune(sparsity=s, allocation=how)) for s in sparse]
         for how in ("global", "sensitivity")
     }
-    found |= {
+    recipes |= {
         f"prune {pattern}": [wb.Recipe(wb.Prune(sparsity=s, pattern=pattern)) for s in sparse]
         for pattern in ("heads", "neurons", "layers")
     }
-    return found | {
+    return recipes | {
         "prune magnitude 2:4": [wb.Recipe(pruned)] * 3,
         "prune sparsegpt 2:4": [wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4", criterion="sparsegpt"))] * 3,
         "low rank svd": [wb.Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd")) for ratio in ranks],
@@ -136,12 +136,12 @@ def main() -> None:
     start = time.perf_counter()
     kept.moments()
     timed(task, wb.Recipe(wb.Prune(sparsity=0.5)), kept, device)
-    found: dict[str, dict[str, object]] = {
+    costs: dict[str, dict[str, object]] = {
         "second moments": {"once_ms": round(1000 * (time.perf_counter() - start), 1)}
     }
     size = sum({p.data_ptr(): p.nbytes for p in task.model.parameters()}.values())
     if device.type == "cuda":
-        found["second moments"]["peak_of_model"] = round(torch.cuda.max_memory_allocated() / size, 2)
+        costs["second moments"]["peak_of_model"] = round(torch.cuda.max_memory_allocated() / size, 2)
     for name, recipes in moves(options.moves).items():
         if not re.search(options.only, name):
             continue
@@ -151,13 +151,13 @@ def main() -> None:
         try:
             times = [timed(task, recipe, kept, device) for recipe in recipes]
         except (RuntimeError, wb.errors.WorkbenchError) as error:
-            found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-            print(name, found[name], flush=True)
+            costs[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            print(name, costs[name], flush=True)
             continue
-        found[name] = {"once_ms": round(times[0], 1), "move_ms": round(statistics.median(times[1:]), 1)}
+        costs[name] = {"once_ms": round(times[0], 1), "move_ms": round(statistics.median(times[1:]), 1)}
         if device.type == "cuda":
-            found[name]["peak_of_model"] = round(torch.cuda.max_memory_allocated() / size, 2)
-        print(name, found[name], flush=True)
+            costs[name]["peak_of_model"] = round(torch.cuda.max_memory_allocated() / size, 2)
+        print(name, costs[name], flush=True)
     result = {
         "shape": options.shape,
         "device": describe(device),
@@ -165,7 +165,7 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "versions": versions(),
         "model_bytes": size,
-        "costs": found,
+        "costs": costs,
     }
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -45,17 +45,17 @@ WAYS = ("sensitivities and ledger", "sensitivities alone", "local regression", "
 
 def guessed(way: str, spots: list[Spot], drops: list[float], spot: Spot, link: Link) -> tuple[Guess, float]:
     """Return the prediction of a drop, and the seconds that it took once the points had been read."""
-    known = history(spots, drops, link if way == WAYS[0] else None)
+    past = history(spots, drops, link if way == WAYS[0] else None)
     start = time.perf_counter()
     if way == WAYS[1]:
         value = float(link.at(spot.costs.most[None])[0])  # type: ignore[index]
         return Guess(value, math.inf, 0, wide=True), time.perf_counter() - start
-    made = (
-        local_fit(known.measured, np.array(spot.place), np.array(spot.mark), 0.8)
+    guess = (
+        local_fit(past.measured, np.array(spot.place), np.array(spot.mark), 0.8)
         if way == WAYS[3]
-        else known.guess(spot)
+        else past.guess(spot)
     )
-    return made, time.perf_counter() - start
+    return guess, time.perf_counter() - start
 
 
 def replay(
@@ -93,7 +93,7 @@ def replay(
 
 
 def summary(rows: list[dict[str, float]], recipes: int) -> dict[str, float]:
-    """Return what rows amount to."""
+    """Return a summary of rows: coverage with its interval, errors and widths as fractions, times."""
     share = float(np.mean([row["held"] for row in rows]))
     interval = wilson(round(share * (recipes - FIRST)), recipes - FIRST)
     errors, widths = ([row[name] for row in rows] for name in ("error", "width"))
@@ -180,18 +180,18 @@ def markdown(result: dict) -> str:
             " thread of a shared machine."
         )
     ]
-    for found in result["models"]:
+    for model in result["models"]:
         lines += [
             "",
-            f"## {found['model']}",
+            f"## {model['model']}",
             "",
             (
-                f"{found['recipes']} recipes, each measured on {found['items']:,} items; dense accuracy"
-                f" {found['dense_accuracy']:.2%}. Once a model: sensitivities of {found['layers']} layers"
-                f" {found['seconds_of_sensitivities']:.1f} s, {found['tables']} tables"
-                f" {found['seconds_of_tables']:.1f} s. Rank correlation of the predicted change of the loss"
+                f"{model['recipes']} recipes, each measured on {model['items']:,} items; dense accuracy"
+                f" {model['dense_accuracy']:.2%}. Once a model: sensitivities of {model['layers']} layers"
+                f" {model['seconds_of_sensitivities']:.1f} s, {model['tables']} tables"
+                f" {model['seconds_of_tables']:.1f} s. Rank correlation of the predicted change of the loss"
                 " with the measured drop, before any point:"
-                f" {found['rank_correlation_before_any_point']:.3f}."
+                f" {model['rank_correlation_before_any_point']:.3f}."
             ),
             "",
             (
@@ -200,7 +200,7 @@ def markdown(result: dict) -> str:
             ),
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for way, row in found["ways"].items():
+        for way, row in model["ways"].items():
             held, early = (
                 f"{row['coverage']:.1%} [{row['coverage_low']:.1%}, {row['coverage_high']:.1%}]",
                 f"{row['coverage_of_the_first_30']:.1%}",

@@ -54,14 +54,14 @@ Name = tuple[str, str, str]
 
 def recipes(sparsities: list[float]) -> dict[Name, wb.Prune]:
     """Return every step to measure, by (criterion, pattern, allocation)."""
-    found = {(name, "2:4", "uniform"): wb.Prune(pattern="2:4", criterion=name) for name in CRITERIA}
+    by_name = {(name, "2:4", "uniform"): wb.Prune(pattern="2:4", criterion=name) for name in CRITERIA}
     for sparsity in sparsities:
         for name in CRITERIA:
             for allocation in ("uniform", "global", "sensitivity")[: 1 if name == "random" else 3]:
-                found[name, f"{sparsity:.0%}", allocation] = wb.Prune(
+                by_name[name, f"{sparsity:.0%}", allocation] = wb.Prune(
                     sparsity=sparsity, criterion=name, allocation=allocation
                 )
-    return found
+    return by_name
 
 
 def is_steady(name: Name) -> bool:
@@ -87,7 +87,7 @@ def redrawn(task: Task, seed: int) -> Task:
 
 
 def scores_of(task: Task, model: torch.nn.Module) -> Scores:
-    """Return what a model does on all evaluation items."""
+    """Return the scores of a model on all evaluation items."""
     return Scores.join([score(task.kind, model, items) for items in task.evaluation.batches(task.batch_size)])
 
 
@@ -111,7 +111,7 @@ def verdict(change: Quality) -> str:
 
 
 def differences(
-    task: Task, found: dict[int, dict[Name, Scores]], patterns: list[str]
+    task: Task, by_seed: dict[int, dict[Name, Scores]], patterns: list[str]
 ) -> list[dict[str, object]]:
     """Return the paired differences that are expected to have a sign, in both metrics."""
     rows = []
@@ -121,12 +121,12 @@ def differences(
         for p in patterns
     }
     for worse, better in pairs:
-        if worse not in found[0] or better not in found[0]:
+        if worse not in by_seed[0] or better not in by_seed[0]:
             continue
         drawn = (
-            list(found.values())
-            if {worse, better} - {name for name in found[0] if is_steady(name)}
-            else [found[0]]
+            list(by_seed.values())
+            if {worse, better} - {name for name in by_seed[0] if is_steady(name)}
+            else [by_seed[0]]
         )  # else the draws are one and the same
         every = [quality(task.kind.primary, scores[worse], scores[better]) for scores in drawn]
         for index in range(2):
@@ -147,15 +147,15 @@ def differences(
 
 def markdown(result: dict[str, object], rows: list[dict[str, object]], pairs: list[dict[str, object]]) -> str:
     """Return the result as tables."""
-    metric, other = result["metrics"]  # type: ignore[misc]
+    metric, second = result["metrics"]  # type: ignore[misc]
     about = (
         f"`{result['command']}`, {result['date']}, {result['device']}. {result['items']} items, 95%"
         f" intervals, {result['seeds']} draws of {result['calibration_items']} calibration items. Dense:"
-        f" {metric} {result['dense'][metric]:.4f}, {other} {result['dense'][other]:.4f}. Seconds are of this"
-        " one run, whatever ran beside it."
+        f" {metric} {result['dense'][metric]:.4f}, {second} {result['dense'][second]:.4f}. Seconds are of"
+        " this one run, whatever ran beside it."
     )
     head = (
-        f"| pattern | criterion | allocation | {metric} | interval | {other} | other draws: {metric} | first"
+        f"| pattern | criterion | allocation | {metric} | interval | {second} | other draws: {metric} | first"
         " s | again s |"
     )
     lines = [f"# Pruning {result['model']}", "", about, "", head, "|---|---|---|---|---|---|---|---|---|"]
@@ -171,7 +171,7 @@ def markdown(result: dict[str, object], rows: list[dict[str, object]], pairs: li
         lines.append(
             f"| {row['pattern']} | {row['criterion']} | {row['allocation']} | {q['value']:.4f} | "
             f"{q['low']:.4f} to {q['high']:.4f} | "
-            f"{row[other]['value']:.4f} | {', '.join(others)} | {row['first_seconds']} |"
+            f"{row[second]['value']:.4f} | {', '.join(others)} | {row['first_seconds']} |"
             f" {row['again_seconds']} |"
         )
     lines += [
@@ -221,26 +221,26 @@ def main() -> None:
     )
     dense = scores_of(task, task.model)
     metrics = [measured.metric for measured in quality(task.kind.primary, dense, dense)]
-    rows, found = [], dict[int, dict[Name, Scores]]()
+    rows, by_seed = [], dict[int, dict[Name, Scores]]()
     for seed in range(options.seeds):
         drawn = redrawn(task, seed)
-        statistics, found[seed] = Statistics(drawn), {}
+        statistics, by_seed[seed] = Statistics(drawn), {}
         for name, step in recipes(options.sparsities).items():
             if options.only and name[0] not in options.only:
                 continue
             if seed and is_steady(name):
-                found[seed][name] = found[0][name]
+                by_seed[seed][name] = by_seed[0][name]
                 continue
             recipe = wb.Recipe(dataclasses.replace(step, seed=seed))
             spent = []
             for _ in range(2):
                 start = time.perf_counter()
-                made = compress(drawn, recipe, statistics, shared=True)
+                compressed = compress(drawn, recipe, statistics, shared=True)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 spent.append(round(time.perf_counter() - start, 3))
-            found[seed][name] = scores_of(task, made.model)
-            qualities = quality(task.kind.primary, dense, found[seed][name])
+            by_seed[seed][name] = scores_of(task, compressed.model)
+            qualities = quality(task.kind.primary, dense, by_seed[seed][name])
             rows.append(
                 {
                     "criterion": name[0],
@@ -250,7 +250,7 @@ def main() -> None:
                     **{q.metric: flat(q) for q in qualities},
                     "first_seconds": spent[0],
                     "again_seconds": spent[1],
-                    "warnings": list(made.warnings),
+                    "warnings": list(compressed.warnings),
                 }
             )
             print(
@@ -263,7 +263,7 @@ def main() -> None:
                 *spent,
                 flush=True,
             )
-    pairs = differences(task, found, ["2:4", *(f"{sparsity:.0%}" for sparsity in options.sparsities)])
+    pairs = differences(task, by_seed, ["2:4", *(f"{sparsity:.0%}" for sparsity in options.sparsities)])
     result = {
         "what": (
             "quality after pruning, no training; intervals of 95%; differences paired by item; first_seconds"

@@ -67,7 +67,7 @@ BETTER = [
 
 def steps(groups: list[int], widths: list[float], only: list[str] | None) -> dict[Name, wb.Quantize]:
     """Return every step to measure."""
-    found: dict[Name, wb.Quantize] = {}
+    by_name: dict[Name, wb.Quantize] = {}
     for group in groups:
         for method, options in METHODS.items():
             if (
@@ -79,13 +79,13 @@ def steps(groups: list[int], widths: list[float], only: list[str] | None) -> dic
             fixed = FIXED.get(str(options.get("number_format")))
             for bits in [fixed] if fixed else widths:
                 if bits == int(bits) or method.startswith("mixed"):
-                    found[method, group, bits] = wb.Quantize(weight_bits=bits, group_size=group, **options)
-    return found
+                    by_name[method, group, bits] = wb.Quantize(weight_bits=bits, group_size=group, **options)
+    return by_name
 
 
 def combined(group: int) -> dict[str, tuple[wb.Step, ...]]:
     """Return recipes of several steps, weights in 4 bits."""
-    found: dict[str, tuple[wb.Step, ...]] = {}
+    by_name: dict[str, tuple[wb.Step, ...]] = {}
     for rounding in ("rtn", "gptq"):
         four = wb.Quantize(weight_bits=4, group_size=group, rounding=rounding)
         for name, first in (
@@ -93,29 +93,28 @@ def combined(group: int) -> dict[str, tuple[wb.Step, ...]]:
             ("2:4", wb.Prune(pattern="2:4", criterion="wanda")),
             ("50% sparsegpt", wb.Prune(sparsity=0.5, criterion="sparsegpt")),
         ):
-            found[f"{name} + W4 {rounding}"] = (first, four)
-        found[f"2:4 + W4 {rounding} + repair 5%"] = (
+            by_name[f"{name} + W4 {rounding}"] = (first, four)
+        by_name[f"2:4 + W4 {rounding} + repair 5%"] = (
             wb.Prune(pattern="2:4", criterion="wanda"),
             four,
             wb.Repair(repair_ratio=0.05),
         )
-        found[f"rank 45% + W4 {rounding}"] = (
+        by_name[f"rank 45% + W4 {rounding}"] = (
             wb.LowRank(rank_ratio=0.45),
             wb.Quantize(weight_bits=4, rounding=rounding),
         )  # groups divide few ranks
-    return found
+    return by_name
 
 
-def promises(made: Compressed) -> str:
-    """Return what was checked on the tensors, in words; raises where a promise is broken."""
+def promises(compressed: Compressed) -> str:
+    """Return the number of promises that hold on the tensors, in words; raises where one is broken."""
     masks = ranks = 0
-    for layer in made.layers:
+    for layer in compressed.layers:
         layer.check()
         masks += layer.mask is not None
         ranks += layer.rank is not None
-    return (
-        f"{masks} masks, {ranks} factors, {sum(layer.grid is not None for layer in made.layers)} grids hold"
-    )
+    grids = sum(layer.grid is not None for layer in compressed.layers)
+    return f"{masks} masks, {ranks} factors, {grids} grids hold"
 
 
 def timed(task: object, recipe: wb.Recipe, statistics: Statistics) -> tuple[Compressed, list[float]]:
@@ -123,11 +122,11 @@ def timed(task: object, recipe: wb.Recipe, statistics: Statistics) -> tuple[Comp
     spent = []
     for _ in range(2):
         start = time.perf_counter()
-        made = compress(task, recipe, statistics, shared=True)  # type: ignore[arg-type]
+        compressed = compress(task, recipe, statistics, shared=True)  # type: ignore[arg-type]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spent.append(round(time.perf_counter() - start, 3))
-    return made, spent
+    return compressed, spent
 
 
 COLOURS = (
@@ -163,7 +162,7 @@ def figure(path: Path, result: dict, rows: list[dict]) -> None:
         up = (scale(value) - min(edges)) / ((max(edges) - min(edges)) or 1)
         return round(LEFT + WIDE * (bits - 2) / (most_bits - 2), 1), round(TOP + HIGH * (1 - up), 1)
 
-    parts = [
+    shapes = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDE + 190}" height="{TOP + HIGH + 60}"'
             ' font-family="sans-serif" font-size="12">'
@@ -176,19 +175,19 @@ def figure(path: Path, result: dict, rows: list[dict]) -> None:
     ]
     for bits in range(2, int(most_bits) + 1):
         x, bottom = at(bits, result["dense"][metric])[0], TOP + HIGH
-        parts.append(
+        shapes.append(
             f'<path d="M{x} {TOP}V{bottom}" stroke="#eee"/><text x="{x}" y="{bottom + 18}"'
             f' text-anchor="middle">{bits}</text>'
         )
     for step in range(6):
         level = min(edges) + (max(edges) - min(edges)) * step / 5
         y = TOP + HIGH * (1 - step / 5)
-        parts.append(
+        shapes.append(
             f'<path d="M{LEFT} {y}H{LEFT + WIDE}" stroke="#eee"/><text x="{LEFT - 6}" y="{y + 4}"'
             f' text-anchor="end">{math.exp(level) if scale is math.log else level:.4g}</text>'
         )
     y = at(2, result["dense"][metric])[1]
-    parts.append(
+    shapes.append(
         f'<path d="M{LEFT} {y}H{LEFT + WIDE}" stroke="#555" stroke-dasharray="6 4"/><text x="{LEFT + 4}"'
         f' y="{y - 4}">dense</text>'
     )
@@ -204,41 +203,41 @@ def figure(path: Path, result: dict, rows: list[dict]) -> None:
             ' stroke-dasharray="2 3"' if group else "",
         )
         points = [at(row["effective_bits"], row[metric]["value"]) for row in mine]
-        parts.append(
+        shapes.append(
             f'<polyline points="{" ".join(f"{x},{y}" for x, y in points)}" fill="none" stroke="{colour}"'
             f' stroke-width="1.5"{dash}/>'
         )
         for row, (x, y) in zip(mine, points, strict=True):
             low, high = (at(0, row[metric][name])[1] for name in ("low", "high"))
-            parts.append(
+            shapes.append(
                 f'<path d="M{x} {low}V{high}" stroke="{colour}" opacity=".45"/><circle cx="{x}" cy="{y}"'
                 f' r="2.5" fill="{colour}"/>'
             )
         y, x = TOP + 8 + 16 * index, LEFT + WIDE + 14
-        parts.append(
+        shapes.append(
             f'<path d="M{x} {y}h22" stroke="{colour}" stroke-width="2"{dash}/><text x="{x + 28}"'
             f' y="{y + 4}">{method}{f" g{group}" if group else ""}</text>'
         )
-    parts.append(
+    shapes.append(
         f'<text x="{LEFT + WIDE / 2}" y="{TOP + HIGH + 42}" text-anchor="middle">effective bits a weight'
         " (codes, scales, zero points)</text></svg>"
     )
-    path.write_text("\n".join(parts) + "\n")
+    path.write_text("\n".join(shapes) + "\n")
 
 
 def markdown(result: dict, rows: list[dict], pairs: list[dict], together: list[dict]) -> str:
     """Return the result as tables."""
-    metric, other = result["metrics"]
+    metric, second = result["metrics"]
     about = (
         f"`{result['command']}`, {result['date']}, {result['device']}. {result['items']} items, 95%"
         f" intervals, {result['seeds']} draws of {result['calibration_items']} calibration items. Dense:"
-        f" {metric} {result['dense'][metric]:.4f}, {other} {result['dense'][other]:.4f}. Seconds are of this"
-        " one run, whatever ran beside it."
+        f" {metric} {result['dense'][metric]:.4f}, {second} {result['dense'][second]:.4f}. Seconds are of"
+        " this one run, whatever ran beside it."
     )
     lines = [f"# Quantized weights of {result['model']}", "", about, ""]
     lines += [
         (
-            f"| method | group | bits | effective bits | {metric} | interval | {other} | other draws:"
+            f"| method | group | bits | effective bits | {metric} | interval | {second} | other draws:"
             f" {metric} | packed MB | first s | again s |"
         ),
         "|---" * 11 + "|",
@@ -253,7 +252,7 @@ def markdown(result: dict, rows: list[dict], pairs: list[dict], together: list[d
         q = row[metric]
         lines.append(
             f"| {row['method']} | {row['group'] or 'row'} | {row['bits']:g} | {row['effective_bits']:.2f} |"
-            f" {q['value']:.4f} | {q['low']:.4f} to {q['high']:.4f} | {row[other]['value']:.4f} |"
+            f" {q['value']:.4f} | {q['low']:.4f} to {q['high']:.4f} | {row[second]['value']:.4f} |"
             f" {', '.join(others)} | {row['packed_bytes'] / 1e6:.2f} | {row['first_seconds']} |"
             f" {row['again_seconds']} |"
         )
@@ -280,28 +279,28 @@ def markdown(result: dict, rows: list[dict], pairs: list[dict], together: list[d
             "",
             "## With other steps",
             "",
-            f"| recipe | {metric} | interval | {other} | packed MB | of dense | checked |",
+            f"| recipe | {metric} | interval | {second} | packed MB | of dense | checked |",
             "|---" * 7 + "|",
         ]
         lines += [
             f"| {row['name']} | {row[metric]['value']:.4f} | {row[metric]['low']:.4f} to"
-            f" {row[metric]['high']:.4f} | {row[other]['value']:.4f} | {row['packed_bytes'] / 1e6:.2f} |"
+            f" {row[metric]['high']:.4f} | {row[second]['value']:.4f} | {row['packed_bytes'] / 1e6:.2f} |"
             f" {row['packed_bytes'] / result['dense_bytes']:.3f} | {row['checked']} |"
             for row in together
         ]
-    return "\n".join([*lines, "", *(f"- {words}" for words in result["warnings"])]) + "\n"
+    return "\n".join([*lines, "", *(f"- {warning}" for warning in result["warnings"])]) + "\n"
 
 
-def differences(kind: str, found: dict[int, dict[Name, Scores]]) -> list[dict]:
+def differences(kind: str, by_seed: dict[int, dict[Name, Scores]]) -> list[dict]:
     """Return the paired differences that are expected to have a sign, in both metrics."""
     rows = []
     for first, second in BETTER:
-        for method, group, bits in found[0]:
-            if method != second or (first, group, bits) not in found[0]:
+        for method, group, bits in by_seed[0]:
+            if method != second or (first, group, bits) not in by_seed[0]:
                 continue
             every = [
                 quality(kind, scores[first, group, bits], scores[second, group, bits])
-                for scores in found.values()
+                for scores in by_seed.values()
             ]
             for index in range(2):
                 change = every[0][index]
@@ -364,32 +363,32 @@ def main() -> None:
     metrics = [measured.metric for measured in quality(task.kind.primary, dense, dense)]
     rows: list[dict] = []
     together: list[dict] = []
-    found: dict[int, dict[Name, Scores]] = {}
+    by_seed: dict[int, dict[Name, Scores]] = {}
     warnings: dict[str, None] = {}
     for seed in range(given.seeds):
         drawn = redrawn(task, seed)
-        statistics, found[seed] = Statistics(drawn), {}
+        statistics, by_seed[seed] = Statistics(drawn), {}
         for name, step in steps(given.groups, given.bits, given.only).items():
             if seed and not name[0].removeprefix("nf4 ").startswith(DRAWN):
-                found[seed][name] = found[0][name]
+                by_seed[seed][name] = by_seed[0][name]
                 continue
             try:
-                made, spent = timed(drawn, wb.Recipe(dataclasses.replace(step, seed=seed)), statistics)
+                compressed, spent = timed(drawn, wb.Recipe(dataclasses.replace(step, seed=seed)), statistics)
             except CompressionError as error:
                 print(*name, error, flush=True)
                 continue
-            warnings.update(dict.fromkeys(made.warnings))
-            found[seed][name] = scores_of(task, made.model)
-            measured = quality(task.kind.primary, dense, found[seed][name])
+            warnings.update(dict.fromkeys(compressed.warnings))
+            by_seed[seed][name] = scores_of(task, compressed.model)
+            measured = quality(task.kind.primary, dense, by_seed[seed][name])
             rows.append(
                 {
                     "method": name[0],
                     "group": name[1],
                     "bits": name[2],
-                    "effective_bits": round(made.effective_bits or 0, 4),
+                    "effective_bits": round(compressed.effective_bits or 0, 4),
                     "seed": seed,
-                    "packed_bytes": sizes(made.model, made.layers).packed_bytes,
-                    "skipped": sum("skipped: group_size" in row.outcome for row in made.report),
+                    "packed_bytes": sizes(compressed.model, compressed.layers).packed_bytes,
+                    "skipped": sum("skipped: group_size" in row.outcome for row in compressed.report),
                     **{q.metric: flat(q) for q in measured},
                     "first_seconds": spent[0],
                     "again_seconds": spent[1],
@@ -398,7 +397,7 @@ def main() -> None:
             print(
                 seed,
                 *name,
-                f"{made.effective_bits:.2f}",
+                f"{compressed.effective_bits:.2f}",
                 *(
                     f"{q.metric} {q.compressed.value:.4f} [{q.compressed.low:.4f}, {q.compressed.high:.4f}]"
                     for q in measured
@@ -406,20 +405,20 @@ def main() -> None:
                 *spent,
                 flush=True,
             )
-        for label, parts in {} if seed or given.no_combined else combined(given.groups[-1]).items():
-            made, spent = timed(drawn, wb.Recipe(*parts), statistics)
-            measured = quality(task.kind.primary, dense, scores_of(task, made.model))
+        for label, combination in {} if seed or given.no_combined else combined(given.groups[-1]).items():
+            compressed, spent = timed(drawn, wb.Recipe(*combination), statistics)
+            measured = quality(task.kind.primary, dense, scores_of(task, compressed.model))
             together.append(
                 {
                     "name": label,
-                    "recipe": repr(wb.Recipe(*parts)),
+                    "recipe": repr(wb.Recipe(*combination)),
                     **{q.metric: flat(q) for q in measured},
-                    "packed_bytes": sizes(made.model, made.layers).packed_bytes,
-                    "checked": promises(made),
+                    "packed_bytes": sizes(compressed.model, compressed.layers).packed_bytes,
+                    "checked": promises(compressed),
                 }
             )
             print(label, *(f"{q.metric} {q.compressed.value:.4f}" for q in measured), *spent, flush=True)
-    pairs = differences(task.kind.primary, found)
+    pairs = differences(task.kind.primary, by_seed)
     result = {
         "what": (
             "quality of quantized weights, no training; intervals of 95%; differences paired by item;"

@@ -114,7 +114,7 @@ def measured(task: Task, batch: int, rounds: int) -> list[dict[str, object]]:
             rows[label] = {"form": label, "left out": str(error)[:200]}
             continue
         middle = time.perf_counter()
-        made = realise(
+        realised = realise(
             compressed,
             "cpu",
             runtime,
@@ -126,18 +126,18 @@ def measured(task: Task, batch: int, rounds: int) -> list[dict[str, object]]:
             "form": label,
             "compress_s": round(middle - start, 2),
             "build_s": round(time.perf_counter() - middle, 2),
-            "runs": list(made.plan.kernels),
-            "no_kernel": list(made.no_kernel),
-            "warnings": list(made.warnings),
+            "runs": list(realised.plan.kernels),
+            "no_kernel": list(realised.no_kernel),
+            "warnings": list(realised.warnings),
         }
-        running[label] = made.model
+        running[label] = realised.model
         with torch.inference_mode():
-            found, simulated = (
-                task.kind.logits(model, items).float() for model in (made.model, compressed.model)
+            answers, simulated = (
+                task.kind.logits(model, items).float() for model in (realised.model, compressed.model)
             )
         rows[label] |= {
-            "from_dense": float((found - wanted).norm() / wanted.norm()),
-            "from_simulated": float((found - simulated).norm() / simulated.norm()),
+            "from_dense": float((answers - wanted).norm() / wanted.norm()),
+            "from_simulated": float((answers - simulated).norm() / simulated.norm()),
         }
     running["torch.ao quantize_dynamic (deprecated)"] = quantized_by_torch(task)
     rows["torch.ao quantize_dynamic (deprecated)"] = {"form": "torch.ao quantize_dynamic (deprecated)"}

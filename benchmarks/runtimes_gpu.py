@@ -55,7 +55,7 @@ MODES = {"graph": CapturedModel, "compiled": lambda model: CapturedModel(Compile
 
 
 def ratio(
-    dense: nn.Module, other: nn.Module, ids: torch.Tensor, rounds: int = 15
+    dense: nn.Module, compressed: nn.Module, ids: torch.Tensor, rounds: int = 15
 ) -> tuple[float, float, float]:
     """Return (median ms of dense, of the other, median of their ratios), timed in turn."""
     clock = Clock(ids.device)
@@ -64,7 +64,7 @@ def ratio(
         for index in range(rounds + 3):
             pair = (
                 clock.time_ms(lambda: dense(input_ids=ids, use_cache=False)),
-                clock.time_ms(lambda: other(input_ids=ids, use_cache=False)),
+                clock.time_ms(lambda: compressed(input_ids=ids, use_cache=False)),
             )
             if index >= 3:
                 times.append(pair)
@@ -77,12 +77,12 @@ def ratio(
 
 def bandwidth(device: torch.device) -> float:
     """Return bytes a second of a large copy, read and written."""
-    one = torch.empty(2**30, dtype=torch.uint8, device=device)
-    other = torch.empty_like(one)
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
     return (
         2
-        * one.nbytes
-        / statistics.median(Clock(device).time_ms(lambda: other.copy_(one)) for _ in range(9))
+        * source.nbytes
+        / statistics.median(Clock(device).time_ms(lambda: target.copy_(source)) for _ in range(9))
         * 1000
     )
 
@@ -109,15 +109,15 @@ def rows(
     for name in names:
         row = {"shape": shape, "recipe": name, "mode": mode}
         try:
-            made = compress(task, RECIPES[name], shared=True)
-            planned = plan(made, "cuda")
-            built = with_kernels(made, planned, kind, items)
+            compressed = compress(task, RECIPES[name], shared=True)
+            planned = plan(compressed, "cuda")
+            built = with_kernels(compressed, planned, kind, items)
             model, warnings = built.model, built.warnings
-            if model is made.model:
+            if model is compressed.model:
                 yield row | {"failed": "; ".join([*planned.no_kernel, *warnings])[:300]}
                 continue
             with torch.inference_mode():
-                wanted = made.model(input_ids=ids[16], use_cache=False).logits.float()
+                wanted = compressed.model(input_ids=ids[16], use_cache=False).logits.float()
                 apart = float(
                     (model(input_ids=ids[16], use_cache=False).logits.float() - wanted).norm() / wanted.norm()
                 )
@@ -143,7 +143,7 @@ def rows(
         except (RuntimeError, WorkbenchError) as error:
             yield row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         finally:
-            made = model = running = built = None
+            compressed = model = running = built = None
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -105,11 +105,11 @@ def encoded_task(model: str, frames: int, device: torch.device) -> Task:
     task = load_task(
         model, device=device, calibration_items=8, training_items=45, offline=True, progress=False
     )
-    parts = {
+    pools = {
         name: heard(task, getattr(task, name), frames, device)
         for name in ("evaluation", "calibration", "training")
     }
-    both = parts["calibration"], parts["training"]
+    both = pools["calibration"], pools["training"]
     every = Items(
         {name: torch.cat([part.inputs[name] for part in both]) for name in both[0].inputs},
         torch.cat([part.labels for part in both]),
@@ -117,7 +117,7 @@ def encoded_task(model: str, frames: int, device: torch.device) -> Task:
     return replace(
         task,
         kind=Heard(writing=task.kind.writes),
-        evaluation=parts["evaluation"],
+        evaluation=pools["evaluation"],
         calibration=every,
         training=every,
         batch_size=64 if device.type == "cuda" else 16,
@@ -142,10 +142,10 @@ def scores_of(task: Task, model: torch.nn.Module, device: torch.device) -> Score
 
 def averaged(several: list[Scores]) -> Scores:
     """Return one set of scores with word errors averaged over seeds, utterance by utterance."""
-    errors = torch.stack([one.details["word errors"] for one in several]).mean(0)
+    errors = torch.stack([scores.details["word errors"] for scores in several]).mean(0)
     return replace(
         several[0],
-        loss=torch.stack([one.loss for one in several]).mean(0),
+        loss=torch.stack([scores.loss for scores in several]).mean(0),
         details={**several[0].details, "word errors": errors},
     )
 
@@ -162,12 +162,12 @@ def told(estimate: Estimate, *, signed: bool = False) -> str:
 def row(
     name: str, several: list[Scores], others: tuple[Scores, Scores, Scores | None], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the figures of one way to teach.
+    """Return the figures of a way to teach.
 
     `others` are the teacher, the untaught student, and what CE + KL reached, if it was measured.
     """
     mine, (dense, start, reference) = averaged(several), others
-    words = dense.details["words"].sum()
+    word_count = dense.details["words"].sum()
     _, rate, change = word_error_rates(dense, mine, 0.95)
     figures = {
         "wer": rate,
@@ -176,7 +176,7 @@ def row(
     }
     if reference is not None:
         figures["change_from_ce_kl"] = word_error_rates(reference, mine, 0.95)[2]
-    per_seed = [float(one.details["word errors"].sum() / words) for one in several]
+    per_seed = [float(scores.details["word errors"].sum() / word_count) for scores in several]
     loss, seconds = float((mine.loss * mine.weight).sum() / mine.weight.sum()), about.get("seconds", [])
     cells = [
         name,
@@ -198,8 +198,8 @@ def row(
     ]
     values = {key: [value.value, value.low, value.high] for key, value in figures.items()}
     utterances = {
-        "word_errors": [one.details["word errors"].int().tolist() for one in several],
-        "nats": [[round(value, 6) for value in one.loss.tolist()] for one in several],
+        "word_errors": [scores.details["word errors"].int().tolist() for scores in several],
+        "nats": [[round(value, 6) for value in scores.loss.tolist()] for scores in several],
     }
     return {
         "loss": name,
@@ -219,8 +219,8 @@ HEADER = (
 
 
 @dataclass
-class Found:
-    """What was measured so far; mutable.
+class Trainings:
+    """The trainings measured so far; mutable.
 
     `scores` and `facts` (trainable numbers, seconds, recipe) are by loss.
     """
@@ -233,16 +233,16 @@ class Found:
     def add(self, name: str, scores: Scores, recipe: wb.Recipe, trainable: str, seconds: float) -> None:
         """Count one training."""
         self.scores.setdefault(name, []).append(scores)
-        known = self.facts.setdefault(name, {"trainable": trainable, "seconds": [], "recipe": repr(recipe)})
-        known["seconds"].append(round(seconds, 1))
+        about = self.facts.setdefault(name, {"trainable": trainable, "seconds": [], "recipe": repr(recipe)})
+        about["seconds"].append(round(seconds, 1))
 
     def read(self, rows: list[dict[str, Any]]) -> None:
         """Count the trainings in the rows of an earlier run."""
-        for known in rows:
-            if known["loss"] not in LOSSES:
+        for entry in rows:
+            if entry["loss"] not in LOSSES:
                 continue
-            several = zip(known["utterances"]["word_errors"], known["utterances"]["nats"], strict=True)
-            self.scores[known["loss"]] = [
+            several = zip(entry["utterances"]["word_errors"], entry["utterances"]["nats"], strict=True)
+            self.scores[entry["loss"]] = [
                 replace(
                     self.untaught,
                     loss=torch.tensor(nats, dtype=torch.float64),
@@ -253,7 +253,7 @@ class Found:
                 )
                 for errors, nats in several
             ]
-            self.facts[known["loss"]] = {name: known[name] for name in ("trainable", "seconds", "recipe")}
+            self.facts[entry["loss"]] = {name: entry[name] for name in ("trainable", "seconds", "recipe")}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the figures of every way to teach that was tried."""
@@ -276,13 +276,13 @@ def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
     path = options.out.with_suffix(".json") if options.out else None
     if not options.resume or path is None or not path.is_file():
         return []
-    known = json.loads(path.read_text())
-    if known.get("settings") != settings(options):
+    previous = json.loads(path.read_text())
+    if previous.get("settings") != settings(options):
         sys.exit(
-            f"{path} was measured with {known.get('settings')}, this would be {settings(options)}: give"
+            f"{path} was measured with {previous.get('settings')}, this would be {settings(options)}: give"
             " another --out, or leave --resume out"
         )
-    rows: list[dict[str, Any]] = known["rows"]
+    rows: list[dict[str, Any]] = previous["rows"]
     return rows
 
 
@@ -295,17 +295,17 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace) -> Iterator[tuple[Found, dict[str, Any]]]:
+def run(options: argparse.Namespace) -> Iterator[tuple[Trainings, dict[str, Any]]]:
     """Teach the student in every way, with every seed, and score it.
 
-    Yield what was found after each training, with the facts that stay.
+    Yield the results after each training, with the facts that stay.
     """
-    began, device, known = time.perf_counter(), pick(options.device), earlier(options)
+    began, device, rows = time.perf_counter(), pick(options.device), earlier(options)
     task = encoded_task(options.model, options.frames, device)
     statistics, (cut, rounded) = Statistics(task), students(options)
     start = compress(task, wb.Recipe(cut, *rounded), statistics).model
-    found = Found(scores_of(task, task.model, device), scores_of(task, start, device), {}, {})
-    found.read(known)
+    results = Trainings(scores_of(task, task.model, device), scores_of(task, start, device), {}, {})
+    results.read(rows)
     sizes = {
         name: sum(p.numel() for p in model.parameters())
         for name, model in (("teacher_parameters", task.model), ("student_parameters", start))
@@ -313,7 +313,7 @@ def run(options: argparse.Namespace) -> Iterator[tuple[Found, dict[str, Any]]]:
     data = {
         "training_utterances": len(task.training),
         "evaluation_utterances": len(task.evaluation),
-        "evaluation_words": int(found.dense.details["words"].sum()),
+        "evaluation_words": int(results.dense.details["words"].sum()),
     }
     about: dict[str, Any] = {
         **sizes,
@@ -325,12 +325,12 @@ def run(options: argparse.Namespace) -> Iterator[tuple[Found, dict[str, Any]]]:
     plan = [(seed, name) for seed in range(options.seeds) for name in options.losses]
     longest_yet = 0.0
     for done, (seed, name) in enumerate(plan):
-        if seed < len(found.scores.get(name, [])):
+        if seed < len(results.scores.get(name, [])):
             about["trainings"] = f"{done + 1} of {len(plan)}"
             continue
         if options.seconds and time.perf_counter() - began + longest_yet > options.seconds:
             about["trainings"] = (
-                f"{sum(map(len, found.scores.values()))} of {len(plan)}: ended early, as the next would not"
+                f"{sum(map(len, results.scores.values()))} of {len(plan)}: ended early, as the next would not"
                 f" have been done within --seconds {options.seconds:g}"
             )
             break
@@ -347,29 +347,32 @@ def run(options: argparse.Namespace) -> Iterator[tuple[Found, dict[str, Any]]]:
             **LOSSES[name],
         )
         recipe, begun = wb.Recipe(cut, step, *rounded), time.perf_counter()
-        made = compress(task, recipe, statistics)
+        compressed = compress(task, recipe, statistics)
         seconds = time.perf_counter() - begun
-        scores = scores_of(task, made.model, device)
-        (words,) = {
-            match[0] for line in made.report if (match := re.search(r"[\d,]+ numbers, [\d.]+%", line.outcome))
+        scores = scores_of(task, compressed.model, device)
+        (trainable,) = {
+            match[0]
+            for line in compressed.report
+            if (match := re.search(r"[\d,]+ numbers, [\d.]+%", line.outcome))
         }
-        found.add(name, scores, recipe, words.replace(" numbers, ", " = "), seconds)
+        results.add(name, scores, recipe, trainable.replace(" numbers, ", " = "), seconds)
         longest_yet = max(longest_yet, time.perf_counter() - begun)
         about["trainings"] = f"{done + 1} of {len(plan)}"
-        rate = float(scores.details["word errors"].sum() / found.dense.details["words"].sum())
+        rate = float(scores.details["word errors"].sum() / results.dense.details["words"].sum())
         print(
-            f"{name}, seed {seed}: {seconds:.0f} s, loss {made.curve[0][1]:.3f} to {made.curve[-1][1]:.3f},"
+            f"{name}, seed {seed}: {seconds:.0f} s, loss {compressed.curve[0][1]:.3f} to"
+            f" {compressed.curve[-1][1]:.3f},"
             f" WER {100 * rate:.1f}%; {about['trainings']} after {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        yield found, about
-    yield found, about
+        yield results, about
+    yield results, about
 
 
-def write(out: Path | None, found: Found, about: dict[str, Any]) -> str:
-    """Write what was found so far to files; return the table."""
-    rows = found.rows()
-    table = HEADER + "\n" + "\n".join(made.pop("line") for made in rows)
+def write(out: Path | None, results: Trainings, about: dict[str, Any]) -> str:
+    """Write the results so far to files; return the table."""
+    rows = results.rows()
+    table = HEADER + "\n" + "\n".join(entry.pop("line") for entry in rows)
     if out:
         out.with_suffix(".json").write_text(
             json.dumps(
@@ -423,7 +426,7 @@ def main() -> None:
     parser.add_argument("--note", help="what a reader should know, such as what else the machine did")
     parser.add_argument("--out", type=Path, help="path without suffix")
     options = parser.parse_args()
-    known = {
+    facts = {
         "command": "python " + " ".join(sys.argv),
         "settings": settings(options),
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
@@ -432,8 +435,8 @@ def main() -> None:
     }
     noted = {"note": options.note} if options.note else {}
     table = ""
-    for found, about in run(options):
-        table = write(options.out, found, {**known, **about, **noted})
+    for results, about in run(options):
+        table = write(options.out, results, {**facts, **about, **noted})
     print(table)
 
 

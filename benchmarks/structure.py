@@ -71,7 +71,7 @@ def timed(latency: Latency, share: float) -> dict[str, Any]:
 
 
 def row(bench: wb.Bench, recipe: wb.Recipe, compressed: Compressed, dense_adds: int) -> dict[str, Any]:
-    """Return what is known without running the model."""
+    """Return the figures that are known without running the model: parameters, bytes, multiply-adds."""
     dense = bench.task.model
     sizes, dense_sizes = counted_sizes(compressed.model, compressed.layers), counted_sizes(dense, ())
     adds = multiply_adds(compressed.model, bench, compressed)
@@ -111,16 +111,16 @@ def real(name: str, device: str) -> list[dict[str, Any]]:
                     point = bench.measure(recipe)
                     assert point.latency is not None
                     drop = point.primary.drop
-                    made = row(bench, recipe, compressed, dense_adds)
-                    made |= timed(point.latency, made["multiply_adds"]) | {
+                    figures = row(bench, recipe, compressed, dense_adds)
+                    figures |= timed(point.latency, figures["multiply_adds"]) | {
                         "metric": point.primary.metric,
                         "change": -drop.value,
                         "change_low": -drop.high,
                         "change_high": -drop.low,
                         "items": point.items,
                     }
-                    rows.append(made)
-                    print(line(made), flush=True)
+                    rows.append(figures)
+                    print(line(figures), flush=True)
     return rows
 
 
@@ -135,13 +135,13 @@ def random(name: str, device: str, context: int) -> list[dict[str, Any]]:
             for sparsity in SPARSITIES:
                 recipe = wb.Recipe(wb.Prune(sparsity=sparsity, pattern=pattern))
                 compressed = compress(task, recipe, bench.statistics, shared=True)
-                made = row(bench, recipe, compressed, dense_adds)
+                figures = row(bench, recipe, compressed, dense_adds)
                 for items in (bench.evaluation[:1], bench.evaluation[:8]):
                     rows.append(
-                        made
+                        figures
                         | timed(
                             measure_latency(task.kind, task.model, compressed.model, items),
-                            made["multiply_adds"],
+                            figures["multiply_adds"],
                         )
                     )
                     print(line(rows[-1]), flush=True)
@@ -149,26 +149,27 @@ def random(name: str, device: str, context: int) -> list[dict[str, Any]]:
     return rows
 
 
-def line(made: dict[str, Any]) -> str:
+def line(figures: dict[str, Any]) -> str:
     """Return one row of the table."""
     quality = (
-        f"{100 * made['change']:+.1f} ({100 * made['change_low']:+.1f} to {100 * made['change_high']:+.1f})"
-        if "change" in made
+        f"{100 * figures['change']:+.1f}"
+        f" ({100 * figures['change_low']:+.1f} to {100 * figures['change_high']:+.1f})"
+        if "change" in figures
         else "random weights"
     )
     cells = [
-        made["model"],
-        made["pattern"] + (", refitted" if made["reconstruct"] else ""),
-        f"{made['asked']:.0%}",
-        f"{made['parameters'] / made['dense_parameters']:.1%}",
-        f"{made['file_bytes'] / made['dense_file_bytes']:.1%}",
-        f"{made['multiply_adds']:.1%}",
-        f"{made['dense_ms']:.2f}",
-        f"{made['ms']:.2f}",
-        f"{made['speedup']:.2f}x ({made['speedup_low']:.2f} to {made['speedup_high']:.2f})",
-        f"{made['expected']:.2f}x",
-        f"{made['of_expected']:.0%}",
-        f"{made['batch']}",
+        figures["model"],
+        figures["pattern"] + (", refitted" if figures["reconstruct"] else ""),
+        f"{figures['asked']:.0%}",
+        f"{figures['parameters'] / figures['dense_parameters']:.1%}",
+        f"{figures['file_bytes'] / figures['dense_file_bytes']:.1%}",
+        f"{figures['multiply_adds']:.1%}",
+        f"{figures['dense_ms']:.2f}",
+        f"{figures['ms']:.2f}",
+        f"{figures['speedup']:.2f}x ({figures['speedup_low']:.2f} to {figures['speedup_high']:.2f})",
+        f"{figures['expected']:.2f}x",
+        f"{figures['of_expected']:.0%}",
+        f"{figures['batch']}",
         quality,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -194,9 +195,9 @@ def main() -> None:
     options = parser.parse_args()
     print(HEADER)
     rows = [
-        made
+        figures
         for name in options.models
-        for made in (
+        for figures in (
             real(name, options.device)
             if name.startswith("fashion")
             else random(name, options.device, options.context)

@@ -146,7 +146,7 @@ def llm_compressor(rounding: str) -> Callable[[nn.Module, Task], nn.Module]:
             "max_seq_length": ids.shape[1],
         }
         logger.remove()  # a line for every layer
-        made = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[rounding]
+        modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[rounding]
         with (
             tempfile.TemporaryDirectory() as folder,
             contextlib.redirect_stderr(io.StringIO()),
@@ -156,7 +156,7 @@ def llm_compressor(rounding: str) -> Callable[[nn.Module, Task], nn.Module]:
             model.name_or_path = model.config._name_or_path = folder  # noqa: SLF001
             oneshot(
                 model=model,
-                recipe=made(config_groups={"all": scheme}, ignore=["lm_head"]),
+                recipe=modifier(config_groups={"all": scheme}, ignore=["lm_head"]),
                 **(calibration if rounding == "gptq" else {}),
             )
         return model
@@ -169,8 +169,12 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))  # noqa: S106
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")  # noqa: S106
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))  # noqa: S106
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",  # noqa: S106
+        pad_token="[PAD]",  # noqa: S106
+    )
 
 
 def ways(task: Task) -> list[Way]:
@@ -178,11 +182,11 @@ def ways(task: Task) -> list[Way]:
     nearest = wb.Recipe(wb.Quantize(weight_bits=4, group_size=GROUP, scale_search=False))
     gptq = wb.Recipe(wb.Quantize(weight_bits=4, group_size=GROUP, rounding="gptq", scale_search=False))
     eight = wb.Recipe(wb.Quantize(weight_bits=8, scale_search=False, grid="symmetric"))
-    found = [Way("plain torch", f"4 bits, groups of {GROUP}", nearest, naive)]
+    own = [Way("plain torch", f"4 bits, groups of {GROUP}", nearest, naive)]
     if task.kind.name != "language modelling":
-        return found
+        return own
     return [
-        *found,
+        *own,
         Way("torchao int4 weight only", f"4 bits, groups of {GROUP}", nearest, torchao(4)),
         Way(
             "llm-compressor oneshot, round to nearest",
@@ -197,15 +201,16 @@ def ways(task: Task) -> list[Way]:
 
 def evaluate(task: Task, model: nn.Module, place: torch.device) -> float:
     """Return perplexity or accuracy over all evaluation items, as a user of transformers evaluates."""
-    found, counts = list[float](), list[int]()
+    means, counts = list[float](), list[int]()
     with torch.no_grad():
         for items in task.evaluation.to(place).batches(task.batch_size):
             if task.kind.primary == "perplexity":
-                found.append(float(model(**items.inputs, labels=items.inputs["input_ids"]).loss))
+                means.append(float(model(**items.inputs, labels=items.inputs["input_ids"]).loss))
             else:
-                found.append(float((model(**items.inputs).logits.argmax(-1) == items.labels).float().mean()))
+                means.append(float((model(**items.inputs).logits.argmax(-1) == items.labels).float().mean()))
             counts.append(len(items))
-    mean = sum(one * count for one, count in zip(found, counts, strict=True)) / sum(counts)
+    total = sum(batch_mean * count for batch_mean, count in zip(means, counts, strict=True))
+    mean = total / sum(counts)
     return math.exp(mean) if task.kind.primary == "perplexity" else mean
 
 
@@ -231,7 +236,7 @@ class Ours:
         return Ours(
             bench,
             predictor,
-            [wb.Recipe(dataclasses.replace(step, weight_bits=one)) for one in bits[: 1 + ROUNDS]],
+            [wb.Recipe(dataclasses.replace(step, weight_bits=width)) for width in bits[: 1 + ROUNDS]],
         )  # type: ignore[call-arg]
 
     def next(self) -> dict[str, Any]:
@@ -294,18 +299,18 @@ def theirs(way: Way, task: Task, place: torch.device, dense_s: float) -> dict[st
 def in_turn(
     way: Way, task: Task, place: torch.device, dense_s: float, mine: Ours
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Return what they and this product take, medians of rounds in turn, and how many rounds there were."""
+    """Return seconds and values of theirs and of ours, medians of rounds in turn, and the rounds."""
     others, me, start = list[dict[str, Any]](), list[dict[str, Any]](), time.perf_counter()
     cold = mine.next()
     while len(me) < ROUNDS and (not me or time.perf_counter() - start < SHORT):
         others.append(theirs(way, task, place, dense_s))
         me.append(mine.next())
-    found = {
+    ours = {
         f"{when}_{name}": value
         for when, row in (("cold", cold), ("warm", medians(me)))
         for name, value in row.items()
     }
-    return medians(others), found, len(me)
+    return medians(others), ours, len(me)
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -318,11 +323,11 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def peer_versions() -> dict[str, str]:
     """Return the versions of what is installed of the peers."""
-    found = {}
+    versions = {}
     for name in ("torchao", "llmcompressor", "compressed-tensors"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def run(target: str, options: Options, record: Record) -> None:
@@ -360,20 +365,23 @@ def run(target: str, options: Options, record: Record) -> None:
                     failed=" ".join(f"{type(error).__name__}: {error}".split())[:400],
                 )
                 continue
-            other, me, rounds = in_turn(way, task, place, dense_s, Ours.opened(task, way.recipe, folder))
+            their_medians, me, rounds = in_turn(
+                way, task, place, dense_s, Ours.opened(task, way.recipe, folder)
+            )
             ratios = {
-                f"{one}_full_over_{what}": round(
-                    other[f"{one}_full_s"] / max(me[f"{one}_{what}_s"], 1e-4), 1 if what != "full" else 2
+                f"{when}_full_over_{what}": round(
+                    their_medians[f"{when}_full_s"] / max(me[f"{when}_{what}_s"], 1e-4),
+                    1 if what != "full" else 2,
                 )
-                for one in ("cold", "warm")
+                for when in ("cold", "warm")
                 for what in ("predicted", "first_look", "full")
             }
             record.add(
                 name=way.name,
                 setting=way.setting,
                 rounds=rounds,
-                theirs=other,
+                theirs=their_medians,
                 ours=me,
                 **ratios,
-                processor_over_full=round(other["full_processor_s"] / me["warm_full_processor_s"], 2),
+                processor_over_full=round(their_medians["full_processor_s"] / me["warm_full_processor_s"], 2),
             )

@@ -41,8 +41,8 @@ def sheet(width: float, height: float, title: str) -> list[str]:
 
 def tens(values: Iterable[float]) -> tuple[int, int]:
     """Return the powers of ten around positive values."""
-    found = [math.log10(value) for value in values]
-    low, high = math.floor(min(found)), math.ceil(max(found))
+    powers = [math.log10(value) for value in values]
+    low, high = math.floor(min(powers)), math.ceil(max(powers))
     return low, max(high, low + 1)
 
 
@@ -59,9 +59,9 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
         return round(left + WIDE * (math.log10(value) - low) / (high - low), 1)
 
     bottom = TOP + ROW * len(rows)
-    parts = sheet(left + WIDE + 80, bottom + 50, title)
+    shapes = sheet(left + WIDE + 80, bottom + 50, title)
     for power in range(low, high + 1):
-        parts.append(
+        shapes.append(
             f'<path d="M{across(10.0**power)} {TOP}V{bottom}" stroke="#ddd"/><text x="{across(10.0**power)}"'
             f' y="{bottom + 18}" text-anchor="middle">{10.0**power:g}</text>'
         )
@@ -71,15 +71,15 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
         struck = aim and end - 5 < across(aim) < end + 10 + LETTER * len(
             told
         )  # the number stands past a stroke that would go through it
-        parts.append(
+        shapes.append(
             f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{label}</text><path d="M{left}'
             f' {y + 3}H{end}v14H{left}z" fill="{colour}"/><text'
             f' x="{(across(aim) if aim and struck else end) + 5:g}" y="{y + 14}">{told}</text>'
         )
         if aim:
-            parts.append(f'<path d="M{across(aim)} {y + 1}v18" stroke="#222" stroke-width="2"/>')
-    parts.append(f'<text x="{left + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{unit}</text></svg>')
-    return "\n".join(parts) + "\n"
+            shapes.append(f'<path d="M{across(aim)} {y + 1}v18" stroke="#222" stroke-width="2"/>')
+    shapes.append(f'<text x="{left + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{unit}</text></svg>')
+    return "\n".join(shapes) + "\n"
 
 
 def lines(
@@ -96,34 +96,34 @@ def lines(
         )
 
     bottom = TOP + HIGH
-    parts = sheet(left + WIDE + 200, bottom + 50, title)
+    shapes = sheet(left + WIDE + 200, bottom + 50, title)
     for power in range(x_low, x_high + 1):
         x = at(10.0**power, 10.0**y_low)[0]
-        parts.append(
+        shapes.append(
             f'<path d="M{x} {TOP}V{bottom}" stroke="#ddd"/><text x="{x}" y="{bottom + 18}"'
             f' text-anchor="middle">{10.0**power:g}</text>'
         )
     for power in range(y_low, y_high + 1):
         y = at(10.0**x_low, 10.0**power)[1]
-        parts.append(
+        shapes.append(
             f'<path d="M{left} {y}H{left + WIDE}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4}"'
             f' text-anchor="end">{10.0**power:g}</text>'
         )
     for index, (name, points) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         places = [at(*point) for point in points]
-        parts.append(
+        shapes.append(
             f'<polyline points="{" ".join(f"{x},{y}" for x, y in places)}" fill="none" stroke="{colour}"'
             ' stroke-width="2"/>'
         )
-        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
+        shapes += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in places]
         y = TOP + 10 + 18 * index
-        parts.append(
+        shapes.append(
             f'<path d="M{left + WIDE + 14} {y}h20" stroke="{colour}" stroke-width="2"/><text'
             f' x="{left + WIDE + 40}" y="{y + 4}">{name}</text>'
         )
-    parts.append(
+    shapes.append(
         f'<text x="{left + WIDE / 2}" y="{bottom + 38}" text-anchor="middle">{across_name}</text><text x="10"'
         f' y="38">{up_name}</text></svg>'
     )
-    return "\n".join(parts) + "\n"
+    return "\n".join(shapes) + "\n"

@@ -41,7 +41,7 @@ def move(task: Task, recipes: list[wb.Recipe]) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         bench = wb.Bench(task, ledger=f"{folder}/points.journal", progress=False)
-        found: list[dict[str, float]] = []
+        moves: list[dict[str, float]] = []
         for recipe in recipes:
             start, seen = time.perf_counter(), dict[str, float]()
             for point in bench.stream(recipe, again=True):
@@ -53,8 +53,8 @@ def move(task: Task, recipes: list[wb.Recipe]) -> dict[str, float]:
                         point.provenance.compress_seconds + point.provenance.evaluate_seconds
                     )
                     break
-            found.append(seen)
-    return {name: round(statistics.median(row[name] for row in found[1:]), 2) for name in found[0]}
+            moves.append(seen)
+    return {name: round(statistics.median(row[name] for row in moves[1:]), 2) for name in moves[0]}
 
 
 def sparsities(count: int, **options: Any) -> list[wb.Recipe]:
@@ -91,9 +91,9 @@ def layers(task: Task, options: Options, record: Record) -> None:
     """The last block, the later half of the blocks, all of them."""
     blocks = sorted(
         {
-            int(found[1])
+            int(numbered[1])
             for name, _ in task.model.named_modules()
-            if (found := re.search(r"\.(?:layers?|h)\.(\d+)\.", name))
+            if (numbered := re.search(r"\.(?:layers?|h)\.(\d+)\.", name))
         }
     )
     chosen = {
@@ -133,7 +133,7 @@ def filled(path: Path, row: Measurement, points: int) -> None:
     ledger.add(dataclasses.replace(row, recipe=recipe, sizes=sizes, quality=(quality, *row.quality[1:])))
     *before, line = path.read_text().splitlines()
     with path.open("w") as file:
-        file.writelines(f"{one}\n" for one in before)
+        file.writelines(f"{earlier}\n" for earlier in before)
         for index in range(points):
             sparsity = chance.uniform(0.1, 0.95)
             drop = 0.4 * sparsity**4 + chance.gauss(0.01, 0.003)
@@ -177,7 +177,7 @@ def ledger_of(bench: wb.Bench, path: Path, row: Measurement) -> dict[str, float]
     """
     times = both("open", lambda: setattr(bench, "ledger", wb.Ledger(path)))
     more = [dataclasses.replace(row, key=f"a{index:015x}") for index in range(ROUNDS)]
-    times["add_ms"] = statistics.median(took(partial(bench.ledger.add, one)) for one in more)
+    times["add_ms"] = statistics.median(took(partial(bench.ledger.add, point)) for point in more)
     times |= both("pareto", bench.ledger.pareto) | both("record", lambda: tradeoff(bench.ledger.rows()))
     predictor = bench.predictor()
     guesses = [

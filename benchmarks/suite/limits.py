@@ -87,16 +87,16 @@ def moved(dense: nn.Module, model: nn.Module) -> int:
 def counted() -> Iterator[list[int]]:
     """Give a list that is filled with the bytes of each pass over weights: its tensors are read and its
     results written, the weights of `prune` twice."""
-    found: list[int] = []
+    bytes_read: list[int] = []
 
     def counting(name: str, run: Callable[..., object]) -> Callable[..., object]:
         def call(*given: object, **named: object) -> object:
-            made = run(*given, **named)
+            returned = run(*given, **named)
             twice = given[0] if name == "prune" else ()
-            found.append(
-                sum(tensor.nbytes for part in (given, named, made, twice) for tensor in tensors(part))
+            bytes_read.append(
+                sum(tensor.nbytes for part in (given, named, returned, twice) for tensor in tensors(part))
             )
-            return made
+            return returned
 
         return call
 
@@ -104,7 +104,7 @@ def counted() -> Iterator[list[int]]:
     with mock.patch.multiple(
         weight_passes, **{name: counting(name, getattr(weight_passes, name)) for name in names}
     ):
-        yield found
+        yield bytes_read
 
 
 def busy_seconds(work: Callable[[], object]) -> float:
@@ -117,19 +117,19 @@ def busy_seconds(work: Callable[[], object]) -> float:
 
 def shares(least: int, moved: int, spent: float, busy: float | None, bandwidth: float) -> dict[str, float]:
     """Return the three shares of a copy's bandwidth, those that are known."""
-    found = {"of_bandwidth": round(least / spent / bandwidth, 4)}
+    values = {"of_bandwidth": round(least / spent / bandwidth, 4)}
     if moved:
-        found |= {"moved_bytes": moved, "moved_of_bandwidth": round(moved / spent / bandwidth, 4)}
+        values |= {"moved_bytes": moved, "moved_of_bandwidth": round(moved / spent / bandwidth, 4)}
     if moved and busy:
-        found |= {"busy_ms": round(1000 * busy, 3), "busy_of_bandwidth": round(moved / busy / bandwidth, 4)}
-    return found
+        values |= {"busy_ms": round(1000 * busy, 3), "busy_of_bandwidth": round(moved / busy / bandwidth, 4)}
+    return values
 
 
 def application(task: Task, options: Options, record: Record) -> None:
     """Time `compress` alone for each step, on what was computed once."""
     place = pick(options.device)
     limits, kept = limits_of(str(place)), Statistics(task)
-    made = {
+    by_step = {
         "sparsity": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i)) for i in range(options.moves + 2)],
         "bits": [
             wb.Recipe(wb.Quantize(weight_bits=bits, group_size=64, scale_search=False))
@@ -150,7 +150,7 @@ def application(task: Task, options: Options, record: Record) -> None:
             for i in range(options.moves + 2)
         ],
     }
-    for name, recipes in made.items():
+    for name, recipes in by_step.items():
         if record.late(options, name):
             return
         times, least = list[float](), 0

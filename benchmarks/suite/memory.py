@@ -54,11 +54,11 @@ def tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | set | frozenset):
         inside = value
     elif is_dataclass(value) and not isinstance(value, type):
-        inside = [getattr(value, one.name) for one in fields(value)]
+        inside = [getattr(value, member.name) for member in fields(value)]
     elif hasattr(value, "__dict__") and type(value).__module__.startswith("workbench"):
         inside = list(vars(value).values())
-    for one in inside:
-        yield from tensors(one, seen)
+    for member in inside:
+        yield from tensors(member, seen)
 
 
 def peak_bytes(bench: wb.Bench, work: Callable[[], object]) -> int:
@@ -86,17 +86,17 @@ def look(bench: wb.Bench, recipe: wb.Recipe) -> tuple[int, int]:
     Return the bytes of the compressed copy that are its own, and of the masks and codes that were checked
     against it.
     """
-    made = compress(bench.task, recipe, bench.statistics, shared=True)
-    promised = unique_bytes(tensors([(layer.mask, layer.grid) for layer in made.layers]))
-    model = made.model
-    del made
+    compressed = compress(bench.task, recipe, bench.statistics, shared=True)
+    promised = unique_bytes(tensors([(layer.mask, layer.grid) for layer in compressed.layers]))
+    model = compressed.model
+    del compressed
     bench.setting.evaluator.scores(model, [], len(bench.evaluation))
     own = {id(p) for p in bench.task.model.parameters()}
     return unique_bytes(p for p in model.parameters() if id(p) not in own), promised
 
 
 def budget_of(bench: wb.Bench) -> int:
-    """Return what the caches may hold on the device: what is computed once, hidden states, a graph's copy."""
+    """Return the bytes that caches may hold on the device: statistics, hidden states, a graph's copy."""
     budget, prefix = bench.statistics.kept.limits, bench.setting.evaluator.prefix
     graphs = (
         cuda_graphs.SHARE * torch.cuda.get_device_properties(bench.device).total_memory
@@ -107,14 +107,14 @@ def budget_of(bench: wb.Bench) -> int:
 
 
 def cached_bytes(bench: wb.Bench) -> int:
-    """Return what is kept beside the model and its data, on the model's device."""
-    known = {
+    """Return the bytes kept beside the model and its data, on the model's device."""
+    others = {
         tensor.data_ptr() for tensor in tensors([bench.task, bench.evaluation, bench.setting.latency_items])
     }
     return unique_bytes(
         tensor
         for tensor in tensors([bench.statistics.kept, bench.setting.evaluator])
-        if tensor.device == bench.device and tensor.data_ptr() not in known
+        if tensor.device == bench.device and tensor.data_ptr() not in others
     )
 
 

@@ -33,17 +33,17 @@ TITLES = {
 
 def results(folder: Path) -> list[Result]:
     """Return the suite's results in a folder, in the order of their file names."""
-    found = [
+    runs = [
         {"part": path.stem} | json.loads(path.read_text()) | {"file": path.name}
         for path in sorted(folder.glob("*.json"))
     ]
-    return [one for one in found if one["part"] in TITLES]
+    return [run for run in runs if run["part"] in TITLES]
 
 
-def of(found: Sequence[Result], part: str) -> list[Result]:
+def of(runs: Sequence[Result], part: str) -> list[Result]:
     """Return one part's results, GPUs first."""
     return sorted(
-        (one for one in found if one["part"] == part), key=lambda one: (not on_gpu(one), one["file"])
+        (run for run in runs if run["part"] == part), key=lambda run: (not on_gpu(run), run["file"])
     )
 
 
@@ -75,20 +75,20 @@ def aimed(value: float | None, aim: float | None, *, least: bool = False) -> str
     return f"{number(value)} (aim {number(aim)}: {'reached' if reached else '**not reached**'})"
 
 
-def slider(found: list[Result]) -> list[str]:
+def slider(runs: list[Result]) -> list[str]:
     """Return the table of slider moves."""
     rows = [
         (
-            one["target"],
-            where(one),
+            run["target"],
+            where(run),
             row["name"],
             row["moves"],
             *(number(row.get(f"{name}_ms")) for name in ("predicted",)),
-            aimed(row.get("first_ms"), one.get("aim_first_ms")),
+            aimed(row.get("first_ms"), run.get("aim_first_ms")),
             *(number(row.get(f"{name}_ms")) for name in ("first_worst", "all", "complete", "cold_first")),
         )
-        for one in found
-        for row in one["rows"]
+        for run in runs
+        for row in run["rows"]
     ]
     return table(
         (
@@ -107,16 +107,16 @@ def slider(found: list[Result]) -> list[str]:
     )
 
 
-def limits(found: list[Result]) -> list[str]:
-    """Return what evaluation and application reach of the machine."""
+def limits(runs: list[Result]) -> list[str]:
+    """Return two tables: evaluation beside the arithmetic floor, application beside a copy's bandwidth."""
     rows, moves = [], []
-    for one in found:
-        for row in one["rows"]:
+    for run in runs:
+        for row in run["rows"]:
             if row["name"] == "evaluation":
                 rows.append(
                     (
-                        one["target"],
-                        where(one),
+                        run["target"],
+                        where(run),
                         f"{row['labels']:,}",
                         number(row["ms"]),
                         number(row["floor_ms"]),
@@ -129,8 +129,8 @@ def limits(found: list[Result]) -> list[str]:
                 last = None if busy is None else aimed(busy, row["aim_of_bandwidth"], least=True)
                 moves.append(
                     (
-                        one["target"],
-                        where(one),
+                        run["target"],
+                        where(run),
                         row["name"].removeprefix("apply "),
                         number(row["ms"]),
                         number(row["first_ms"]),
@@ -174,29 +174,29 @@ def limits(found: list[Result]) -> list[str]:
     ]
 
 
-def memory(found: list[Result]) -> list[str]:
+def memory(runs: list[Result]) -> list[str]:
     """Return peaks beside what they may be."""
     rows = []
-    for one in found:
-        budget = one.get("cache_budget_bytes")
-        for row in one["rows"]:
+    for run in runs:
+        budget = run.get("cache_budget_bytes")
+        for row in run["rows"]:
             if "failed" in row:
-                rows.append((one["target"], where(one), row["name"], *[None] * 6, row["failed"]))
+                rows.append((run["target"], where(run), row["name"], *[None] * 6, row["failed"]))
                 continue
             promised = number(row["promised_bytes"] / 1e6) if "promised_bytes" in row else None
             mega = [
                 number(value / 1e6)
                 for value in (
                     row["peak_bytes"],
-                    one["dense_bytes"],
+                    run["dense_bytes"],
                     row["compressed_bytes"],
                     row["cached_bytes"],
                 )
             ]
             rows.append(
                 (
-                    one["target"],
-                    where(one),
+                    run["target"],
+                    where(run),
                     row["name"],
                     *mega,
                     "none stated" if budget is None else number(budget / 1e6),
@@ -221,25 +221,25 @@ def memory(found: list[Result]) -> list[str]:
     )
 
 
-def against(found: list[Result]) -> list[str]:
+def against(runs: list[Result]) -> list[str]:
     """Return each way beside this product, for the first and for a later setting."""
     lines = []
-    for one in found:
-        peers = ", ".join(f"{name} {version}" for name, version in one["peers"].items())
+    for run in runs:
+        peers = ", ".join(f"{name} {version}" for name, version in run["peers"].items())
         lines += [
             (
-                f"**{one['target']}**, {where(one)}, {one['items']} items of {one['tokens_an_item']}"
+                f"**{run['target']}**, {where(run)}, {run['items']} items of {run['tokens_an_item']}"
                 f" labels{f'; {peers}' if peers else ''}. Ratios are theirs over ours, for a later setting"
                 " (and the first of a session)."
             ),
             "",
         ]
         rows = []
-        for row in one["rows"]:
+        for row in run["rows"]:
             if "failed" in row:
                 rows.append((row["name"], row["setting"], f"does not run here: {row['failed']}", *[None] * 8))
                 continue
-            other, mine = row["theirs"], row["ours"]
+            theirs, mine = row["theirs"], row["ours"]
             times = [
                 f"{aimed(row[f'warm_full_over_{what}'], AIM if what == 'first_look' else None, least=True)}"
                 f" ({number(row[f'cold_full_over_{what}'])})"
@@ -249,14 +249,14 @@ def against(found: list[Result]) -> list[str]:
                 (
                     row["name"],
                     row["setting"],
-                    f"{number(other['warm_full_s'])} ({number(other['cold_full_s'])})",
+                    f"{number(theirs['warm_full_s'])} ({number(theirs['cold_full_s'])})",
                     *(
                         f"{number(mine[f'warm_{what}_s'])} ({number(mine[f'cold_{what}_s'])})"
                         for what in ("predicted", "first_look", "full")
                     ),
                     *times,
                     None if "processor_over_full" not in row else number(row["processor_over_full"]),
-                    f"{other['value']:g} / {mine['warm_value']:g}",
+                    f"{theirs['value']:g} / {mine['warm_value']:g}",
                 )
             )
         lines += table(
@@ -271,14 +271,14 @@ def against(found: list[Result]) -> list[str]:
                 "over first look",
                 "over full",
                 "over full, processor time",
-                f"{one['metric']}: theirs / ours",
+                f"{run['metric']}: theirs / ours",
             ),
             rows,
         )
     return lines
 
 
-def streaming(found: list[Result]) -> list[str]:
+def streaming(runs: list[Result]) -> list[str]:
     """Return moves of models that are streamed from the host or spread over GPUs, resident ones beside
     them."""
     lines = [
@@ -288,18 +288,18 @@ def streaming(found: list[Result]) -> list[str]:
         ),
         "",
     ]
-    for one in found:
+    for run in runs:
         bits = {
             True: "the same bits come out",
             False: "**other bits come out**",
             None: "qualities were not compared",
-        }[one["same_bits"]]
-        limit = f", {number(one['memory_gb'])} GB of memory allowed" if one.get("memory_gb") else ""
-        note = f"; {one['note']}" if one.get("note") else ""
+        }[run["same_bits"]]
+        limit = f", {number(run['memory_gb'])} GB of memory allowed" if run.get("memory_gb") else ""
+        note = f"; {run['note']}" if run.get("note") else ""
         lines += [
             (
-                f"**{one['target']}**, {where(one)}{limit}, {one['windows']} windows of {one['context']}"
-                f" tokens, a model of {number(one['model_bytes'] / 1e6)} MB; {bits}{note}."
+                f"**{run['target']}**, {where(run)}{limit}, {run['windows']} windows of {run['context']}"
+                f" tokens, a model of {number(run['model_bytes'] / 1e6)} MB; {bits}{note}."
             ),
             "",
         ]
@@ -316,7 +316,7 @@ def streaming(found: list[Result]) -> list[str]:
                 number(row["complete_s"]),
                 number(row["peak_bytes"] / 1e6) if "peak_bytes" in row else None,
             )
-            for row in one["rows"]
+            for row in run["rows"]
         ]
         lines += table(
             (
@@ -336,14 +336,14 @@ def streaming(found: list[Result]) -> list[str]:
     return lines
 
 
-def growth(found: list[Result]) -> list[str]:
+def growth(runs: list[Result]) -> list[str]:
     """Return a table for each thing that grows."""
     lines = []
-    for one in found:
-        for kind in dict.fromkeys(row["grows"] for row in one["rows"]):
-            mine = [row for row in one["rows"] if row["grows"] == kind]
+    for run in runs:
+        for kind in dict.fromkeys(row["grows"] for row in run["rows"]):
+            mine = [row for row in run["rows"] if row["grows"] == kind]
             columns = [name for name in mine[0] if name.endswith("_ms")]
-            lines += [f"**{kind}**, {where(one)}", ""]
+            lines += [f"**{kind}**, {where(run)}", ""]
             lines += table(
                 ("of", kind, *(f"{name.removesuffix('_ms').replace('_', ' ')}, ms" for name in columns)),
                 [(row["name"], f"{row['size']:,}", *(number(row[name]) for name in columns)) for row in mine],
@@ -351,19 +351,19 @@ def growth(found: list[Result]) -> list[str]:
     return lines
 
 
-def plain(found: list[Result]) -> list[str]:
-    """Return whatever rows a result has, as they are named."""
+def plain(runs: list[Result]) -> list[str]:
+    """Return the rows of each result as a table, with their own names."""
     lines = []
-    for one in found:
-        rows = one.get("rows") or [
+    for run in runs:
+        rows = run.get("rows") or [
             {"model": each["model"], "way": way} | figures
-            for each in one.get("models", [])
+            for each in run.get("models", [])
             for way, figures in each.get("ways", {}).items()
         ]
         columns = [name for name in (rows[0] if rows else {}) if not isinstance(rows[0][name], list | dict)]
         lines += (
             [
-                one.get("what", ""),
+                run.get("what", ""),
                 "",
                 *table(
                     columns,
@@ -377,7 +377,7 @@ def plain(found: list[Result]) -> list[str]:
                 ),
             ]
             if columns
-            else [one.get("what", ""), ""]
+            else [run.get("what", ""), ""]
         )
     return lines
 
@@ -394,36 +394,36 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
 }
 
 
-def figures(found: list[Result]) -> dict[str, str]:
+def figures(runs: list[Result]) -> dict[str, str]:
     """Return the drawings by file name."""
-    made = {}
+    drawings = {}
     moves = [
         (
-            f"{one['target']}: {row['name']}",
-            f"{one['target']}",
+            f"{run['target']}: {row['name']}",
+            f"{run['target']}",
             row["first_ms"],
-            one.get("aim_first_ms"),
-            on_gpu(one),
+            run.get("aim_first_ms"),
+            on_gpu(run),
         )
-        for one in of(found, "slider")
-        for row in one["rows"]
+        for run in of(runs, "slider")
+        for row in run["rows"]
         if "first_ms" in row
     ]
     for gpu, name in ((True, "suite-slider-cuda.svg"), (False, "suite-slider-cpu.svg")):
         rows = [row[:4] for row in moves if row[4] == gpu]
         if rows:
-            made[name] = drawing.bars(
+            drawings[name] = drawing.bars(
                 "From a slider's move to the first measured look (stroke: the aim)",
                 "milliseconds, median",
                 rows,
             )
     rows = []
-    for one in of(found, "against"):
-        good = [row for row in one["rows"] if "failed" not in row]
+    for run in of(runs, "against"):
+        good = [row for row in run["rows"] if "failed" not in row]
         for row in good:
             rows.append(
                 (
-                    f"{one['target']}, {one['items']} items: {row['name']}",
+                    f"{run['target']}, {run['items']} items: {row['name']}",
                     "theirs",
                     row["theirs"]["warm_full_s"],
                     None,
@@ -432,21 +432,21 @@ def figures(found: list[Result]) -> dict[str, str]:
         for setting in dict.fromkeys(row["setting"] for row in good):
             mine = next(row["ours"] for row in good if row["setting"] == setting)
             rows += [
-                (f"this, {setting}: {words}", words, max(mine[f"warm_{name}_s"], 1e-4), None)
-                for name, words in (
+                (f"this, {setting}: {title}", title, max(mine[f"warm_{name}_s"], 1e-4), None)
+                for name, title in (
                     ("full", "full interval"),
                     ("first_look", "first look"),
                     ("predicted", "predicted"),
                 )
             ]
     if rows:
-        made["suite-against.svg"] = drawing.bars(
+        drawings["suite-against.svg"] = drawing.bars(
             "From a setting to its quality, a later setting of a session", "seconds", rows
         )
-    points = [row for one in of(found, "growth") for row in one["rows"] if row["grows"] == "ledger"]
+    points = [row for run in of(runs, "growth") for row in run["rows"] if row["grows"] == "ledger"]
     if points:
         names = [name for name in points[0] if name.endswith("_ms") and not name.endswith("_processor_ms")]
-        made["suite-ledger.svg"] = drawing.lines(
+        drawings["suite-ledger.svg"] = drawing.lines(
             "A ledger that grows",
             "points",
             "milliseconds",
@@ -457,7 +457,7 @@ def figures(found: list[Result]) -> dict[str, str]:
                 for name in names
             },
         )
-    return made
+    return drawings
 
 
 FIGURES = {
@@ -467,11 +467,11 @@ FIGURES = {
 }
 
 
-def sources(found: list[Result]) -> list[str]:
+def sources(runs: list[Result]) -> list[str]:
     """Return how each result came about."""
     rows = []
-    for one in found:
-        load, versions = one.get("load", {}), one.get("versions", {})
+    for run in runs:
+        load, versions = run.get("load", {}), run.get("versions", {})
         loaded = (
             f"{load.get('average_at_start', '')} to"
             f" {load.get('average_at_end', '')}{', ' + load['note'] if load.get('note') else ''}"
@@ -480,23 +480,23 @@ def sources(found: list[Result]) -> list[str]:
         )
         rows.append(
             (
-                f"[{one['file']}]({one['file']})",
-                f"`{one.get('command', '')}`",
-                str(one.get("date", ""))[:16],
-                one.get("device"),
+                f"[{run['file']}]({run['file']})",
+                f"`{run.get('command', '')}`",
+                str(run.get("date", ""))[:16],
+                run.get("device"),
                 ", ".join(
                     f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions
                 ),
                 loaded,
-                one.get("stopped"),
+                run.get("stopped"),
             )
         )
     return table(("result", "command", "date", "device", "versions", "load average", "stopped"), rows)
 
 
-def page(found: list[Result]) -> str:
+def page(runs: list[Result]) -> str:
     """Return the page."""
-    drawn = figures(found)
+    drawn = figures(runs)
     lines = [
         "# What the suite measures",
         "",
@@ -507,7 +507,7 @@ def page(found: list[Result]) -> str:
         "",
     ]
     for part, title in TITLES.items():
-        mine = of(found, part)
+        mine = of(runs, part)
         if mine:
             lines += [
                 f"## {title}",
@@ -520,22 +520,22 @@ def page(found: list[Result]) -> str:
                 *TABLES[part](mine),
             ]
             lines += [f"![{title}]({name})\n" for name in FIGURES.get(part, ()) if name in drawn]
-    return "\n".join([*lines, "## How each came about", "", *sources(found)]).rstrip() + "\n"
+    return "\n".join([*lines, "## How each came about", "", *sources(runs)]).rstrip() + "\n"
 
 
-def quoted(found: list[Result]) -> str:
-    """Return what the project's README quotes: one slider of each model that was moved more than once."""
+def quoted(runs: list[Result]) -> str:
+    """Return the table that the project's README quotes: sparsity of every model whose slider moved."""
     rows = [
         (
-            one["target"],
-            where(one),
-            f"{one['items']} x {one['tokens_an_item']}",
+            run["target"],
+            where(run),
+            f"{run['items']} x {run['tokens_an_item']}",
             number(row.get("predicted_ms")),
             number(row.get("first_ms")),
             number(row.get("all_ms")),
         )
-        for one in of(found, "slider")
-        for row in one["rows"]
+        for run in of(runs, "slider")
+        for row in run["rows"]
         if row["name"] == "sparsity" and "first_ms" in row
     ]
     head = ("model", "device", "items x labels", "predicted, ms", "first measured look, ms", "whole set, ms")
@@ -545,11 +545,11 @@ def quoted(found: list[Result]) -> str:
 def write(folder: Path, readme: Path | None = None) -> None:
     """Write the page and its figures into the folder of the results, and the quoted lines into the project's
     README."""
-    found = results(folder)
-    (folder / PAGE).write_text(page(found))
-    for name, text in figures(found).items():
+    runs = results(folder)
+    (folder / PAGE).write_text(page(runs))
+    for name, text in figures(runs).items():
         (folder / name).write_text(text)
     if readme is not None:
         text = readme.read_text()
         before, rest = text.split(BEGIN)
-        readme.write_text(before + quoted(found) + rest.split(END)[1])
+        readme.write_text(before + quoted(runs) + rest.split(END)[1])

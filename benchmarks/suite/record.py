@@ -109,7 +109,7 @@ class Record:
         self.write()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the file holds."""
+        """Return the content of the file."""
         place = pick(self.device)
         load = {
             "average_at_start": round(self.load_at_start, 2),

@@ -33,7 +33,7 @@ def recipes(target: str, count: int) -> dict[str, list[wb.Recipe]]:
     """
     group = 0 if target in CLASSIFIERS else 64
     widths = (3, 5, 4, 6, 8, 2, 7)[: count + 1]
-    found = {
+    by_slider = {
         "sparsity": [wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i)) for i in range(count + 1)],
         "sparsity, wanda": [
             wb.Recipe(wb.Prune(sparsity=0.3 + 0.01 * i, criterion="wanda")) for i in range(count + 1)
@@ -58,11 +58,11 @@ def recipes(target: str, count: int) -> dict[str, list[wb.Recipe]]:
         "rank": [wb.Recipe(wb.LowRank(rank_ratio=0.2 + 0.02 * i)) for i in range(count + 1)],
     }
     if target in CLASSIFIERS:  # 20 steps of 64 images; a language model's training is no gesture
-        found["temperature, 20 steps"] = [
+        by_slider["temperature, 20 steps"] = [
             wb.Recipe(wb.Prune(sparsity=0.6), wb.Distill(temperature=1 + i, steps=20))
             for i in range(count + 1)
         ]
-    return found
+    return by_slider
 
 
 class Watch:
@@ -111,16 +111,16 @@ class Watch:
 def summary(moves: list[dict[str, float]]) -> dict[str, float]:
     """Return medians in milliseconds, the first (cold) move apart."""
     cold, warm = moves[0], moves[1:]
-    found: dict[str, float] = {"moves": len(warm)}
+    medians: dict[str, float] = {"moves": len(warm)}
     for name in ("predicted", "first", "all", "complete"):
         times = [row[name] for row in warm if name in row]
         if times:
-            found[f"{name}_ms"] = round(statistics.median(times), 1)
+            medians[f"{name}_ms"] = round(statistics.median(times), 1)
         if name == "first" and times:
-            found["first_worst_ms"] = round(max(times), 1)
+            medians["first_worst_ms"] = round(max(times), 1)
         if name in cold:
-            found[f"cold_{name}_ms"] = round(cold[name], 1)
-    return found
+            medians[f"cold_{name}_ms"] = round(cold[name], 1)
+    return medians
 
 
 def run(target: str, options: Options, record: Record) -> None:

@@ -40,7 +40,7 @@ class Latency:
 
     @property
     def against(self) -> str:
-        """Return what it was timed against, such as ` as dense in float32`, "" where that is unknown."""
+        """Return the model that it was timed against, such as ` as dense in float32`, "" if unknown."""
         return f" as dense in {self.dense_type}" if self.dense_type else ""
 
     @property

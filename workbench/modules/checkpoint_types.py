@@ -41,7 +41,7 @@ def note_types(model: nn.Module, files: Iterable[Path], *, quantized: bool = Fal
     Of files in a form of their own, `quantized` or in numbers of 8 bits, their bytes are noted as well.
     """
     headers = [header_types(file) for file in files]
-    types = {name: dtype for found, _ in headers for name, dtype in found.items()}
+    types = {name: dtype for in_file, _ in headers for name, dtype in in_file.items()}
     note_given(model, {name: TYPES[dtype] for name, dtype in types.items() if dtype in TYPES})
     if quantized or any(dtype.startswith("F8") for dtype in types.values()):
         vars(model)[TOTAL] = sum(size for _, size in headers)
@@ -53,19 +53,19 @@ def note_given(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
     `types` are the file's, by its own names. Where those are not the model's (transformers renames tensors
     and joins some), it is the only type of the file, or the narrowest that holds the tensor's numbers.
     """
-    present = sorted(set(types.values()), key=lambda one: one.itemsize)
+    present = sorted(set(types.values()), key=lambda dtype: dtype.itemsize)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    by_name = {**{name.removeprefix(prefix): one for name, one in types.items()}, **types}
+    by_name = {**{name.removeprefix(prefix): dtype for name, dtype in types.items()}, **types}
     notes: dict[nn.Module, dict[str, torch.dtype]] = {}
     for place, module in model.named_modules():
         for name, tensor in stored_floats(module):
             full = f"{place}.{name}" if place else name
-            known = by_name.get(full, by_name.get(full.removeprefix(prefix)))
+            in_file = by_name.get(full, by_name.get(full.removeprefix(prefix)))
             if len(present) == 1:
-                known = present[0]
-            known = known or next((one for one in present if is_exact(tensor, one)), tensor.dtype)
-            notes.setdefault(module, {})[name] = known
-            if known.itemsize < tensor.dtype.itemsize:
+                in_file = present[0]
+            in_file = in_file or next((dtype for dtype in present if is_exact(tensor, dtype)), tensor.dtype)
+            notes.setdefault(module, {})[name] = in_file
+            if in_file.itemsize < tensor.dtype.itemsize:
                 vars(model)[NARROWER] = True
     if any(
         tensor.dtype != note[name] for module, note in notes.items() for name, tensor in stored_floats(module)
@@ -119,26 +119,26 @@ def checkpoint_types(model: nn.Module) -> dict[str, torch.dtype]:
     """Return the type in which the file holds each tensor, by its name in the state dict: nothing where all
     are held as there, or nothing is known.
     """
-    found: dict[str, torch.dtype] = {}
+    by_tensor: dict[str, torch.dtype] = {}
 
     def visit(module: nn.Module, prefix: str, inherited: Mapping[str, torch.dtype]) -> None:
         types = vars(module).get(NOTE, inherited)
         for name in (*parameters_of(module), *buffers_of(module)):
             if name in types:
-                found[f"{prefix}{name}"] = types[name]
+                by_tensor[f"{prefix}{name}"] = types[name]
         below = {name: types[name] for name in INHERITED if name in types}
         for name, child in module.named_children():
             visit(child, f"{prefix}{name}.", below)
 
     visit(model, "", {})
-    return found
+    return by_tensor
 
 
-def narrower(held: torch.dtype, known: torch.dtype | None) -> torch.dtype:
+def narrower(held: torch.dtype, in_file: torch.dtype | None) -> torch.dtype:
     """Return the type that a tensor is stored in: the file's where that takes fewer bytes than the one it is
     held in.
     """
-    return known if known is not None and known.itemsize < held.itemsize else held
+    return in_file if in_file is not None and in_file.itemsize < held.itemsize else held
 
 
 def is_exact(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -146,9 +146,9 @@ def is_exact(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
-def narrowed(tensor: Tensor, known: torch.dtype | None) -> Tensor:
+def narrowed(tensor: Tensor, in_file: torch.dtype | None) -> Tensor:
     """Return a tensor as it is stored: in the file's type if that is narrower and holds all its numbers."""
-    dtype = narrower(tensor.dtype, known)
+    dtype = narrower(tensor.dtype, in_file)
     return tensor.to(dtype) if dtype != tensor.dtype and is_exact(tensor, dtype) else tensor
 
 
@@ -161,28 +161,30 @@ def round_to_checkpoint(model: nn.Module, dense: nn.Module, kept: Iterable[Tenso
     if not vars(dense).get(NARROWER):
         return
     left = {id(tensor) for tensor in (*dense.parameters(), *dense.buffers(), *kept)}
-    types, made = checkpoint_types(model), dict[int, Tensor]()
+    types, nearest = checkpoint_types(model), dict[int, Tensor]()
     for place, module in model.named_modules(remove_duplicate=False):
         for table in (parameters_of(module), buffers_of(module)):
             for name, tensor in list(table.items()):
-                known = types.get(f"{place}.{name}" if place else name)
-                if tensor is None or known is None or id(tensor) in left:
+                dtype = types.get(f"{place}.{name}" if place else name)
+                if tensor is None or dtype is None or id(tensor) in left:
                     continue
-                table[name] = made[id(tensor)] = made.get(id(tensor), rounded(tensor, known))  # type: ignore[assignment]
+                if id(tensor) not in nearest:
+                    nearest[id(tensor)] = rounded(tensor, dtype)
+                table[name] = nearest[id(tensor)]  # type: ignore[assignment]
                 left.add(id(table[name]))
 
 
-def rounded(tensor: Tensor, known: torch.dtype) -> Tensor:
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor with the nearest numbers of a narrower type, held as before.
 
     Itself where one of them would be infinite there.
     """
-    if narrower(tensor.dtype, known) == tensor.dtype:
+    if narrower(tensor.dtype, dtype) == tensor.dtype:
         return tensor
-    values = tensor.detach().to(known).to(tensor.dtype)
+    values = tensor.detach().to(dtype).to(tensor.dtype)
     if not torch.isfinite(values).all():
         return tensor
-    made = like(tensor, values)
+    nearest = like(tensor, values)
     if (device := streams_to(tensor)) is not None:
-        made.streams_to = device  # type: ignore[attr-defined]
-    return made
+        nearest.streams_to = device  # type: ignore[attr-defined]
+    return nearest

@@ -75,7 +75,7 @@ class Prediction:
     unknown: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """Return what is predicted in one line; what is unknown is said, not shown as a number."""
+        """Return the prediction as a line; what is unknown is said, not shown as a number."""
         kept = "unknown" if self.file_bytes is None else size(self.file_bytes)
         speed = "unknown" if self.speedup is None else f"{self.speedup.value:.2f}x"
         at_most = "" if self.bytes_exact or self.file_bytes is None else "at most "

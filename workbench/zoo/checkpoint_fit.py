@@ -105,9 +105,9 @@ def spare(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def told_by(names: Iterable[str]) -> str:
-    """Return what the names of tensors that do not fit say of their checkpoint, "" if nothing."""
+    """Return a sentence on a checkpoint from the names of its tensors that do not fit, "" if unknown."""
     listed = list(names)
-    return next((words for sign, words in SIGNS if any(re.search(sign, name) for name in listed)), "")
+    return next((meaning for sign, meaning in SIGNS if any(re.search(sign, name) for name in listed)), "")
 
 
 def more_blocks(model: nn.Module, names: Iterable[str]) -> str:
@@ -115,8 +115,8 @@ def more_blocks(model: nn.Module, names: Iterable[str]) -> str:
     number.
     """
     for name in names:
-        for found in re.finditer(r"\.(\d+)\.", name):
-            listed, place = name[: found.start()], int(found.group(1))
+        for number in re.finditer(r"\.(\d+)\.", name):
+            listed, place = name[: number.start()], int(number.group(1))
             try:
                 blocks = model.get_submodule(listed)
             except AttributeError:

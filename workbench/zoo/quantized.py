@@ -59,7 +59,7 @@ def check_readable(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what transformers' loader is told so that it dequantizes; nothing for other weights."""
+    """Return the arguments with which transformers' loader dequantizes, {} for other weights."""
     method = method_of(config)
     if method not in WHILE_LOADING:
         return {}
@@ -87,12 +87,12 @@ def dequantized(model: Any, config: Mapping[str, Any]) -> nn.Module:
     packed = [name for name, value in model.named_parameters() if not value.is_floating_point()]
     if packed:
         raise ModelError(f"weight {packed[0]!r} is still packed after dequantizing ({len(packed)} such)")
-    made: nn.Module = model
-    return made
+    plain: nn.Module = model
+    return plain
 
 
 def note(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a user must know of weights that were dequantized; nothing of others."""
+    """Return a note on weights that were dequantized, none for others."""
     method = method_of(config)
     said = (
         f"the checkpoint is quantized already (by {method}) and was dequantized by transformers: what is lost"

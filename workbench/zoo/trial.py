@@ -99,10 +99,10 @@ def embedding_rows(model: nn.Module) -> int:
     """Return how many tokens a model has vectors for, 0 where it takes none."""
     get = getattr(model, "get_input_embeddings", None)
     try:
-        found = get() if callable(get) else None
+        embedding = get() if callable(get) else None
     except NotImplementedError:
         return 0
-    return int(found.num_embeddings) if isinstance(found, nn.Embedding) else 0
+    return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else 0
 
 
 def numbers(model: nn.Module) -> str:
@@ -116,5 +116,5 @@ def numbers(model: nn.Module) -> str:
         "num_mel_bins",
         "hidden_size",
     )
-    found = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name, None) is not None]
-    return "config.json says " + (", ".join(found) or "nothing of sizes")
+    facts = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name, None) is not None]
+    return "config.json says " + (", ".join(facts) or "nothing of sizes")

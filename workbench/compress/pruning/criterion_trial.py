@@ -71,7 +71,8 @@ class TrialSeen(Seen):
     def copy(self, layers: slice = slice(None)) -> TrialSeen:
         """Return copies of some of the layers."""
         fields = (self.weights, self.norms, self.mean, self.square, self.removal, self.draws)
-        return TrialSeen(*(tensor[layers].clone() for tensor in fields), self.reads)
+        weights, norms, mean, square, removal, draws = (tensor[layers].clone() for tensor in fields)
+        return TrialSeen(weights, norms, mean, square, removal, draws, self.reads)
 
 
 def trial_layers(reads: Collection[Statistic]) -> TrialSeen:
@@ -100,7 +101,7 @@ def wrong_scores(
     makes_up: bool,
     draws: bool,
 ) -> str:
-    """Return what is wrong with a criterion's scores, in words; "" if nothing is.
+    """Return the first thing wrong with a criterion's scores, in words, "" if nothing is.
 
     Arguments as the facts of `workbench.compress.pruning.criterion.Criterion`; draws: whether the importance
     of units is drawn.
@@ -108,7 +109,7 @@ def wrong_scores(
     layers = trial_layers(reads)
     seen = layers.copy()
     try:
-        found = scores(seen, 0)
+        once = scores(seen, 0)
         again, reseeded = scores(layers.copy(), 0), scores(layers.copy(), 1)
         alone = [scores(layers.copy(slice(place, place + 1)), 0) for place in range(LAYERS)]
     except UndeclaredError as error:
@@ -116,51 +117,51 @@ def wrong_scores(
     except FAILURES as error:
         return f"scores fails on a trial layer ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return (
-        wrong_form(found, seen)
-        or wrong_values(found, again, alone)
+        wrong_form(once, seen)
+        or wrong_values(once, again, alone)
         or ("" if unchanged(seen, layers) else "scores changes what it is given")
-        or ("" if draws or torch.equal(found, reseeded) else DRAWN)
-        or wrong_claims(found, layers, kernel, makes_up=makes_up)
+        or ("" if draws or torch.equal(once, reseeded) else DRAWN)
+        or wrong_claims(once, layers, kernel, makes_up=makes_up)
     )
 
 
-def wrong_form(found: object, seen: TrialSeen) -> str:
-    """Return what is wrong with the form of scores: a tensor of its own, as the weights."""
-    if not isinstance(found, Tensor):
-        return f"scores returns a {type(found).__name__}, no tensor"
-    if found.shape != seen.weights.shape:
+def wrong_form(result: object, seen: TrialSeen) -> str:
+    """Return how scores are no tensor of their own shaped as the weights, in words, "" if they are."""
+    if not isinstance(result, Tensor):
+        return f"scores returns a {type(result).__name__}, no tensor"
+    if result.shape != seen.weights.shape:
         return (
-            f"scores of weights {list(seen.weights.shape)} are {list(found.shape)}: they should be as those"
+            f"scores of weights {list(seen.weights.shape)} are {list(result.shape)}: they should be as those"
         )
-    if found.dtype != torch.float32:
-        return f"scores are {found.dtype}, not torch.float32"
-    own = found.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in seen.given()}
-    spread = any(step == 0 for step, size in zip(found.stride(), found.shape, strict=True) if size > 1)
+    if result.dtype != torch.float32:
+        return f"scores are {result.dtype}, not torch.float32"
+    own = result.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in seen.given()}
+    spread = any(step == 0 for step, size in zip(result.stride(), result.shape, strict=True) if size > 1)
     return "" if own and not spread else "scores is no new tensor: it shares memory with what it is made from"
 
 
-def wrong_values(found: Tensor, again: Tensor, alone: list[Tensor]) -> str:
-    """Return what is wrong with the values of scores [layers, outputs, inputs].
+def wrong_values(once: Tensor, again: Tensor, alone: list[Tensor]) -> str:
+    """Return the first thing wrong with the values of scores, [layers, outputs, inputs], "" if nothing is.
 
     again: those of a second call. alone: those of each layer without the other.
     """
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(once).all()):
         return "scores are not finite where weights, inputs or gradients are 0"
-    if float(found.min()) < 0:
-        return f"scores go down to {float(found.min()):.3g}: they should be 0 or more"
-    if not torch.equal(found, again):
+    if float(once.min()) < 0:
+        return f"scores go down to {float(once.min()):.3g}: they should be 0 or more"
+    if not torch.equal(once, again):
         return "scores of the same layers and seed differ from call to call"
-    return "" if same(found, torch.cat(alone)) else "scores of a layer depend on the layers beside it"
+    return "" if same(once, torch.cat(alone)) else "scores of a layer depend on the layers beside it"
 
 
-def wrong_claims(found: Tensor, layers: TrialSeen, kernel: str, *, makes_up: bool) -> str:
+def wrong_claims(values: Tensor, layers: TrialSeen, kernel: str, *, makes_up: bool) -> str:
     """Return which faster or other way of choosing does not choose by these scores."""
     size = layers.weights.abs()
-    if kernel == "magnitudes" and not same(found, size):
+    if kernel == "magnitudes" and not same(values, size):
         return "kernel='magnitudes' chooses by |w|, which its scores are not"
-    if kernel == "rows" and not same(found, size * layers.norms.unsqueeze(-2)):
+    if kernel == "rows" and not same(values, size * layers.norms.unsqueeze(-2)):
         return "kernel='rows' chooses by |w| times the inputs' norms, which its scores are not"
-    if makes_up and not same(found, layers.removal):
+    if makes_up and not same(values, layers.removal):
         return "makes_up=True chooses by w^2 / d^2 (Seen.removal_errors), which its scores are not"
     return ""
 

@@ -212,7 +212,8 @@ def check_heads(step: KVCache, task: Task, model: nn.Module) -> list[str]:
             if left
             else f"{step!r}: {type(model).__name__} keeps no keys and values in the cache that it is given"
         )
-    for head in sorted({states.shape[-1] for layer in used for states in (layer.keys, layer.values)}):
+    kept = [states for layer in used for states in (layer.keys, layer.values) if states is not None]
+    for head in sorted({states.shape[-1] for states in kept}):
         if step.kv_group_size and head % step.kv_group_size:
             fits = [size for size in (16, 32, 64, 128) if head % size == 0 and size < head]
             raise CompressionError(
@@ -227,8 +228,8 @@ def check_heads(step: KVCache, task: Task, model: nn.Module) -> list[str]:
 
 
 def others_of(cache: Any) -> str:
-    """Return what the layers of a transformers cache keep that do not keep all tokens, in words: `a sliding
-    window of 8 tokens in 2 layers`; "" without any.
+    """Return the contents of those layers of a transformers cache that do not keep all tokens, in words: `a
+    sliding window of 8 tokens in 2 layers`; "" without any.
     """
     from transformers.cache_utils import (
         DynamicLayer,
@@ -236,12 +237,12 @@ def others_of(cache: Any) -> str:
         LinearAttentionCacheLayerMixin,
     )
 
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
-            found[f"a sliding window of {layer.sliding_window} tokens"] += 1
+            counts[f"a sliding window of {layer.sliding_window} tokens"] += 1
         elif isinstance(layer, LinearAttentionCacheLayerMixin):
-            found["a state of fixed size"] += 1
+            counts["a state of fixed size"] += 1
         elif type(layer) is not DynamicLayer and getattr(layer, "keys", None) is not None:
-            found[f"a {type(layer).__name__}"] += 1
-    return " and ".join(f"{what} in {count} layer{'s' * (count != 1)}" for what, count in found.items())
+            counts[f"a {type(layer).__name__}"] += 1
+    return " and ".join(f"{what} in {count} layer{'s' * (count != 1)}" for what, count in counts.items())
