@@ -118,6 +118,24 @@ def test_as_a_notebook_parameter(plugin):
         job_from({"model": "fashion-cnn", "plugins": plugin, "shrinkages": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"trains": False}, "Shrink states trains=False, which should be a function"),
+        ({"shapes": True}, "Shrink states shapes=True, which should be a function"),
+        ({"title": 3}, "Shrink states title=3, which should be a str"),
+        ({"alone": "yes"}, "Shrink states alone='yes', which should be a bool"),
+        ({"train": None}, "Shrink states 'train', which is no fact; nearest: trains"),
+    ],
+)
+def test_a_fact_of_the_wrong_sort_is_refused_when_it_is_stated(plugin, facts, words):
+    shrink = importlib.import_module(plugin).Shrink
+    METHODS.unregister(shrink)
+    with pytest.raises(RecipeError, match=f"^{words}"):
+        METHODS.register(shrink, **facts)
+    assert shrink not in METHODS.steps()
+
+
 def test_without_the_plugin_its_options_are_unknown():
     with pytest.raises(RecipeError, match="unknown parameter 'shrinkage'"):
         job_from({"model": "fashion-cnn", "shrinkage": 0.1})

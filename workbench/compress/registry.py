@@ -64,7 +64,8 @@ class Methods:
 
         Raises:
             RecipeError: the kind or one of the option names is taken, the slider names no field, or a fact
-                has an unknown name.
+                has an unknown name or is not of its sort. Functions of a step are not tried: they may use
+                what stands further down in their file.
 
         """
         stated = [field.name for field in dataclasses.fields(Method) if field.name not in {"step", "apply"}]
@@ -74,6 +75,7 @@ class Methods:
                     f"{step.__name__} states {name!r}, which is no fact; {nearest(name, stated)}"
                 )
         self.check(step)
+        self.check_sorts(step, facts)
 
         def keep(function: F) -> F:
             self.records[step] = Method(step, function, **facts)
@@ -103,6 +105,14 @@ class Methods:
                     f"{step.__name__} cannot be registered: {registered.__name__} already has"
                     f" {', '.join(sorted(shared)) or 'this name'}"
                 )
+
+    def check_sorts(self, step: type[Step], facts: Mapping[str, Any]) -> None:
+        """Refuse a fact that is no function where one is needed, or one where a word or a truth is."""
+        for name, value in facts.items():
+            plain = {"title": str, "alone": bool}.get(name)
+            if value is not None and not (callable(value) if plain is None else isinstance(value, plain)):
+                needed = "a function" if plain is None else f"a {plain.__name__}"
+                raise RecipeError(f"{step.__name__} states {name}={value!r}, which should be {needed}")
 
     def unregister(self, step: type[Step]) -> None:
         """Forget a method (for tests and for reloading a plugin)."""
