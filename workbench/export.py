@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,9 @@ from torch import nn
 
 from workbench.compress.pruning.surgery import apply_differences, differences
 from workbench.compress.quantization.kv_cache import cache_format_of, use_cache_of
-from workbench.errors import ExportError
+from workbench.errors import ExportError, ModelError
 from workbench.formats.kv_cache import CacheFormat
+from workbench.hub.safe_folder import check_folder
 from workbench.measure.card import card
 from workbench.measure.size import file_content
 from workbench.modules.factored import Factors, Form, Repaired, factors_like, form_of, repaired_like
@@ -32,6 +32,8 @@ from workbench.modules.layer import replace_module
 from workbench.modules.packing import pack_model, unpack_state
 from workbench.tasks.registry import KINDS
 from workbench.util.quiet import quiet
+from workbench.util.side_folders import OLD, clean_side_folders, side_folder
+from workbench.zoo.safe_config import check_keys, safe_config, settings
 
 if TYPE_CHECKING:
     from workbench.compress import Compressed
@@ -45,10 +47,13 @@ MANIFEST, WEIGHTS = "compression.json", "model.safetensors"
 def check_target(directory: Path, *, overwrite: bool) -> None:
     """Refuse a directory that an export must not replace, before any work is done.
 
+    What exports left there whose processes were killed is cleaned first.
+
     Raises:
         ExportError: it exists and is no export, or is one and `overwrite` is False, or its parent cannot be
             written.
     """
+    clean_side_folders(directory.absolute())
     if directory.exists() and not directory.is_dir():
         raise ExportError(f"{str(directory)!r} is a file: give a directory that does not exist yet")
     if directory.is_dir() and any(directory.iterdir()):
@@ -81,7 +86,7 @@ def export(
     directory = directory.absolute()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        side = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        side = side_folder(directory)
     except OSError as error:
         raise ExportError(f"cannot write to {str(directory.parent)!r}: {error.strerror}") from None
     try:
@@ -162,7 +167,7 @@ def put_in_place(side: Path, directory: Path) -> None:
     """Rename `side` to `directory`, moving an earlier export out of the way first and deleting it last."""
     old = None
     if directory.exists():
-        old = side.with_name(f"{side.name}-old")
+        old = side.with_name(f"{side.name}{OLD}")
         directory.rename(old)
     try:
         side.rename(directory)
@@ -201,6 +206,11 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
     """
     directory = Path(directory)
     try:
+        check_folder(directory)
+        check_keys(directory, settings(directory / "config.json"))
+    except ModelError as error:
+        raise ExportError(f"the export is not read: {error}") from None
+    try:
         manifest = json.loads((directory / MANIFEST).read_text())
         content = (directory / WEIGHTS).read_bytes()
     except FileNotFoundError as error:
@@ -223,7 +233,7 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
     try:
         model = skeleton(directory, manifest)
         model.load_state_dict(state, strict=True, assign=True)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, ModelError) as error:
         raise ExportError(
             f"{str(directory)!r} is damaged: {MANIFEST}, config.json and {WEIGHTS} do not fit together:"
             f" {' '.join(str(error).split())}"
@@ -255,10 +265,8 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
             f" {', '.join(sorted(classes))}; load the plugin whose kind of task this model"
             " is for"
         )
+    config, _ = safe_config(directory)
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
         model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(
             config, trust_remote_code=False
         )

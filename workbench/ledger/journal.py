@@ -22,7 +22,7 @@ from workbench.errors import LedgerError
 from workbench.ledger.file_lock import AppendLock
 from workbench.ledger.journal_lines import OF_A_STUDY, Made, lines_of, misfit, parsed
 from workbench.util.fast_path import FastPath
-from workbench.util.text import one_line
+from workbench.util.text import kind_and_words, one_line
 
 MAGIC = b'{"op_code":'  # how a journal begins
 READ = 2**20  # bytes at once: a line may have tens of thousands
@@ -131,7 +131,7 @@ class Journal:
         about = log["op_code"] in OF_A_STUDY and log.get("study_id") == 0
         return about and not made.studies and self.first is not None
 
-    def settle(self, number: int) -> None:
+    def settle(self, number: int, why: str = "Optuna cannot apply it") -> None:
         """Note that the line before this number could not be applied, where that is so.
 
         Not of a line that was written here: whoever wrote it has been told.
@@ -140,7 +140,7 @@ class Journal:
         if handed is None or handed + 1 != number or self.places[handed].offset in self.own:
             return
         failed = self.places[handed]
-        self.broken[failed.line] = "Optuna cannot apply it"
+        self.broken[failed.line] = why
         self.places[number] = self.places[number]._replace(made=failed.made)
 
     def catch_up(self) -> None:
@@ -150,9 +150,9 @@ class Journal:
         while self.storage is not None:
             try:
                 self.storage.get_study_id_from_name("")  # reads what is new
-            except Exception:  # noqa: BLE001  Optuna raises what it likes, and for a name that is not there
+            except Exception as error:  # noqa: BLE001  Optuna raises what it likes, also for no such name
                 if self.handed is not None:
-                    self.settle(self.handed + 1)
+                    self.settle(self.handed + 1, f"Optuna cannot apply it ({kind_and_words(error)[:80]})")
                     continue
             return
 

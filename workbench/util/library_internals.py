@@ -8,7 +8,7 @@ name is used where the public way takes many times as long, or where there is no
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 TABLES = ("_parameters", "_buffers", "_modules")  # a module's own, by name
 COMPILED_CALL = "_compiled_call_impl"  # what `torch.compile` puts into a module; a copy must not have it
+IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")  # of configurations of transformers
 MASKS = ("find_packed_sequence_indices", "is_tracing")  # functions of `transformers.masking_utils`
 
 
@@ -74,6 +75,32 @@ def compilations(most: int) -> AbstractContextManager[object]:
 def attention_of(config: Any) -> str | None:
     """Return how a transformers model with this configuration computes attention, None if it does not say."""
     return getattr(config, "_attn_implementation", None)
+
+
+def kernels_of(config: Any) -> Iterator[str]:
+    """Yield what a configuration, and those in it, make transformers compute attention and experts with."""
+    for one in configurations(config):
+        for name in IMPLEMENTATIONS:
+            if (value := getattr(one, name, None)) is not None:
+                yield str(value)
+
+
+def forget_kernels(config: Any) -> None:
+    """Let transformers choose by itself what computes attention and experts."""
+    for one in configurations(config):
+        for name in IMPLEMENTATIONS:
+            setattr(one, name, None)
+
+
+def configurations(config: Any) -> Iterator[Any]:
+    """Yield a configuration of transformers and all those in it."""
+    from transformers import PreTrainedConfig
+
+    yield config
+    for value in list(vars(config).values()):
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, PreTrainedConfig):
+                yield from configurations(one)
 
 
 def frames_of(model: Any, samples: Tensor) -> Tensor:
@@ -167,6 +194,12 @@ ATTENTION = (
         inside("transformers", "PreTrainedConfig"),
         "_attn_implementation",
         "attention maps, and putting back what computed them",
+    ),
+    Internal(
+        "transformers",
+        inside("transformers", "PreTrainedConfig"),
+        "_experts_implementation",
+        "configurations that fetch no kernels",
     ),
 )
 LIVE_PLOT = (

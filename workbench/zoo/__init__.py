@@ -20,7 +20,7 @@ from workbench.tasks.items import Reading
 from workbench.tasks.registry import KINDS
 from workbench.util.device import pick
 from workbench.util.text import nearest
-from workbench.zoo import local, quantized
+from workbench.zoo import local, quantized, safe_config
 from workbench.zoo.catalogue import CATALOGUE, CatalogueEntry, Listed, find
 from workbench.zoo.trial import in_one_line, try_items
 
@@ -78,12 +78,17 @@ def load_task(
     kind = KINDS.of(config)
     sizes = kind.sizes.limited(evaluation_items, calibration_items, training_items)
     data = located.data if data is None else data
-    local.check_config(located.directory)
+    safe_config.safe_config(located.directory)
     with in_one_line(f"{located.directory}: what prepares its inputs cannot be made from its files"):
         plain = isinstance(data, str) and data == SLICE
         processor = None if plain else kind.processor(located.directory, config)
     model = local.load_model(located.directory, kind, device=device, dtype=dtype, placement=placement)
-    notes = (*located.notes, *quantized.note(config), *running_note(model, device))
+    notes = (
+        *located.notes,
+        *safe_config.notes(located.directory, config),
+        *quantized.note(config),
+        *running_note(model, device),
+    )
     with in_one_line(f"{located.directory}: its files do not fit together"):
         kind, said = kind.prepared(model, located.directory, processor)
     reading = Reading(config, processor, context)

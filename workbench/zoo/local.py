@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from workbench.errors import DeviceError, ModelError
+from workbench.hub.safe_folder import check_folder
 from workbench.modules.checkpoint_types import checkpoint_types, note_types
 from workbench.modules.placement import Placement, place
 from workbench.tasks.base import Kind
 from workbench.util.quiet import quiet
-from workbench.util.text import kind_and_words, one_line
+from workbench.util.text import one_line
 from workbench.zoo.checkpoint_fit import check_fit
 from workbench.zoo.quantized import check_readable, dequantized, loading_options, method_of
+from workbench.zoo.safe_config import check_keys, kept_at_home
 
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.bin", "*.pkl")
 CONVERT = (
@@ -36,6 +38,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ModelError: no such file, not JSON, code of its own, an adapter, or weights that are quantised
             already in a way that cannot be undone here.
     """
+    check_folder(directory)
     path = directory / "config.json"
     if not path.is_file():
         present = (
@@ -66,24 +69,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} holds an adapter (adapter_config.json); merge it into its base model and give that"
         )
     check_readable(directory, config)
+    check_keys(directory, config)
     return dict(config)
-
-
-def check_config(directory: Path) -> None:
-    """Refuse a config.json whose values are none that its model type takes.
-
-    Raises:
-        ModelError: with the value that transformers does not take.
-    """
-    from transformers import AutoConfig
-
-    with quiet():
-        try:
-            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
-            raise ModelError(
-                f"{directory / 'config.json'} does not describe a model: {kind_and_words(error)}"
-            ) from None
 
 
 def check_weights(directory: Path, kind: Kind) -> list[Path]:
@@ -178,6 +165,7 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **loading_options(config),
+                **kept_at_home(directory),
             )
         except Exception as error:  # noqa: BLE001  libraries raise what they like; the user sees one line
             raise ModelError(
