@@ -111,11 +111,13 @@ def test_what_holds_for_every_method(sort, device, dtype, recipe):
     scores = score(task.kind, once.model, task.evaluation)
     assert torch.isfinite(scores.loss).all()
     listed = [row.name for row in once.report]
-    assert listed == [
+    weighty = [
         name
         for name, module in task.model.named_modules()
         if getattr(getattr(module, "weight", None), "ndim", 0) >= 2
     ]
+    ends = (".weight", ".bias")
+    assert listed == [*weighty, *(n for n, _ in task.model.named_parameters() if not n.endswith(ends))]
     assert all(row.outcome for row in once.report)
 
 

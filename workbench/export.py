@@ -26,6 +26,7 @@ from workbench.formats.kv_cache import CacheFormat
 from workbench.hub.safe_folder import check_folder
 from workbench.measure.card import card
 from workbench.measure.size import file_content
+from workbench.modules.experts import experts_in, separate_experts
 from workbench.modules.factored import Factors, Form, Repaired, factors_like, form_of, repaired_like
 from workbench.modules.input_quantizer import QuantizesInputs, described, from_description
 from workbench.modules.layer import replace_module
@@ -112,6 +113,7 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
         "task": task.kind.name,
         "auto_class": task.kind.auto_class,
         "weights_sha256": hashlib.sha256(content).hexdigest(),
+        "experts": list(experts_in(compressed.model)),
         "structure": structure(task, compressed),
         "low_rank": {
             name: form_of(module).to_json()
@@ -160,6 +162,7 @@ def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
         plain = getattr(transformers, task.kind.auto_class).from_config(
             compressed.model.config, trust_remote_code=False
         )
+    separate_experts(plain, list(experts_in(compressed.model)))
     return differences(compressed.model, plain)
 
 
@@ -270,6 +273,7 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
         model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(
             config, trust_remote_code=False
         )
+    separate_experts(model, manifest.get("experts", []))
     apply_differences(model, manifest.get("structure", {}))
     for name, form in manifest["low_rank"].items():
         replace_module(model, name, factors_like(model.get_submodule(name), Form.from_json(form)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from workbench.calibration.routing import GRADIENT, SQUARE, neutral_moments, without_tokens
 from workbench.errors import CompressionError
 from workbench.modules.layer import Layer, find_layers, patches
 from workbench.modules.offload import HOST, device_of, streams_to
@@ -51,7 +52,9 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Moments:
-    """E[x x^T] of each layer's inputs, float32 [inputs, inputs], and how many rows x it was averaged over."""
+    """E[x x^T] of each layer's inputs, float32 [inputs, inputs], and how many rows x it was averaged over: 0
+    where no token was routed to an expert (see `workbench.calibration.routing`).
+    """
 
     matrices: dict[str, Tensor]
     rows: dict[str, int]
@@ -168,7 +171,8 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             # In place, and where it lies: of a large model they need not fit twice, nor go to a device and
             # back
         )
-    return Moments(sums, counts)
+    neutral = neutral_moments(task.model, {n: one for n, one in layers.items() if not one.table}, sums)
+    return Moments(sums | neutral, counts | dict.fromkeys(neutral, 0))
 
 
 def reciprocal(count: int) -> float:
@@ -248,6 +252,10 @@ def gradients(task: Task, progress: Progress, *, tables: bool = False) -> dict[s
         {name: torch.isfinite(squares[name]).all() for name in layers if name in used},
         "has an infinite or NaN gradient",
     )
+    for name in without_tokens(model, layers, used):
+        means[name].fill_(GRADIENT)
+        squares[name].fill_(SQUARE)
+        used.add(name)
     return {
         name: Gradients(
             layer.as_matrix(means[name]).contiguous(), layer.as_matrix(squares[name]).contiguous()

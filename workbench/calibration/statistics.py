@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.calibration.memory_cache import Cache, cache_of
 from workbench.calibration.passes import Gradients, Moments, gradients, second_moments
+from workbench.calibration.routing import routing
 from workbench.errors import CompressionError
 from workbench.modules.layer import Layer, find_layers
 from workbench.modules.offload import HOST, fetched, moved, streams_to
@@ -119,6 +120,12 @@ class Statistics:
     def moments(self) -> Moments:
         """Return the second moments of all layers."""
         return self.once("second moments", lambda: second_moments(self.task, self.progress), lasting=True)
+
+    def routing(self) -> dict[str, Tensor]:
+        """Return what `workbench.calibration.routing.routing` says: tokens and weighted output norms of each
+        expert, by block.
+        """
+        return self.once("routing", lambda: routing(self.task, self.progress), lasting=True)
 
     def gradients(self, name: str) -> Gradients:
         """Return the gradients of the task's loss (such as cross entropy with the labels of the calibration

@@ -28,6 +28,7 @@ from workbench.compress.quantization.kv_cache import KVCache
 from workbench.compress.quantization.qat import QAT
 from workbench.compress.quantization.quantize import Quantize
 from workbench.compress.registry import METHODS
+from workbench.compress.unrouted import say_unrouted
 from workbench.errors import CompressionError
 from workbench.kernels import weight_trials
 from workbench.kernels.weight_trials import WEIGHT_PASSES
@@ -126,6 +127,7 @@ def compress(
     for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
         changes = work.changes
         done.append(METHODS.of(step).apply(step, work) or step)
+        say_unrouted(step, work)
         if work.changes == changes:
             said = Counter(
                 outcomes[-1] for outcomes in work.outcomes.values() if outcomes

@@ -263,9 +263,10 @@ def holders_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
     """Return the layers that methods can work on, and the reason for every other weight that is left as it
-    is.
+    is: those of modules, then parameters of other names.
     """
-    return layers_among(holders_of(model))
+    layers, left = layers_among(holders_of(model))
+    return layers, left | bare_parameters(model)
 
 
 def layers_among(holders: dict[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -288,6 +289,32 @@ def layers_among(holders: dict[str, nn.Module]) -> tuple[dict[str, Layer], dict[
         layer = one_layer(modules)
         layers[layer.name] = layer
     return {name: layers[name] for name in holders if name in layers}, left
+
+
+def bare_parameters(model: nn.Module) -> dict[str, str]:
+    """Return the parameters that are no module's weight or bias, by name, and why no method takes them."""
+    found: dict[str, str] = {}
+    for owner, module in model.named_modules():
+        for name, tensor in parameters_of(module).items():
+            usual = name == "weight" or (name == "bias" and tensor is not None and tensor.ndim < 2)
+            if tensor is not None and not usual:
+                found[f"{owner}.{name}" if owner else name] = why_bare(owner, module, tensor)
+    return found
+
+
+def why_bare(owner: str, module: nn.Module, tensor: Tensor) -> str:
+    """Return why no method takes a parameter of a module that is no weight of it."""
+    said = getattr(module, "left_dense", "")
+    if said:
+        return str(said)
+    if "parametrizations" in owner.split("."):
+        return "a weight is computed from it and others at every pass (a parametrization)"
+    if tensor.ndim < 2:
+        return f"{tensor.numel()} numbers that no product multiplies by as a matrix"
+    return (
+        f"a parameter of {type(module).__name__} itself, not the weight of a Linear, Conv1D, Conv2d or"
+        " Embedding"
+    )
 
 
 def one_layer(modules: dict[str, nn.Module]) -> Layer:

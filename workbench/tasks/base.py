@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from workbench.errors import DataError
 from workbench.metrics.scores import Scores
+from workbench.modules.experts import with_separate_experts
 from workbench.tasks.columns import Raw
 from workbench.tasks.items import Batch, ItemCounts, Items, Pools, Reading
 
@@ -198,7 +199,8 @@ class Task:
     processor: Any = None  # tokenizer or image processor, where there is one
 
     def __post_init__(self) -> None:
-        """Refuse empty data and data that overlap."""
+        """Refuse empty data and data that overlap; give experts layers of their own."""
+        object.__setattr__(self, "model", with_separate_experts(self.model))
         for role in ("evaluation", "calibration", "training"):
             if not len(getattr(self, role)):
                 raise DataError(f"no {role} items in {self.data_name!r}: give at least one")

@@ -12,6 +12,7 @@ from workbench.errors import DataError, ModelError
 from workbench.hub import hub
 from workbench.hub.wheel_archive import fetch
 from workbench.modules.checkpoint_types import running_note
+from workbench.modules.experts import notes as expert_notes
 from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
 from workbench.tasks.base import Kind, Task
@@ -107,7 +108,7 @@ def load_task(
         labels=loaded.labels,
         batch_size=kind.batch_size(loaded.evaluation, on_cpu=str(device).startswith("cpu")),
         files=local.exported_files(located.directory, kind.files),
-        notes=(*notes, *said, *loaded.notes),
+        notes=(*notes, *expert_notes(model), *said, *loaded.notes),
         processor=processor,
     )
 

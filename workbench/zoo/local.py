@@ -16,6 +16,7 @@ from torch import nn
 from workbench.errors import DeviceError, ModelError
 from workbench.hub.safe_folder import check_folder
 from workbench.modules.checkpoint_types import checkpoint_types, note_types
+from workbench.modules.experts import separate_experts
 from workbench.modules.placement import Placement, place
 from workbench.tasks.base import Kind
 from workbench.util.quiet import quiet
@@ -174,6 +175,7 @@ def load_model(
     model = dequantized(model, config)
     check_fit(directory, kind, model, info)
     _check_finite(directory, model)
+    separate_experts(model)
     note_types(model, files, quantized=bool(method_of(config)))
     try:
         return place(model.eval(), torch.device(device), placement)

@@ -13,7 +13,14 @@ from torch import nn
 
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.checkpoint_types import checkpoint_types
-from workbench.modules.layer import Layer, find_layers, holders_of, layers_among, output_head
+from workbench.modules.layer import (
+    Layer,
+    bare_parameters,
+    find_layers,
+    holders_of,
+    layers_among,
+    output_head,
+)
 from workbench.recipe import picks
 from workbench.util.fast_path import Refusals
 from workbench.util.progress import Look, Progress, Training, no_progress
@@ -55,10 +62,12 @@ class Work:
         self.layers, self.left = layers_among(holders)
         shared = {alias: layer.name for layer in self.layers.values() for alias in layer.others}
         self.shared = frozenset(shared)  # names of modules whose weight is counted under another one
+        bare = bare_parameters(self.model)
+        self.left |= bare
         reported = {*self.layers, *self.left, *shared}
         self.outcomes = {
             name: [f"its weight is that of {shared[name]}"] if name in shared else []
-            for name in holders
+            for name in (*holders, *bare)
             if name in reported
         }
         self.taken: dict[str, list[str]] = {}

@@ -90,7 +90,9 @@ def damping_warnings(
                 f" singular: {listed(raised)}"
             )
     few = [
-        (layer, rows, columns) for layer, (rows, columns) in zip(layers, seen, strict=True) if rows < columns
+        (layer, rows, columns)
+        for layer, (rows, columns) in zip(layers, seen, strict=True)
+        if 0 < rows < columns  # none at all: by no inputs, which is said elsewhere
     ]
     if few:
         _, rows, columns = few[0]

@@ -19,6 +19,7 @@ from workbench.modules.factored import kind_of, product
 from workbench.modules.input_quantizer import acting_weight
 from workbench.modules.layer import Layer, can_hold
 from workbench.modules.visiting import visiting
+from workbench.util.library_internals import children_of
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
@@ -81,8 +82,7 @@ def one_report(
     if name in work.shared:
         return LayerReport(name, shape, 0, None, None, None, None, outcome)
     if change is None:
-        weight = work.task.model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
+        weight = weight_named(work.task.model, name)
         return LayerReport(name, tuple(weight.shape), weight.numel(), None, None, None, None, outcome)
     error, zeros = change
     count = sum(layer.parameter.numel() for layer in now)
@@ -122,10 +122,21 @@ def matrix_shape(work: Work, name: str) -> tuple[int, ...]:
     """Return [outputs, inputs] of a dense weight, or its shape where it is no matrix."""
     if name in work.dense:
         return work.dense[name].shape
-    module = work.task.model.get_submodule(name)
-    if not isinstance(module, nn.Embedding) and not can_hold(module):
-        return tuple(module.weight.shape)  # type: ignore[arg-type]
+    parent, _, last = name.rpartition(".")
+    module = children_of(work.task.model.get_submodule(parent)).get(last)
+    if module is None or (not isinstance(module, nn.Embedding) and not can_hold(module)):
+        return tuple(weight_named(work.task.model, name).shape)
     return Layer(name, name, module).shape
+
+
+def weight_named(model: nn.Module, name: str) -> Tensor:
+    """Return the weight of a module, or a parameter of another name, by its name."""
+    parent, _, last = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    module = children_of(owner).get(last)
+    found = owner.get_parameter(last) if module is None else module.weight
+    assert isinstance(found, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
+    return found
 
 
 def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, tuple[float, int]]:

@@ -123,7 +123,7 @@ def warn_of_few_rows(layers: list[Layer], work: Work) -> None:
     """Warn where calibration has fewer rows than a layer has inputs, so that its second moment is
     singular.
     """
-    few = [layer for layer in layers if work.statistics.rows(layer.origin) < layer.shape[1]]
+    few = [layer for layer in layers if 0 < work.statistics.rows(layer.origin) < layer.shape[1]]
     if few:
         rows, columns = work.statistics.rows(few[0].origin), few[0].shape[1]
         work.warnings.append(

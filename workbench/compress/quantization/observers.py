@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.calibration.passes import refuse_infinite
+from workbench.calibration.routing import ranges_beside, without_tokens
 from workbench.calibration.statistics import Statistics
 from workbench.compress.core.context import Work
 from workbench.modules.layer import can_hold, find_layers
@@ -54,7 +55,8 @@ def called_layers(statistics: Statistics) -> frozenset[str]:
 
     def compute() -> frozenset[str]:
         task = statistics.task
-        return frozenset(watched(task, task.model, lambda _what, _done, _total: None, items=1).low)
+        called = watched(task, task.model, lambda _what, _done, _total: None, items=1).low
+        return frozenset((*called, *without_tokens(task.model, statistics.layers, called)))
 
     return statistics.once("called layers", compute)
 
@@ -65,6 +67,7 @@ def input_ranges(task: Task, model: nn.Module, progress: Progress) -> Ranges:
     refuse_infinite(
         {name: torch.isfinite(extremes.low[name] + extremes.high[name]).all() for name in extremes.low}
     )
+    ranges_beside(model, find_layers(model)[0], extremes.low, extremes.high)
     return extremes
 
 
