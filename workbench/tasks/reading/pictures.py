@@ -81,9 +81,9 @@ def opened(image: Any) -> Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, dict):
-        return Image.open(BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
-    if isinstance(image, str | Path):
-        return Image.open(image)
+        image = image["bytes"] if image.get("bytes") else image["path"]
+    if isinstance(image, bytes | str | Path):  # whole, so that no file stays open
+        return Image.open(BytesIO(image if isinstance(image, bytes) else Path(image).read_bytes()))
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 and not (
         pixels.dtype.kind in "iu" and pixels.size and pixels.min() >= 0 and pixels.max() <= 255
