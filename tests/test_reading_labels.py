@@ -206,4 +206,3 @@ def test_a_folder_without_folders_is_refused(tmp_path):
         grey(tmp_path / "d" / f"{number}.png", number)
     with pytest.raises(DataError, match="a folder of images: one sub-folder a class"):
         read(tmp_path / "d", config("cat", "dog"))
-

@@ -145,8 +145,8 @@ def opening(tokenizer: Any) -> list[int]:
     """Return the tokens that a tokenizer puts before a text of its own accord: mostly none, or one that says
     where a text begins.
     """
-    whole, bare = (
-        list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False)
-    )
-    starts = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
-    return whole[: next(starts, 0)] if bare else []
+    given = tokenizer(PROBE, return_special_tokens_mask=True)
+    ids, added = list(given["input_ids"]), list(given.get("special_tokens_mask", ()))
+    if 0 in added:
+        return ids[: added.index(0)]
+    return ids[:1] if added and ids[0] == tokenizer.bos_token_id else []

@@ -53,7 +53,8 @@ class TextClassification(Choosing):
     limit: int | None = field(
         default=None, compare=False
     )  # tokens that the model reads, None: without an end
-    segments: bool = field(default=True, compare=False)  # whether it is told which of two texts a token is of
+    # Kinds of tokens, by which it is told of which of two texts each is; None: as many as the tokenizer says
+    segments: int | None = field(default=None, compare=False)
 
     def why_not(self, config: Mapping[str, Any]) -> str:
         """Return why a head does not choose one class."""
@@ -73,7 +74,7 @@ class TextClassification(Choosing):
         padding, and notes.
         """
         notes = set_padding(model, processor) if processor is not None else ()
-        return replace(self, limit=most_tokens(model), segments=takes_segments(model)), notes
+        return replace(self, limit=most_tokens(model), segments=segments_of(model)), notes
 
     def pools(self, reading: Reading, raw: columns.Raw, sizes: ItemCounts) -> Pools:  # noqa: ARG002
         """Return texts or pairs of texts, one item a row, after checking every label."""
@@ -111,10 +112,14 @@ class TextClassification(Choosing):
 TEXT_CLASSIFICATION = TextClassification()
 
 
-def takes_segments(model: nn.Module) -> bool:
-    """Return whether a model is told which of two texts each token is of (`token_type_ids` of 0 and 1)."""
+def segments_of(model: nn.Module) -> int | None:
+    """Return the number of kinds of tokens (`token_type_ids`) by which a model is told of which of two texts
+    each is: 0 where it takes none, None where its config does not say.
+    """
+    if "token_type_ids" not in signature(model.forward).parameters:
+        return 0
     kinds = getattr(model.config, "type_vocab_size", None)
-    return "token_type_ids" in signature(model.forward).parameters and (kinds is None or int(kinds) > 1)
+    return None if kinds is None else int(kinds)
 
 
 def text_items(
@@ -124,20 +129,22 @@ def text_items(
     max_tokens: int = MAX_TOKENS,
     *,
     seconds: Sequence[str] | None = None,
-    segments: bool = True,
+    segments: int | None = None,
 ) -> Items:
     """Return items of texts, or of pairs with their second texts, truncated and padded to `max_tokens`
-    tokens: `input_ids`, `attention_mask` [N, max_tokens]; of pairs also `token_type_ids`, if the tokenizer
-    gives them and the model takes them (`segments`).
+    tokens: `input_ids`, `attention_mask` [N, max_tokens]; of pairs also `token_type_ids` where the model has
+    two or more kinds of tokens (`segments`; None: where the tokenizer gives them).
 
     Every set is padded to the same length, so that an item's inputs do not depend on which others it stands
     with.
     """
     given = [list(texts)] if seconds is None else [list(texts), list(seconds)]
+    told = {"return_token_type_ids": True} if len(given) > 1 and (segments or 0) > 1 else {}
     encoded = tokenizer(
-        *given, truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt"
+        *given, truncation=True, padding="max_length", max_length=max_tokens, return_tensors="pt", **told
     )
     names = ["input_ids", "attention_mask"]
-    if "token_type_ids" in encoded and segments:  # zeros are the default, and not every model takes them
-        names += ["token_type_ids"] * (seconds is not None or bool(encoded["token_type_ids"].any()))
+    if "token_type_ids" in encoded and (segments is None or segments > 1):
+        # Zeros are the default, and not every model takes them
+        names += ["token_type_ids"] * (len(given) > 1 or bool(encoded["token_type_ids"].any()))
     return Items({name: encoded[name] for name in names}, torch.tensor(labels, dtype=torch.long))
