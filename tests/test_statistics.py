@@ -15,6 +15,7 @@ from workbench.calibration.passes import alike
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import CompressionError
+from workbench.modules.layer import patches
 from workbench.recipe import Recipe
 from workbench.tasks.base import Task
 from workbench.tasks.image_classification import IMAGE_CLASSIFICATION
@@ -141,10 +142,13 @@ class Unused(nn.Module):
         return self.used(x.flatten(1))
 
 
-def test_a_layer_that_is_never_called_is_refused_by_name():
+def test_a_layer_that_is_never_called_is_skipped_by_name():
     task = custom_task(Unused(), 16)
-    with pytest.raises(CompressionError, match=r"layer 'body\.unused' receives no input during calibration"):
-        compress(task, Recipe(wb.Prune(sparsity=0.5, criterion="wanda")))
+    rows = compress(task, Recipe(wb.Prune(sparsity=0.5, criterion="wanda"))).report
+    assert [row.sparsity for row in rows] == [0.5, 0.0]
+    assert rows[1].outcome.startswith("prune skipped: it receives no input during calibration")
+    with pytest.raises(CompressionError, match=r"body\.unused: prune skipped: it receives no input"):
+        compress(task, Recipe(wb.Prune(sparsity=0.5, criterion="wanda", targets=("body.unused",))))
     compress(task, Recipe(wb.Prune(sparsity=0.5)))
 
 
@@ -177,11 +181,23 @@ def test_grouped_convolutions_are_left_and_reported():
     assert rows["body.0"].bits == 4
 
 
-def test_string_padding_is_refused_or_right():
-    task = custom_task(nn.Sequential(nn.Conv2d(1, 4, 3, padding="same")), 256)
-    with pytest.raises(CompressionError, match="padding='same' of a convolution is not supported"):
-        compress(task, Recipe(wb.Prune(sparsity=0.5, criterion="wanda")))
-    compress(task, Recipe(wb.Prune(sparsity=0.5)))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": (4, 3), "padding": "same", "dilation": (1, 2), "padding_mode": "reflect"},
+        {"kernel_size": 2, "padding": "same"},
+        {"kernel_size": 3, "padding": "valid", "stride": 2},
+    ],
+    ids=str,
+)
+def test_padding_said_in_a_word_gives_the_patches_that_torch_reads(options):
+    conv = nn.Conv2d(1, 4, bias=False, **options)
+    task = custom_task(nn.Sequential(conv), 4 * conv(torch.zeros(1, 1, 8, 8))[0, 0].numel())
+    rows = patches(conv, pixels := task.calibration.inputs["pixel_values"])
+    made = (rows @ conv.weight.flatten(1).t()).unflatten(0, (len(pixels), -1)).transpose(1, 2)
+    torch.testing.assert_close(made, conv(pixels).flatten(2), atol=1e-5, rtol=1e-5)
+    compress(task, Recipe(wb.Prune(sparsity=0.5, criterion="wanda")))
 
 
 class ByName(nn.Module):

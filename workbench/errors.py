@@ -1,5 +1,7 @@
 """Every error the workbench raises on purpose: one base class, so that a caller can catch all or one kind."""
 
+from __future__ import annotations
+
 
 class WorkbenchError(Exception):
     """Base of all errors below; its message is one line that a user can act on."""
@@ -23,6 +25,24 @@ class DataError(WorkbenchError):
 
 class CompressionError(WorkbenchError):
     """A step could not be applied to this model: no layer can take it, or its numbers are not finite."""
+
+
+class LayerSkipped(CompressionError):  # noqa: N818  says what happened
+    """One layer cannot take a step, for a reason of its own: the step is done without it, and the report says
+    why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Name the layer and say why, such as `it receives no input during calibration`."""
+        super().__init__(f"layer {name!r}: {reason}")
+        self.layers = {name: reason}
+
+    @classmethod
+    def of_all(cls, layers: dict[str, str]) -> LayerSkipped:
+        """Return one refusal of several layers: reasons by name, at least one."""
+        made = cls(*next(iter(layers.items())))
+        made.layers = dict(layers)
+        return made
 
 
 class BrokenPromiseError(WorkbenchError):

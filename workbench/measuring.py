@@ -142,6 +142,7 @@ class Partial:
             curve=self.compressed.curve,
             held_out=self.compressed.looks,
             lost_classes=lost_classes(task.labels, setting.evaluation.labels[:count], dense, mine),
+            coverage=self.compressed.coverage,
         )
 
     def finish(self) -> Measurement:

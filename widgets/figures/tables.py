@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from workbench.measure.card import quality_words, verdict
+from workbench.measure.card import notes, quality_words, touched_share, verdict
 from workbench.measure.measurement import Measurement
 from workbench.measure.summary import layer_rows, provenance_rows, summary
 from workbench.report.gates import Verdict
@@ -61,6 +61,7 @@ def point_row(point: Measurement) -> dict[str, str]:
         quality.metric: quality_words(quality).removeprefix(f"{quality.metric} "),
         "file": size(point.sizes.file_bytes),
         "smaller": f"{point.shrink:.2f}x",
+        "weights touched": touched_share(point),
         "speed against dense": (
             "" if speed is None else f"{speed.value:.2f}x ({speed.low:.2f} to {speed.high:.2f})"
         ),
@@ -91,6 +92,6 @@ def gates_box(verdicts: Sequence[Verdict]) -> str:
 
 
 def notes_list(point: Measurement) -> str:
-    """Return the notes on model and data that a reader must know."""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in point.warnings)
-    return f"<ul>{notes}</ul>" if notes else ""
+    """Return the notes on model, data and recipe that a reader must know."""
+    said = "".join(f"<li>{escape(note)}</li>" for note in notes(point))
+    return f"<ul>{said}</ul>" if said else ""

@@ -10,7 +10,7 @@ import ipywidgets as ipw
 
 from widgets.figures.tables import table
 from widgets.session.state import PanelState, Past
-from workbench.measure.card import quality_words
+from workbench.measure.card import quality_words, touched_share
 from workbench.measure.measurement import Measurement
 from workbench.util.text import size
 
@@ -144,6 +144,7 @@ def row_of(row: Measurement, past: Past) -> dict[str, str]:
         "quality": quality_words(row.primary),
         "file": size(row.sizes.file_bytes),
         "smaller": f"{row.shrink:.2f}\N{MULTIPLICATION SIGN}",
+        "touched": touched_share(row),
         "speed": "" if speed is None else f"{speed.value:.2f} ({speed.low:.2f} to {speed.high:.2f})",
         "note": mark.note,
         "when": row.provenance.time[:16].replace("T", " "),

@@ -7,7 +7,7 @@ from html import escape
 import ipywidgets as ipw
 
 from widgets.session.state import PanelState, Phase
-from workbench.measure.card import changed_words, divergence_words, nothing_known
+from workbench.measure.card import changed_words, divergence_words, notes, nothing_known, touched_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.class_recall import lost_words
 from workbench.metrics.metrics import metric_named
@@ -51,10 +51,10 @@ def strip(state: PanelState) -> str:
     facts = "".join(
         f"<div><span>{escape(name)}</span>{escape(value)}</div>" for name, value in facts_of(point, guess)
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(point, guess))
+    said = "".join(f"<li>{escape(note)}</li>" for note in notes_of(point, guess))
     return (
         f"<div class='wb-verdict' role='status'>{badge(state)}{head}</div>"
-        f"<div class='wb-facts'>{facts}</div><ul class='wb-notes'>{notes}</ul>"
+        f"<div class='wb-facts'>{facts}</div><ul class='wb-notes'>{said}</ul>"
     )
 
 
@@ -155,6 +155,7 @@ def facts_of(point: Measurement | None, guess: Prediction | None) -> list[tuple[
         ("theoretical", size(point.sizes.theoretical_bytes)),
         ("packed", size(point.sizes.packed_bytes)),
         ("file", f"{size(point.sizes.file_bytes)} of {size(point.dense_sizes.file_bytes)}"),
+        ("touched", touched_words(point)),
         ("time predicted", predicted_ms(point, guess)),
         *bound(guess),
         ("time measured", time_words(point) if latency else point.missing.get("latency", "…")),
@@ -187,13 +188,13 @@ def predicted_ms(point: Measurement | None, guess: Prediction | None) -> str:
 def notes_of(point: Measurement | None, guess: Prediction | None) -> list[str]:
     """Return reasons and warnings: why no kernel helps, what the numbers cannot say."""
     reasons = point.no_kernel if point is not None else guess.no_kernel if guess is not None else ()
-    notes = [f"no faster here: {reason}" for reason in reasons]
+    said = [f"no faster here: {reason}" for reason in reasons]
     if point is not None:
-        notes += doubts(point)
-        notes += point.warnings
+        said += doubts(point)
+        said += notes(point)
     elif guess is not None:
-        notes += guess.notes
-    return notes
+        said += guess.notes
+    return said
 
 
 def doubts(point: Measurement) -> list[str]:

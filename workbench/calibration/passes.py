@@ -24,6 +24,7 @@ from workbench.util.fast_path import FastPath
 from workbench.util.hooks import of_this_thread
 from workbench.util.library_internals import VERSION, changes_in_place, lacks
 from workbench.util.progress import Progress
+from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Items, Task
@@ -58,6 +59,7 @@ class Moments:
 
     matrices: dict[str, Tensor]
     rows: dict[str, int]
+    failed: dict[str, str] = field(default_factory=dict)  # why the inputs of a layer could not be taken
 
     @cached_property
     def readers(self) -> dict[str, str]:
@@ -133,6 +135,7 @@ def second_moments(task: Task, progress: Progress) -> Moments:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     finite: dict[str, Tensor] = {}
+    failed: dict[str, str] = {}
     products: dict[str, Tensor] = {}  # of the batch that is being read
     streamed = (
         streams_to(task.model) is not None
@@ -141,7 +144,15 @@ def second_moments(task: Task, progress: Progress) -> Moments:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            product, count, good = read.of(module, inputs[0] if inputs else next(iter(named.values())))
+            if name in failed:
+                return
+            try:
+                product, count, good = read.of(module, inputs[0] if inputs else next(iter(named.values())))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever it is: one layer never sinks the pass
+                failed[name] = kind_and_words(error)
+                return
             products[name] = products[name] + product if name in products else product
             counts[name] = counts.get(name, 0) + count
             finite[name] = finite[name] & good if name in finite else good
@@ -171,8 +182,11 @@ def second_moments(task: Task, progress: Progress) -> Moments:
             # In place, and where it lies: of a large model they need not fit twice, nor go to a device and
             # back
         )
-    neutral = neutral_moments(task.model, {n: one for n, one in layers.items() if not one.table}, sums)
-    return Moments(sums | neutral, counts | dict.fromkeys(neutral, 0))
+    good = {name: total for name, total in sums.items() if name not in failed}
+    neutral = neutral_moments(
+        task.model, {n: one for n, one in layers.items() if not one.table}, good.keys() | failed.keys()
+    )
+    return Moments(good | neutral, {n: counts[n] for n in good} | dict.fromkeys(neutral, 0), failed)
 
 
 def reciprocal(count: int) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.calibration.memory_cache import Cache, cache_of
 from workbench.calibration.passes import Gradients, Moments, gradients, second_moments
 from workbench.calibration.routing import routing
-from workbench.errors import CompressionError
+from workbench.errors import LayerSkipped
 from workbench.modules.layer import Layer, find_layers
 from workbench.modules.offload import HOST, fetched, moved, streams_to
 from workbench.util.progress import Progress, no_progress
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from workbench.tasks.base import Task
 
 T = TypeVar("T")
+
+NO_INPUT = "it receives no input during calibration, so it cannot be compressed by its activations"
 
 
 class Statistics:
@@ -100,7 +102,8 @@ class Statistics:
         """Return E[x x^T] of a layer's inputs, float32 [inputs, inputs], on the model's device.
 
         Raises:
-            CompressionError: the layer sees no input during calibration, or one that is not finite.
+            LayerSkipped: the layer sees no input during calibration.
+            CompressionError: one that is not finite.
 
         """
         kept, device = entry_of(self.moments().matrices, name), streams_to(self.task.model)
@@ -127,12 +130,45 @@ class Statistics:
         """
         return self.once("routing", lambda: routing(self.task, self.progress), lasting=True)
 
+    def without_inputs(self) -> dict[str, str]:
+        """Return the layers that multiply something, but of whose inputs calibration says nothing, and why.
+
+        Kept by itself: the moments of a large model need not be read again for it.
+        """
+
+        def look() -> dict[str, str]:
+            known = self.moments()
+            return {
+                name: known.failed.get(name, NO_INPUT)
+                for name, layer in self.layers.items()
+                if not layer.table and name not in known.matrices
+            }
+
+        return self.once("layers without inputs", look, lasting=True)
+
+    def without_gradients(self, *, tables: bool = False) -> dict[str, str]:
+        """Return the layers that take no part in the loss of the calibration data, and that it is so; of
+        embeddings only with `tables`.
+        """
+
+        def look() -> dict[str, str]:
+            key = "gradients of tables" if tables else "gradients"
+            known = self.once(key, lambda: gradients(self.task, self.progress, tables=tables), lasting=True)
+            return {
+                name: "it takes no part in the loss of the calibration data"
+                for name, layer in self.layers.items()
+                if layer.table == tables and name not in known
+            }
+
+        return self.once(("layers without gradients", tables), look, lasting=True)
+
     def gradients(self, name: str) -> Gradients:
         """Return the gradients of the task's loss (such as cross entropy with the labels of the calibration
         items) by a layer's weight.
 
         Raises:
-            CompressionError: the layer takes no part in the loss, or a gradient is not finite.
+            LayerSkipped: the layer takes no part in the loss.
+            CompressionError: a gradient is not finite.
         """
         of_weights = self.once("gradients", lambda: gradients(self.task, self.progress), lasting=True)
         if name in of_weights:
@@ -148,7 +184,5 @@ class Statistics:
 def entry_of(table: dict[str, T], name: str) -> T:
     """Return a layer's entry, or say that calibration never reached it."""
     if name not in table:
-        raise CompressionError(
-            f"layer {name!r} receives no input during calibration: it cannot be compressed by its activations"
-        )
+        raise LayerSkipped(name, NO_INPUT)
     return table[name]

@@ -38,7 +38,7 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     from rich.table import Table
 
     from workbench.ledger.table import FORMATS, save_points
-    from workbench.measure.card import quality_words
+    from workbench.measure.card import quality_words, touched_share
     from workbench.predict.scoring import words_of as predictions
     from workbench.util.text import size
 
@@ -50,7 +50,7 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     if output is not None:
         click.echo(f"{len(rows)} points written to {save_points(rows, output, said)}")
         return
-    table = Table("key", "recipe", "quality", "file", "speed", "pinned", "note")
+    table = Table("key", "recipe", "quality", "file", "touched", "speed", "pinned", "note")
     for row in rows:
         mark = said.get(row.key)
         speed = f"{row.latency.speedup.value:.2f}x" if row.latency else ""
@@ -59,6 +59,7 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
             row.recipe.label(),
             quality_words(row.primary),
             size(row.sizes.file_bytes),
+            touched_share(row),
             speed,
             "yes" if mark and mark.pinned else "",
             mark.note if mark else "",

@@ -20,7 +20,7 @@ def show_point(point: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from workbench.measure.card import verdict
+    from workbench.measure.card import notes, verdict
     from workbench.measure.summary import layer_rows, summary
 
     click.echo(verdict(point))
@@ -32,5 +32,5 @@ def show_point(point: Any) -> None:
     for cells in layer_rows(point):
         layers.add_row(*map(escape, cells.values()))
     show(layers)
-    for warning in point.warnings:
+    for warning in notes(point):
         click.echo(f"note: {warning}")

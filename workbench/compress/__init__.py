@@ -6,7 +6,6 @@ Importing this package registers the built-in methods, each in the file that car
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +14,7 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import prefix_cache
 from workbench.compress.core.batch import know_finite
 from workbench.compress.core.context import Work
+from workbench.compress.core.coverage import Coverage, coverage_of
 from workbench.compress.core.invariants import check_all
 from workbench.compress.core.layer_report import LayerReport, effective_bits_of, layer_reports
 from workbench.compress.distillation.distill import Distill
@@ -29,7 +29,7 @@ from workbench.compress.quantization.qat import QAT
 from workbench.compress.quantization.quantize import Quantize
 from workbench.compress.registry import METHODS
 from workbench.compress.unrouted import say_unrouted
-from workbench.errors import CompressionError
+from workbench.errors import CompressionError, LayerSkipped
 from workbench.kernels import weight_trials
 from workbench.kernels.weight_trials import WEIGHT_PASSES
 from workbench.modules.checkpoint_types import round_to_checkpoint
@@ -76,6 +76,7 @@ class Compressed:
     curve: tuple[tuple[int, float], ...] = ()  # (training step, loss) of a Distill step
     warnings: tuple[str, ...] = ()
     looks: tuple[Look, ...] = ()  # at held-out items while it was trained, steps counted along the curve
+    coverage: Coverage | None = None  # what share of the weights was touched; None: nobody counted
 
     @property
     def effective_bits(self) -> float | None:
@@ -110,37 +111,15 @@ def compress(
     refuse(recipe, task.model)
     facts = statistics or Statistics(task, progress)
     facts.kept.begin()
-    begun = prefix_cache.begun(recipe.steps, facts) if facts.task is task else None
-    if begun is None:
-        work = Work(dense_copy(task, facts), task, facts, progress, training or Training())
-        if facts.task is task:
-            know_finite(list(work.layers.values()), facts)
-        if copied_whole(work.model, task.model):
-            work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
-        for device, dtype in {
-            (layer.parameter.device, layer.parameter.dtype) for layer in work.layers.values()
-        }:
-            work.refusals.note(WEIGHT_PASSES, weight_trials.failed(device, dtype))
-    else:
-        work = begun.continued(task, facts, progress, training or Training())
-    done: list[Step] = [] if begun is None else list(begun.done)
-    for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
-        changes = work.changes
-        done.append(METHODS.of(step).apply(step, work) or step)
-        say_unrouted(step, work)
-        if work.changes == changes:
-            said = Counter(
-                outcomes[-1] for outcomes in work.outcomes.values() if outcomes
-            )  # what holds back most layers first
-            first = {outcomes[-1]: name for name, outcomes in reversed(work.outcomes.items()) if outcomes}
-            reasons = [f"{first[outcomes]}: {outcomes}" for outcomes, _ in said.most_common()]
-            raise CompressionError(
-                f"{step!r} fits no layer of {task.model_name}:"
-                f" {'; '.join(reasons[:3])}{' ...' if len(reasons) > 3 else ''}"
-            )
-        check_all(list(work.layers.values()), work.dense)
-        if place < len(recipe) and facts.task is task:
-            prefix_cache.keep(recipe.steps[:place], done, work)
+    refused: dict[int, dict[str, str]] = {}  # by the place of the step: layers that cannot take it
+    while True:
+        work = begin(task, recipe, facts, progress, training or Training())
+        try:
+            done = carried_out(recipe, work, refused)
+        except StepAgain:
+            continue
+        break
+    covered = coverage_of(work)  # before tensors that are the dense ones are cloned, or others rounded
     on_grids = [layer.parameter for layer in work.layers.values() if layer.grid is not None]
     round_to_checkpoint(work.model, task.model, on_grids)
     if not shared:
@@ -153,7 +132,58 @@ def compress(
         tuple(work.curve),
         (*work.warnings, *work.refusals.words()),
         tuple(work.looks),
+        covered,
     )
+
+
+class StepAgain(Exception):  # noqa: N818  no failure
+    """A layer turned out unable to take a step: all is done again without it there."""
+
+
+def begin(task: Task, recipe: Recipe, known: Statistics, progress: Progress, training: Training) -> Work:
+    """Return work to start with: a copy of the dense model, or what is kept of the recipe's first steps."""
+    begun = prefix_cache.begun(recipe.steps, known) if known.task is task else None
+    if begun is not None:
+        work = begun.continued(task, known, progress, training)
+        work.steps = list(begun.done)
+        return work
+    work = Work(dense_copy(task, known), task, known, progress, training)
+    if known.task is task:
+        know_finite(list(work.layers.values()), known)
+    if copied_whole(work.model, task.model):
+        work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
+    for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
+        work.refusals.note(WEIGHT_PASSES, weight_trials.failed(device, dtype))
+    return work
+
+
+def carried_out(recipe: Recipe, work: Work, refused: dict[int, dict[str, str]]) -> list[Step]:
+    """Carry out the steps that are left, and return all as they were done.
+
+    refused: by the place of a step, the layers that cannot take it and why; what is found out is added.
+
+    Raises:
+        StepAgain: something was added. Else as `compress`.
+    """
+    task, known = work.task, work.statistics
+    done = work.steps
+    for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
+        changes, work.refused = work.changes, refused.get(place, {})
+        try:
+            done.append(METHODS.of(step).apply(step, work) or step)
+        except LayerSkipped as refusal:
+            fresh = {work.origin(name): reason for name, reason in refusal.layers.items()}
+            if not fresh.keys() - work.refused.keys() or not fresh.keys() <= work.dense.keys():
+                raise  # it is not up to layers, or the method does not leave out what it is told to
+            refused[place] = {**fresh, **work.refused}
+            raise StepAgain from None
+        say_unrouted(step, work)
+        if work.changes == changes:
+            raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {work.reasons()}")
+        check_all(list(work.layers.values()), work.dense)
+        if place < len(recipe) and known.task is task:
+            prefix_cache.keep(recipe.steps[:place], done, work)
+    return done
 
 
 def dense_copy(task: Task, statistics: Statistics) -> nn.Module:

@@ -58,6 +58,10 @@ def flat(row: Measurement, said: Annotation) -> dict[str, Any]:
     record |= spread("changed_answers_fraction", row.flips) | spread("kl_to_dense_nats", row.kl)
     for name in ("theoretical_bytes", "packed_bytes", "file_bytes"):
         record |= {name: getattr(row.sizes, name), f"dense_{name}": getattr(row.dense_sizes, name)}
+    record |= {
+        "weights": None if row.coverage is None else row.coverage.weights,
+        "touched_fraction": None if row.coverage is None else row.coverage.share,
+    }
     for name in ("median_ms", "p95_ms", "dense_median_ms", "dense_p95_ms"):
         record[f"latency_{name}"] = None if latency is None else getattr(latency, name)
     if latency is not None and latency.real_time_factors is not None:  # of speech alone

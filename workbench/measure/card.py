@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from workbench.compress.core.coverage import share_words
 from workbench.measure.measurement import CHANGED, Measurement
 from workbench.metrics.class_recall import lost_words
 from workbench.metrics.metrics import metric_named
@@ -59,6 +60,24 @@ def changed_words(point: Measurement) -> str:
     return f"{point.flips.value:.1%} ({point.flips.low:.1%} to {point.flips.high:.1%})"
 
 
+def touched_words(point: Measurement) -> str:
+    """Return such as `62.3% of 134,515,008 weights`: what share of the model the recipe touched, or that it
+    is not known.
+    """
+    return "unknown: measured before it was counted" if point.coverage is None else point.coverage.words()
+
+
+def touched_share(point: Measurement) -> str:
+    """Return such as `62.3%`, or `unknown`."""
+    return "unknown" if point.coverage is None else share_words(point.coverage.share)
+
+
+def notes(point: Measurement) -> tuple[str, ...]:
+    """Return what a reader must know of a point: first that most weights were left, if they were."""
+    little = "" if point.coverage is None else point.coverage.warning()
+    return (*([little] if little else []), *point.warnings)
+
+
 def speed_words(point: Measurement) -> str:
     """Return the measured speed against dense, and why no kernel helps where none does."""
     if point.latency is None:
@@ -81,7 +100,9 @@ def verdict(point: Measurement) -> str:
         f"{point.shrink:.2f}x smaller on disk ({size(point.dense_sizes.file_bytes)} to"
         f" {size(point.sizes.file_bytes)})"
     )
-    parts = (quality_words(point.primary), smaller, speed_words(point), lost_words(point.lost_classes))
+    touched = "" if point.coverage is None else f"{touched_share(point)} of the weights touched"
+    lost = lost_words(point.lost_classes)
+    parts = (quality_words(point.primary), smaller, touched, speed_words(point), lost)
     return f"{point.recipe.label()}: {'; '.join(part for part in parts if part)}."
 
 
@@ -97,6 +118,7 @@ def card(point: Measurement) -> str:
             f"{point.sizes.theoretical_bytes:,}, {point.sizes.packed_bytes:,}, {point.sizes.file_bytes:,}",
         ),
         ("dense file bytes", f"{point.dense_sizes.file_bytes:,}"),
+        ("touched by the recipe", touched_words(point)),
         ("speed", speed_words(point)),
         (
             "evaluated on",
@@ -112,7 +134,7 @@ def card(point: Measurement) -> str:
     told = [("recipe", markdown_code(repr(point.recipe)))]
     told += [(markdown_text(name), markdown_text(value)) for name, value in rows]
     table = "\n".join(f"| {name} | {value} |" for name, value in told)
-    notes = "".join(f"\n- {markdown_text(note)}" for note in point.warnings)
+    said = "".join(f"\n- {markdown_text(note)}" for note in notes(point))
     heading = "\n\n## Notes\n"
     return f"""# {markdown_text(context.model_name)}, compressed
 
@@ -124,5 +146,5 @@ def card(point: Measurement) -> str:
 
 Load it with `import workbench as wb; model = wb.load("this directory")`: an ordinary transformers
 model with the outputs that were measured. The weights in `model.safetensors` are packed;
-`compression.json` says how.{notes and heading + notes}
+`compression.json` says how.{said and heading + said}
 """

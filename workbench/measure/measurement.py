@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, T
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import from_json, to_json
 
+from workbench.compress.core.coverage import Coverage
 from workbench.compress.registry import METHODS
 from workbench.measure.kv_cache import CacheBytes
 from workbench.measure.latency import Latency
@@ -131,6 +132,8 @@ class Measurement:
     kl_items: int = 0  # of which it is the mean: fewer than `items` where no more could be kept
     kl_answers: int = 0  # of which it is the mean: of a language model some tokens of each window
     lost_classes: tuple[LostClass, ...] = ()  # of a classifier: those that it never finds any more
+    # What share of the weights the recipe touched; None: a point from before that was counted
+    coverage: Coverage | None = None
 
     @property
     def complete(self) -> bool:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from workbench.measure.card import divergence_words, nothing_known, speed_words
+import math
+
+from workbench.compress.core.coverage import share_words
+from workbench.compress.core.layer_report import LayerReport
+from workbench.measure.card import divergence_words, nothing_known, speed_words, touched_words
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
 from workbench.util.text import size
+
+LAYER_COLUMNS = (
+    "layer",
+    "shape",
+    "share of weights",
+    "weights stored",
+    "zeros",
+    "rank",
+    "bits",
+    "relative error",
+    "what happened",
+)
 
 
 def summary(point: Measurement) -> list[tuple[str, str, str]]:
@@ -32,6 +48,7 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
         )
         for name in ("theoretical_bytes", "packed_bytes", "file_bytes")
     ]
+    rows.append(("weights touched by the recipe", "", touched_words(point)))
     if latency is not None:
         where = f"batch {latency.batch} of {'x'.join(map(str, latency.input_shape))}"
         rows.append(
@@ -84,11 +101,16 @@ def summary(point: Measurement) -> list[tuple[str, str, str]]:
 
 
 def layer_rows(point: Measurement) -> list[dict[str, str]]:
-    """Return one row a layer: shape, what is stored now, relative error, what was applied or why not."""
-    return [
+    """Return one row a layer: shape, what is stored now, relative error, what was applied or why not; then
+    one for each sort of parameter beside the layers that was left as it was.
+    """
+    covered = point.coverage
+    total = None if covered is None else covered.weights
+    rows = [
         {
             "layer": row.name,
             "shape": "x".join(map(str, row.shape)),
+            "share of weights": share_of(row, total),
             "weights stored": f"{row.weights:,}",
             "zeros": "" if row.sparsity is None else f"{row.sparsity:.1%}",
             "rank": "" if row.rank is None else str(row.rank),
@@ -98,6 +120,27 @@ def layer_rows(point: Measurement) -> list[dict[str, str]]:
         }
         for row in point.layers
     ]
+    if covered is None:
+        return rows
+    return rows + [
+        dict.fromkeys(LAYER_COLUMNS, "")
+        | {
+            "layer": part.name,
+            "share of weights": share_words(part.weights / covered.weights),
+            "weights stored": f"{part.weights:,}",
+            "what happened": f"{part.reason} ({part.tensors} tensors)" if part.tensors > 1 else part.reason,
+        }
+        for part in covered.untouched
+        if not part.layers
+    ]
+
+
+def share_of(row: LayerReport, total: int | None) -> str:
+    """Return what share of the dense model's weights a layer holds, "" where it is not known or the weight is
+    counted under another name.
+    """
+    counted_elsewhere = not row.weights and row.relative_error is None
+    return "" if total is None or counted_elsewhere else share_words(math.prod(row.shape) / total)
 
 
 def provenance_rows(point: Measurement) -> list[tuple[str, str]]:

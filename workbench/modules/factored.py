@@ -8,6 +8,7 @@ predicted sizes and the loading of an export all ask it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -173,6 +174,45 @@ class Factors(nn.Sequential):
     def bias(self) -> Tensor | None:
         """Return the last layer's bias."""
         return cast("Tensor | None", getattr(self[-1], "bias", None))
+
+    @property
+    def in_features(self) -> int:
+        """Return the inputs of the layer that these stand for."""
+        return cast("int", self[0].in_features)
+
+    @property
+    def out_features(self) -> int:
+        """Return the outputs of the layer that these stand for."""
+        return cast("int", self[-1].out_features)
+
+    @property
+    def in_channels(self) -> int:
+        """Return the channels that the convolution read that these stand for."""
+        return cast("int", self[0].in_channels)
+
+    @property
+    def out_channels(self) -> int:
+        """Return the channels that it made."""
+        return cast("int", self[-1].out_channels)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Return the kernel of the convolution that these stand for: as some models read it to pad."""
+        return self.along("kernel_size", max)
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Return its dilation: that of the layer that is wide in a direction, 1 in the others."""
+        return self.along("dilation", max)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Return its stride."""
+        return self.along("stride", math.prod)
+
+    def along(self, name: str, join: Callable[[tuple[int, ...]], int]) -> tuple[int, ...]:
+        """Return a number of every convolution, joined in each direction."""
+        return tuple(map(join, zip(*(getattr(part, name) for part in self), strict=True)))
 
 
 class Repaired(nn.Module):

@@ -220,20 +220,28 @@ def patches(module: nn.Module, inputs: Tensor) -> Tensor:
     Conv2d.
     """
     if isinstance(module, nn.Conv2d):
-        if isinstance(module.padding, str):
-            raise CompressionError(
-                f"padding={module.padding!r} of a convolution is not supported: give it as numbers"
-            )
         inputs, padding = inputs.float(), module.padding
-        if module.padding_mode != "zeros":
-            top, left = (int(size) for size in module.padding)
-            inputs, padding = (
-                nn.functional.pad(inputs, (left, left, top, top), mode=module.padding_mode),
-                (0, 0),
-            )
+        if isinstance(padding, str) or module.padding_mode != "zeros":
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            inputs, padding = nn.functional.pad(inputs, edges(module), mode=mode), (0, 0)
         columns = nn.functional.unfold(inputs, module.kernel_size, module.dilation, padding, module.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
     return inputs.float().reshape(-1, inputs.shape[-1])
+
+
+def edges(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return by how much a convolution pads its inputs: (left, right, top, bottom), also where it says it in
+    a word.
+    """
+    if not isinstance(module.padding, str):
+        top, left = (int(size) for size in module.padding)
+        return left, left, top, top
+    if module.padding == "valid":
+        return 0, 0, 0, 0
+    down, across = (
+        dilation * (size - 1) for size, dilation in zip(module.kernel_size, module.dilation, strict=True)
+    )  # "same": the odd one goes to the end, as in torch
+    return across // 2, across - across // 2, down // 2, down - down // 2
 
 
 def output_head(model: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from workbench.compress import compress
 from workbench.errors import RecipeError
-from workbench.measure.card import changed_words, divergence_words, quality_words
+from workbench.measure.card import changed_words, divergence_words, quality_words, touched_share
 from workbench.measure.measurement import Measurement
 from workbench.metrics.quality import Quality, quality
 from workbench.metrics.scores import Scores
@@ -169,6 +169,12 @@ def facts(record: Comparison) -> tuple[Fact, ...]:
         *sizes,
         bars(
             "smaller on disk", points, lambda p: p.shrink, lambda p: f"{p.shrink:.2f}\N{MULTIPLICATION SIGN}"
+        ),
+        bars(
+            "weights touched",
+            points,
+            lambda p: p.coverage.share if p.coverage else None,
+            touched_share,
         ),
         bars("time", points, lambda p: p.latency.median_ms if p.latency else None, time_words),
         bars(

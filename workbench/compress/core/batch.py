@@ -4,14 +4,14 @@ work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import CompressionError
+from workbench.errors import CompressionError, LayerSkipped, WorkbenchError
 from workbench.formats.stored_forms import Form, kind_of, stacked
 from workbench.kernels import weight_trials
 from workbench.modules.factored import Shape, shape_of
@@ -20,6 +20,7 @@ from workbench.modules.offload import streams_to
 from workbench.modules.visiting import visiting
 from workbench.util.device import allowed_bytes
 from workbench.util.library_internals import copy_each
+from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
@@ -196,6 +197,31 @@ def of_one_shape(layers: list[Layer]) -> Iterator[Batch]:
         groups.setdefault(shape_of(layer.module), []).append(layer)
     for members in groups.values():
         yield from grouped(members)
+
+
+def attempt(batch: Batch, act: Callable[[Batch], None]) -> None:
+    """Do something to a batch; where that fails in a way that no rule foresees, find out for which layers.
+
+    Raises:
+        LayerSkipped: it failed for some layers alone, with the kind and the words of each one's exception.
+            What was done to the others is to be done again.
+
+    """
+    try:
+        act(batch)
+    except (WorkbenchError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        failed = {}
+        for layer in batch.layers:
+            try:
+                act(Batch((layer,)))
+            except (WorkbenchError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as own:  # noqa: BLE001  whatever it is, it is told
+                failed[layer.name] = kind_and_words(own)
+        all_of_them = {layer.name: kind_and_words(error) for layer in batch.layers}
+        raise LayerSkipped.of_all(failed or all_of_them) from error
 
 
 def batches(step: Step, work: Work) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.checkpoint_types import checkpoint_types
 from workbench.modules.layer import (
@@ -71,6 +73,8 @@ class Work:
             if name in reported
         }
         self.taken: dict[str, list[str]] = {}
+        self.steps: list[Step] = []  # done so far, as they were done
+        self.refused: dict[str, str] = {}  # layers that could not take the step at hand, and why
         self.done: dict[tuple[str, str], Step] = {}  # the last step of a kind that changed a layer
 
     @cached_property
@@ -132,7 +136,42 @@ class Work:
                 f"{step!r} finds no layer that it can take:"
                 f" {'; '.join(f'{n}: {r}' for n, r in list(self.left.items())[:3]) or 'none matches'}"
             )
-        return chosen
+        able = [layer for layer in chosen if self.able(step, layer)]
+        if not able:
+            raise CompressionError(f"{step!r} fits no layer of {self.task.model_name}: {self.reasons()}")
+        return able
+
+    def able(self, step: Step, layer: Layer) -> bool:
+        """Return whether a layer could take the step so far, and calibration says of it what the method
+        reads; if not, the report says why.
+        """
+        reason = self.refused.get(layer.origin) or self.unread(step, layer)
+        if reason:
+            self.say(layer, f"{step.kind()} skipped: {reason}")
+        return not reason
+
+    def unread(self, step: Step, layer: Layer) -> str:
+        """Return why calibration cannot say what the step's method reads of a layer, "" if it can.
+
+        What a method does with tables, which multiply nothing, is up to it.
+        """
+        reads, known = METHODS.of(step).reads, self.statistics
+        wanted = frozenset[str]() if reads is None else reads(step)
+        if known.task is not self.task or not wanted:
+            return ""
+        reason = ""
+        if "moments" in wanted and not layer.table:
+            reason = known.without_inputs().get(layer.origin, "")
+        if not reason and "gradients" in wanted:
+            reason = known.without_gradients(tables=layer.table).get(layer.origin, "")
+        return reason
+
+    def reasons(self) -> str:
+        """Return why layers were skipped, what holds back most of them first."""
+        said = Counter(words[-1] for words in self.outcomes.values() if words)
+        first = {words[-1]: name for name, words in reversed(self.outcomes.items()) if words}
+        told = [f"{first[words]}: {words}" for words, _ in said.most_common()]
+        return f"{'; '.join(told[:3])}{' ...' if len(told) > 3 else ''}"
 
     def why_not(self, step: Step, layer: Layer) -> str:
         """Return why the targets do not pick a layer, empty if they just do not name it."""
@@ -190,6 +229,10 @@ class Work:
         if step.claim not in self.taken[layer.origin]:
             self.taken[layer.origin].append(step.claim)
         self.say(layer, outcome)
+
+    def origin(self, name: str) -> str:
+        """Return the dense model's name of a layer, or of one of its factors."""
+        return self.layers[name].origin if name in self.layers else name
 
     def place(self, name: str) -> str | None:
         """Return where a module of the dense model stands now, None if it was removed with its block."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.calibration.passes import full_precision
-from workbench.errors import CompressionError
+from workbench.errors import LayerSkipped
 from workbench.modules.layer import Layer
 
 
@@ -35,7 +35,7 @@ def inverted(
     `instead` says what a user may ask for where none does.
 
     Raises:
-        CompressionError: a matrix cannot be inverted even with the last damping; names the layer.
+        LayerSkipped: a matrix cannot be inverted even with the last damping; names the layer.
     """
     upper, good = damped(scaled, dampings[0])
     used = [0] * len(layers)
@@ -47,10 +47,11 @@ def inverted(
         upper[bad], good[bad] = damped(scaled[bad], damping)
     if not bool(good.all()):
         worst = layers[int((~good).nonzero()[0])]
-        raise CompressionError(
-            f"layer {worst.name!r}: the second moment of its {scaled.shape[1]} inputs cannot be inverted,"
-            f" even with damping {dampings[-1]:g} of its mean diagonal: its calibration inputs are too large"
-            f" for float32 or not finite; try {instead} there, or leave it out by a target"
+        raise LayerSkipped(
+            worst.name,
+            f"the second moment of its {scaled.shape[1]} inputs cannot be inverted, even with damping"
+            f" {dampings[-1]:g} of its mean diagonal: its calibration inputs are too large for float32 or not"
+            f" finite; try {instead} there",
         )
     return upper, used
 

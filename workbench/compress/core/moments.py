@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch import Tensor
 
-from workbench.errors import CompressionError
+from workbench.errors import LayerSkipped
 from workbench.modules.factored import carried, shape_of
 from workbench.modules.input_quantizer import acting_weight
 from workbench.modules.layer import Layer
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+NO_MOMENT = (
+    "it is an embedding: its rows are looked up, so its inputs have no second moment; take a criterion that"
+    " reads weights only, such as magnitude"
+)
+
 
 def second_moment_of(layer: Layer, work: Work) -> Tensor:
     """Return E[x x^T] of what a layer's matrix is multiplied by, in the dense model, float32.
@@ -27,14 +32,11 @@ def second_moment_of(layer: Layer, work: Work) -> Tensor:
     divided already.
 
     Raises:
-        CompressionError: the layer is an embedding, or sees no input during calibration.
+        LayerSkipped: the layer is an embedding, or sees no input during calibration.
     """
     dense = shape_of(work.task.model.get_submodule(layer.origin))
     if dense.table:
-        raise CompressionError(
-            f"layer {layer.name!r} is an embedding: its rows are looked up, so its inputs have no second"
-            " moment; take a criterion that reads weights only, such as magnitude"
-        )
+        raise LayerSkipped(layer.name, NO_MOMENT)
     moment = work.statistics.second_moment(layer.origin)
     whole = layer.place or layer.origin
     reads = layer if layer.rank is None else work.layers[f"{whole}.0"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.core.batch import Batch, of_one_shape
+from workbench.calibration.outside_use import used_from_outside
+from workbench.compress.core.batch import Batch, attempt, of_one_shape
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
 from workbench.compress.low_rank import predicted
@@ -24,7 +26,7 @@ from workbench.compress.low_rank.rank_allocation import (
 )
 from workbench.compress.method import GRADIENTS, SHARED_OUT, Reads
 from workbench.compress.registry import METHODS
-from workbench.errors import CompressionError, RecipeError
+from workbench.errors import LayerSkipped, RecipeError
 from workbench.modules.factored import (
     Factors,
     Form,
@@ -36,6 +38,7 @@ from workbench.modules.factored import (
     most_rank,
     shape_of,
 )
+from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.layer import Layer, replace_module
 from workbench.modules.visiting import settle
 
@@ -57,6 +60,13 @@ def reads(step: LowRank) -> frozenset[Reads]:
     if step.rank_allocation == "loss":
         statistics.add("gradients")
     return frozenset(statistics)
+
+
+CONVOLUTION = {"kernel_size", "stride", "dilation", "in_channels", "out_channels"}
+LINEAR = {"in_features", "out_features"}
+KNOWN = frozenset(dir(Factors)) - CONVOLUTION - LINEAR | {
+    "training"
+}  # what any layers in the place of one have
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,16 @@ def lowrank(step: LowRank, work: Work) -> None:
     for form, members in groups.items():
         for batch in of_one_shape(members):
             work.progress(step.kind(), done, len(layers))
-            install(batch, form, weights_of_factors(batch, form, step, work), work)
+            attempt(batch, partial(factorise, form=form, step=step, work=work))
             done += len(batch.layers)
             for layer in batch.layers:
                 work.took(step, layer, words(step, layer, form))
     work.progress(step.kind(), len(layers), len(layers))
+
+
+def factorise(batch: Batch, form: Form, step: LowRank, work: Work) -> None:
+    """Put factors in the places of layers of one shape."""
+    install(batch, form, weights_of_factors(batch, form, step, work), work)
 
 
 def can_split(layer: Layer, work: Work) -> bool:
@@ -114,9 +129,32 @@ def can_split(layer: Layer, work: Work) -> bool:
         type(layer.module) is not nn.Embedding or layer.module.max_norm is not None
     ):
         reason = f"a {type(layer.module).__name__} does more than look up rows"
+    elif does_more(layer.module):
+        reason = f"a {type(layer.module).__name__} does more than one product"
+    elif outside := sorted(
+        used_from_outside(work.statistics).get(layer.origin, frozenset()) - known_of(layer.module)
+    ):
+        reason = f"the model uses {', '.join(outside)} of it, which two layers in its place do not have"
     if reason:
         work.say(layer, f"lowrank skipped: {reason}")
     return not reason
+
+
+def known_of(module: nn.Module) -> frozenset[str]:
+    """Return what the layers in the place of a module have as it has."""
+    if isinstance(module, nn.Conv2d):
+        return KNOWN | CONVOLUTION
+    return KNOWN | LINEAR if isinstance(module, nn.Linear) else KNOWN
+
+
+def does_more(module: nn.Module) -> bool:
+    """Return whether a layer's own class changes what the product is of (such as standardised weights)."""
+    plain = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
+    return (
+        plain is not None
+        and not isinstance(module, QuantizesInputs)
+        and type(module).forward is not plain.forward
+    )
 
 
 def warn_of_few_rows(layers: list[Layer], work: Work) -> None:
@@ -240,9 +278,8 @@ def sensitivity(layer: Layer, work: Work) -> Tensor:
     energy of the inputs, [outputs].
     """
     if layer.table:
-        raise RecipeError(
-            f"layer {layer.name!r} is an embedding: rank_allocation='loss' cannot weigh it; leave it out or"
-            " take uniform"
+        raise LayerSkipped(
+            layer.name, "it is an embedding: rank_allocation='loss' cannot weigh it; take uniform"
         )
     square = work.statistics.gradients(layer.origin).square
     square = square if layer.rows is None else square[layer.rows]
@@ -323,9 +360,8 @@ def fresh_stack(batch: Batch, factorization: str, work: Work) -> Stack:
     finite = torch.isfinite(stack.left).flatten(1).all(1) & torch.isfinite(stack.right).flatten(1).all(1)
     if not bool(finite.all()):
         bad = batch.layers[int((~finite).nonzero()[0])]
-        raise CompressionError(
-            f"layer {bad.name!r} {batch.shape} has factors that are infinite or NaN in"
-            f" {layer.parameter.dtype}"
+        raise LayerSkipped(
+            bad.name, f"{batch.shape} has factors that are infinite or NaN in {layer.parameter.dtype}"
         )
     return stack
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.core.batch import Batch, grouped
+from workbench.calibration.outside_use import used_from_outside
+from workbench.compress.core.batch import Batch, attempt, grouped
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
 from workbench.compress.low_rank import predicted
@@ -25,6 +27,10 @@ from workbench.modules.layer import Layer, find_layers, replace_module
 from workbench.modules.visiting import settle, visiting
 
 __all__ = ["Repair", "repair"]
+
+
+# What a layer with a term beside it has too
+KNOWN = frozenset(dir(Repaired)) | {"training", "base", "first", "second"}
 
 
 @METHODS.register(
@@ -45,14 +51,7 @@ def repair(step: Repair, work: Work) -> None:
     done = 0
     for batch in alike(layers, work):
         work.progress(step.kind(), done, len(layers))
-        moments = [second_moment_of(layer, work) for layer in batch.layers]
-        with visiting([dense[layer.origin] for layer in batch.layers]):
-            wanted = torch.stack([layer.left_of(dense[layer.origin].matrix()) for layer in batch.layers])
-        left, right = best_term(wanted - batch.matrices(), moments, step.rank(*batch.shape))
-        for _ in range(1, step.repair_rounds):
-            prune_again(batch, wanted - left @ right, moments, work)
-            left, right = best_term(wanted - batch.matrices(), moments, step.rank(*batch.shape))
-        install(batch, left, right, work)
+        attempt(batch, partial(repair_batch, step, dense=dense, work=work))
         done += len(batch.layers)
         for layer in batch.layers:
             work.took(
@@ -62,6 +61,18 @@ def repair(step: Repair, work: Work) -> None:
                 + (f" in {step.repair_rounds} rounds" if step.repair_rounds > 1 else ""),
             )
     work.progress(step.kind(), len(layers), len(layers))
+
+
+def repair_batch(step: Repair, batch: Batch, dense: dict[str, Layer], work: Work) -> None:
+    """Fit the terms of layers of one shape, and put them beside the layers."""
+    moments = [second_moment_of(layer, work) for layer in batch.layers]
+    with visiting([dense[layer.origin] for layer in batch.layers]):
+        wanted = torch.stack([layer.left_of(dense[layer.origin].matrix()) for layer in batch.layers])
+    left, right = best_term(wanted - batch.matrices(), moments, step.rank(*batch.shape))
+    for _ in range(1, step.repair_rounds):
+        prune_again(batch, wanted - left @ right, moments, work)
+        left, right = best_term(wanted - batch.matrices(), moments, step.rank(*batch.shape))
+    install(batch, left, right, work)
 
 
 def alike(layers: list[Layer], work: Work) -> Iterator[Batch]:
@@ -91,6 +102,10 @@ def can_repair(step: Repair, layer: Layer, work: Work) -> bool:
         reason = "its weights were fitted anew when it was pruned, so the dense ones are no longer the aim"
     elif layer.mask is None and layer.grid is None:
         reason = "no earlier step pruned or quantized it"
+    elif outside := sorted(used_from_outside(work.statistics).get(layer.origin, frozenset()) - KNOWN):
+        reason = (
+            f"the model uses {', '.join(outside)} of it, which a layer with a term beside it does not have"
+        )
     elif rank * (rows + columns) >= rows * columns:
         reason = f"a term of rank {rank} would take more than the {rows}x{columns} weight itself"
     if reason:

@@ -35,21 +35,8 @@ def weights_of(layer: Layer) -> int:
 
 
 def uniform(layers: list[Layer], sparsity: float) -> dict[str, int]:
-    """Return round(sparsity * weights) of each layer.
-
-    Raises:
-        CompressionError: that is every weight of a layer.
-
-    """
-    counts = {layer.name: round(sparsity * weights_of(layer)) for layer in layers}
-    for layer in layers:
-        total = weights_of(layer)
-        if counts[layer.name] == total:
-            raise CompressionError(
-                f"sparsity={sparsity:g} removes all {total} weights of layer {layer.name!r}: give at most"
-                f" {int(1000 * (total - 1) / total) / 1000:g}"
-            )
-    return counts
+    """Return round(sparsity * weights) of each layer."""
+    return {layer.name: round(sparsity * weights_of(layer)) for layer in layers}
 
 
 # --- one threshold
@@ -159,7 +146,6 @@ def by_sensitivity(step: Prune, layers: list[Layer], evidence: Evidence, sparsit
     least. No layer keeps fewer than half of the weights, or loses fewer by half of the rest, than uniform:
     its sparsity is within (1 - sparsity) / 2 of the one asked for.
     """
-    uniform(layers, sparsity)  # refuses what removes everything
     room = (1 - sparsity) / 2
     fractions = [
         max(0.0, sparsity + room * (2 * index / (CANDIDATES - 1) - 1)) for index in range(CANDIDATES)

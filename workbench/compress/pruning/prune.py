@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from workbench.compress.core.batch import Batch, matrices_in_place, reported
+from workbench.compress.core.batch import Batch, attempt, matrices_in_place, reported
 from workbench.compress.core.context import Work
+from workbench.compress.core.moments import NO_MOMENT
 from workbench.compress.method import GRADIENTS, SHARED_OUT, Reads
 from workbench.compress.pruning import allocation, magnitude_histogram, predicted, sparsegpt
 from workbench.compress.pruning.criteria import CRITERIA
@@ -64,7 +66,7 @@ def prune(step: Prune, work: Work) -> None:
         evidence = evidence_for(step, work, layers, now=number > 0 or bool(step.penalty))
         counts, final = removed(step, layers, evidence, sparsity, final)
         for batch in reported(step, work, layers, whole=in_place(step, layers)):
-            prune_batch(step, batch, evidence, [counts[layer.name] for layer in batch.layers], sparsity)
+            attempt(batch, partial(prune_batch, step, evidence=evidence, counts=counts, sparsity=sparsity))
     for layer in layers:
         work.took(step, layer, words(step, layer, counts[layer.name]))
 
@@ -74,17 +76,29 @@ def takeable(step: Prune, work: Work) -> list[Layer]:
 
     Every other one gets its reason in the report.
     """
-    chosen = work.choose(step)
-    if step.group is None:
-        return chosen
     fitting = []
-    for layer in chosen:
-        columns = layer.shape[1]
-        if columns % step.group[1]:
-            work.say(layer, f"prune skipped: groups of {step.group[1]} do not divide its {columns} inputs")
+    for layer in work.choose(step):
+        if reason := why_not(step, layer):
+            work.say(layer, f"prune skipped: {reason}")
         else:
             fitting.append(layer)
     return fitting
+
+
+def why_not(step: Prune, layer: Layer) -> str:
+    """Return why single weights of a layer cannot be removed as the step says, "" if they can."""
+    columns, total = layer.shape[1], layer.parameter.numel()
+    if layer.table and "moments" in reads(step):
+        return NO_MOMENT
+    if step.group is not None:
+        of = step.group[1]
+        return f"groups of {of} do not divide its {columns} inputs" if columns % of else ""
+    if step.allocation != "global" and round(step.sparsity * total) == total:
+        return (
+            f"sparsity={step.sparsity:g} removes all its {total} weights: give at most"
+            f" {int(1000 * (total - 1) / total) / 1000:g}"
+        )
+    return ""
 
 
 def removed(
@@ -107,14 +121,20 @@ def removed(
     return allocation.uniform(layers, sparsity), final
 
 
-def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int], sparsity: float) -> None:
-    """Remove weights of layers of one shape, and leave the masks."""
+def prune_batch(
+    step: Prune, batch: Batch, evidence: Evidence, counts: dict[str, int], sparsity: float
+) -> None:
+    """Remove weights of layers of one shape, and leave the masks.
+
+    counts: how many weights each layer has lost after this round, by name.
+    """
+    gone = [counts[layer.name] for layer in batch.layers]
     group = None if step.group is None else kept_of_group(step.group, sparsity / step.sparsity)
     if magnitude_histogram.countable(step, batch.layers):
-        promise(batch, zeroed(batch, magnitude_histogram.counts(batch, evidence.work.statistics), counts))
+        promise(batch, zeroed(batch, magnitude_histogram.counts(batch, evidence.work.statistics), gone))
         return
     if (weights := by_rows(step, batch)) is not None:
-        pruned, kept = weight_passes.prune_rows(weights, input_norms(batch, evidence), counts)
+        pruned, kept = weight_passes.prune_rows(weights, input_norms(batch, evidence), gone)
         batch.put(pruned)
         promise(batch, kept)
         return
@@ -123,12 +143,12 @@ def prune_batch(step: Prune, batch: Batch, evidence: Evidence, counts: list[int]
         masks = batch.masks()
         kept = torch.ones_like(matrices, dtype=torch.bool) if masks is None else masks
         matrices, kept = sparsegpt.solve(
-            matrices, sparsegpt.inverse_factors(batch.layers, evidence), counts, group, kept
+            matrices, sparsegpt.inverse_factors(batch.layers, evidence), gone, group, kept
         )
         if group is None:
             evidence.work.refusals.note(COLUMNS, column_solver.failed(matrices.device))
     else:
-        kept = chosen(step, importance(step, batch, matrices, evidence), counts, group)
+        kept = chosen(step, importance(step, batch, matrices, evidence), gone, group)
         matrices.mul_(kept)
     batch.write(matrices)
     promise(batch, kept)

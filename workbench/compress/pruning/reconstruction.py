@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.compress.core.moments import second_moment_of
-from workbench.errors import CompressionError
+from workbench.errors import LayerSkipped
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
@@ -36,8 +36,9 @@ def rebuilt(layer: Layer, kept: Tensor, work: Work) -> Tensor:
     pull = (weight[:, gone].double() @ moment[gone][:, kept].double()).t()
     factor, failed = torch.linalg.cholesky_ex(square)
     if bool(failed):
-        raise CompressionError(
-            f"layer {layer.name!r}: the second moments of its {len(kept)} kept inputs are singular, so it"
-            " cannot be refitted; use reconstruct=False or more calibration data"
+        raise LayerSkipped(
+            layer.name,
+            f"the second moments of its {len(kept)} kept inputs are singular, so it cannot be refitted; use"
+            " reconstruct=False or more calibration data",
         )
     return weight[:, kept] + torch.cholesky_solve(pull, factor).t().float()

@@ -39,7 +39,7 @@ def inverse_factors(layers: tuple[Layer, ...], evidence: Evidence) -> Factor:
     Layers that read the same tensor share a factor.
 
     Raises:
-        CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
+        LayerSkipped: a second moment cannot be inverted even with strong damping; names the layer.
     """
     located = by_source(
         layers,

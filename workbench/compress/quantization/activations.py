@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from workbench.compress.core.batch import Batch, of_one_shape
+from workbench.compress.core.batch import Batch, attempt, of_one_shape
 from workbench.compress.core.context import Work
 from workbench.compress.method import ErrorTable
 from workbench.compress.quantization.observers import Ranges, called_layers, ranges_now
 from workbench.compress.registry import METHODS
-from workbench.errors import CompressionError, RecipeError
+from workbench.errors import LayerSkipped, RecipeError
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs, quantized_class, quantized_like
 from workbench.modules.layer import Layer, can_hold, replace_module
 from workbench.modules.weight_shapes import StoredTensor
@@ -219,10 +220,7 @@ def activations(step: Activations, work: Work) -> None:
     ):
         work.progress(step.kind(), done, len(layers))
         smoothing = step.smoothing if not batch.layers[0].others else 0.0
-        fitted = fit(batch, step, smoothing, ranges)
-        if fitted.smooth is not None:
-            batch.write(batch.matrices() * columns_of(batch, fitted.smooth).unsqueeze(1))
-        install(batch, step.rounding, fitted, work)
+        attempt(batch, partial(round_batch, step, smoothing=smoothing, ranges=ranges, work=work))
         done += len(batch.layers)
         for layer in batch.layers:
             kept = (
@@ -234,6 +232,14 @@ def activations(step: Activations, work: Work) -> None:
                 step, layer, f"{step.rounding.words()}{f', smoothed {smoothing:g}' if smoothing else kept}"
             )
     work.progress(step.kind(), len(layers), len(layers))
+
+
+def round_batch(step: Activations, batch: Batch, smoothing: float, ranges: Ranges | None, work: Work) -> None:
+    """Make layers of one shape round their inputs."""
+    fitted = fit(batch, step, smoothing, ranges)
+    if fitted.smooth is not None:
+        batch.write(batch.matrices() * columns_of(batch, fitted.smooth).unsqueeze(1))
+    install(batch, step.rounding, fitted, work)
 
 
 def smoothable(layers: list[Layer], step: Activations) -> list[Layer]:
@@ -266,16 +272,16 @@ def fit(batch: Batch, step: Activations, smoothing: float, ranges: Ranges | None
     """Return divisors and fixed scales of layers of one shape.
 
     Raises:
-        CompressionError: a layer receives no input during calibration.
+        LayerSkipped: a layer receives no input during calibration.
 
     """
     if ranges is None:
         return Fitted(None, None, None)
     for layer in batch.layers:
         if layer.name not in ranges.low:
-            raise CompressionError(
-                f"layer {layer.name!r} receives no input during calibration: take"
-                f" activation_scaling='dynamic' and smoothing=0, or leave it out by target '!{layer.name}'"
+            raise LayerSkipped(
+                layer.name,
+                "it receives no input during calibration: take activation_scaling='dynamic' and smoothing=0",
             )
     low, high = (
         torch.stack([side[layer.name] for layer in batch.layers]) for side in (ranges.low, ranges.high)

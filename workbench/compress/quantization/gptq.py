@@ -52,7 +52,7 @@ def orders(layers: tuple[Layer, ...], work: Work, *, damping: float, by_activati
     Those of the dense model's inputs are kept for the next move.
 
     Raises:
-        CompressionError: a second moment cannot be inverted even with strong damping; names the layer.
+        LayerSkipped: a second moment cannot be inverted even with strong damping; names the layer.
     """
     options = "gptq order", damping, by_activation
     located = by_source(

@@ -5,11 +5,12 @@ row or group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from workbench.compress.core.batch import Batch, grouped, matrices_in_place
+from workbench.compress.core.batch import Batch, attempt, grouped, matrices_in_place
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
 from workbench.compress.method import SHARED_OUT, Reads
@@ -67,13 +68,19 @@ def quantize(step: Quantize, work: Work) -> None:
     for bits, members in by_width(step, layers, work).items():
         for batch in of_one_sort(members, whole=in_place_all(step, members, bits)):
             work.progress(step.kind(), done, len(layers))
-            form, half, on_grid = rounded(step, batch, bits, work)
-            for layer, own in zip(batch.layers, split(form, half), strict=True):
-                layer.grid = own
+            attempt(batch, partial(quantize_batch, step, bits=bits, work=work))
+            for layer in batch.layers:
                 work.took(step, layer, words(step, layer, bits))
-            batch.put(on_grid) if on_grid else batch.write(form.dequantize())
             done += len(batch.layers)
     work.progress(step.kind(), len(layers), len(layers))
+
+
+def quantize_batch(step: Quantize, batch: Batch, bits: int, work: Work) -> None:
+    """Round the weights of layers of one shape, and leave their forms."""
+    form, half, made = rounded(step, batch, bits, work)
+    for layer, own in zip(batch.layers, split(form, half), strict=True):
+        layer.grid = own
+    batch.put(made) if made else batch.write(form.dequantize())
 
 
 def divides(step: Quantize, layer: Layer, work: Work) -> bool:
