@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from workbench.calibration.outside_use import used_from_outside
 from workbench.compress.core.batch import Batch, attempt, of_one_shape
 from workbench.compress.core.context import Work
 from workbench.compress.core.moments import second_moment_of
@@ -24,9 +23,10 @@ from workbench.compress.low_rank.rank_allocation import (
     slopes,
     spatial_energies,
 )
+from workbench.compress.low_rank.splittable import can_split
 from workbench.compress.method import GRADIENTS, SHARED_OUT, Reads
 from workbench.compress.registry import METHODS
-from workbench.errors import LayerSkipped, RecipeError
+from workbench.errors import LayerSkipped
 from workbench.modules.factored import (
     Factors,
     Form,
@@ -38,7 +38,6 @@ from workbench.modules.factored import (
     most_rank,
     shape_of,
 )
-from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.layer import Layer, replace_module
 from workbench.modules.visiting import settle
 
@@ -60,13 +59,6 @@ def reads(step: LowRank) -> frozenset[Reads]:
     if step.rank_allocation == "loss":
         statistics.add("gradients")
     return frozenset(statistics)
-
-
-CONVOLUTION = {"kernel_size", "stride", "dilation", "in_channels", "out_channels"}
-LINEAR = {"in_features", "out_features"}
-KNOWN = frozenset(dir(Factors)) - CONVOLUTION - LINEAR | {
-    "training"
-}  # what any layers in the place of one have
 
 
 @dataclass(frozen=True)
@@ -113,48 +105,6 @@ def lowrank(step: LowRank, work: Work) -> None:
 def factorise(batch: Batch, form: Form, step: LowRank, work: Work) -> None:
     """Put factors in the places of layers of one shape."""
     install(batch, form, weights_of_factors(batch, form, step, work), work)
-
-
-def can_split(layer: Layer, work: Work) -> bool:
-    """Return whether two modules could take the place of a layer; if not, the report says why."""
-    if layer.rank is not None:
-        raise RecipeError(f"layer {layer.origin!r} is already of rank {layer.rank}")
-    reason = ""
-    if layer.others:
-        reason = (
-            f"{', '.join((layer.name, *layer.others))} share one weight, and no ordinary layers could share"
-            " its factors"
-        )
-    elif isinstance(layer.module, nn.Embedding) and (
-        type(layer.module) is not nn.Embedding or layer.module.max_norm is not None
-    ):
-        reason = f"a {type(layer.module).__name__} does more than look up rows"
-    elif does_more(layer.module):
-        reason = f"a {type(layer.module).__name__} does more than one product"
-    elif outside := sorted(
-        used_from_outside(work.statistics).get(layer.origin, frozenset()) - known_of(layer.module)
-    ):
-        reason = f"the model uses {', '.join(outside)} of it, which two layers in its place do not have"
-    if reason:
-        work.say(layer, f"lowrank skipped: {reason}")
-    return not reason
-
-
-def known_of(module: nn.Module) -> frozenset[str]:
-    """Return what the layers in the place of a module have as it has."""
-    if isinstance(module, nn.Conv2d):
-        return KNOWN | CONVOLUTION
-    return KNOWN | LINEAR if isinstance(module, nn.Linear) else KNOWN
-
-
-def does_more(module: nn.Module) -> bool:
-    """Return whether a layer's own class changes what the product is of (such as standardised weights)."""
-    plain = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
-    return (
-        plain is not None
-        and not isinstance(module, QuantizesInputs)
-        and type(module).forward is not plain.forward
-    )
 
 
 def warn_of_few_rows(layers: list[Layer], work: Work) -> None:
