@@ -168,9 +168,11 @@ def carried_out(recipe: Recipe, work: Work, refused: dict[int, dict[str, str]]) 
     task, known = work.task, work.statistics
     done = work.steps
     for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
-        changes, work.refused = work.changes, refused.get(place, {})
+        changes, method = work.changes, METHODS.of(step)
+        work.refused = refused.get(place, {})
+        work.reads = frozenset() if method.reads is None else method.reads(step)
         try:
-            done.append(METHODS.of(step).apply(step, work) or step)
+            done.append(method.apply(step, work) or step)
         except LayerSkipped as refusal:
             fresh = {work.origin(name): reason for name, reason in refusal.layers.items()}
             if not fresh.keys() - work.refused.keys() or not fresh.keys() <= work.dense.keys():

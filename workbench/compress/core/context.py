@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.checkpoint_types import checkpoint_types
 from workbench.modules.layer import (
@@ -74,6 +73,7 @@ class Work:
         }
         self.taken: dict[str, list[str]] = {}
         self.steps: list[Step] = []  # done so far, as they were done
+        self.reads = frozenset[str]()  # of calibration, by the method of the step at hand
         self.refused: dict[str, str] = {}  # layers that could not take the step at hand, and why
         self.done: dict[tuple[str, str], Step] = {}  # the last step of a kind that changed a layer
 
@@ -145,18 +145,17 @@ class Work:
         """Return whether a layer could take the step so far, and calibration says of it what the method
         reads; if not, the report says why.
         """
-        reason = self.refused.get(layer.origin) or self.unread(step, layer)
+        reason = self.refused.get(layer.origin) or self.unread(layer)
         if reason:
             self.say(layer, f"{step.kind()} skipped: {reason}")
         return not reason
 
-    def unread(self, step: Step, layer: Layer) -> str:
-        """Return why calibration cannot say what the step's method reads of a layer, "" if it can.
+    def unread(self, layer: Layer) -> str:
+        """Return why calibration cannot say what the method at hand reads of a layer, "" if it can.
 
         What a method does with tables, which multiply nothing, is up to it.
         """
-        reads, known = METHODS.of(step).reads, self.statistics
-        wanted = frozenset[str]() if reads is None else reads(step)
+        known, wanted = self.statistics, self.reads
         if known.task is not self.task or not wanted:
             return ""
         reason = ""
