@@ -91,7 +91,7 @@ def test_what_is_left_is_named_with_its_share_and_why():
     assert (made.coverage.weights, made.coverage.touched) == (total, 18)
     assert parts["head"].weights == parts["table"].weights == 1024
     assert "Conv1d is not a" in parts["wide"].reason
-    assert "beside the layers" in parts["table"].reason
+    assert "a parameter of Odd itself, not the weight" in parts["table"].reason
     assert parts["biases, norms and other vectors"].weights == 22
     assert made.coverage.little
     assert "only 0.6% of the model's weights are touched" in made.coverage.warning()

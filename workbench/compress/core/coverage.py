@@ -167,8 +167,9 @@ def held(work: Work, one: Beside) -> bool:
 def reason_of(work: Work, one: Beside) -> tuple[str, bool]:
     """Return why a parameter beside the layers was left, and whether the report has a row for it."""
     owner, _, last = one.name.rpartition(".")
-    if last == "weight" and owner in work.outcomes:
-        return "; ".join(work.outcomes[owner]) or work.left.get(owner, "no target names it"), True
+    row = owner if last == "weight" and owner in work.outcomes else one.name
+    if row in work.outcomes:
+        return "; ".join(work.outcomes[row]) or work.left.get(row, "no target names it"), True
     if one.tensor.ndim < 2:
         return "they are no matrices: no method takes them", False
     return f"{last} is a parameter beside the layers, not a layer's weight: no method takes it", False
