@@ -40,14 +40,19 @@ def check_same(again: dict[object, object], whole: torch.Tensor) -> None:
     """Assert that a value is `plain_value(whole)` bit by bit, with its views, strides and shared objects."""
     assert list(again) == list(plain_value(whole))
     first, turned, *rest = again["a"]
-    made, *numbers = again["b", 1]
+    again_found, *numbers = again["b", 1]
     assert again["same"] is first
     assert turned.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
     assert turned.stride() == whole.t().stride()
     assert rest == [None, True]
     assert numbers == [0.1 + 0.2, float("inf")]
-    assert isinstance(made, Gradients)
-    pairs = ((first, whole), (turned, whole.t()), (made.mean, whole[1:3]), (made.square, whole.half()))
+    assert isinstance(again_found, Gradients)
+    pairs = (
+        (first, whole),
+        (turned, whole.t()),
+        (again_found.mean, whole[1:3]),
+        (again_found.square, whole.half()),
+    )
     for mine, yours in pairs:
         assert mine.dtype == yours.dtype
         assert torch.equal(mine, yours)

@@ -108,8 +108,8 @@ def round_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     def binary_op(self, left, right, operation):
         if left.dtype.scalar != tl.bfloat16:
             return binary(self, left, right, operation)
-        found = operation(wide(left), wide(right))
-        return handle(found if found.dtype == bool else narrow(found), left.dtype.scalar)
+        result = operation(wide(left), wide(right))
+        return handle(result if result.dtype == bool else narrow(result), left.dtype.scalar)
 
     def cast_impl(self, value, to):
         if tl.bfloat16 not in (value.dtype.scalar, to.scalar) or value.dtype.scalar == to.scalar:

@@ -70,10 +70,10 @@ class Recorder:
 
     def measured(self, recipe: wb.Recipe) -> tuple[Any, wb.Measurement]:
         """Return the compressed model and its point."""
-        made: list[Any] = []
+        compressed: list[Any] = []
         with mock.patch.object(measuring, "untimed", return_value="golden results are not timed"):
-            *_, point = self.bench.stream(recipe, again=True, on_compressed=made.append)
-        return made[0], point
+            *_, point = self.bench.stream(recipe, again=True, on_compressed=compressed.append)
+        return compressed[0], point
 
     def record(self, name: str) -> dict[str, Any]:
         """Return everything that is kept of a recipe, or the words in which it is refused."""
@@ -105,25 +105,25 @@ class Recorder:
 
 
 def measured_numbers(point: wb.Measurement) -> dict[str, list[float]]:
-    """Return what was measured, each with its interval."""
-    found: dict[str, list[float]] = {}
+    """Return the measured numbers by name, each with its interval."""
+    numbers: dict[str, list[float]] = {}
     for quality in point.quality:
-        found[quality.metric] = ends(quality.compressed)
-        found[f"{quality.metric} change"] = ends(quality.change)
-    found |= {"flips": ends(point.flips), "kl": [] if point.kl is None else ends(point.kl)}
-    found |= {
+        numbers[quality.metric] = ends(quality.compressed)
+        numbers[f"{quality.metric} change"] = ends(quality.change)
+    numbers |= {"flips": ends(point.flips), "kl": [] if point.kl is None else ends(point.kl)}
+    numbers |= {
         "sizes": list(dataclasses.astuple(point.sizes)),
         "items": [point.items, point.kl_items, point.kl_answers],
     }
     errors = [layer.relative_error for layer in point.layers if layer.relative_error is not None]
-    found["relative error"] = [sum(errors) / len(errors)] if errors else []
-    found["curve"] = [loss for _, loss in point.curve]
-    found["held out"] = [look.value for look in point.held_out]
-    return {what: values for what, values in found.items() if values}
+    numbers["relative error"] = [sum(errors) / len(errors)] if errors else []
+    numbers["curve"] = [loss for _, loss in point.curve]
+    numbers["held out"] = [look.value for look in point.held_out]
+    return {what: values for what, values in numbers.items() if values}
 
 
 def predicted_numbers(predicted: Any) -> dict[str, list[float]]:
-    """Return what was predicted before."""
+    """Return the numbers predicted before, by name, each with its interval."""
     quality = [] if predicted.quality is None else ends(predicted.quality)
     size = [] if predicted.file_bytes is None else [predicted.file_bytes]
     speed = [] if predicted.speedup is None else ends(predicted.speedup)
@@ -141,7 +141,7 @@ def rounded(value: float) -> float:
 
 
 def layer_facts(layer: Any) -> list[Any]:
-    """Return what the report says of one layer, whatever the class is called."""
+    """Return the report's facts on one layer, whatever the class is called."""
     kept = (layer.weights, layer.sparsity, layer.rank, layer.bits, layer.relative_error)
     return [layer.name, *layer.shape, *kept, layer.outcome, layer.effective_bits]
 
@@ -171,11 +171,11 @@ def tensors_of(form: Any) -> Iterator[torch.Tensor]:
 
 def hash_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return the hash of names, types, shapes and every byte."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:24]
+        checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        checksum.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()[:24]
 
 
 def digest(content: bytes) -> str:

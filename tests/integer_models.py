@@ -31,8 +31,8 @@ class One(nn.Module):
         self.layer, self.norm = layer, norm
 
     def forward(self, pixel_values):
-        made = self.layer(pixel_values)
-        return Out(logits=made if self.norm is None else self.norm(made))
+        outputs = self.layer(pixel_values)
+        return Out(logits=outputs if self.norm is None else self.norm(outputs))
 
 
 def grid_for(outputs: int, inputs: int, bits: int, *, symmetric: bool, group: int = 0, seed: int = 0) -> Grid:
@@ -64,8 +64,8 @@ def layer_of(
             torch.tensor(-1.5), torch.tensor(2.0)
         )  # narrower than what comes: ends are clamped
         fixed = (scale, zero.to(torch.int32))
-    made = module if inputs is None else quantized_like(module, inputs, smooth, *fixed)
-    layer = Layer("layer", "layer", made, grid=grid)
+    rounding = module if inputs is None else quantized_like(module, inputs, smooth, *fixed)
+    layer = Layer("layer", "layer", rounding, grid=grid)
     layer.write(grid.dequantize())
     return layer
 

@@ -228,11 +228,11 @@ class Lab:
         return self.page.evaluate(TRACES)
 
     def picture(self) -> Any:
-        """Return what the plot shows: every trace, and title, kind and range of both axes."""
+        """Return the plot's content: every trace, and title, kind and range of both axes."""
         return [self.traces(), self.page.evaluate(AXES)]
 
     def state(self) -> str:
-        """Return what the badge says."""
+        """Return the text of the badge."""
         return self.page.locator(".wb-badge").inner_text()
 
     def settled(self, seconds: float = 30) -> None:
@@ -253,7 +253,7 @@ class Lab:
         self.page.evaluate(WATCH)
 
     def seen(self) -> list[dict[str, Any]]:
-        """Return what `watch` has written down."""
+        """Return the contents of the plot that `watch` has written down, in order."""
         return self.page.evaluate("window.seen")
 
     def drag(self, name: str, fraction: float, steps: int = 8, *, release: bool = True) -> None:

@@ -28,17 +28,17 @@ class Launches(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.waits = 0
 
     @property
     def total(self) -> int:
-        return sum(self.found.values())
+        return sum(self.counts.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item"}:
             self.waits += 1
         if not func.is_view and name not in FREE and not name.endswith("_unsafe_view"):
-            self.found[name] += 1
+            self.counts[name] += 1
         return func(*args, **(kwargs or {}))

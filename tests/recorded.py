@@ -42,4 +42,4 @@ def recorded_inputs(task) -> dict[str, torch.Tensor]:
             task.kind.logits(task.model, batch.to(device))
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    return {name: torch.cat(batches) for name, batches in rows.items()}

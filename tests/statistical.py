@@ -77,8 +77,8 @@ def reach(truth: float, value: float, low: float, high: float) -> float:
 def assert_covers(reaches: Sequence[float], level: float, *, narrow: float = 0.5, about: object = "") -> None:
     """Check that intervals hold the truth at `level`, and that intervals of `narrow` times the width would be
     found out on the same trials."""
-    found, trials = np.asarray(reaches), len(reaches)
-    held, fault = int((found <= 1).sum()), int((found <= narrow).sum())
+    distances, trials = np.asarray(reaches), len(reaches)
+    held, fault = int((distances <= 1).sum()), int((distances <= narrow).sum())
     assert fault < least(trials, level), (
         f"{trials} trials do not find out intervals {narrow:g} times as wide: {fault} hold, {level:.4g} "
         f"is promised {about}"
@@ -91,8 +91,8 @@ def assert_covers(reaches: Sequence[float], level: float, *, narrow: float = 0.5
 
 def errors_from(values: Sequence[float], bound: float) -> float:
     """Return by how many of its standard errors the mean of values lies above a bound."""
-    found = np.asarray(values, float)
-    return float((found.mean() - bound) / (found.std(ddof=1) / len(found) ** 0.5))
+    measured = np.asarray(values, float)
+    return float((measured.mean() - bound) / (measured.std(ddof=1) / len(measured) ** 0.5))
 
 
 def limit(count: int) -> float:

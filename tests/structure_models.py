@@ -103,11 +103,11 @@ def logits(task, model):
         return task.kind.logits(model, task.evaluation.to(next(model.parameters()).device)).float()
 
 
-def masked(task, made) -> nn.Module:
+def masked(task, compressed) -> nn.Module:
     """Return the dense model with every removed input set to zero where it is read: a removed unit that
     nobody hears."""
     model = copy.deepcopy(task.model)
-    for layer in made.layers:
+    for layer in compressed.layers:
         weight = model.get_submodule(layer.origin).weight.data
         if layer.columns is not None:
             matrix = layer.as_matrix(weight)

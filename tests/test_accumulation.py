@@ -21,11 +21,11 @@ SIZES = ("llama", "vit", "bert", "resnet")
 @pytest.fixture
 def gradients(monkeypatch):
     """Note the gradients of the first step of each training."""
-    found: list[list[torch.Tensor]] = []
+    recorded: list[list[torch.Tensor]] = []
     plain = Moving.largest_gradient
 
     def noted(moving):
-        found.append(
+        recorded.append(
             [
                 torch.zeros_like(tensor).double() if tensor.grad is None else tensor.grad.double()
                 for tensor in (*moving.weights, *moving.steps)
@@ -34,7 +34,7 @@ def gradients(monkeypatch):
         return plain(moving)
 
     monkeypatch.setattr(Moving, "largest_gradient", noted)
-    return found
+    return recorded
 
 
 def cramped(monkeypatch, kind: Kind, most: int) -> None:
@@ -87,10 +87,10 @@ def test_parts_of_a_transfers_batch_have_the_gradients_of_the_whole_in_float64(
     gradients.clear()
     task = uneven(tiny_task(sort))
     cramped(monkeypatch, task.kind, 3)
-    made = compress(task, recipe)
+    compressed = compress(task, recipe)
     items = options["transfer_batch"]
     assert (
-        made.warnings[0]
+        compressed.warnings[0]
         == f"transfer ran out of memory at step 0 with {items} items at a time: it went on with {items // 2},"
         f" their gradients added up, so that a step still is made of {items}"
     )

@@ -81,21 +81,21 @@ def test_a_scale_and_zero_point_per_token_are_torchs_own():
 )
 def test_rounding_is_what_a_loop_in_float64_makes(bits, symmetric, per_token):
     inputs = noise(6, 16)
-    made = quantized_like(
+    rounded = quantized_like(
         nn.Linear(16, 4), InputFormat(bits, per_token=per_token, symmetric=symmetric)
     ).prepared(inputs)
     shares = inputs.tolist() if per_token else [inputs.flatten().tolist()]
     expected = torch.tensor([by_hand(row, bits=bits, symmetric=symmetric) for row in shares]).view(6, 16)
-    assert torch.allclose(made, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(rounded, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_an_image_of_a_convolution_is_a_token(per_token):
     inputs = noise(3, 2, 4, 4) * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1, 1)
-    made = quantized_like(nn.Conv2d(2, 4, 3), InputFormat(per_token=per_token)).prepared(inputs)
+    rounded = quantized_like(nn.Conv2d(2, 4, 3), InputFormat(per_token=per_token)).prepared(inputs)
     shares = inputs.flatten(1).tolist() if per_token else [inputs.flatten().tolist()]
     expected = torch.tensor([by_hand(row, bits=8, symmetric=True) for row in shares]).view_as(inputs)
-    assert torch.allclose(made, expected, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(rounded, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_float8_takes_the_nearest_number_that_there_is():
@@ -107,19 +107,19 @@ def test_float8_takes_the_nearest_number_that_there_is():
     numbers = torch.tensor(sorted({*positive, *(-x for x in positive)}), dtype=torch.float64)
     assert float(numbers.max()) == 448
     inputs = noise(5, 64)
-    made = quantized_like(nn.Linear(64, 4), InputFormat(number_format="float8")).prepared(inputs)
+    rounded = quantized_like(nn.Linear(64, 4), InputFormat(number_format="float8")).prepared(inputs)
     scale = inputs.abs().amax(1, keepdim=True).double() / 448
     nearest = ((inputs.double() / scale).unsqueeze(-1) - numbers).abs().amin(-1) * scale
-    assert torch.allclose((made.double() - inputs.double()).abs(), nearest, rtol=1e-4, atol=1e-6)
+    assert torch.allclose((rounded.double() - inputs.double()).abs(), nearest, rtol=1e-4, atol=1e-6)
 
 
 def test_products_are_those_of_integers_with_a_wide_accumulator(device):
     """W8A8: codes of both sides multiplied as int64, then scaled in float64."""
     task = tiny_task("vit", device)
-    made = compress(
+    compressed = compress(
         task, Recipe(wb.Activations(activation_bits=8), wb.Quantize(weight_bits=8, grid="symmetric"))
     )
-    layer = next(layer for layer in made.layers if layer.name.endswith("fc1"))
+    layer = next(layer for layer in compressed.layers if layer.name.endswith("fc1"))
     inputs = noise(7, 16).to(device)
     scale, _ = DECOMPOSED.choose_qparams_per_token(inputs.cpu(), torch.int8)
     codes = (inputs.cpu() / scale).round().long()
@@ -144,9 +144,9 @@ def test_products_are_those_of_integers_with_a_wide_accumulator(device):
 def test_zeros_empty_batches_and_tiny_inputs_stay_finite(rounding):
     layer = quantized_like(nn.Linear(8, 4), rounding)
     for inputs in (torch.zeros(3, 8), torch.zeros(0, 8), torch.full((2, 8), 1e-42), torch.full((2, 8), 1e38)):
-        made = layer.prepared(inputs)
-        assert made.shape == inputs.shape
-        assert torch.isfinite(made).all()
+        rounded = layer.prepared(inputs)
+        assert rounded.shape == inputs.shape
+        assert torch.isfinite(rounded).all()
     assert (layer.prepared(torch.zeros(3, 8)) == 0).all()
 
 
@@ -170,7 +170,7 @@ def test_gradients_pass_as_if_nothing_had_been_rounded():
 
 
 def test_ranges_are_the_extremes_of_all_calibration_items(task):
-    found = input_ranges(task, task.model, no_progress)
+    ranges = input_ranges(task, task.model, no_progress)
     seen: dict[str, list[torch.Tensor]] = {}
     hooks = [
         layer.module.register_forward_pre_hook(
@@ -183,25 +183,29 @@ def test_ranges_are_the_extremes_of_all_calibration_items(task):
         task.kind.logits(task.model, task.calibration.to(next(task.model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    assert set(seen) == set(found.low) == set(found.high)
-    for name, parts in seen.items():
-        rows = torch.cat([(part.movedim(1, -1) if part.ndim == 4 else part).flatten(0, -2) for part in parts])
-        assert torch.allclose(found.low[name], rows.amin(0), atol=1e-5)
-        assert torch.allclose(found.high[name], rows.amax(0), atol=1e-5)
+    assert set(seen) == set(ranges.low) == set(ranges.high)
+    for name, batches in seen.items():
+        rows = torch.cat(
+            [(part.movedim(1, -1) if part.ndim == 4 else part).flatten(0, -2) for part in batches]
+        )
+        assert torch.allclose(ranges.low[name], rows.amin(0), atol=1e-5)
+        assert torch.allclose(ranges.high[name], rows.amax(0), atol=1e-5)
 
 
 def test_static_scales_cover_what_calibration_reached_and_clamp_what_lies_beyond():
     task = tiny_task("vit")
-    found = input_ranges(task, task.model, no_progress)
-    made = compress(task, Recipe(wb.Activations(activation_bits=8, activation_grid="asymmetric", **STATIC)))
-    for name, module in rounding_modules(made.model).items():
-        low, high = min(0.0, float(found.low[name].min())), max(0.0, float(found.high[name].max()))
+    ranges = input_ranges(task, task.model, no_progress)
+    compressed = compress(
+        task, Recipe(wb.Activations(activation_bits=8, activation_grid="asymmetric", **STATIC))
+    )
+    for name, module in rounding_modules(compressed.model).items():
+        low, high = min(0.0, float(ranges.low[name].min())), max(0.0, float(ranges.high[name].max()))
         assert float(module.input_scale) == pytest.approx((high - low) / 255, rel=1e-6)
         assert int(module.input_zero) == round(-128 - low / float(module.input_scale))
         step = float(module.input_scale)
         ends = (
-            module.prepared(torch.full((1, len(found.low[name])), 1e6)),
-            module.prepared(torch.full((1, len(found.low[name])), -1e6)),
+            module.prepared(torch.full((1, len(ranges.low[name])), 1e6)),
+            module.prepared(torch.full((1, len(ranges.low[name])), -1e6)),
         )
         assert float(ends[0].max()) == pytest.approx(high, abs=step)
         assert float(ends[1].min()) == pytest.approx(low, abs=step)
@@ -259,22 +263,22 @@ def test_divisors_are_the_papers():
 
 @pytest.mark.parametrize("smoothing", [0.3, 0.5, 1.0])
 def test_smoothing_alone_changes_nothing(task, smoothing):
-    found = input_ranges(task, task.model, no_progress)
-    made = compress(task, Recipe(wb.Activations(activation_bits=8, smoothing=smoothing)))
-    for name, module in rounding_modules(made.model).items():
+    ranges = input_ranges(task, task.model, no_progress)
+    compressed = compress(task, Recipe(wb.Activations(activation_bits=8, smoothing=smoothing)))
+    for name, module in rounding_modules(compressed.model).items():
         dense = task.model.get_submodule(name)
         matrix = find_layers(task.model)[0][name].matrix()
-        largest = matrix.abs().amax(0).unflatten(0, (len(found.low[name]), -1)).amax(1)
-        most = torch.maximum(found.low[name].abs(), found.high[name].abs())
+        largest = matrix.abs().amax(0).unflatten(0, (len(ranges.low[name]), -1)).amax(1)
+        most = torch.maximum(ranges.low[name].abs(), ranges.high[name].abs())
         expected = torch.where(
             most > 0, most**smoothing / largest ** (1 - smoothing), torch.ones_like(most)
         )  # a channel may be dead
         assert torch.allclose(module.smooth, expected, rtol=1e-5)
         assert torch.allclose(acting_weight(module), dense.weight, rtol=1e-5)
         assert not torch.equal(module.weight, dense.weight)
-    for row in made.report:
+    for row in compressed.report:
         assert row.relative_error is None or row.relative_error < 1e-6
-    for change in weight_changes(task.model, made):
+    for change in weight_changes(task.model, compressed):
         assert change.after == pytest.approx(change.before, abs=2)
 
 

@@ -88,9 +88,9 @@ def test_every_promise_holds_together_and_the_export_gives_the_same_bits(sort, d
     loaded = load(bench.export(recipe, tmp_path / "out"), device)
     assert torch.equal(logits(task, loaded), logits(task, bench.compress(recipe).model))
     for path, module in rounding_modules(once.model).items():
-        other = loaded.get_submodule(path)
-        assert type(other) is type(module)
-        assert other.input_format == module.input_format
+        same_module = loaded.get_submodule(path)
+        assert type(same_module) is type(module)
+        assert same_module.input_format == module.input_format
 
 
 def test_structure_that_is_removed_leaves_smaller_layers_that_round(tmp_path):
@@ -101,9 +101,11 @@ def test_structure_that_is_removed_leaves_smaller_layers_that_round(tmp_path):
         wb.Quantize(weight_bits=8),
     )
     bench = Bench(task, ledger=tmp_path / "points", progress=False)
-    made = bench.compress(recipe)
-    assert made.model.vit.layers[0].mlp.fc2.smooth.shape == (16,)
-    assert torch.equal(logits(task, load(bench.export(recipe, tmp_path / "out"))), logits(task, made.model))
+    compressed = bench.compress(recipe)
+    assert compressed.model.vit.layers[0].mlp.fc2.smooth.shape == (16,)
+    assert torch.equal(
+        logits(task, load(bench.export(recipe, tmp_path / "out"))), logits(task, compressed.model)
+    )
 
 
 def test_a_repaired_smoothed_layer_is_closer_to_the_dense_one(task):
@@ -131,37 +133,39 @@ def test_more_bits_are_closer(task):
 
 def test_training_after_it_learns_through_the_rounding():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Activations(activation_bits=4),
             wb.Distill(temperature=2, steps=40, learning_rate=5e-3, look_every=0),
         ),
     )
-    losses = [loss for _, loss in made.curve]
+    losses = [loss for _, loss in compressed.curve]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 def test_a_tied_head_can_round_its_inputs_and_is_not_smoothed():
     task = tiny_task("gpt2")
-    made = compress(task, Recipe(wb.Activations(activation_bits=8, smoothing=0.5, targets=("lm_head", "*"))))
-    assert isinstance(made.model.lm_head, QuantizesInputs)
-    assert made.model.lm_head.weight is made.model.transformer.wte.weight
-    assert torch.equal(made.model.lm_head.weight, task.model.lm_head.weight)
-    assert made.model.lm_head.smooth is None
+    compressed = compress(
+        task, Recipe(wb.Activations(activation_bits=8, smoothing=0.5, targets=("lm_head", "*")))
+    )
+    assert isinstance(compressed.model.lm_head, QuantizesInputs)
+    assert compressed.model.lm_head.weight is compressed.model.transformer.wte.weight
+    assert torch.equal(compressed.model.lm_head.weight, task.model.lm_head.weight)
+    assert compressed.model.lm_head.smooth is None
     assert (
         "not smoothed: its weight is shared with transformer.wte"
-        in {row.name: row.outcome for row in made.report}["lm_head"]
+        in {row.name: row.outcome for row in compressed.report}["lm_head"]
     )
 
 
 def test_the_head_and_embeddings_stay_as_they_are_unless_named():
     task = tiny_task("untied")
-    made = compress(task, Recipe(wb.Activations(activation_bits=8, targets=("*", "*embed_tokens"))))
-    rows = {row.name: row.outcome for row in made.report}
+    compressed = compress(task, Recipe(wb.Activations(activation_bits=8, targets=("*", "*embed_tokens"))))
+    rows = {row.name: row.outcome for row in compressed.report}
     assert "the output head stays dense unless targets name it" in rows["lm_head"]
     assert "an embedding looks rows up: it has no inputs to round" in rows["model.embed_tokens"]
-    assert not isinstance(made.model.lm_head, QuantizesInputs)
+    assert not isinstance(compressed.model.lm_head, QuantizesInputs)
 
 
 class Reads(nn.Module):
@@ -178,8 +182,8 @@ class Reads(nn.Module):
 def test_a_layer_whose_weight_is_only_read_is_left_with_the_reason():
     task = tiny_task("vit")
     replace_module(task.model, "vit.layers.0.mlp.fc1", Reads(task.model.vit.layers[0].mlp.fc1))
-    made = compress(task, Recipe(wb.Activations(activation_bits=8, smoothing=0.5)))
-    assert {row.name: row.outcome for row in made.report}[
+    compressed = compress(task, Recipe(wb.Activations(activation_bits=8, smoothing=0.5)))
+    assert {row.name: row.outcome for row in compressed.report}[
         "vit.layers.0.mlp.fc1.inner"
     ] == "activations skipped: the model reads its weight but never calls it"
 
@@ -192,7 +196,7 @@ def test_a_subclass_that_may_do_more_is_left_with_the_reason():
     task = tiny_task("vit")
     fc1 = task.model.vit.layers[0].mlp.fc1
     fc1.__class__ = Scaled
-    made = compress(task, Recipe(wb.Activations(activation_bits=8)))
-    assert {row.name: row.outcome for row in made.report}[
+    compressed = compress(task, Recipe(wb.Activations(activation_bits=8)))
+    assert {row.name: row.outcome for row in compressed.report}[
         "vit.layers.0.mlp.fc1"
     ] == "activations skipped: a Scaled may do more than one product"

@@ -26,9 +26,9 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=list(browser.FLAGS))
-        yield found
-        found.close()
+        launched = playwright.chromium.launch(executable_path=path, args=list(browser.FLAGS))
+        yield launched
+        launched.close()
 
 
 def environment(folder):

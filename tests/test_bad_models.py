@@ -16,13 +16,13 @@ from workbench.zoo import load_task, local
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     return tiny_models.llama(tmp_path_factory.mktemp("made") / "llama")
 
 
 @pytest.fixture
-def model(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "model")
+def model(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "model")
 
 
 @pytest.fixture
@@ -168,8 +168,8 @@ def test_missing_weights_are_never_random(model, text):
     )
 
 
-def test_a_body_without_the_head_of_the_task(made, tmp_path):
-    model = shutil.copytree(made, tmp_path / "headless")
+def test_a_body_without_the_head_of_the_task(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "headless")
     change(model, architectures=["LlamaForSequenceClassification"])
     (tmp_path / "d.csv").write_text("text,label\n" + "\n".join(f"w{i},{i % 2}" for i in range(9)))
     refused(

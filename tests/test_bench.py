@@ -84,11 +84,11 @@ def test_on_a_cpu_the_first_look_at_long_windows_is_after_four(tmp_path, device)
 
 def test_every_look_is_of_the_first_items_scored_directly(bench):
     task = bench.task
-    made = compress(task, RECIPE)
+    compressed = compress(task, RECIPE)
     evaluation = task.evaluation.to(bench.device)
     for point in bench.stream(RECIPE):
         some = evaluation[: point.items]
-        dense, mine = score(task.kind, task.model, some), score(task.kind, made.model, some)
+        dense, mine = score(task.kind, task.model, some), score(task.kind, compressed.model, some)
         level = joint_level((16, 64, 256, 300), 0.95)
         expected = quality("accuracy", dense, mine, looks=4, level=level)
         assert (point.primary.change, point.primary.dense, point.primary.compressed) == (
@@ -102,19 +102,19 @@ def test_every_look_is_of_the_first_items_scored_directly(bench):
 
 def test_measure_gives_the_values_of_the_last_look(bench, tmp_path):
     *_, last = bench.stream(RECIPE)
-    other = Bench(
+    point = Bench(
         bench.task, device=bench.device.type, ledger=tmp_path / "other.journal", progress=False
     ).measure(RECIPE)
-    assert other.primary.change.value == last.primary.change.value
-    assert other.primary.looks == 1
-    assert last.primary.change.low < other.primary.change.low  # one look need not share its error
-    assert (other.sizes, other.dense_sizes, other.layers, other.flips.value) == (
+    assert point.primary.change.value == last.primary.change.value
+    assert point.primary.looks == 1
+    assert last.primary.change.low < point.primary.change.low  # one look need not share its error
+    assert (point.sizes, point.dense_sizes, point.layers, point.flips.value) == (
         last.sizes,
         last.dense_sizes,
         last.layers,
         last.flips.value,
     )
-    assert other.quality[1].compressed.value == last.quality[1].compressed.value
+    assert point.quality[1].compressed.value == last.quality[1].compressed.value
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_the_dense_model_compared_with_itself_has_not_changed(sort, device, tmp_
 def test_a_point_says_everything_that_was_asked_for(sort, device, tmp_path):
     bench = Bench(tiny_task(sort, device), device=device, ledger=tmp_path / "points.journal", progress=False)
     point = bench.measure(Recipe(wb.LowRank(rank_ratio=0.3), wb.Quantize(weight_bits=4)))
-    made = bench.compress(point.recipe)
-    assert point.sizes == sizes(made.model, made.layers)
+    compressed = bench.compress(point.recipe)
+    assert point.sizes == sizes(compressed.model, compressed.layers)
     assert point.sizes.file_bytes < point.dense_sizes.file_bytes
-    assert point.layers == made.report
+    assert point.layers == compressed.report
     assert point.complete
     assert point.missing == {}
     assert point.latency.batch == point.context.latency_batch == len(bench.setting.latency_items)
@@ -197,9 +197,9 @@ def test_a_stream_can_be_stopped_between_looks(bench):
     stop.append(True)
     with pytest.raises(Cancelled):
         next(stream)
-    other = bench.stream(RECIPE)
-    next(other)
-    other.close()
+    stopped = bench.stream(RECIPE)
+    next(stopped)
+    stopped.close()
     assert len(bench.ledger) == 0
     assert [point.items for point in bench.stream(RECIPE)] == [16, 64, 256, 300, 300]
 

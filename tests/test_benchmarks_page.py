@@ -24,9 +24,9 @@ MEASURED = re.compile(r"\b\d[\d.,]*\s?(?:ms|s|seconds|minutes|x|times|MB|GB|GB/s
 
 
 def test_the_page_is_what_the_results_say():
-    found = page.results(RESULTS)
-    assert (RESULTS / page.PAGE).read_text() == page.page(found)
-    for name, text in page.figures(found).items():
+    results = page.results(RESULTS)
+    assert (RESULTS / page.PAGE).read_text() == page.page(results)
+    for name, text in page.figures(results).items():
         assert (RESULTS / name).read_text() == text
 
 
@@ -39,10 +39,10 @@ def test_the_readme_quotes_no_measured_number_that_the_suite_does_not_write():
 
 
 @pytest.mark.parametrize(
-    "words", ["takes 12 ms", "is 1.63x faster", "3.5 s a move", "of 92.9 MB", "1,200 seconds", "10 times"]
+    "text", ["takes 12 ms", "is 1.63x faster", "3.5 s a move", "of 92.9 MB", "1,200 seconds", "10 times"]
 )
-def test_these_are_measured_numbers(words):
-    assert MEASURED.search(words)
+def test_these_are_measured_numbers(text):
+    assert MEASURED.search(text)
 
 
 def test_settings_and_versions_are_none():
@@ -98,15 +98,15 @@ def test_memory_counts_the_copy_and_what_is_kept(tmp_path):
 
 def test_limits_count_operations_and_bytes_as_by_hand(tmp_path):
     task = random_task("tiny", torch.device("cpu"), 16, 2)
-    hidden, layers, middle, shared, words = 64, 2, 128, 32, 512  # of the shape
-    weights = layers * (2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * middle) + hidden * words
+    hidden, layers, middle, shared, vocabulary = 64, 2, 128, 32, 512  # of the shape
+    weights = layers * (2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * middle) + hidden * vocabulary
     attention = layers * 4 * 16 * 16 * hidden
     angles = 2 * 16 * (16 // 2)  # of rotary positions, which some versions write as a product of matrices
     assert 2 * 16 * weights <= limits.flop(task, task.evaluation[:1]) <= 2 * 16 * weights + attention + angles
     half = torch.nn.Linear(4, 4, bias=False)
-    other = torch.nn.Linear(4, 4, bias=False)
+    wider = torch.nn.Linear(4, 4, bias=False)
     assert limits.moved(half, half) == 0
-    assert limits.moved(half, other) == 2 * 4 * 16
+    assert limits.moved(half, wider) == 2 * 4 * 16
     rows = toy(limits, tmp_path).rows
     assert rows[0]["times_floor"] > 0
     assert {row["name"] for row in rows} == {
@@ -120,8 +120,8 @@ def test_limits_count_operations_and_bytes_as_by_hand(tmp_path):
 
 
 def test_shares_of_bandwidth_are_bytes_over_time_over_what_a_copy_reaches():
-    found = limits.shares(least=4_000, moved=12_000, spent=2e-6, busy=1e-6, bandwidth=2e10)
-    assert found == {
+    shares = limits.shares(least=4_000, moved=12_000, spent=2e-6, busy=1e-6, bandwidth=2e10)
+    assert shares == {
         "of_bandwidth": 0.1,
         "moved_bytes": 12_000,
         "moved_of_bandwidth": 0.3,
@@ -144,12 +144,12 @@ def test_passes_count_what_they_read_and_write(monkeypatch):
         lambda weights, threshold, stay: ([weight.clone() for weight in weights], masks),
     )
     edge = torch.zeros(3, 1, dtype=torch.int32)  # 12 bytes
-    with limits.counted() as found:
-        made, _ = weight_passes.prune(weights, edge, edge + 1)
-    assert len(made) == 3
-    assert found == [2 * 192 + 2 * 12 + 192 + 96]  # read twice, thresholds, written, masks
+    with limits.counted() as pass_bytes:
+        pruned, _ = weight_passes.prune(weights, edge, edge + 1)
+    assert len(pruned) == 3
+    assert pass_bytes == [2 * 192 + 2 * 12 + 192 + 96]  # read twice, thresholds, written, masks
     weight_passes.prune(weights, edge, edge)
-    assert len(found) == 1
+    assert len(pass_bytes) == 1
 
 
 def test_moved_models_stand_beside_resident_ones():
@@ -162,7 +162,7 @@ def test_moved_models_stand_beside_resident_ones():
         "all_s": 2.0,
         "complete_s": 3.0,
     }
-    one = {
+    result = {
         "target": "1.1b",
         "device": "NVIDIA H200",
         "file": "streaming-1.1b-cuda.json",
@@ -182,14 +182,14 @@ def test_moved_models_stand_beside_resident_ones():
             },
         ],
     }
-    text = "\n".join(page.streaming([one]))
+    text = "\n".join(page.streaming([result]))
     assert (
         "4 GB of memory allowed, 64 windows of 512 tokens, a model of 2,200 MB; the same bits come out."
         in text
     )
     assert "| bits: W4 g64 | resident | first | 0.1 | 0.5 |  | 2 |  | 3 |  |" in text
     assert "| bits: W4 g64 | streamed | first | 0.1 | 0.5 | 0.4 | 2 | 1.5 | 3 | 3,000 |" in text
-    assert "**other bits come out**" in "\n".join(page.streaming([{**one, "same_bits": False}]))
+    assert "**other bits come out**" in "\n".join(page.streaming([{**result, "same_bits": False}]))
 
 
 def test_growth_measures_everything_that_grows(tmp_path):
@@ -205,12 +205,14 @@ def test_a_filled_ledger_holds_so_many_points_that_differ(tmp_path, ledger):
     row = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
     growth.filled(tmp_path / "many.journal", row, 12)
     rows = wb.Ledger(tmp_path / "many.journal").rows()
-    assert len({one.key for one in rows}) == 12
-    assert len({one.sizes.file_bytes for one in rows}) > 1
-    assert len({one.recipe for one in rows}) == len({one.primary.drop for one in rows}) == 12
-    assert {(type(step), len(one.recipe)) for one in rows for step in one.recipe} == {(wb.Prune, 1)}
-    assert all(one.primary.change.low < one.primary.change.value < one.primary.change.high for one in rows)
-    assert {one.layers for one in rows} == {row.layers}
+    assert len({copy.key for copy in rows}) == 12
+    assert len({copy.sizes.file_bytes for copy in rows}) > 1
+    assert len({copy.recipe for copy in rows}) == len({copy.primary.drop for copy in rows}) == 12
+    assert {(type(step), len(copy.recipe)) for copy in rows for step in copy.recipe} == {(wb.Prune, 1)}
+    assert all(
+        copy.primary.change.low < copy.primary.change.value < copy.primary.change.high for copy in rows
+    )
+    assert {copy.layers for copy in rows} == {row.layers}
 
 
 def test_the_plain_way_rounds_as_the_product_does_and_a_missing_peer_says_why(tmp_path):

@@ -32,10 +32,10 @@ def test_norms_agree_with_float64_and_with_the_model(width, rows, dtype, place):
     norm.weight.copy_(numbers(place, dtype, width, seed=1))
     x = numbers(place, dtype, *rows, width)
     x[0] = 0
-    found, wide = block_ops.rms_norm(x, norm.weight, 1e-5), x.double()
+    fused, wide = block_ops.rms_norm(x, norm.weight, 1e-5), x.double()
     exact = norm.weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert (found.double() - exact).abs().amax() <= NEAR[dtype] * exact.abs().amax()
-    assert (found == norm(x)).float().mean() > (
+    assert (fused.double() - exact).abs().amax() <= NEAR[dtype] * exact.abs().amax()
+    assert (fused == norm(x)).float().mean() > (
         0.98 if dtype.itemsize == 2 else 0.5
     )  # another order of summing moves few of them
 
@@ -44,10 +44,10 @@ def test_norms_agree_with_float64_and_with_the_model(width, rows, dtype, place):
 def test_gated_products_agree_with_float64_and_with_the_model(shape, dtype, place):
     gate, up = numbers(place, dtype, *shape, scale=5.0), numbers(place, dtype, *shape, seed=1)
     gate.view(-1)[0] = -80.0  # whose exponential is large
-    found, wide = block_ops.gated(gate, up), gate.double()
-    assert torch.isfinite(found).all()
-    assert near((wide / (1 + (-wide).exp()) * up.double()).to(dtype), found)
-    same = (found == nn.functional.silu(gate) * up).float().mean()
+    fused, wide = block_ops.gated(gate, up), gate.double()
+    assert torch.isfinite(fused).all()
+    assert near((wide / (1 + (-wide).exp()) * up.double()).to(dtype), fused)
+    same = (fused == nn.functional.silu(gate) * up).float().mean()
     assert (
         same == 1 if place.type == "cuda" else same > (0.99 if dtype.itemsize == 2 else 0.5)
     )  # the interpreter has no CUDA library
@@ -62,20 +62,20 @@ def test_rotations_give_the_bits_of_the_model(heads, items, width, dtype, place)
     for given in ((q, k), (q.contiguous(), k.contiguous())):
         expected = modeling_llama.apply_rotary_pos_emb(*given, cos, sin)
         assert all(
-            torch.equal(one, two)
-            for one, two in zip(expected, block_ops.rotary(*given, cos, sin), strict=True)
+            torch.equal(first, second)
+            for first, second in zip(expected, block_ops.rotary(*given, cos, sin), strict=True)
         )
 
 
 def test_queries_and_keys_that_are_parts_of_one_product_are_turned_where_they_lie(dtype, place):
     both, angles = numbers(place, dtype, 2, 33, 5 * 16 + 3), numbers(place, dtype, 2, 1, 33, 16, seed=1)
     q, k = (part.view(2, 33, -1, 16).transpose(1, 2) for part in (both[..., 3:67], both[..., 67:]))
-    for one, two in zip(
+    for first, second in zip(
         modeling_llama.apply_rotary_pos_emb(q, k, *angles), block_ops.rotary(q, k, *angles), strict=True
     ):
-        assert torch.equal(one, two)
-        assert [step for step, size in zip(one.stride(), one.shape, strict=True) if size > 1] == [
-            step for step, size in zip(two.stride(), two.shape, strict=True) if size > 1
+        assert torch.equal(first, second)
+        assert [step for step, size in zip(first.stride(), first.shape, strict=True) if size > 1] == [
+            step for step, size in zip(second.stride(), second.shape, strict=True) if size > 1
         ]
 
 
@@ -87,10 +87,10 @@ def test_what_is_no_number_stays_where_it_is(dtype, place):
     assert near(norm(x), block_ops.rms_norm(x, weight, 1e-6))
     assert near(nn.functional.silu(x) * weight, block_ops.gated(x, weight.expand(4, 40)))
     q, angles = x.view(1, 4, 1, 40).transpose(1, 2), numbers(place, dtype, 2, 1, 4, 40, seed=2)
-    for one, two in zip(
+    for first, second in zip(
         modeling_llama.apply_rotary_pos_emb(q, q, *angles), block_ops.rotary(q, q, *angles), strict=True
     ):
-        assert torch.equal(one.nan_to_num(777), two.nan_to_num(777))
+        assert torch.equal(first.nan_to_num(777), second.nan_to_num(777))
 
 
 def test_a_model_agrees_with_itself_run_as_it_is(dtype, place):
@@ -99,9 +99,9 @@ def test_a_model_agrees_with_itself_run_as_it_is(dtype, place):
     blocks = FusedBlocks(Operations(block_ops.rms_norm, block_ops.gated, block_ops.rotary), place)
     ids = torch.arange(24, device=place).view(2, 12)
     with torch.inference_mode():
-        expected, found = model(input_ids=ids).logits, blocks.of(model)(input_ids=ids).logits
+        expected, fused = model(input_ids=ids).logits, blocks.of(model)(input_ids=ids).logits
     assert set(blocks.refused.values()) == {""}
-    assert (expected.float() - found.float()).abs().amax() <= 4 * NEAR[dtype] * expected.float().abs().amax()
+    assert (expected.float() - fused.float()).abs().amax() <= 4 * NEAR[dtype] * expected.float().abs().amax()
 
 
 def test_what_is_interpreted_rounds_as_a_gpu(place):

@@ -104,26 +104,26 @@ def test_a_checksum_notices_every_bit(count):
 
 
 def test_the_least_recently_used_goes_first():
-    cache, made = keeping(Budget(3 * numbers().nbytes)), []
+    cache, computed = keeping(Budget(3 * numbers().nbytes)), []
     for key in "abcadb":
         cache.begin()
-        cache.once(key, lambda key=key: made.append(key) or numbers(seed=ord(key)))
-    assert made == list("abcdb")
+        cache.once(key, lambda key=key: computed.append(key) or numbers(seed=ord(key)))
+    assert computed == list("abcdb")
     assert list(cache) == ["a", "d", "b"]
     assert cache.used_bytes == {"device": 3 * numbers().nbytes, "host": 0}
 
 
 def test_a_move_does_not_throw_out_what_it_has_used():
-    cache, made = keeping(Budget(2 * numbers().nbytes)), []
+    cache, computed = keeping(Budget(2 * numbers().nbytes)), []
 
     def ask(key: str, *, optional: bool) -> None:
-        cache.once(key, lambda: made.append(key) or numbers(), optional=optional)
+        cache.once(key, lambda: computed.append(key) or numbers(), optional=optional)
 
     for _ in range(2):
         cache.begin()
         for key in "abcd":
             ask(key, optional=True)
-    assert made == list("abcdcd")  # what does not fit is not kept: the others are there again next time
+    assert computed == list("abcdcd")  # what does not fit is not kept: the others are there again next time
     cache.begin()
     ask("statistics", optional=False)
     ask("more statistics", optional=False)

@@ -23,9 +23,11 @@ def test_errors_and_zeros_are_those_of_the_whole_weight_whatever_the_piece(monke
     task = tiny_task("vit")
     task.model.to(dtype)
     for recipe in (wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Quantize(weight_bits=3))):
-        made = compress(task, recipe, shared=True)
-        single = {layer.name: layer for layer in made.layers if layer.origin == layer.name and not layer.role}
-        for row in made.report:
+        compressed = compress(task, recipe, shared=True)
+        single = {
+            layer.name: layer for layer in compressed.layers if layer.origin == layer.name and not layer.role
+        }
+        for row in compressed.report:
             if row.name in single:
                 error, zeros = plain(task.model.get_submodule(row.name).weight, single[row.name].parameter)
                 assert row.relative_error == pytest.approx(error, rel=1e-5, abs=1e-7)
@@ -46,8 +48,10 @@ def test_what_no_step_wrote_is_looked_at_once_and_said_to_be_as_it_was(monkeypat
     first, second = (compress(task, recipe, statistics, shared=True) for recipe in recipes)
     looked = sum(counted)
     assert looked == len([row for row in first.report if row.relative_error == 0.0])
-    for made in (first, second):
-        untouched = [row for row in made.report if "fc1" not in row.name and row.relative_error is not None]
+    for compressed in (first, second):
+        untouched = [
+            row for row in compressed.report if "fc1" not in row.name and row.relative_error is not None
+        ]
         assert {row.relative_error for row in untouched} == {0.0}
         for row in untouched:
             assert row.sparsity * row.weights == pytest.approx(

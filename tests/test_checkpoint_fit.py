@@ -17,13 +17,13 @@ from workbench.zoo import load_task
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     return tiny_models.llama(tmp_path_factory.mktemp("made") / "llama")
 
 
 @pytest.fixture
-def model(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "model")
+def model(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "model")
 
 
 @pytest.fixture
@@ -174,11 +174,11 @@ def test_what_is_never_dequantized_is_refused(model, text, values, method):
 def test_a_package_that_is_missing_is_named(model, text, values, package, monkeypatch):
     import importlib.util
 
-    found = importlib.util.find_spec
+    find_any = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *a: None if name == package.replace("-", "_") else found(name, *a),
+        lambda name, *a: None if name == package.replace("-", "_") else find_any(name, *a),
     )
     change(model, quantization_config=values)
     assert f"pip install {package}" in refusal(model, text)
@@ -249,7 +249,7 @@ def test_a_tokenizer_whose_further_tokens_never_occur_is_fine(model, text):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"architectures": [7]}, r"architectures=[7]"),
         ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'"),
@@ -263,9 +263,9 @@ def test_a_tokenizer_whose_further_tokens_never_occur_is_fine(model, text):
         ({"rope_parameters": {"rope_type": "nonsense"}}, ""),
     ],
 )
-def test_values_of_config_that_do_not_fit_are_one_line(model, text, values, words):
+def test_values_of_config_that_do_not_fit_are_one_line(model, text, values, message):
     change(model, **values)
-    assert words in refusal(model, text)
+    assert message in refusal(model, text)
 
 
 @pytest.mark.parametrize(

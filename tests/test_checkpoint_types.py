@@ -59,8 +59,8 @@ def decoder(folder: Path, dtype: torch.dtype, *, tied: bool = True) -> Path:
 def widen(folder: Path, pick) -> None:
     """Store some of a file's tensors in float32: a checkpoint of mixed types."""
     weights = load_file(folder / "model.safetensors")
-    made = {name: tensor.float() if pick(name) else tensor for name, tensor in weights.items()}
-    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    widened = {name: tensor.float() if pick(name) else tensor for name, tensor in weights.items()}
+    save_file(widened, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def bench(folder: Path, tmp_path: Path) -> wb.Bench:
@@ -116,14 +116,14 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_on_no_grid_is_stored_as_in_the_file_and_comes_back_bit_for_bit(tmp_path, name):
     folder = decoder(tmp_path / "model", torch.bfloat16)
-    made = bench(folder, tmp_path)
-    out = made.export(RECIPES[name], tmp_path / "out")
-    point = made.measure(RECIPES[name])
+    opened = bench(folder, tmp_path)
+    out = opened.export(RECIPES[name], tmp_path / "out")
+    point = opened.measure(RECIPES[name])
     assert (out / "model.safetensors").stat().st_size == point.sizes.file_bytes
     stored = header(out / "model.safetensors")
     sides = (".scale", ".codes", ".mask", ".zero_point")
     assert {kind for key, (kind, _) in stored.items() if not key.endswith(sides)} <= {"BF16"}
-    compressed = made.compress(RECIPES[name])
+    compressed = opened.compress(RECIPES[name])
     loaded, state = load(out).state_dict(), compressed.model.state_dict()
     assert all(torch.equal(state[key], loaded[key]) for key in state)
     grids = {layer.name for layer in compressed.layers if layer.grid is not None}
@@ -133,7 +133,7 @@ def test_what_is_on_no_grid_is_stored_as_in_the_file_and_comes_back_bit_for_bit(
         if key.removesuffix(".weight") not in grids and key != "lm_head.weight"
     )
     assert counted_sizes(compressed.model, compressed.layers).file_bytes <= point.sizes.file_bytes * 1.02
-    guess = made.predictor().predict(RECIPES[name])
+    guess = opened.predictor().predict(RECIPES[name])
     assert point.sizes.file_bytes <= guess.file_bytes
     if guess.bytes_exact:
         assert guess.file_bytes == point.sizes.file_bytes
@@ -174,6 +174,8 @@ def test_the_same_numbers_in_another_type_of_file_are_another_model(tmp_path):
     wide = decoder(tmp_path / "wide", torch.bfloat16)
     widen(wide, lambda _: True)
     text = str(tiny_models.words_file(tmp_path / "words.txt"))
-    one, other = (load_task(folder, text, context=16, progress=False) for folder in (narrow, wide))
-    assert torch.equal(one.model.lm_head.weight, other.model.lm_head.weight)
-    assert one.model_fingerprint != other.model_fingerprint
+    narrow_task, wide_task = (
+        load_task(folder, text, context=16, progress=False) for folder in (narrow, wide)
+    )
+    assert torch.equal(narrow_task.model.lm_head.weight, wide_task.model.lm_head.weight)
+    assert narrow_task.model_fingerprint != wide_task.model_fingerprint

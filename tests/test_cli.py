@@ -79,8 +79,8 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
-def test_bad_input_gets_one_line_and_an_exit_code(arguments, words, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_gets_one_line_and_an_exit_code(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "papermill.execute_notebook", lambda *_, **__: pytest.fail("refused only after the work began")
@@ -89,11 +89,11 @@ def test_bad_input_gets_one_line_and_an_exit_code(arguments, words, capsys, tmp_
         capsys, *arguments, *(["--output", str(tmp_path / "reports")] if "report" in arguments else [])
     )
     failed = ("unknown model", "no/such", "does not divide")  # what was meant is plain, and cannot be done
-    assert code == (1 if words.startswith(failed) else 2)
+    assert code == (1 if message.startswith(failed) else 2)
     assert out == ""
     (line,) = err.splitlines()
     assert line.startswith("error: ")
-    assert words in line
+    assert message in line
     assert list(tmp_path.iterdir()) == []  # nothing written half
 
 
@@ -109,7 +109,7 @@ def test_wrong_usage_is_exit_code_2_with_the_nearest_option(capsys):
 def test_models_are_listed_with_what_one_needs_to_know(capsys):
     code, out, _ = run(capsys, "models")
     assert code == 0
-    for words in (
+    for name in (
         "fashion-cnn",
         "fashion-vit",
         "smollm2-135m",
@@ -118,7 +118,7 @@ def test_models_are_listed_with_what_one_needs_to_know(capsys):
         "697,322",
         "MIT",
     ):
-        assert words in out
+        assert name in out
 
 
 def test_help_offers_every_option_of_every_method_and_every_gate(capsys):
@@ -155,7 +155,7 @@ def test_measure_prints_the_verdict_the_numbers_and_every_layer(capsys, tmp_path
     assert code == 0
     assert "Traceback" not in err
     assert out.startswith("50% sparse + W4: accuracy ")
-    for words in (
+    for phrase in (
         "smaller on disk",
         "file bytes",
         "theoretical bytes",
@@ -166,7 +166,7 @@ def test_measure_prints_the_verdict_the_numbers_and_every_layer(capsys, tmp_path
         "answers that changed",
         "classifier.1",
     ):
-        assert words in out
+        assert phrase in out
     (point,) = Ledger(where).rows()
     assert f"{point.sizes.file_bytes:,}" in out
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == point.sizes.file_bytes

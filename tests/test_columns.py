@@ -50,7 +50,7 @@ def rounded_one_by_one(weights, upper, grid, kept, bits):
     `grid`: scales and zero points.
     """
     (scale, zero), until = grid, min(column_solver.BLOCK, weights.shape[2])
-    weights, found, errors = (
+    weights, rounded, errors = (
         weights.double().clone(),
         torch.zeros_like(weights, dtype=torch.float64),
         torch.zeros_like(weights, dtype=torch.float64),
@@ -59,14 +59,14 @@ def rounded_one_by_one(weights, upper, grid, kept, bits):
     for column in range(until):
         steps = (weights[:, :, column] / scale[:, :, column].double()).round()
         code = (steps + middle[:, :, column]).clamp(0, (1 << bits) - 1)
-        found[:, :, column] = (
+        rounded[:, :, column] = (
             (code - middle[:, :, column])
             * scale[:, :, column].double()
             * (1 if kept is None else kept[:, :, column])
         )
-        errors[:, :, column] = weights[:, :, column] - found[:, :, column]
+        errors[:, :, column] = weights[:, :, column] - rounded[:, :, column]
         weights -= errors[:, :, column, None] * upper.double()[:, column : column + 1]
-    return found, errors
+    return rounded, errors
 
 
 def agree(found, expected, most=1e-4):
@@ -137,7 +137,7 @@ def test_whole_layers_are_rounded_and_pruned_as_without_it(place, monkeypatch):
     layers = [Layer(name, name, torch.nn.Linear(1, 1)) for name in "ab"]
     upper, places, _ = gptq.factorise(moments, layers, damping=0.01, by_activation=True)
     spec, factor = Spec(3, 32), Factor(*sparsegpt.factorise(moments, layers)[:2])
-    scales, found, launched = fit(stack, spec), [], []
+    scales, solved_both, launched = fit(stack, spec), [], []
     run = column_solver.work_through
     monkeypatch.setattr(column_solver, "work_through", lambda *given: launched.append(1) or run(*given))
     for kernel in (True, False):
@@ -148,13 +148,15 @@ def test_whole_layers_are_rounded_and_pruned_as_without_it(place, monkeypatch):
         )
         assert (masks.flatten(1).sum(1) == stack[0].numel() - torch.tensor([1700, 1900], device=place)).all()
         assert bool((pruned[~masks] == 0).all())
-        found.append((rounded, pruned))
+        solved_both.append((rounded, pruned))
     assert len(launched) == 4  # two blocks of each
-    assert torch.equal(form_of(found[0][0], scales, spec).dequantize(), found[0][0])
-    for mine, plain in zip(*found, strict=True):
+    assert torch.equal(form_of(solved_both[0][0], scales, spec).dequantize(), solved_both[0][0])
+    for mine, plain in zip(*solved_both, strict=True):
         lost = [
-            float(((one - stack) @ moments @ (one - stack).transpose(1, 2)).diagonal(dim1=1, dim2=2).sum())
-            for one in (mine, plain)
+            float(
+                ((values - stack) @ moments @ (values - stack).transpose(1, 2)).diagonal(dim1=1, dim2=2).sum()
+            )
+            for values in (mine, plain)
         ]
         assert lost[0] == pytest.approx(lost[1], rel=0.01)
         assert float((mine == plain).float().mean()) > 0.9 or torch.allclose(mine, plain, atol=1e-3)
@@ -171,18 +173,21 @@ def test_whole_layers_are_rounded_and_pruned_as_without_it(place, monkeypatch):
 )
 def test_recipes_keep_their_promises(recipe, place, untried, monkeypatch):
     task = tiny_tasks.tiny_task("llama", str(place))
-    made = compress(task, recipe)
-    for layer in made.layers:
+    compressed = compress(task, recipe)
+    for layer in compressed.layers:
         layer.check()
     monkeypatch.setenv("WORKBENCH_TRITON", "off")
     column_solver.refused.cache_clear()
     plain = compress(task, recipe)
     assert "WORKBENCH_TRITON" in column_solver.refused(place)
-    for one, two in zip(made.report, plain.report, strict=True):
-        for mine, other in ((one.relative_error, two.relative_error), (one.sparsity, two.sparsity)):
-            assert (mine is None and other is None) or mine == pytest.approx(other, rel=0.02, abs=0.02), (
-                one.name
-            )
+    for row, plain_row in zip(compressed.report, plain.report, strict=True):
+        for mine, plain_value in (
+            (row.relative_error, plain_row.relative_error),
+            (row.sparsity, plain_row.sparsity),
+        ):
+            assert (mine is None and plain_value is None) or mine == pytest.approx(
+                plain_value, rel=0.02, abs=0.02
+            ), row.name
 
 
 def test_a_kernel_that_is_wrong_is_not_used(place, untried, monkeypatch):

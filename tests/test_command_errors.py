@@ -56,10 +56,10 @@ def test_a_port_that_is_none_is_refused_in_one_line(capsys, monkeypatch, command
 @pytest.mark.parametrize("command", ["lab", "app"])
 def test_a_port_in_use_is_refused_in_one_line(capsys, monkeypatch, command):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a server"))
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
         code, out, err = run(capsys, command, "--no-browser", "--port", str(port))
     assert (code, out) == (1, "")
     assert err.startswith(f"error: port {port} cannot be used: Address already in use; give another --port")

@@ -25,7 +25,7 @@ NAME = "my_module"
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """Return what imports the example under a heading; forget afterwards what it registered."""
+    """Give a function that imports the example under a heading; forget afterwards what it registered."""
     before = (dict(wb.METHODS.records), dict(wb.CRITERIA.records), dict(wb.FORMATS.records))
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
 
@@ -58,23 +58,23 @@ def test_a_method(example, capsys, tmp_path):
 
 def test_what_a_method_leaves_out_is_unknown_and_said(example, tmp_path):
     clip = example("A new method").Clip
-    made, recipe = bench(tmp_path), wb.Recipe(clip(clip_sigmas=0.2))
-    made.measure(wb.Recipe())
-    found = made.predictor().predict(recipe)
-    assert found.wide
-    assert (found.quality.low, found.quality.high) == (0, 1)
-    assert any("nothing is known of how Clip changes quality" in note for note in found.notes)
-    assert found.file_bytes == made.measure(recipe).sizes.file_bytes  # shapes are stated
-    assert list(made.sensitivity(recipe))
+    opened, recipe = bench(tmp_path), wb.Recipe(clip(clip_sigmas=0.2))
+    opened.measure(wb.Recipe())
+    guess = opened.predictor().predict(recipe)
+    assert guess.wide
+    assert (guess.quality.low, guess.quality.high) == (0, 1)
+    assert any("nothing is known of how Clip changes quality" in note for note in guess.notes)
+    assert guess.file_bytes == opened.measure(recipe).sizes.file_bytes  # shapes are stated
+    assert list(opened.sensitivity(recipe))
     assert (why_not(recipe.steps[0]), trains(recipe.steps[0])) == ("", False)
     record = wb.METHODS.of(clip)
     wb.METHODS.unregister(clip)
     wb.METHODS.register(clip)(record.apply)  # without a fact
-    found = made.predictor().predict(recipe)
-    assert (found.file_bytes, found.speedup) == (None, None)
-    assert any("file size unknown" in note for note in found.notes)
+    guess = opened.predictor().predict(recipe)
+    assert (guess.file_bytes, guess.speedup) == (None, None)
+    assert any("file size unknown" in note for note in guess.notes)
     with pytest.raises(RecipeError, match="nothing says whether Clip makes sense on one layer alone"):
-        list(made.sensitivity(recipe))
+        list(opened.sensitivity(recipe))
     assert why_not(recipe.steps[0]) == "nothing says that this method works block by block"
     assert trains(recipe.steps[0])
 
@@ -84,20 +84,20 @@ def test_a_criterion(example, capsys, tmp_path):
     point = measured(capsys, tmp_path, "--sparsity", "0.5", "--criterion", "output_error")
     assert point.recipe == wb.Recipe(wb.Prune(sparsity=0.5, criterion="output_error"))
     assert "criterion=output_error" in {row["choice"] for row in method_rows()}
-    made = bench(tmp_path)
+    opened = bench(tmp_path)
     for pattern, allocation in (("unstructured", "global"), ("neurons", "uniform")):
         recipe = wb.Recipe(wb.Prune(criterion="output_error", pattern=pattern, allocation=allocation))
-        assert made.measure(recipe).complete
-    assert not made.predictor().predict(point.recipe).notes[0].startswith("nothing is known")
+        assert opened.measure(recipe).complete
+    assert not opened.predictor().predict(point.recipe).notes[0].startswith("nothing is known")
 
 
 def test_a_number_format(example, capsys, tmp_path):
     example("A new number format")
     options = ("--weight-bits", "2", "--number-format", "ternary", "--group-size", "16")
     assert measured(capsys, tmp_path, *options).recipe.label() == "T g16"
-    made, recipe = bench(tmp_path), wb.Recipe(wb.Quantize(weight_bits=2, number_format="ternary"))
-    assert made.predictor().predict(recipe).file_bytes == made.measure(recipe).sizes.file_bytes
-    folder, model = made.export(recipe, tmp_path / "out"), made.compress(recipe).model
+    opened, recipe = bench(tmp_path), wb.Recipe(wb.Quantize(weight_bits=2, number_format="ternary"))
+    assert opened.predictor().predict(recipe).file_bytes == opened.measure(recipe).sizes.file_bytes
+    folder, model = opened.export(recipe, tmp_path / "out"), opened.compress(recipe).model
     loaded = wb.load(folder).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
     weight = model.get_submodule("vit.layers.0.mlp.fc1").weight

@@ -48,7 +48,7 @@ def kernel_of(factors: Factors) -> torch.Tensor:
 
 def dense_like(module: nn.Conv2d, kernel: torch.Tensor) -> nn.Conv2d:
     """Return the same convolution in float64 with another kernel."""
-    made = nn.Conv2d(
+    convolution = nn.Conv2d(
         module.in_channels,
         module.out_channels,
         module.kernel_size,
@@ -58,10 +58,10 @@ def dense_like(module: nn.Conv2d, kernel: torch.Tensor) -> nn.Conv2d:
         bias=module.bias is not None,
         padding_mode=module.padding_mode,
     ).double()
-    made.weight = nn.Parameter(kernel)
+    convolution.weight = nn.Parameter(kernel)
     if module.bias is not None:
-        made.bias = nn.Parameter(module.bias.detach().double().cpu())
-    return made
+        convolution.bias = nn.Parameter(module.bias.detach().double().cpu())
+    return convolution
 
 
 @pytest.mark.parametrize("conv", ["channel", "spatial", "tucker2"])
@@ -71,10 +71,10 @@ def test_factors_do_what_one_convolution_of_their_product_would(options, conv, f
     torch.manual_seed(3)
     body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, **options))
     task = custom_task(body, body(torch.zeros(1, 1, 8, 8)).numel(), device)
-    made = compress(
+    compressed = compress(
         task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, conv=conv, targets=("body.1",)))
     )
-    factors, dense = made.model.body[1], task.model.body[1]
+    factors, dense = compressed.model.body[1], task.model.body[1]
     assert isinstance(factors, Factors)
     assert len(factors) == (3 if conv == "tucker2" else 2)
     assert sum(part.weight.numel() for part in factors) < dense.weight.numel()
@@ -86,7 +86,7 @@ def test_factors_do_what_one_convolution_of_their_product_would(options, conv, f
         factors(x.to(device)).double().cpu(), dense_like(dense, kernel)(x.double()), rtol=1e-4, atol=1e-5
     )
     assert factors.bias is dense.bias or torch.equal(factors.bias, dense.bias)
-    row = next(row for row in made.report if row.name == "body.1")
+    row = next(row for row in compressed.report if row.name == "body.1")
     original = dense.weight.detach().double().cpu()
     assert row.relative_error == pytest.approx(float((kernel - original).norm() / original.norm()), rel=1e-4)
     assert row.weights == sum(part.weight.numel() for part in factors)
@@ -97,28 +97,29 @@ def test_spatial_is_the_best_of_its_rank(rank):
     kernel = torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     first, last = spatial(kernel, rank)
     assert (first.shape, last.shape) == ((rank, 5, 3, 1), (6, rank, 1, 4))
-    made = torch.einsum("rch,orw->ochw", first[..., 0], last[:, :, 0])
+    product = torch.einsum("rch,orw->ochw", first[..., 0], last[:, :, 0])
     values = torch.linalg.svdvals(kernel.permute(1, 2, 0, 3).reshape(15, 24))
-    assert float((kernel - made).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-9)
+    assert float((kernel - product).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-9)
 
 
 def test_tucker_is_exact_at_full_ranks_and_never_worse_than_its_start():
     kernel = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def lost(parts: list[torch.Tensor]) -> float:
+    def lost(factors: list[torch.Tensor]) -> float:
         return float(
             (
-                torch.einsum("op,pqhw,qc->ochw", parts[2][..., 0, 0], parts[1], parts[0][..., 0, 0]) - kernel
+                torch.einsum("op,pqhw,qc->ochw", factors[2][..., 0, 0], factors[1], factors[0][..., 0, 0])
+                - kernel
             ).norm()
         )
 
     assert lost(tucker2(kernel, 5, 6)) < 1e-12 * float(kernel.norm())
-    for inner, outer in ((1, 1), (2, 3), (4, 5)):
-        side_in = torch.linalg.svd(kernel.transpose(0, 1).flatten(1))[0][:, :inner]
-        side_out = torch.linalg.svd(kernel.flatten(1))[0][:, :outer]
+    for rank_in, rank_out in ((1, 1), (2, 3), (4, 5)):
+        side_in = torch.linalg.svd(kernel.transpose(0, 1).flatten(1))[0][:, :rank_in]
+        side_out = torch.linalg.svd(kernel.flatten(1))[0][:, :rank_out]
         core = torch.einsum("ochw,cq,op->pqhw", kernel, side_in, side_out)
         start = lost([side_in.t()[..., None, None], core, side_out[..., None, None]])
-        assert lost(tucker2(kernel, inner, outer)) <= start * (1 + 1e-12)
+        assert lost(tucker2(kernel, rank_in, rank_out)) <= start * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("conv", ["spatial", "tucker2"])
@@ -154,18 +155,21 @@ def test_a_kernel_of_one_pixel_has_only_channels_to_split():
     body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 1))
     task = custom_task(body, body(torch.zeros(1, 1, 8, 8)).numel())
     for conv in ("spatial", "tucker2"):
-        made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, conv=conv)))
-        assert form_of(made.model.body[1]) == Form("channel", (2,))
-        assert next(row.outcome for row in made.report if row.name == "body.1") == "rank 2 of 8 by whitened"
+        compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, conv=conv)))
+        assert form_of(compressed.model.body[1]) == Form("channel", (2,))
+        assert (
+            next(row.outcome for row in compressed.report if row.name == "body.1")
+            == "rank 2 of 8 by whitened"
+        )
 
 
 def test_ranks_that_save_nothing_are_stated():
     body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3))
     task = custom_task(body, body(torch.zeros(1, 1, 8, 8)).numel())
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.7, conv="tucker2")))
-    words = {row.name: row.outcome for row in made.report}
-    assert "save no weights" in words["body.0"]
-    assert words["body.1"] == "ranks 6 of 8 in and 8 of 12 out by whitened, tucker2"
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.7, conv="tucker2")))
+    outcomes = {row.name: row.outcome for row in compressed.report}
+    assert "save no weights" in outcomes["body.0"]
+    assert outcomes["body.1"] == "ranks 6 of 8 in and 8 of 12 out by whitened, tucker2"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_model_that_hides_a_module_is_copied_whole(how):
 
 
 def test_modules_that_stand_in_two_places_stay_one():
-    one = nn.Linear(2, 2)
-    twin = sharing_copy(nn.Sequential(one, one))
+    layer = nn.Linear(2, 2)
+    twin = sharing_copy(nn.Sequential(layer, layer))
     assert twin[0] is twin[1]
-    assert twin[0] is not one
+    assert twin[0] is not layer

@@ -95,9 +95,9 @@ def test_recipes_are_drawn_from_every_family_without_training():
     assert {step.kind() for recipe in recipes for step in recipe} == {"prune", "lowrank", "quantize"}
     assert {len(recipe) for recipe in recipes} == {1, 2, 3}
     for recipe in recipes:
-        other = moved(recipe, draw)
-        assert [type(step) for step in other] == [type(step) for step in recipe]
-        assert sum(one != two for one, two in zip(recipe, other, strict=True)) == 1
+        near = moved(recipe, draw)
+        assert [type(step) for step in near] == [type(step) for step in recipe]
+        assert sum(before != after for before, after in zip(recipe, near, strict=True)) == 1
 
 
 def firsts(rows: list[dict]) -> list[dict]:
@@ -128,8 +128,8 @@ def test_all_looks_hold_together_and_what_is_known_narrows_them(rows):
             and row["look"] in {"16", "64", "256"}
         ):
             assert row["width"] < 0.98, row
-    found = {(row["interval"], row["look"]) for row in rows if row["for"] == "population"}
-    assert found == {
+    looks = {(row["interval"], row["look"]) for row in rows if row["for"] == "population"}
+    assert looks == {
         (kind, look) for kind in coverage.KINDS for look in ("16", "64", "256", "300", "all looks")
     }
 
@@ -137,7 +137,8 @@ def test_all_looks_hold_together_and_what_is_known_narrows_them(rows):
 def test_intervals_of_a_third_of_the_width_are_found_out(monkeypatch):
     def narrow(*given, **options):
         return tuple(
-            dataclasses.replace(one, change=shrunk(one.change)) for one in quality(*given, **options)
+            dataclasses.replace(estimated, change=shrunk(estimated.change))
+            for estimated in quality(*given, **options)
         )
 
     monkeypatch.setattr(coverage, "quality", narrow)
@@ -177,10 +178,10 @@ def test_windows_are_judged_by_perplexity():
     draw = np.random.default_rng(0)
     dense, mine = (coverage.scores(draw.normal(centre, 0.3, 80), draw.random(80)) for centre in (3.0, 3.4))
     assert coverage.primary_of(dense) == "perplexity"
-    found = coverage.of_recipe("full set", dense, mine, None, 3, seed=0)
-    assert {metric for metric, _, _ in found} == {"perplexity", "next-token accuracy"}
-    assert found["perplexity", "joint", "80"]["holds"] == [1.0] * 3
-    assert {look for _, _, look in found} == {"4", "16", "64", "80", "all looks"}
+    trials = coverage.of_recipe("full set", dense, mine, None, 3, seed=0)
+    assert {metric for metric, _, _ in trials} == {"perplexity", "next-token accuracy"}
+    assert trials["perplexity", "joint", "80"]["holds"] == [1.0] * 3
+    assert {look for _, _, look in trials} == {"4", "16", "64", "80", "all looks"}
     plain = coverage.plainly("perplexity", dense.first(16), mine.first(16), 4)[0].change
     change = (mine.loss - dense.loss)[:16].numpy()
     half = stats.t.ppf(1 - 0.05 / 8, 15) * change.std(ddof=1) / 4
@@ -201,7 +202,7 @@ def test_language_models_get_recipes_without_calibration_data():
 
 
 def test_rows_of_models_that_are_not_scored_again_stay(rows, tmp_path):
-    path, other = tmp_path / "coverage.json", [{**row, "model": "other"} for row in rows]
+    path, other_rows = tmp_path / "coverage.json", [{**row, "model": "other"} for row in rows]
 
     def said(command, details):
         source = f"`{command}`, today, this"
@@ -215,14 +216,14 @@ def test_rows_of_models_that_are_not_scored_again_stay(rows, tmp_path):
             "sources": {row["model"]: source for row in details},
         }
 
-    coverage.write(said("first", other), path)
+    coverage.write(said("first", other_rows), path)
     coverage.write(said("second", rows), path)
     coverage.write(said("third", rows), path)
     kept = json.loads(path.read_text())
-    assert kept["details"] == [*other, *rows]
+    assert kept["details"] == [*other_rows, *rows]
     assert kept["rows"][0]["trials"] == 2 * coverage.aim(rows)[0]["trials"]
     assert kept["sources"] == {"other": "`first`, today, this", rows[0]["model"]: "`third`, today, this"}
-    coverage.write(said("fourth", other), path)  # the other way round
+    coverage.write(said("fourth", other_rows), path)  # the other way round
     page = path.with_suffix(".md").read_text()
     assert "- other: `fourth`, today, this." in page
     assert f"- {rows[0]['model']}: `third`, today, this." in page

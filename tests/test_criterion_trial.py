@@ -114,8 +114,8 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_hold_is_refused(name):
-    scores, facts, words = WRONG[name]
-    with pytest.raises(RecipeError, match=rf"^criterion 'tried' cannot be registered: .*{words}") as caught:
+    scores, facts, message = WRONG[name]
+    with pytest.raises(RecipeError, match=rf"^criterion 'tried' cannot be registered: .*{message}") as caught:
         registered(scores, **facts)
     assert "\n" not in str(caught.value)
     assert "tried" not in wb.CRITERIA

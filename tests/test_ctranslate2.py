@@ -20,7 +20,7 @@ from workbench.zoo import load_task
 def ct2_file(model, path) -> None:
     """Write a Whisper as CTranslate2 does: fused projections, a zero bias for keys."""
     state = {name: tensor.half().numpy() for name, tensor in model.state_dict().items()}
-    made: dict[str, np.ndarray] = {
+    variables: dict[str, np.ndarray] = {
         "encoder/num_heads": np.array(2, np.int16),
         "decoder/num_heads": np.array(2, np.int16),
         "decoder/alignment_heads": np.zeros((1, 2), np.int32),
@@ -32,37 +32,37 @@ def ct2_file(model, path) -> None:
                 {"attention": "encoder_attn_layer_norm"} if side == "decoder" else {}
             )
             for block, norm in norms.items():
-                made |= {
+                variables |= {
                     f"{b}/{block}/layer_norm/{new}": state[f"{a}.{norm}.{old}"]
                     for old, new in (("weight", "gamma"), ("bias", "beta"))
                 }
             zero = np.zeros(16, np.float16)
             for kind in ("weight", "bias"):
-                parts = [state.get(f"{a}.self_attn.{n}_proj.{kind}", zero) for n in "qkv"]
-                made[f"{b}/self_attention/linear_0/{kind}"] = np.concatenate(parts)
-                made[f"{b}/self_attention/linear_1/{kind}"] = state[f"{a}.self_attn.out_proj.{kind}"]
-                made |= {f"{b}/ffn/linear_{j}/{kind}": state[f"{a}.fc{j + 1}.{kind}"] for j in (0, 1)}
+                projections = [state.get(f"{a}.self_attn.{n}_proj.{kind}", zero) for n in "qkv"]
+                variables[f"{b}/self_attention/linear_0/{kind}"] = np.concatenate(projections)
+                variables[f"{b}/self_attention/linear_1/{kind}"] = state[f"{a}.self_attn.out_proj.{kind}"]
+                variables |= {f"{b}/ffn/linear_{j}/{kind}": state[f"{a}.fc{j + 1}.{kind}"] for j in (0, 1)}
                 if side == "decoder":
-                    made[f"{b}/attention/linear_0/{kind}"] = state[f"{a}.encoder_attn.q_proj.{kind}"]
-                    made[f"{b}/attention/linear_1/{kind}"] = np.concatenate(
+                    variables[f"{b}/attention/linear_0/{kind}"] = state[f"{a}.encoder_attn.q_proj.{kind}"]
+                    variables[f"{b}/attention/linear_1/{kind}"] = np.concatenate(
                         [state.get(f"{a}.encoder_attn.{n}_proj.{kind}", zero) for n in "kv"]
                     )
-                    made[f"{b}/attention/linear_2/{kind}"] = state[f"{a}.encoder_attn.out_proj.{kind}"]
-        made |= {
+                    variables[f"{b}/attention/linear_2/{kind}"] = state[f"{a}.encoder_attn.out_proj.{kind}"]
+        variables |= {
             f"{side}/layer_norm/{new}": state[f"model.{side}.layer_norm.{old}"]
             for old, new in (("weight", "gamma"), ("bias", "beta"))
         }
-        made[f"{side}/position_encodings/encodings"] = state[f"model.{side}.embed_positions.weight"]
-    made |= {
+        variables[f"{side}/position_encodings/encodings"] = state[f"model.{side}.embed_positions.weight"]
+    variables |= {
         f"encoder/conv{j}/{kind}": state[f"model.encoder.conv{j}.{kind}"]
         for j in (1, 2)
         for kind in ("weight", "bias")
     }
-    made["decoder/embeddings/weight"] = state["model.decoder.embed_tokens.weight"]
+    variables["decoder/embeddings/weight"] = state["model.decoder.embed_tokens.weight"]
     text = lambda word: struct.pack("<H", len(word) + 1) + word.encode() + b"\0"  # noqa: E731
     kinds = {np.dtype(np.float16): 4, np.dtype(np.int16): 2, np.dtype(np.int32): 3}
-    content = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(made))
-    for name, array in made.items():
+    content = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for name, array in variables.items():
         content += (
             text(name)
             + struct.pack("<B", array.ndim)
@@ -93,12 +93,12 @@ def test_ctranslate2_becomes_the_same_model_bit_for_bit(ct2, tmp_path):
     model, folder = ct2
     (tmp_path / "out").mkdir()
     ctranslate2.convert_whisper(folder / "model.bin", tmp_path / "out")
-    made = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    converted = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float16)
     expected = model.half().state_dict()
-    assert made.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.state_dict().items())
-    assert made.generation_config.suppress_tokens == [5]
-    assert made.proj_out.weight is made.model.decoder.embed_tokens.weight
+    assert converted.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in converted.state_dict().items())
+    assert converted.generation_config.suppress_tokens == [5]
+    assert converted.proj_out.weight is converted.model.decoder.embed_tokens.weight
     task = load_task(
         tmp_path / "out", speech_models.sounds(tmp_path / "d", speech_models.words(6)), progress=False
     )

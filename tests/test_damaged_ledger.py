@@ -362,19 +362,19 @@ time.sleep(60)
 def test_a_lock_that_another_process_holds_is_said_after_a_second(where, measured):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, f"{where}.lock"], stdout=subprocess.PIPE, text=True
-    ) as other:
+    ) as holder:
         try:
-            assert other.stdout.readline() == "held\n"
+            assert holder.stdout.readline() == "held\n"
             begin = time.monotonic()
             ledger = Ledger(where)
             assert keys(ledger) == [1, 2, 3, 4, 5, 6]  # reading needs no lock
             begin, opened = time.monotonic(), time.monotonic() - begin
-            with pytest.raises(LedgerError, match=rf"process {other.pid} \(.*-c.* holds its lock .*\.lock'"):
+            with pytest.raises(LedgerError, match=rf"process {holder.pid} \(.*-c.* holds its lock .*\.lock'"):
                 ledger.add(numbered(measured, 7))
             assert 0.9 < time.monotonic() - begin < 4
             assert opened < 4
         finally:
-            other.kill()
+            holder.kill()
     ledger.add(numbered(measured, 8))
     assert keys(Ledger(where)) == [1, 2, 3, 4, 5, 6, 7, 8]
 

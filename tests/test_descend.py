@@ -61,13 +61,13 @@ def test_what_is_predicted_within_comes_first_then_the_smallest_loss():
             wb.Recipe(), "accuracy", Estimate(accuracy, 0, 1), 9, False, size, True, Estimate(1, 1, 1), (), ()
         )
 
-    known = [guess(0.5, 10), guess(0.895, 50), guess(0.7, 5), guess(0.893, 20)]
+    guesses = [guess(0.5, 10), guess(0.895, 50), guess(0.7, 5), guess(0.893, 20)]
     # of these nothing is known: their value, the middle of the range, says nothing, wherever it lies
     unknown = [
         dataclasses.replace(guess(accuracy, size), unknown=("Clip",))
         for accuracy, size in ((0.5, 3), (0.899, 40), (0.95, 4))
     ]
-    order = sorted([*unknown, *known], key=lambda g: rank(g, 0.9, 0.01))
+    order = sorted([*unknown, *guesses], key=lambda g: rank(g, 0.9, 0.01))
     assert [g.file_bytes for g in order] == [20, 50, 5, 10, 40, 4, 3]
 
 

@@ -83,8 +83,8 @@ def torn(path: Path) -> None:
 
 
 def other_key(path: Path) -> None:
-    other = keeping(Budget(MB), drawn(path.parent / "other"))
-    other.once("another key", lambda: numbers(seed=9), lasting=True)
+    second = keeping(Budget(MB), drawn(path.parent / "other"))
+    second.once("another key", lambda: numbers(seed=9), lasting=True)
     files(path.parent / "other")[0].replace(path)
 
 
@@ -98,9 +98,9 @@ def test_a_damaged_file_is_ignored_and_written_anew(tmp_path, damage):
     damaged = path.read_bytes()
     assert damaged != good
     with pytest.warns(RuntimeWarning, match="could not be read and was computed anew") as said:
-        found = keeping(Budget(MB), disk).once("key", lambda: numbers(1000), lasting=True)
+        value = keeping(Budget(MB), disk).once("key", lambda: numbers(1000), lasting=True)
     assert len(said) == 1
-    assert torch.equal(found, numbers(1000))
+    assert torch.equal(value, numbers(1000))
     assert path.read_bytes() != damaged
     assert torch.equal(
         keeping(Budget(MB), disk).once("key", lambda: pytest.fail("computed again"), lasting=True),
@@ -227,16 +227,16 @@ def changed_batch(task):
 @pytest.mark.parametrize("change", [changed_weight, changed_data, changed_batch])
 def test_another_model_or_other_data_under_the_same_names_are_not_mixed_up(tmp_path, change):
     task = tiny_task("vit")
-    other = change(task)
-    assert other.model_fingerprint == task.model_fingerprint
+    changed = change(task)
+    assert changed.model_fingerprint == task.model_fingerprint
     assert setting(task) == setting(tiny_task("vit"))
-    assert setting(other) != setting(task)
+    assert setting(changed) != setting(task)
     first = Statistics(task, cache=keeping(Budget(MB), drawn(tmp_path, task)))
     first.moments()
-    second = Statistics(other, cache=keeping(Budget(MB), drawn(tmp_path, other)))
-    found, wanted = second.moments(), Statistics(other).moments()
-    assert all(torch.equal(found.matrices[name], wanted.matrices[name]) for name in wanted.matrices)
-    assert found.rows == wanted.rows
+    second = Statistics(changed, cache=keeping(Budget(MB), drawn(tmp_path, changed)))
+    moments, wanted = second.moments(), Statistics(changed).moments()
+    assert all(torch.equal(moments.matrices[name], wanted.matrices[name]) for name in wanted.matrices)
+    assert moments.rows == wanted.rows
 
 
 def test_keys_are_text_that_every_process_writes_alike():
@@ -281,10 +281,10 @@ def writing(place: Path, turns: int, *, drop: bool = False) -> subprocess.Popen[
 def check_all(place: Path) -> None:
     disk = drawn(place)
     for key in "abcdef":
-        found = keeping(Budget(64 * MB), disk).once(
+        value = keeping(Budget(64 * MB), disk).once(
             key, lambda key=key: torch.arange(200_000, dtype=torch.float32) + ord(key), lasting=True
         )
-        assert torch.equal(found, torch.arange(200_000, dtype=torch.float32) + ord(key))
+        assert torch.equal(value, torch.arange(200_000, dtype=torch.float32) + ord(key))
     assert len(files(place)) == 6
     for path in files(place):
         assert path.stat().st_size > 800_000

@@ -48,10 +48,10 @@ def logits(*shape: int, seed: int) -> torch.Tensor:
 def test_the_loss_is_hintons(temperature, alpha, device):
     student, teacher = logits(7, 5, seed=1), logits(7, 5, seed=2)
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    found = distillation_loss(
+    loss = distillation_loss(
         student.to(device), teacher.to(device), labels.to(device), temperature, alpha, kind=Choosing()
     )
-    assert float(found) == pytest.approx(
+    assert float(loss) == pytest.approx(
         loss_by_hand(student.tolist(), teacher.tolist(), labels.tolist(), temperature, alpha), rel=1e-4
     )
 
@@ -87,15 +87,15 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
 def test_the_first_point_of_the_curve_is_the_loss_of_the_compressed_model():
     task = tiny_task("vit")
     size = 2 * TRAINING  # more than there is: a batch of training items drawn with this seed
-    made = compress(
+    compressed = compress(
         task, Recipe(PRUNE, wb.Distill(temperature=2, alpha=0.4, steps=1, distill_batch=size, seed=3))
     )
     drawn = task.training[torch.randint(TRAINING, (TRAINING,), generator=torch.Generator().manual_seed(3))]
     start = compress(task, Recipe(PRUNE))
     with torch.no_grad():
         student, teacher = task.kind.logits(start.model, drawn), task.kind.logits(task.model, drawn)
-    assert [step for step, _ in made.curve] == [0]
-    assert made.curve[0][1] == pytest.approx(
+    assert [step for step, _ in compressed.curve] == [0]
+    assert compressed.curve[0][1] == pytest.approx(
         loss_by_hand(student.tolist(), teacher.tolist(), drawn.labels.tolist(), 2.0, 0.4), rel=1e-4
     )
 
@@ -108,7 +108,7 @@ def test_the_first_point_of_the_curve_is_the_loss_of_the_compressed_model():
 def test_training_brings_the_answers_closer_to_the_teachers(sort, device, before):
     task = tiny_task(sort, device)
     start = compress(task, Recipe(before))
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             before,
@@ -117,7 +117,7 @@ def test_training_brings_the_answers_closer_to_the_teachers(sort, device, before
             ),
         ),
     )
-    assert [step for step, _ in made.curve] == list(range(40))
+    assert [step for step, _ in compressed.curve] == list(range(40))
     training = task.training.to(device)
     with torch.no_grad():
         teacher = task.kind.logits(task.model, training)
@@ -127,7 +127,7 @@ def test_training_brings_the_answers_closer_to_the_teachers(sort, device, before
                     task.kind.logits(model, training), teacher, training.labels, 2, 1, kind=task.kind
                 )
             )
-            for model in (start.model, made.model)
+            for model in (start.model, compressed.model)
         )
     assert last < 0.8 * first
 
@@ -152,11 +152,11 @@ def test_masks_and_grids_hold_while_everything_else_moves(sort, device, dtype, r
             dataclasses.replace(step, group_size=9) for step in recipe
         )  # divides 72 and 144 inputs, not 49
     start = compress(task, Recipe(*recipe))
-    made = compress(
+    compressed = compress(
         task, Recipe(*recipe, wb.Distill(temperature=2, steps=8, learning_rate=2e-2, distill_batch=16))
     )
     moved = 0
-    for before, after in zip(start.layers, made.layers, strict=True):
+    for before, after in zip(start.layers, compressed.layers, strict=True):
         assert before.name == after.name
         if before.mask is not None:
             assert torch.equal(before.mask, after.mask)
@@ -168,32 +168,34 @@ def test_masks_and_grids_hold_while_everything_else_moves(sort, device, dtype, r
             )
             assert torch.equal(after.grid.dequantize().to(dtype), after.as_matrix(after.parameter))
         moved += not torch.equal(before.parameter, after.parameter)
-    assert moved > len(made.layers) / 2
+    assert moved > len(compressed.layers) / 2
 
 
 def test_only_targeted_layers_move():
     task = tiny_task("vit")
     start = weights(compress(task, Recipe(PRUNE)).model)
-    made = compress(
+    compressed = compress(
         task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2, targets=("re:fc1$",)))
     )
-    changed = {name for name, tensor in weights(made.model).items() if not torch.equal(tensor, start[name])}
+    changed = {
+        name for name, tensor in weights(compressed.model).items() if not torch.equal(tensor, start[name])
+    }
     assert changed == {f"vit.layers.{i}.mlp.fc1.{part}" for i in range(2) for part in ("weight", "bias")}
-    assert {row.name for row in made.report if "distilled" in row.outcome} == {
+    assert {row.name for row in compressed.report if "distilled" in row.outcome} == {
         f"vit.layers.{i}.mlp.fc1" for i in range(2)
     }
 
 
 def test_without_targets_norms_and_biases_learn_too_and_buffers_stay():
     task = tiny_task("resnet")
-    start, made = (
+    start, compressed = (
         compress(task, Recipe(PRUNE)),
         compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2))),
     )
     for name, buffer in start.model.named_buffers():
-        assert torch.equal(buffer, dict(made.model.named_buffers())[name]), name
+        assert torch.equal(buffer, dict(compressed.model.named_buffers())[name]), name
     assert all(
-        not torch.equal(p, dict(made.model.named_parameters())[name])
+        not torch.equal(p, dict(compressed.model.named_parameters())[name])
         for name, p in start.model.named_parameters()
         if "normalization" in name
     )
@@ -201,10 +203,10 @@ def test_without_targets_norms_and_biases_learn_too_and_buffers_stay():
 
 def test_tied_weights_stay_tied_and_the_report_says_that_they_learned():
     task = tiny_task("gpt2")
-    made = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2)))
-    assert made.model.lm_head.weight is made.model.transformer.wte.weight
-    assert not torch.equal(made.model.transformer.wte.weight, task.model.transformer.wte.weight)
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=5, learning_rate=1e-2)))
+    assert compressed.model.lm_head.weight is compressed.model.transformer.wte.weight
+    assert not torch.equal(compressed.model.transformer.wte.weight, task.model.transformer.wte.weight)
+    rows = {row.name: row for row in compressed.report}
     assert "distilled" in rows["transformer.wte"].outcome
 
 
@@ -230,8 +232,8 @@ def test_the_users_random_state_is_neither_used_nor_changed():
 def test_it_can_run_where_gradients_are_switched_off():
     task = tiny_task("vit")
     with torch.no_grad():
-        made = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=2)))
-    assert len(made.curve) == 2
+        compressed = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=2)))
+    assert len(compressed.curve) == 2
 
 
 def test_items_that_are_no_numbers_are_refused_by_what_the_teacher_says_of_them():
@@ -249,8 +251,8 @@ def test_items_that_are_no_numbers_are_refused_by_what_the_teacher_says_of_them(
 
 def test_the_head_may_be_the_only_layer_to_learn():
     task = tiny_task("vit")
-    made = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=3, targets=("classifier",))))
-    assert not torch.equal(made.model.classifier.weight, task.model.classifier.weight)
+    compressed = compress(task, Recipe(PRUNE, wb.Distill(temperature=2, steps=3, targets=("classifier",))))
+    assert not torch.equal(compressed.model.classifier.weight, task.model.classifier.weight)
 
 
 def test_layers_that_cannot_learn_are_refused():

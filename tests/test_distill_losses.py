@@ -51,12 +51,12 @@ def by_hand(student, teacher, temperature, divergence, skew):
 def test_divergence_and_gradient_are_those_written_by_hand(divergence, temperature, device):
     student, teacher = logits(7, 5, seed=1), logits(7, 5, seed=2)
     moved = student.to(device, copy=True).requires_grad_()
-    found = divergence_loss(
+    loss = divergence_loss(
         Choosing(), moved, teacher.to(device), LABELS.to(device), temperature, divergence=divergence, skew=0.3
     )
-    found.backward()
+    loss.backward()
     value, gradient = by_hand(student, teacher, temperature, divergence, 0.3)
-    assert float(found.detach()) == pytest.approx(value, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(value, rel=1e-4)
     assert torch.allclose(moved.grad.cpu().double(), gradient, rtol=1e-3, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_reverse_forgives_what_is_left_out_and_forward_does_not():
 
 def test_skewed_stays_bounded_where_the_student_gives_no_chance():
     """KL(p || a p + (1-a) q) is at most -log a (Ko et al. 2024)."""
-    found = divergence_loss(
+    loss = divergence_loss(
         Choosing(),
         torch.tensor([[-200.0, 0.0]]),
         torch.tensor([[0.0, -200.0]]),
@@ -101,7 +101,7 @@ def test_skewed_stays_bounded_where_the_student_gives_no_chance():
         divergence="skewed",
         skew=0.1,
     )
-    assert float(found) == pytest.approx(-math.log(0.1), rel=1e-4)
+    assert float(loss) == pytest.approx(-math.log(0.1), rel=1e-4)
 
 
 def test_answers_of_different_vocabularies_are_refused():
@@ -133,8 +133,8 @@ def test_state_loss_by_hand():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     terms = [
         sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / sum(b**2 for b in t)
-        for item, other, kept in zip(student.tolist(), teacher.tolist(), mask.tolist(), strict=True)
-        for s, t, k in zip(item, other, kept, strict=True)
+        for item, aims, kept in zip(student.tolist(), teacher.tolist(), mask.tolist(), strict=True)
+        for s, t, k in zip(item, aims, kept, strict=True)
         if k
     ]
     assert float(state_loss(student, teacher, [mask])) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
@@ -170,14 +170,14 @@ def test_hidden_states_are_those_that_transformers_gives(sort, blocks):
 def test_attention_maps_are_shown_and_what_was_set_before_comes_back(sort):
     task = tiny_task(sort)
     before = task.model.config._attn_implementation
-    usual = task.kind.logits(task.model, task.training[:3])
+    answers = task.kind.logits(task.model, task.training[:3])
     with showing_attention(task.model):
         seen = see(task.kind, task.model, task.training[:3], maps=True)
     maps = seen.inside["attentions"]
     assert len(maps) == task.model.config.num_hidden_layers
-    assert all(torch.allclose(one.sum(-1), torch.ones(()), atol=1e-5) for one in maps)
+    assert all(torch.allclose(attention.sum(-1), torch.ones(()), atol=1e-5) for attention in maps)
     assert task.model.config._attn_implementation == before
-    assert torch.equal(task.kind.logits(task.model, task.training[:3]), usual)
+    assert torch.equal(task.kind.logits(task.model, task.training[:3]), answers)
 
 
 @pytest.mark.parametrize("sort", SORTS)
@@ -185,7 +185,7 @@ def test_matching_brings_hidden_states_closer(sort, device):
     """With next to no weight on answers, the blocks still come to show what the teacher's show."""
     task = tiny_task(sort, device)
     start = compress(task, Recipe(PRUNE))
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             PRUNE,
@@ -209,7 +209,7 @@ def test_matching_brings_hidden_states_closer(sort, device):
                     see(task.kind, model, some, states=True).inside["hidden_states"], teacher, strict=True
                 )
             )
-            for model in (start.model, made.model)
+            for model in (start.model, compressed.model)
         ]
     assert far[1] < 0.8 * far[0]
 
@@ -218,7 +218,7 @@ def test_matching_attention_brings_the_maps_closer():
     task = tiny_task("vit")
     before = weights(task.model)
     start = compress(task, Recipe(PRUNE))
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             PRUNE,
@@ -241,7 +241,7 @@ def test_matching_attention_brings_the_maps_closer():
                     see(task.kind, model, task.training, maps=True).inside["attentions"], teacher, strict=True
                 )
             )
-            for model in (start.model, made.model)
+            for model in (start.model, compressed.model)
         ]
     assert far[1] < 0.8 * far[0]
     assert same(weights(task.model), before)
@@ -326,24 +326,24 @@ def test_removed_heads_do_not_fit_and_removed_neurons_do():
             task,
             Recipe(wb.Prune(sparsity=0.5, pattern="heads"), wb.Distill(temperature=2, attention_weight=1)),
         )
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Prune(sparsity=0.5, pattern="neurons"),
             wb.Distill(temperature=2, attention_weight=1, hidden_weight=1, steps=2),
         ),
     )
-    assert len(made.curve) == 2
+    assert len(compressed.curve) == 2
 
 
 def test_removed_layers_are_matched_with_those_that_are_left():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(wb.Prune(sparsity=0.5, pattern="layers"), wb.Distill(temperature=2, hidden_weight=1, steps=2)),
     )
-    assert len(see(task.kind, made.model, task.training[:1], states=True).inside["hidden_states"]) == 2
-    assert len(made.curve) == 2
+    assert len(see(task.kind, compressed.model, task.training[:1], states=True).inside["hidden_states"]) == 2
+    assert len(compressed.curve) == 2
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,11 @@ def measured(
 ):
     """Return the divergence of a model, its items read in steps."""
     reference, mine = Reference(evaluator, Statistics(task)), evaluator.outputs()
-    parts, dense = [], []
+    scores, dense = [], []
     for count in dense_counts:
         evaluator.scores(task.model, dense, count, outputs=reference.reading())
     for count in counts:
-        evaluator.scores(model, parts, count, outputs=mine)
+        evaluator.scores(model, scores, count, outputs=mine)
     return divergence(evaluator, reference, model, mine, counts[-1], level=level)
 
 
@@ -68,19 +68,19 @@ def logits_of(task: Task, model: nn.Module) -> torch.Tensor:
         name: tensor.to(next(model.parameters()).device) for name, tensor in task.evaluation.inputs.items()
     }
     with torch.no_grad():
-        found = exact(
+        logits = exact(
             **{
                 name: tensor.double() if tensor.is_floating_point() else tensor
                 for name, tensor in inputs.items()
             }
         ).logits.cpu()
-    return found[:, :-1] if found.ndim == 3 else found
+    return logits[:, :-1] if logits.ndim == 3 else logits
 
 
 def items_kl(task: Task, model: nn.Module) -> torch.Tensor:
     """Return the KL divergence of each answer of each item [N, answers]."""
-    dense, other = logits_of(task, task.model), logits_of(task, model)
-    p, q = dense.softmax(-1), other.softmax(-1)
+    dense, compressed = logits_of(task, task.model), logits_of(task, model)
+    p, q = dense.softmax(-1), compressed.softmax(-1)
     return (p * (p / q).log()).sum(-1).reshape(len(dense), -1)
 
 
@@ -90,8 +90,8 @@ def interval(values: torch.Tensor, level: float) -> tuple[float, float, float]:
     return middle, max(0.0, middle - half), middle + half
 
 
-def near(found: module.Divergence, values: torch.Tensor, level: float = 0.9, rel: float = 2e-4) -> None:
-    assert (found.kl.value, found.kl.low, found.kl.high) == pytest.approx(
+def near(measured_kl: module.Divergence, values: torch.Tensor, level: float = 0.9, rel: float = 2e-4) -> None:
+    assert (measured_kl.kl.value, measured_kl.kl.low, measured_kl.kl.high) == pytest.approx(
         interval(values, level), rel=rel, abs=1e-7
     )
 
@@ -101,10 +101,10 @@ def near(found: module.Divergence, values: torch.Tensor, level: float = 0.9, rel
 def test_it_is_the_divergence_of_whole_logits_in_float64(name, bits, device):
     task = structure_models.task_of(name, device)
     model = compress(task, wb.Recipe(wb.Quantize(weight_bits=bits)), shared=True).model
-    found, expected = measured(task, model, evaluator_of(task)), items_kl(task, model)
-    assert (found.items, found.answers) == (48, expected.numel())
-    assert found.kl.value > 1e-5
-    near(found, expected.mean(1), rel=2e-4 if device == "cpu" else 2e-3)
+    diverged, expected = measured(task, model, evaluator_of(task)), items_kl(task, model)
+    assert (diverged.items, diverged.answers) == (48, expected.numel())
+    assert diverged.kl.value > 1e-5
+    near(diverged, expected.mean(1), rel=2e-4 if device == "cpu" else 2e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -114,13 +114,15 @@ def test_heads_that_stay_on_give_the_same(name, fused):
     model = compress(task, RECIPE).model
     evaluator = evaluator_of(task)
     plain = measured(task, model, evaluator)
-    other = evaluator_of(task)
-    usual = other.headless
-    other.headless = lambda one: usual(one) if fused[0 if one is task.model else 1] else one
-    other.head(type(task.model))
-    found = measured(task, model, other)
-    assert found.answers == plain.answers
-    assert found.kl.value == pytest.approx(plain.kl.value, rel=1e-5)
+    reader = evaluator_of(task)
+    headless = reader.headless
+    reader.headless = lambda model_read: (
+        headless(model_read) if fused[0 if model_read is task.model else 1] else model_read
+    )
+    reader.head(type(task.model))
+    diverged = measured(task, model, reader)
+    assert diverged.answers == plain.answers
+    assert diverged.kl.value == pytest.approx(plain.kl.value, rel=1e-5)
 
 
 def test_looks_in_steps_and_a_dense_model_read_at_once_agree(sort):
@@ -175,22 +177,22 @@ def test_equal_logits_give_0_and_broken_ones_infinity():
     broken = logits.clone()
     broken[0, 3], broken[1, 3], broken[2, :] = torch.nan, torch.inf, -torch.inf
     broken[3, int(logits[3].argmax())] = -torch.inf  # an answer that became impossible
-    found = kl_of_logits(logits, broken)
-    assert torch.equal(found[:4], torch.full((4,), torch.inf, dtype=torch.float64))
-    assert torch.equal(found[4:], torch.zeros(2, dtype=torch.float64))
-    masked, other = logits.clone(), logits.clone() + 0.1 * torch.arange(50)
-    masked[:, 7], other[:, 7] = -torch.inf, -torch.inf  # impossible for both
+    divergences = kl_of_logits(logits, broken)
+    assert torch.equal(divergences[:4], torch.full((4,), torch.inf, dtype=torch.float64))
+    assert torch.equal(divergences[4:], torch.zeros(2, dtype=torch.float64))
+    masked, shifted = logits.clone(), logits.clone() + 0.1 * torch.arange(50)
+    masked[:, 7], shifted[:, 7] = -torch.inf, -torch.inf  # impossible for both
     kept = [i for i in range(50) if i != 7]
-    assert torch.equal(kl_of_logits(masked, other), kl_of_logits(masked[:, kept], other[:, kept]))
+    assert torch.equal(kl_of_logits(masked, shifted), kl_of_logits(masked[:, kept], shifted[:, kept]))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0, 30.0])
 def test_small_and_large_changes_agree_with_float64(size):
     generator = torch.Generator().manual_seed(1)
     dense = 5 * torch.randn(20, 5_000, generator=generator)
-    other = dense + size * torch.randn(20, 5_000, generator=generator)
-    p, q = dense.double().log_softmax(-1), other.double().log_softmax(-1)
-    assert torch.allclose(kl_of_logits(dense, other), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-7)
+    compressed = dense + size * torch.randn(20, 5_000, generator=generator)
+    p, q = dense.double().log_softmax(-1), compressed.double().log_softmax(-1)
+    assert torch.allclose(kl_of_logits(dense, compressed), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-7)
 
 
 def test_a_destroyed_model_is_infinitely_far(ledger):
@@ -199,10 +201,10 @@ def test_a_destroyed_model_is_infinitely_far(ledger):
     model = copy.deepcopy(task.model)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    found = measured(task, model, bench.setting.evaluator)
-    assert found.kl.value == found.kl.low == found.kl.high == math.inf
-    point = dataclasses.replace(bench.measure(RECIPE), kl=found.kl)
-    assert Measurement.from_json(point.to_json()).kl == found.kl
+    diverged = measured(task, model, bench.setting.evaluator)
+    assert diverged.kl.value == diverged.kl.low == diverged.kl.high == math.inf
+    point = dataclasses.replace(bench.measure(RECIPE), kl=diverged.kl)
+    assert Measurement.from_json(point.to_json()).kl == diverged.kl
     assert "inf [inf, inf] nats a token" in divergence_words(point)
 
 
@@ -217,19 +219,19 @@ def test_what_is_kept_stays_within_its_budget(fused, monkeypatch):
     )  # 3 of 7 tokens of each of 48 windows
     if not fused:
         evaluator.heads[type(task.model)] = None
-    found = measured(task, model, evaluator)
-    assert (found.items, found.answers) == (48, 48 * 3)
+    diverged = measured(task, model, evaluator)
+    assert (diverged.items, diverged.answers) == (48, 48 * 3)
     assert evaluator.sampler.places.tolist() == [1, 3, 5]
-    near(found, items_kl(task, model)[:, [1, 3, 5]].mean(1))
+    near(diverged, items_kl(task, model)[:, [1, 3, 5]].mean(1))
 
 
 def test_beyond_the_budget_the_first_items_are_used(monkeypatch):
     task = tiny_task("vit")
     model = compress(task, RECIPE).model
     monkeypatch.setattr(outputs_module, "HOST_BYTES", 20 * 4 * 4)  # 4 classes
-    found = measured(task, model, evaluator_of(task))
-    assert (found.items, found.answers) == (20, 20)
-    near(found, items_kl(task, model)[:20].mean(1))
+    diverged = measured(task, model, evaluator_of(task))
+    assert (diverged.items, diverged.answers) == (20, 20)
+    near(diverged, items_kl(task, model)[:20].mean(1))
 
 
 def test_few_logits_take_some_tokens_of_every_window(monkeypatch):
@@ -237,9 +239,9 @@ def test_few_logits_take_some_tokens_of_every_window(monkeypatch):
     model = compress(task, RECIPE).model
     monkeypatch.setattr(outputs_module, "LOGITS", 48 * 2 * VOCABULARY)
     monkeypatch.setattr(module, "CHUNK", 3 * VOCABULARY)
-    found = measured(task, model, evaluator_of(task))
-    assert (found.items, found.answers) == (48, 96)
-    near(found, items_kl(task, model)[:, spread(7, 2).tolist()].mean(1))
+    diverged = measured(task, model, evaluator_of(task))
+    assert (diverged.items, diverged.answers) == (48, 96)
+    near(diverged, items_kl(task, model)[:, spread(7, 2).tolist()].mean(1))
     monkeypatch.setattr(outputs_module, "LOGITS", 10 * VOCABULARY)
     few = measured(task, model, evaluator_of(task))
     assert (few.items, few.answers) == (10, 10)
@@ -259,17 +261,17 @@ def test_no_room_is_said(monkeypatch, ledger):
 
 @pytest.mark.parametrize(("length", "count"), [(7, 1), (7, 3), (7, 7), (511, 64)])
 def test_positions_are_spread_evenly(length, count):
-    found = spread(length, count)
-    assert found.unique().numel() == count
-    assert found.max() < length
-    ends = torch.cat([torch.tensor([-1]), found, torch.tensor([length])])
+    positions = spread(length, count)
+    assert positions.unique().numel() == count
+    assert positions.max() < length
+    ends = torch.cat([torch.tensor([-1]), positions, torch.tensor([length])])
     assert int(ends.diff().max()) <= length / count + 1
 
 
 def test_models_run_once_and_no_item_twice(sort, ledger, monkeypatch):
     task, batches = tiny_task(sort), []
     bench = Bench(task, device="cpu", ledger=ledger, progress=False)
-    usual = type(task.kind).logits
+    plain = type(task.kind).logits
     evaluating = []
     scores = Evaluator.scores
     monkeypatch.setattr(
@@ -285,7 +287,7 @@ def test_models_run_once_and_no_item_twice(sort, ledger, monkeypatch):
     def logits(self, model, items):
         if evaluating and len(items) > 1:  # one item is tried where shortcuts are looked for
             batches.append(len(items))
-        return usual(self, model, items)
+        return plain(self, model, items)
 
     monkeypatch.setattr(type(task.kind), "logits", logits)
     for sparsity in (0.3, 0.6):
@@ -304,12 +306,12 @@ def test_points_carry_it_and_early_looks_do_not(ledger):
     assert last.kl.low < last.kl.value < last.kl.high
     assert (last.kl_items, last.kl_answers) == (48, 48 * 7)
     assert Measurement.from_json(last.to_json()) == last
-    words = (
+    text = (
         f"{last.kl.value:.3g} [{last.kl.low:.3g}, {last.kl.high:.3g}] nats a token, of 336 tokens in 48"
         " windows"
     )
-    assert ("KL to dense", "", words) in summary(last)
-    assert f"| KL to dense | {words} |" in card(last)
+    assert ("KL to dense", "", text) in summary(last)
+    assert f"| KL to dense | {text} |" in card(last)
     row = points_frame([last]).iloc[0]
     assert (row["kl_to_dense_nats"], row["kl_to_dense_nats_low"], row["kl_answers"]) == (
         last.kl.value,
@@ -351,8 +353,8 @@ def test_a_point_that_stops_twice_keeps_what_it_knew(tmp_path):
             RECIPE
         )
     ]
-    found = [bench.measure(RECIPE, margin=margin) for margin in (1.0, (widths[0] + widths[1]) / 2, 0)]
-    assert [point.kl_items for point in found] == [16, 64, 300] == [point.items for point in found]
+    points = [bench.measure(RECIPE, margin=margin) for margin in (1.0, (widths[0] + widths[1]) / 2, 0)]
+    assert [point.kl_items for point in points] == [16, 64, 300] == [point.items for point in points]
 
 
 def test_items_known_before_fill_what_is_missing():
@@ -382,15 +384,15 @@ def test_dense_outputs_that_were_thrown_out_are_read_again():
     task = tiny_task("llama")
     evaluator, statistics = evaluator_of(task), Statistics(task)
     reference, model = Reference(evaluator, statistics), compress(task, RECIPE).model
-    found = []
+    readings = []
     for _ in range(2):
         mine = evaluator.outputs()
         evaluator.scores(model, [], 48, outputs=mine)
-        found.append(divergence(evaluator, reference, model, mine, 48, level=0.95))
+        readings.append(divergence(evaluator, reference, model, mine, 48, level=0.95))
         assert "dense outputs" in statistics.kept
         assert reference.reading() is None  # nothing is held beside the cache
         statistics.kept.pop("dense outputs")
-    assert found[0] == found[1]
+    assert readings[0] == readings[1]
 
 
 class Stepwise:
@@ -411,10 +413,10 @@ class Stepwise:
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_graphs_give_what_is_kept_of_each_batch(name, monkeypatch):
     def capture(self: Graphs, items: Items) -> CapturedPass:
-        made = Stepwise(
+        stepwise = Stepwise(
             self, Items({key: tensor.clone() for key, tensor in items.inputs.items()}, items.labels.clone())
         )
-        return CapturedPass(made, made.inputs, made.loss, made.answers, made.sampled)
+        return CapturedPass(stepwise, stepwise.inputs, stepwise.loss, stepwise.answers, stepwise.sampled)
 
     monkeypatch.setattr(Graphs, "capture", capture)
     monkeypatch.setattr(Graphs, "why_not", lambda self: "")
@@ -423,8 +425,8 @@ def test_graphs_give_what_is_kept_of_each_batch(name, monkeypatch):
     evaluator.head(type(task.model))
     graphs = Graphs(task.kind, task.model, task.batch_size, evaluator.prepared, sampler=evaluator.sampler)
     evaluator.graphs, reference, mine = graphs, Reference(evaluator, Statistics(task)), evaluator.outputs()
-    for one, outputs in ((task.model, reference.reading()), (model, mine)):
-        with graphs.loaded(one) as replay:
+    for model_read, outputs in ((task.model, reference.reading()), (model, mine)):
+        with graphs.loaded(model_read) as replay:
             evaluator.replay(replay, 0, 48, lambda *_: None, outputs)
     assert graphs.captured
     near(divergence(evaluator, reference, model, mine, 48, level=0.9), items_kl(task, model).mean(1))
@@ -435,9 +437,9 @@ def test_graphs_give_what_is_kept_of_each_batch(name, monkeypatch):
 def test_on_a_gpu_graphs_and_single_steps_agree(name):
     task = structure_models.task_of(name, "cuda")
     model = compress(task, RECIPE, shared=True).model
-    found = [measured(task, model, evaluator_of(task, graphs=graphs)) for graphs in (True, False)]
-    assert found[0] == found[1]
-    near(found[0], items_kl(task, model).mean(1), rel=2e-3)
+    diverged = [measured(task, model, evaluator_of(task, graphs=graphs)) for graphs in (True, False)]
+    assert diverged[0] == diverged[1]
+    near(diverged[0], items_kl(task, model).mean(1), rel=2e-3)
 
 
 def test_outputs_beside_the_room_are_left_out():

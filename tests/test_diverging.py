@@ -38,43 +38,43 @@ def breaking(monkeypatch):
 def test_a_training_that_diverges_keeps_the_best_and_says_where(breaking):
     task = tiny_task("vit")
     breaking(37)
-    made = distilled(task, *BOTH, steps=50)
-    kept = made.recipe.get("distill").stop_at
+    compressed = distilled(task, *BOTH, steps=50)
+    kept = compressed.recipe.get("distill").stop_at
     assert kept in {10, 20, 30}
-    assert made.warnings[0].startswith(
+    assert compressed.warnings[0].startswith(
         f"distillation diverged at step 37 of 50: loss nan; the weights after step {kept} are kept, where"
         " training loss was lowest ("
     )
-    assert "lower learning_rate=0.0003" in made.warnings[0]
-    assert len(made.curve) == 37
-    assert same(weights(compress(task, made.recipe).model), weights(made.model))
+    assert "lower learning_rate=0.0003" in compressed.warnings[0]
+    assert len(compressed.curve) == 37
+    assert same(weights(compress(task, compressed.recipe).model), weights(compressed.model))
 
 
 def test_training_through_the_rounding_falls_back_as_well(breaking):
     task = tiny_task("vit")
     breaking(37)
-    made = compress(task, Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=50, qat_batch=8)))
-    assert made.warnings[0].startswith(
+    compressed = compress(task, Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=50, qat_batch=8)))
+    assert compressed.warnings[0].startswith(
         "quantization-aware training diverged at step 37 of 50: loss nan; the weights after step "
     )
-    assert made.recipe.get("qat").qat_stop_at in {10, 20, 30}
-    assert same(weights(compress(task, made.recipe).model), weights(made.model))
+    assert compressed.recipe.get("qat").qat_stop_at in {10, 20, 30}
+    assert same(weights(compress(task, compressed.recipe).model), weights(compressed.model))
 
 
 def test_training_between_rounds_of_pruning_goes_on_from_its_best_where_it_diverges(breaking):
     """It diverges at the same step whenever the recipe is run, and so gives the same bits."""
     task, recipe = tiny_task("vit"), Recipe(wb.Prune(sparsity=0.5, rounds=3, train_steps=20))
     breaking(12)
-    made = compress(task, recipe)
+    compressed = compress(task, recipe)
     for index in (1, 2):
         assert re.match(
             rf"training of Prune after round {index} diverged at step 12 of 20: loss nan; the weights (after"
             r" step 10|from before the first step) are kept, where training loss was lowest \(.*; lower"
             r" train_rate",
-            made.warnings[index - 1],
+            compressed.warnings[index - 1],
         )
-    assert same(weights(compress(task, recipe).model), weights(made.model))
-    assert made.recipe == recipe
+    assert same(weights(compress(task, recipe).model), weights(compressed.model))
+    assert compressed.recipe == recipe
 
 
 def test_a_gradient_that_is_no_number_ends_the_training_before_it_does_harm(monkeypatch):
@@ -90,14 +90,14 @@ def test_a_gradient_that_is_no_number_ends_the_training_before_it_does_harm(monk
         return loss
 
     monkeypatch.setattr(Run, "added", added)
-    made = distilled(task, steps=50)
+    compressed = distilled(task, steps=50)
     assert re.match(
         r"distillation diverged at step 7 of 50: a gradient is nan at loss [\d.]+; the weights from before"
         r" the first step are kept",
-        made.warnings[0],
+        compressed.warnings[0],
     )
-    assert len(made.curve) == 7
-    assert same(weights(made.model), weights(compress(task, Recipe(PRUNE)).model))
+    assert len(compressed.curve) == 7
+    assert same(weights(compressed.model), weights(compress(task, Recipe(PRUNE)).model))
 
 
 @pytest.mark.parametrize("look_every", [0, 100])
@@ -109,30 +109,30 @@ def test_a_loss_that_blows_up_without_being_infinite_ends_the_training(look_ever
         "added",
         lambda run, drawn, objective: plain(run, drawn, objective) + (1e4 if run.done > 3 else 0),
     )
-    made = distilled(task, steps=120, look_every=look_every)
+    compressed = distilled(task, steps=120, look_every=look_every)
     assert re.match(
         r"distillation diverged at step 13 of 120: loss 1e\+04, for 10 steps above 10 times what it was at"
         r" first \(.*\) and 1 more; the weights from before the first step are kept, .*; lower"
         r" learning_rate=0\.0003$",
-        made.warnings[0],
+        compressed.warnings[0],
     )
-    assert len(made.curve) == 13
-    assert made.recipe.get("distill").stop_at == 0
-    assert same(weights(made.model), weights(start.model))
-    assert "distilled 0 steps" in made.report[0].outcome
+    assert len(compressed.curve) == 13
+    assert compressed.recipe.get("distill").stop_at == 0
+    assert same(weights(compressed.model), weights(start.model))
+    assert "distilled 0 steps" in compressed.report[0].outcome
 
 
 def test_a_transfer_that_diverges_keeps_the_best_look(breaking):
     task = tiny_task("vit")
     breaking(11)
-    made = compress(
+    compressed = compress(
         task,
         Recipe(PRUNE, wb.Transfer(transfer_steps=20, transfer_batch=8, transfer_look_every=4, lora_count=2)),
     )
-    kept = made.recipe.get("transfer").transfer_stop_at
+    kept = compressed.recipe.get("transfer").transfer_stop_at
     assert kept in {0, 4, 8}
-    assert made.warnings[0].startswith("transfer diverged at step 11 of 20: loss nan; the weights ")
-    assert same(weights(compress(task, made.recipe).model), weights(made.model))
+    assert compressed.warnings[0].startswith("transfer diverged at step 11 of 20: loss nan; the weights ")
+    assert same(weights(compress(task, compressed.recipe).model), weights(compressed.model))
 
 
 def test_a_loss_that_only_grew_is_said():
@@ -165,21 +165,21 @@ def test_with_looks_the_best_look_is_kept(breaking, monkeypatch):
         "look",
         lambda _held, _model, step: Look(step, losses[step], "accuracy", 1.0, 0.5, 0.4, 0.6, 4, 0.95),
     )
-    made = distilled(task, steps=50, look_every=4)
-    assert made.recipe.get("distill").stop_at == 4
-    assert "held-out loss was lowest" in made.warnings[0]
-    assert same(weights(compress(task, made.recipe).model), weights(made.model))
+    compressed = distilled(task, steps=50, look_every=4)
+    assert compressed.recipe.get("distill").stop_at == 4
+    assert "held-out loss was lowest" in compressed.warnings[0]
+    assert same(weights(compress(task, compressed.recipe).model), weights(compressed.model))
 
 
 def test_a_training_that_diverges_early_keeps_what_it_began_with(breaking):
     task = tiny_task("vit")
     breaking(7)
-    made = distilled(task, steps=50)
-    assert made.warnings[0].startswith(
+    compressed = distilled(task, steps=50)
+    assert compressed.warnings[0].startswith(
         "distillation diverged at step 7 of 50: loss nan; the weights from before the first step are kept,"
         " where training loss was lowest ("
     )
-    assert same(weights(made.model), weights(compress(task, Recipe(PRUNE)).model))
+    assert same(weights(compressed.model), weights(compress(task, Recipe(PRUNE)).model))
 
 
 def test_a_training_that_cannot_begin_is_refused(breaking):
@@ -193,8 +193,8 @@ def test_a_training_that_cannot_begin_is_refused(breaking):
 
 def test_a_rate_far_too_high_ends_with_finite_weights():
     """Adam at rate 1 on every weight: whatever comes of it, it is finite and its promises hold."""
-    made = distilled(tiny_task("vit"), *BOTH, steps=40, learning_rate=1.0)
-    assert all(torch.isfinite(tensor).all() for tensor in weights(made.model).values())
+    compressed = distilled(tiny_task("vit"), *BOTH, steps=40, learning_rate=1.0)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(compressed.model).values())
 
 
 def test_on_a_real_model_a_point_that_diverged_is_measured_and_kept(ledger):

@@ -50,7 +50,7 @@ def evaluator_of(task: Task, **settings) -> Evaluator:
 
 
 def plain(task: Task, model: nn.Module, count: int | None = None) -> Scores:
-    """Return what the model does, batch by batch, by its own forward."""
+    """Return the model's scores, batch by batch, by its own forward."""
     return Scores.join(
         [score(task.kind, model, items) for items in task.evaluation[:count].batches(task.batch_size)]
     )
@@ -71,15 +71,15 @@ def same(left: Scores, right: Scores) -> bool:
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_losses_agree_with_whole_logits_in_float64(name, device):
     task = structure_models.task_of(name, device)
-    found = evaluator_of(task).scores(task.model, [], 48)
+    scores = evaluator_of(task).scores(task.model, [], 48)
     exact = copy.deepcopy(task.model).double()
     with torch.no_grad():
         logits = exact(input_ids=task.evaluation.inputs["input_ids"].to(device)).logits[:, :-1].cpu()
     labels = task.evaluation.labels
     loss = torch.logsumexp(logits, -1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    assert torch.allclose(found.loss, loss.mean(1), rtol=1e-6 if device == "cpu" else 5e-6, atol=0)
-    assert torch.equal(found.answers, logits.argmax(-1))
-    assert torch.equal(found.correct, (logits.argmax(-1) == labels).double().mean(1))
+    assert torch.allclose(scores.loss, loss.mean(1), rtol=1e-6 if device == "cpu" else 5e-6, atol=0)
+    assert torch.equal(scores.answers, logits.argmax(-1))
+    assert torch.equal(scores.correct, (logits.argmax(-1) == labels).double().mean(1))
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -106,16 +106,16 @@ def test_a_destroyed_language_model_still_gets_a_number():
     task = tiny_task("llama")
     model = copy.deepcopy(task.model)
     model.model.norm.weight.data.fill_(math.nan)
-    found = evaluator_of(task).scores(model, [], 16)
-    assert found.loss.tolist() == [math.inf] * 16
-    assert found.correct.tolist() == [0.0] * 16
+    scores = evaluator_of(task).scores(model, [], 16)
+    assert scores.loss.tolist() == [math.inf] * 16
+    assert scores.correct.tolist() == [0.0] * 16
 
 
 def test_what_is_done_after_the_head_keeps_the_models_own_logits():
     class Capped(type(tiny_tasks.llama())):
         def forward(self, *args, **named):
-            made = super().forward(*args, **named)
-            return dataclasses.replace(made, logits=torch.tanh(made.logits / 30) * 30)
+            outputs = super().forward(*args, **named)
+            return dataclasses.replace(outputs, logits=torch.tanh(outputs.logits / 30) * 30)
 
     torch.manual_seed(0)
     task = tiny_task("llama")
@@ -165,8 +165,8 @@ def test_a_head_that_rounds_its_inputs_together_is_not_taken_apart(bias):
 
 def test_logits_to_be_made_are_sliced_as_made_ones():
     head, states = nn.Linear(5, 9), torch.randn(3, 4, 5)
-    found = torch.cat(list(Unprojected(states, head, 9)[:, :-1].chunks(2)))
-    assert torch.allclose(found, head(states)[:, :-1].reshape(-1, 9))
+    logits = torch.cat(list(Unprojected(states, head, 9)[:, :-1].chunks(2)))
+    assert torch.allclose(logits, head(states)[:, :-1].reshape(-1, 9))
 
 
 def test_taking_the_head_off_leaves_the_model_as_it_is():
@@ -199,8 +199,8 @@ def test_every_single_layer_scores_the_same_bits(name, device, one_thread):
         model = alone(task, layer)
         whole = evaluator_of(task, budget=0, graphs=False).scores(model, [], 48)
         for _ in range(2):  # what the first run kept, the second one starts from
-            found = evaluator.scores(model, [], 48)
-            assert same(found, whole), layer
+            scores = evaluator.scores(model, [], 48)
+            assert same(scores, whole), layer
         used.append(evaluator.unchanged_blocks(model))
     assert 0 in used
     assert max(used) == DEPTHS.get(name, 2)
@@ -216,9 +216,9 @@ def test_with_several_threads_the_same_to_rounding_is_enough(monkeypatch, thread
     runs: list[float] = []
 
     def noisy(model, items):
-        found = score(task.kind, model, items)
+        scores = score(task.kind, model, items)
         runs.append(noise)
-        return dataclasses.replace(found, loss=found.loss * (1 + noise * len(runs)))
+        return dataclasses.replace(scores, loss=scores.loss * (1 + noise * len(runs)))
 
     assert (find_chain(task.model, noisy, task.evaluation[:1], Refusals()) is not None) == left_out
     assert len(runs) == 2
@@ -226,13 +226,16 @@ def test_with_several_threads_the_same_to_rounding_is_enough(monkeypatch, thread
 
 @pytest.mark.parametrize("several", [False, True])
 def test_readings_agree_only_with_finite_losses_and_the_same_answers(several):
-    one = Scores(torch.tensor([2.0, 3.0]), torch.zeros(2), torch.ones(2), torch.tensor([1, 2]))
-    assert alike(one, one, several=several)
-    assert alike(one, dataclasses.replace(one, loss=torch.tensor([2.00001, 3.0])), several=several) == several
-    assert not alike(one, dataclasses.replace(one, loss=torch.tensor([2.0001, 3.0])), several=several)
-    assert not alike(one, dataclasses.replace(one, answers=torch.tensor([1, 3])), several=several)
+    scores = Scores(torch.tensor([2.0, 3.0]), torch.zeros(2), torch.ones(2), torch.tensor([1, 2]))
+    assert alike(scores, scores, several=several)
+    assert (
+        alike(scores, dataclasses.replace(scores, loss=torch.tensor([2.00001, 3.0])), several=several)
+        == several
+    )
+    assert not alike(scores, dataclasses.replace(scores, loss=torch.tensor([2.0001, 3.0])), several=several)
+    assert not alike(scores, dataclasses.replace(scores, answers=torch.tensor([1, 3])), several=several)
     for bad in (math.inf, math.nan):  # what NaN in the place of hidden states makes
-        assert not alike(one, dataclasses.replace(one, loss=torch.tensor([2.0, bad])), several=several)
+        assert not alike(scores, dataclasses.replace(scores, loss=torch.tensor([2.0, bad])), several=several)
 
 
 def test_blocks_before_the_changed_one_are_not_run():
@@ -285,7 +288,7 @@ def test_any_change_of_a_block_is_seen(change):
     assert evaluator.unchanged_blocks(model) == 2
     attention = model.model.layers[1].self_attn
     if change == "hook":
-        attention.q_proj.register_forward_hook(lambda module, given, made: made + 1)
+        attention.q_proj.register_forward_hook(lambda module, given, output: output + 1)
     elif change == "forward":
         attention.q_proj.forward = lambda given: given
     elif change == "buffer":
@@ -336,8 +339,8 @@ def test_only_a_plain_chain_is_cut(way, chained):
         torch.randint(CLASSES, (48,), generator=generator),
     )
     task = dataclasses.replace(tiny_task("vit"), model=model, evaluation=items)
-    found = find_chain(model, lambda other, some: score(task.kind, other, some), items[:1], Refusals())
-    assert (found is not None) is chained
+    chain = find_chain(model, lambda variant, some: score(task.kind, variant, some), items[:1], Refusals())
+    assert (chain is not None) is chained
     evaluator = evaluator_of(task)
     for _ in range(2):
         changed = compress(task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("blocks.3",))), shared=True).model
@@ -370,11 +373,11 @@ def test_without_a_budget_nothing_is_kept():
 
 def test_a_stand_in_answers_for_its_module():
     model = structure_models.task_of("grouped").model
-    other = with_stand_ins(model, {"model.layers.1.mlp.act_fn": nn.Identity()})
-    assert isinstance(other.model.layers[1].mlp.act_fn, nn.Identity)
+    replaced = with_stand_ins(model, {"model.layers.1.mlp.act_fn": nn.Identity()})
+    assert isinstance(replaced.model.layers[1].mlp.act_fn, nn.Identity)
     assert not isinstance(model.model.layers[1].mlp.act_fn, nn.Identity)
-    assert other.model.layers[0] is model.model.layers[0]
-    assert other.model.layers[1].self_attn is model.model.layers[1].self_attn
+    assert replaced.model.layers[0] is model.model.layers[0]
+    assert replaced.model.layers[1].self_attn is model.model.layers[1].self_attn
 
 
 def test_the_sensitivity_of_layers_is_what_it_was_without_shortcuts(tmp_path):

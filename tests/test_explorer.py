@@ -41,24 +41,24 @@ ZEROS = wb.Recipe(wb.Prune(sparsity=0.5))
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = wb.Bench(
+    opened = wb.Bench(
         tiny_tasks.tiny_task("vit"),
         ledger=tmp_path_factory.mktemp("points") / "points.journal",
         progress=False,
         device="cpu",
     )
     for sparsity in (0.2, 0.5, 0.8):
-        made.measure(wb.Recipe(wb.Prune(sparsity=sparsity)))
-    return made
+        opened.measure(wb.Recipe(wb.Prune(sparsity=sparsity)))
+    return opened
 
 
 @pytest.fixture
 def panel(tmp_path):
-    made = Explorer(
+    explorer = Explorer(
         "fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu"
     )
-    yield made
-    made.close()
+    yield explorer
+    explorer.close()
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +67,19 @@ def point(bench):
 
 
 def test_a_headless_run_measures_blocks_and_shows(panel):
-    found = panel.run(ZEROS)
-    assert found.complete
+    measured = panel.run(ZEROS)
+    assert measured.complete
     assert panel.form.recipe == ZEROS
     data = panel.plot.figure.data
-    assert data[MEASURED].x == (found.sizes.file_bytes / 1e6,)
+    assert data[MEASURED].x == (measured.sizes.file_bytes / 1e6,)
     assert data[PREDICTED].x == ()
-    assert data[DENSE].y == (100 * found.primary.dense.value,)
+    assert data[DENSE].y == (100 * measured.primary.dense.value,)
     assert "wb-measured'>measured" in panel.strip.value
     assert panel.session.predictor.size == len(panel.session.bench.ledger)  # the next move finds it read
     assert repr(ZEROS) in panel.line.value.replace("&#x27;", "'")
-    assert panel.run(ZEROS).key == found.key
+    assert panel.run(ZEROS).key == measured.key
     panel.run(wb.Recipe(wb.Quantize(weight_bits=4)))
-    panel.go_to(found.key)
+    panel.go_to(measured.key)
     assert panel.form.recipe == ZEROS
     panel.plot.bar.choice = PlotChoice(cost="latency", log_cost=False)
     assert panel.plot.figure.layout.xaxis.type == "linear"
@@ -179,7 +179,7 @@ def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
     assert f"measured: 16 of {point.items_total} items" in during
     assert "predicted, not measured yet" in during  # the speed
     after = strip(PanelState(ZEROS, guess, point, "measured"))
-    for words in (
+    for phrase in (
         "theoretical",
         "packed",
         "file",
@@ -188,7 +188,7 @@ def test_the_strip_never_shows_a_prediction_as_measured(bench, point):
         "answers changed",
         f"{point.items} of {point.items_total}",
     ):
-        assert words in after
+        assert phrase in after
     assert signed(-0.04) == "\N{PLUS-MINUS SIGN}0.0"
     assert signed(-1.26) == "\N{MINUS SIGN}1.3"
     assert [signed(value) for value in (999.96, 2460.0, -21_900.0, 3.14e7, math.inf)] == [
@@ -271,11 +271,11 @@ def test_importing_widgets_is_free_and_explorer_comes_by_name():
 
 
 def test_lab_is_on_loopback_with_its_token_and_own_settings(tmp_path):
-    words = lab_command(tmp_path / "a.ipynb", tmp_path, browser=False, port=1234)
-    assert "--ip=127.0.0.1" in words
-    assert "--no-browser" in words
-    assert "--KernelManager.transport=ipc" in words
-    assert not any("token" in word for word in words)
+    arguments = lab_command(tmp_path / "a.ipynb", tmp_path, browser=False, port=1234)
+    assert "--ip=127.0.0.1" in arguments
+    assert "--no-browser" in arguments
+    assert "--KernelManager.transport=ipc" in arguments
+    assert not any("token" in word for word in arguments)
     write_settings(tmp_path)
     assert json.loads((tmp_path / "overrides.json").read_text())[
         "@jupyter-widgets/jupyterlab-manager:plugin"

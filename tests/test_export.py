@@ -73,15 +73,15 @@ NF4 = (
 
 
 def float8(code: int) -> float:
-    """Return what a byte is as e4m3: a sign, four bits of exponent with a bias of 7, three bits of fraction,
-    no infinities."""
+    """Return the value of a byte as e4m3: a sign, four bits of exponent with a bias of 7, three bits of
+    fraction, no infinities."""
     exponent, fraction = code >> 3 & 15, code & 7
     size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
     return -size if code >> 7 else size
 
 
 def float4(code: int) -> float:
-    """Return what four bits are as e2m1: a sign, two bits of exponent with a bias of 1, one of fraction."""
+    """Return the value of four bits as e2m1: a sign, two bits of exponent of bias 1, one of fraction."""
     exponent, fraction = code >> 1 & 3, code & 1
     size = fraction / 2 if exponent == 0 else (1 + fraction / 2) * 2.0 ** (exponent - 1)
     return -size if code >> 3 else size
@@ -95,7 +95,7 @@ TABLES = {
 
 
 def numbers(codes: np.ndarray, number_format: str) -> np.ndarray:
-    """Return what codes stand for, before zero points and scales; a format that no table here knows fails."""
+    """Return the values of codes, before zero points and scales; fails for formats without a table here."""
     if number_format in ("integer", "offset"):
         return codes
     return np.array(TABLES[number_format], np.float32)[codes]
@@ -230,14 +230,14 @@ def test_what_is_loaded_back_is_the_same_bit_for_bit(sort, tmp_path, recipe, led
 
     task = tiny_task(sort)
     bench = Bench(task, device="cpu", ledger=ledger, progress=False)
-    made = bench.compress(recipe)
-    out = export(task, made, MEASURED(recipe), tmp_path / "out")
+    compressed = bench.compress(recipe)
+    out = export(task, compressed, MEASURED(recipe), tmp_path / "out")
     loaded = wb.load(out)
     with torch.no_grad():
         assert torch.equal(
-            task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation)
+            task.kind.logits(loaded, task.evaluation), task.kind.logits(compressed.model, task.evaluation)
         )
-    expected = made.model.state_dict()
+    expected = compressed.model.state_dict()
     state = rebuilt(out)
     assert list(state) == list(expected)
     for name, tensor in state.items():
@@ -278,12 +278,12 @@ def test_bfloat16_models_come_back_in_bfloat16(sort, tmp_path):
         wb.Prune(sparsity=0.5),
         wb.Quantize(weight_bits=4, group_size=0),
     )
-    made = compress(task, recipe)
-    loaded = wb.load(export(task, made, MEASURED(recipe), tmp_path / "out"))
+    compressed = compress(task, recipe)
+    loaded = wb.load(export(task, compressed, MEASURED(recipe), tmp_path / "out"))
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(
-            task.kind.logits(loaded, task.evaluation), task.kind.logits(made.model, task.evaluation)
+            task.kind.logits(loaded, task.evaluation), task.kind.logits(compressed.model, task.evaluation)
         )
 
 
@@ -499,5 +499,5 @@ def test_an_export_can_be_moved_and_copied(tmp_path, exported):
     expected = wb.load(exported).state_dict()
     shutil.copytree(exported, tmp_path / "elsewhere")
     shutil.rmtree(exported)
-    found = wb.load(str(tmp_path / "elsewhere")).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = wb.load(str(tmp_path / "elsewhere")).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())

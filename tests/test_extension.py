@@ -86,13 +86,13 @@ def test_from_python(plugin, tmp_path):
 
 def test_its_values_are_checked_like_any_others(plugin):
     shrink = importlib.import_module(plugin).Shrink
-    for values, words in (
+    for values, message in (
         ({"shrinkage": 1}, r"^Shrink\(shrinkage=1\) is refused: input should be less than 1$"),
         ({"shrinkage": 0.1, "shrink_norm": "x"}, "'plain' or 'rowwise'"),
         ({"shrinkage": 0.1, "shrinkige": 0.1}, "Shrink has no option 'shrinkige'"),
         ({}, r"Shrink.*shrinkage"),
     ):
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError, match=message):
             shrink(**values)
 
 
@@ -155,12 +155,12 @@ def test_a_report_sweeps_it(plugin):
 def test_from_the_command_line(plugin, capsys, tmp_path):
     code, out, _ = run(capsys, "--plugin", plugin, "measure", "--help")
     assert code == 0
-    words = " ".join(out.split())
-    assert "--shrinkage VALUE" in words
-    assert "Shrink: fraction by which weights shrink" in words
-    assert "--shrink-norm" in words
-    assert "[default: plain]" in words
-    assert "PydanticUndefined" not in words
+    text = " ".join(out.split())
+    assert "--shrinkage VALUE" in text
+    assert "Shrink: fraction by which weights shrink" in text
+    assert "--shrink-norm" in text
+    assert "[default: plain]" in text
+    assert "PydanticUndefined" not in text
     where = tmp_path / "points.journal"
     code, out, _ = run(
         capsys,

@@ -41,11 +41,11 @@ def test_an_error_is_a_reason_in_one_line():
 
 
 def test_refusals_keep_the_first_reason_of_each_path():
-    path, other = (FastPath(name, "work", untried) for name in ("one", "other"))
-    found = Refusals()
-    for where, reason in ((path, ""), (other, "b"), (path, "a"), (path, "c")):
-        found.note(where, reason)
-    assert found.words() == (
+    path, second = (FastPath(name, "work", untried) for name in ("one", "other"))
+    refusals = Refusals()
+    for where, reason in ((path, ""), (second, "b"), (path, "a"), (path, "c")):
+        refusals.note(where, reason)
+    assert refusals.words() == (
         "slower than it could be: other is off (b)",
         "slower than it could be: one is off (a)",
     )
@@ -104,9 +104,9 @@ def test_a_library_that_lacks_a_name_switches_paths_off_and_says_so(monkeypatch)
     from transformers import masking_utils
 
     monkeypatch.delattr(masking_utils, "is_tracing")
-    found = {state.name: state.off for state in fast_paths("cpu")}
-    assert found[GRAPHS.name].startswith("transformers ")
-    assert found[GRAPHS.name].endswith("has no is_tracing, needed for capturing CUDA graphs")
+    reasons = {state.name: state.off for state in fast_paths("cpu")}
+    assert reasons[GRAPHS.name].startswith("transformers ")
+    assert reasons[GRAPHS.name].endswith("has no is_tracing, needed for capturing CUDA graphs")
 
 
 def test_the_disk_says_why_nothing_is_kept(tmp_path, monkeypatch):
@@ -128,8 +128,8 @@ def test_the_command_lists_them():
 def test_what_a_model_does_not_allow_is_in_the_warnings_of_its_points(tmp_path):
     class Capped(type(tiny_tasks.llama())):
         def forward(self, *args, **named):
-            made = super().forward(*args, **named)
-            return dataclasses.replace(made, logits=torch.tanh(made.logits / 30) * 30)
+            outputs = super().forward(*args, **named)
+            return dataclasses.replace(outputs, logits=torch.tanh(outputs.logits / 30) * 30)
 
     torch.manual_seed(0)
     task = tiny_tasks.tiny_task("llama", model=Capped(tiny_tasks.llama().config))
@@ -144,5 +144,5 @@ def test_what_a_model_does_not_allow_is_in_the_warnings_of_its_points(tmp_path):
 def test_a_model_that_cannot_share_its_tensors_is_told():
     task = tiny_tasks.tiny_task("vit")
     task.model.beside = [torch.nn.Linear(1, 1)]
-    made = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)))
-    assert any(SHARED_COPIES.name in words for words in made.warnings)
+    compressed = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)))
+    assert any(SHARED_COPIES.name in warning for warning in compressed.warnings)

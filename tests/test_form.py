@@ -211,8 +211,8 @@ def test_steps_are_round(span, step):
 
 
 def test_bounds_and_scale():
-    found = bounds(wb.Prune.options()["sparsity"])
-    assert (found.low, found.high, found.low_open, found.high_open) == (0, 1, False, True)
+    limits = bounds(wb.Prune.options()["sparsity"])
+    assert (limits.low, limits.high, limits.low_open, limits.high_open) == (0, 1, False, True)
     bits = scale(wb.Quantize)  # an average of widths; 16 bits are beyond the slider's end
     assert (bits.low, bits.high, bits.step) == (2, 8, 0.1)
 

@@ -57,26 +57,26 @@ def form(matrix: torch.Tensor, spec: Spec):
 
 def forms(matrix: torch.Tensor, kept: torch.Tensor | None = None):
     """Return every form of a matrix, those that methods make included."""
-    made = {name: form(matrix, spec) for name, spec in SPECS.items()}
+    by_name = {name: form(matrix, spec) for name, spec in SPECS.items()}
     codes = torch.randint(8, matrix.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8).to(
         matrix.device
     )
     groups = matrix.shape[1] // 8
-    made["offset"] = OffsetGrid(
+    by_name["offset"] = OffsetGrid(
         codes,
         gaussian(len(matrix), groups).abs().half().to(matrix.device),
         gaussian(len(matrix), groups, seed=2).half().to(matrix.device) + 3,
         3,
         kept,
     )
-    made["scaled"] = InputScaled(
+    by_name["scaled"] = InputScaled(
         form(matrix, SPECS["group"]), (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device)
     )
-    made["scaled nf4"] = InputScaled(
+    by_name["scaled nf4"] = InputScaled(
         form(matrix, SPECS["nf4 group"]),
         (gaussian(matrix.shape[1], seed=3).abs() + 0.5).half().to(matrix.device),
     )
-    return made
+    return by_name
 
 
 # --- what codes stand for
@@ -95,16 +95,16 @@ def test_nf4_levels_are_those_of_the_paper():
 
 def test_nf4_takes_the_nearest_level():
     matrix = gaussian(16, 32)
-    made = form(matrix, Spec(4, 8, "nf4", search=False))
+    stored = form(matrix, Spec(4, 8, "nf4", search=False))
     scale = matrix.view(16, 4, 8).abs().amax(2).half()
-    assert torch.equal(made.scale, scale)  # the largest of the group, as the paper's absolute maximum
+    assert torch.equal(stored.scale, scale)  # the largest of the group, as the paper's absolute maximum
     levels = torch.tensor(NF4)
     for row in range(16):
         for column in range(32):
             value, size = float(matrix[row, column]), float(scale[row, column // 8])
             best = min(range(16), key=lambda code: abs(value / size - float(levels[code])))
-            assert int(made.codes[row, column]) == best
-            assert float(made.dequantize()[row, column]) == pytest.approx(
+            assert int(stored.codes[row, column]) == best
+            assert float(stored.dequantize()[row, column]) == pytest.approx(
                 float(levels[best]) * size, rel=1e-6
             )
 
@@ -112,13 +112,13 @@ def test_nf4_takes_the_nearest_level():
 @pytest.mark.parametrize("whole", [False, True])
 def test_float8_is_torchs_own_after_one_scale(whole):
     matrix = gaussian(6, 40)
-    made = form(matrix, Spec(8, 0, "float8", whole=whole))
+    stored = form(matrix, Spec(8, 0, "float8", whole=whole))
     scale = (matrix.abs().max() if whole else matrix.abs().amax(1, keepdim=True)) / 448
-    assert torch.equal(made.scale, scale.view(made.scale.shape))
-    assert made.scale.dtype == torch.float32
-    assert torch.equal(made.dequantize(), (matrix / scale).to(torch.float8_e4m3fn).float() * scale)
+    assert torch.equal(stored.scale, scale.view(stored.scale.shape))
+    assert stored.scale.dtype == torch.float32
+    assert torch.equal(stored.dequantize(), (matrix / scale).to(torch.float8_e4m3fn).float() * scale)
     assert (
-        float((made.dequantize() - matrix).norm() / matrix.norm()) < 0.03
+        float((stored.dequantize() - matrix).norm() / matrix.norm()) < 0.03
     )  # three bits after the leading one
 
 
@@ -164,16 +164,16 @@ def test_one_scale_for_all_is_the_per_tensor_fake_quantization_of_torch():
 
     matrix = gaussian(12, 40)
     for search in (True, False):
-        made = form(matrix, Spec(4, whole=True, search=search))
-        assert made.scale.shape == (1, 1)
+        stored = form(matrix, Spec(4, whole=True, search=search))
+        assert stored.scale.shape == (1, 1)
         codes = torch.ops.quantized_decomposed.quantize_per_tensor(
-            matrix, float(made.scale), int(made.zero_point), 0, 15, torch.uint8
+            matrix, float(stored.scale), int(stored.zero_point), 0, 15, torch.uint8
         )
-        assert torch.equal(made.codes, codes)
+        assert torch.equal(stored.codes, codes)
         assert torch.equal(
-            made.dequantize(),
+            stored.dequantize(),
             torch.ops.quantized_decomposed.dequantize_per_tensor(
-                codes, float(made.scale), int(made.zero_point), 0, 15, torch.uint8
+                codes, float(stored.scale), int(stored.zero_point), 0, 15, torch.uint8
             ),
         )
 
@@ -186,44 +186,44 @@ def test_one_scale_for_all_is_the_per_tensor_fake_quantization_of_torch():
 def test_any_matrix_keeps_the_rules(name, data):
     number = st.floats(-1e4, 1e4, width=32) | st.just(0.0) | st.floats(-(2.0**-20), 2.0**-20, width=32)
     matrix = torch.tensor(data.draw(st.lists(number, min_size=32, max_size=32))).view(2, 16)
-    made = form(matrix, SPECS[name])
-    values = made.dequantize()
+    stored = form(matrix, SPECS[name])
+    values = stored.dequantize()
     assert torch.isfinite(values).all()
     assert (values[matrix == 0] == 0).all()
-    assert torch.equal(made.snap(values).dequantize(), values)  # what lies on the grid stays where it is
+    assert torch.equal(stored.snap(values).dequantize(), values)  # what lies on the grid stays where it is
 
 
 @pytest.mark.parametrize("name", forms(gaussian(4, 16)))
 def test_forms_are_stacked_and_split_without_changing_a_bit(name, device):
-    one, two = (forms(gaussian(4, 16, seed=seed).to(device))[name] for seed in (0, 1))
-    both = stacked([one, two])
-    assert kind_of(one) == kind_of(two)
-    assert torch.equal(both.dequantize(), torch.stack([one.dequantize(), two.dequantize()]))
-    assert torch.equal(both.snap(torch.stack([one.dequantize()] * 2)).dequantize()[0], one.dequantize())
-    for whole, part in zip((one, two), split(both, (not name.startswith("float8"),) * 2), strict=True):
+    first, second = (forms(gaussian(4, 16, seed=seed).to(device))[name] for seed in (0, 1))
+    both = stacked([first, second])
+    assert kind_of(first) == kind_of(second)
+    assert torch.equal(both.dequantize(), torch.stack([first.dequantize(), second.dequantize()]))
+    assert torch.equal(both.snap(torch.stack([first.dequantize()] * 2)).dequantize()[0], first.dequantize())
+    for whole, part in zip((first, second), split(both, (not name.startswith("float8"),) * 2), strict=True):
         assert torch.equal(part.dequantize(), whole.dequantize())
         assert part.overhead_bits == whole.overhead_bits
 
 
 def test_forms_of_different_kinds_are_told_apart():
-    made = forms(gaussian(4, 16), torch.ones(4, 16, dtype=torch.bool)) | {
+    by_name = forms(gaussian(4, 16), torch.ones(4, 16, dtype=torch.bool)) | {
         "kept not": forms(gaussian(4, 16))["offset"],
         "wider": form(gaussian(4, 16), Spec(6)),
         "none": None,
     }
-    assert len({kind_of(part) for part in made.values()}) == len(made)
+    assert len({kind_of(part) for part in by_name.values()}) == len(by_name)
     tiny = form(gaussian(4, 16) * 1e-9, Spec(5))
-    assert (tiny.scale.dtype, made["row"].scale.dtype) == (torch.float32, torch.float16)
-    assert kind_of(tiny) == kind_of(made["row"])  # either precision of scales may stand together
-    assert torch.equal(stacked([tiny, made["row"]]).dequantize()[0], tiny.dequantize())
+    assert (tiny.scale.dtype, by_name["row"].scale.dtype) == (torch.float32, torch.float16)
+    assert kind_of(tiny) == kind_of(by_name["row"])  # either precision of scales may stand together
+    assert torch.equal(stacked([tiny, by_name["row"]]).dequantize()[0], tiny.dequantize())
 
 
 def layer_of(
-    made, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+    stored, mask: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Layer]:
     module = nn.Linear(16, 4, bias=False, dtype=dtype)
-    layer = Layer("0", "0", module, mask=mask, grid=made)
-    layer.write(made.dequantize())
+    layer = Layer("0", "0", module, mask=mask, grid=stored)
+    layer.write(stored.dequantize())
     return nn.Sequential(module), layer
 
 
@@ -233,28 +233,28 @@ def layer_of(
 def test_what_is_packed_unpacks_to_the_same_bits(name, dtype, masked):
     kept = gaussian(4, 16, seed=9) > 1.2 if masked else None
     matrix = gaussian(4, 16) if kept is None else gaussian(4, 16) * kept
-    made = forms(matrix, kept)[name]
-    model, layer = layer_of(made, kept, dtype)
+    stored = forms(matrix, kept)[name]
+    model, layer = layer_of(stored, kept, dtype)
     layer.check()
     packed = pack_model(model, (layer,))
     assert torch.equal(unpack_state(packed.tensors, packed.manifest())["0.weight"], model[0].weight)
     assert all(tensor.is_contiguous() for tensor in packed.tensors.values())
     count = 64 if kept is None else int(torch.count_nonzero(model[0].weight))
-    assert packed.theoretical_bytes == math.ceil(made.bits * count / 8)
-    if not masked and made.bits < 16:
-        assert packed.packed_bytes * 8 == 64 * made.bits + made.overhead_bits + (
-            -(64 * made.bits + made.overhead_bits) % 8
+    assert packed.theoretical_bytes == math.ceil(stored.bits * count / 8)
+    if not masked and stored.bits < 16:
+        assert packed.packed_bytes * 8 == 64 * stored.bits + stored.overhead_bits + (
+            -(64 * stored.bits + stored.overhead_bits) % 8
         )
 
 
 def test_a_grid_without_zero_is_zero_by_its_mask():
     kept = gaussian(4, 16, seed=9) > 0
-    made = forms(gaussian(4, 16), kept)["offset"]
-    assert bool((made.dequantize()[~kept] == 0).all())
-    assert bool((made.snap(torch.full((4, 16), 7.0)).dequantize()[~kept] == 0).all())
-    model, layer = layer_of(made, kept)
+    stored = forms(gaussian(4, 16), kept)["offset"]
+    assert bool((stored.dequantize()[~kept] == 0).all())
+    assert bool((stored.snap(torch.full((4, 16), 7.0)).dequantize()[~kept] == 0).all())
+    model, layer = layer_of(stored, kept)
     assert pack_model(model, (layer,)).encodings["0.weight"].kind == "grid+bitmask"  # zeros are nowhere else
-    assert made.overhead_bits == 16 * 2 * 8 + 64
+    assert stored.overhead_bits == 16 * 2 * 8 + 64
 
 
 def test_effective_bits_by_hand():
@@ -273,11 +273,11 @@ def test_effective_bits_by_hand():
 
 
 def test_classes_say_their_widths():
-    made = forms(gaussian(4, 16))
-    assert {name: part.bits for name, part in made.items()} == {
+    by_name = forms(gaussian(4, 16))
+    assert {name: part.bits for name, part in by_name.items()} == {
         **{name: spec.bits for name, spec in SPECS.items()},
         "offset": 3,
         "scaled": 3,
         "scaled nf4": 4,
     }
-    assert {type(part) for part in made.values()} == {Grid, FloatGrid, OffsetGrid, InputScaled, Cast}
+    assert {type(part) for part in by_name.values()} == {Grid, FloatGrid, OffsetGrid, InputScaled, Cast}

@@ -76,11 +76,11 @@ CANCELLED = """
 """
 
 
-def freed_by(made, folder):
+def freed_by(code, folder):
     """Return which parts are freed, as a fresh process prints them."""
     code = (
         f"import gc, sys, weakref\nfolder = {str(folder)!r}\nfrom tiny_tasks import tiny_task\nimport"
-        " workbench as wb\n" + textwrap.dedent(made)
+        " workbench as wb\n" + textwrap.dedent(code)
     )
     code += (
         "\ngc.collect()\nprint([part() is None for part in parts])\nif 'session' in globals():\n   "
@@ -98,8 +98,8 @@ def freed_by(made, folder):
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("made", [BENCH, SESSION, CANCELLED], ids=["bench", "session", "cancelled moves"])
-def test_a_bench_and_its_models_are_freed(made, tmp_path):
-    freed = freed_by(made, tmp_path)
+@pytest.mark.parametrize("code", [BENCH, SESSION, CANCELLED], ids=["bench", "session", "cancelled moves"])
+def test_a_bench_and_its_models_are_freed(code, tmp_path):
+    freed = freed_by(code, tmp_path)
     assert "True" in freed
     assert "False" not in freed, freed

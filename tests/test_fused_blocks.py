@@ -61,14 +61,14 @@ def evaluators(task, plain):
 
 def test_every_norm_product_and_rotation_of_a_llama_takes_a_stand_in():
     plain, model = Plain(), tiny_task("llama").model
-    made = plain.blocks().of(model)
-    kinds = [type(module) for module in made.modules()]
+    fused = plain.blocks().of(model)
+    kinds = [type(module) for module in fused.modules()]
     assert [kinds.count(kind) for kind in (FusedNorm, FusedGate, FusedRotary)] == [5, 2, 2]
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     with torch.inference_mode():
         ids = torch.arange(12)[None]
         plain.used = dict.fromkeys(plain.used, 0)
-        assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(fused(input_ids=ids).logits, model(input_ids=ids).logits)
     assert plain.used == {"norm": 5, "gated": 2, "rotary": 2}  # of one run: the model itself used none
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert not any(isinstance(module, FusedNorm | FusedGate | FusedRotary) for module in model.modules())
@@ -105,9 +105,9 @@ def test_a_product_with_another_function_or_order_is_kept():
         def forward(self, x):
             return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
 
-    other = Other(task.model.config)
-    other.requires_grad_(False)
-    assert blocks.stand_in(other) is None
+    unlike = Other(task.model.config)
+    unlike.requires_grad_(False)
+    assert blocks.stand_in(unlike) is None
     mlp.act_fn = nn.GELU()
     assert Plain().blocks().stand_in(mlp) is None
 
@@ -136,12 +136,12 @@ def test_layers_of_any_make_are_called_as_they_are():
         .model.model.layers[1]
         .mlp
     )
-    made, x = plain.blocks().stand_in(mlp), torch.randn(2, 5, 16)
+    fused, x = plain.blocks().stand_in(mlp), torch.randn(2, 5, 16)
     assert type(mlp.gate_proj) is not nn.Linear
     with torch.inference_mode():
-        assert torch.equal(made(x), mlp(x))
+        assert torch.equal(fused(x), mlp(x))
     assert plain.used["gated"] == 2  # once tried
-    assert made.gate_proj is mlp.gate_proj
+    assert fused.gate_proj is mlp.gate_proj
 
 
 def test_norms_within_an_attention_are_fused_with_it():
@@ -161,10 +161,10 @@ def test_norms_within_an_attention_are_fused_with_it():
         Plain(),
         torch.arange(12)[None],
     )
-    made = plain.blocks().of(model)
+    fused = plain.blocks().of(model)
     plain.used = dict.fromkeys(plain.used, 0)
     with torch.inference_mode():
-        assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(fused(input_ids=ids).logits, model(input_ids=ids).logits)
     assert plain.used == {"norm": 9, "gated": 2, "rotary": 2}
 
 
@@ -179,14 +179,14 @@ def test_weights_that_are_no_numbers_refuse_no_class():
 
 def test_other_dtypes_than_a_norms_own_are_left_to_it():
     plain, norm = Plain(), modeling_llama.LlamaRMSNorm(16)
-    made, x = plain.blocks().stand_in(norm), torch.randn(3, 16)
+    fused, x = plain.blocks().stand_in(norm), torch.randn(3, 16)
     plain.used = dict.fromkeys(plain.used, 0)
     with torch.inference_mode():
-        assert torch.equal(made(x.double()), norm(x.double()))
+        assert torch.equal(fused(x.double()), norm(x.double()))
         assert plain.used["norm"] == 0
-        assert torch.equal(made(x), norm(x))
+        assert torch.equal(fused(x), norm(x))
     assert plain.used["norm"] == 1
-    made(x.requires_grad_()).sum().backward()  # a kernel knows no gradients
+    fused(x.requires_grad_()).sum().backward()  # a kernel knows no gradients
     assert plain.used["norm"] == 1
     assert x.grad is not None
 
@@ -228,13 +228,13 @@ def test_a_kernel_that_fails_is_not_asked_again():
 def test_the_file_of_the_model_keeps_its_own_function():
     own = modeling_llama.apply_rotary_pos_emb
     plain, model = Plain(), tiny_task("llama").model
-    made = plain.blocks().of(model)
+    fused = plain.blocks().of(model)
     with torch.inference_mode():
-        made(input_ids=torch.arange(5)[None])
+        fused(input_ids=torch.arange(5)[None])
     assert modeling_llama.apply_rotary_pos_emb is own
     with torch.enable_grad():
         used = dict(plain.used)
-        made(input_ids=torch.arange(5)[None])
+        fused(input_ids=torch.arange(5)[None])
         assert (
             plain.used["rotary"] == used["rotary"]
         )  # where gradients are asked for, the model's own is used
@@ -301,11 +301,13 @@ def test_on_a_gpu_evaluation_agrees_with_that_of_the_models_own_code(graphs, dty
     ours, own = Evaluator(task, items, graphs=graphs), Evaluator(task, items, graphs=graphs, fused=False)
     for recipe in RECIPES.values():
         model = compress(task, recipe, shared=True).model
-        found, expected = ours.scores(model, [], 48), own.scores(model, [], 48)
-        assert torch.allclose(found.loss, expected.loss, rtol=1e-4 if dtype == torch.float32 else 3e-2), (
+        scores, expected = ours.scores(model, [], 48), own.scores(model, [], 48)
+        assert torch.allclose(scores.loss, expected.loss, rtol=1e-4 if dtype == torch.float32 else 3e-2), (
             recipe
         )
-        assert (found.answers == expected.answers).double().mean() > (0.99 if dtype == torch.float32 else 0.9)
+        assert (scores.answers == expected.answers).double().mean() > (
+            0.99 if dtype == torch.float32 else 0.9
+        )
     assert set(ours.fused.refused.values()) == {""}
     assert len(ours.fused.refused) == 3
     assert ours.fused.failed == {}

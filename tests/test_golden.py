@@ -100,14 +100,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, bits: bool) -> list
 
 @pytest.mark.parametrize("model", MODELS)
 def test_this_is_the_machine_on_which_bits_were_recorded(model):
-    other = unlike(model)
-    if other and os.environ.get("GOLDEN_BITS", "0") != "0":
+    difference = unlike(model)
+    if difference and os.environ.get("GOLDEN_BITS", "0") != "0":
         pytest.fail(
-            f"{model} was recorded on another machine: {other}; record it here, see tests/record_golden.py"
+            f"{model} was recorded on another machine: {difference}; record it here, see"
+            " tests/record_golden.py"
         )
-    if other:
+    if difference:
         pytest.skip(
-            f"bits of {model} are not compared, numbers are: it was recorded on another machine: {other}"
+            f"bits of {model} are not compared, numbers are: it was recorded on another machine: {difference}"
         )
 
 
@@ -123,7 +124,7 @@ def test_every_recipe_of_a_model_was_recorded(model):
     indirect=["recorder"],
 )
 def test_a_recipe_gives_what_it_gave(recorder, recipe):
-    found = differences(
+    unequal = differences(
         golden(recorder.name)["points"][recipe], recorder.record(recipe), bits=not unlike(recorder.name)
     )
-    assert not found, "\n".join(found)
+    assert not unequal, "\n".join(unequal)

@@ -110,7 +110,7 @@ def test_it_is_the_reference_column_by_column(spec, ordered, block, monkeypatch)
     monkeypatch.setattr(gptq, "BLOCK", block)
     stack, moments = problem()
     moments[1, 3] = moments[1, :, 3] = 0  # an input that is never read
-    found, scales, columns = solved(stack, moments, spec, ordered=ordered)
+    rounded, scales, columns = solved(stack, moments, spec, ordered=ordered)
     for index in range(2):
         mine = Scales(
             scales.scale[index : index + 1],
@@ -119,11 +119,11 @@ def test_it_is_the_reference_column_by_column(spec, ordered, block, monkeypatch)
         )
         expected = reference(stack[index], moments[index], mine, spec, columns[index].tolist())
         assert torch.allclose(
-            found[index], expected, rtol=0, atol=1e-6 if spec.number_format != "integer" else 1e-9
+            rounded[index], expected, rtol=0, atol=1e-6 if spec.number_format != "integer" else 1e-9
         )  # levels are float32
         assert (not ordered) or bool((moments[index].diagonal()[columns[index]].diff() <= 0).all())
     assert not torch.equal(
-        found, form_of(stack.float(), scales, spec).dequantize().double()
+        rounded, form_of(stack.float(), scales, spec).dequantize().double()
     )  # rounding to nearest is something else
 
 
@@ -132,8 +132,8 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_them(spec):
     stack, moments = problem()
     masks = torch.rand(stack.shape, generator=torch.Generator().manual_seed(1)) > 0.5
     stack = stack * masks
-    found, scales, columns = solved(stack, moments, spec, masks=masks)
-    assert bool((found[~masks] == 0).all())
+    rounded, scales, columns = solved(stack, moments, spec, masks=masks)
+    assert bool((rounded[~masks] == 0).all())
     for index in range(2):
         mine = Scales(
             scales.scale[index : index + 1],
@@ -141,7 +141,7 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_them(spec):
             scales.half,
         )
         assert torch.allclose(
-            found[index],
+            rounded[index],
             reference(
                 stack[index], moments[index], mine, spec, columns[index].tolist(), kept=masks[index].double()
             ),
@@ -153,29 +153,29 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_them(spec):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_in_float32_outputs_lose_less_than_by_rounding_to_nearest(spec, device):
     stack, moments = (part.to(device) for part in problem(4, 32, 64))
-    found, scales, _ = solved(stack.float(), moments.float(), spec)
+    rounded, scales, _ = solved(stack.float(), moments.float(), spec)
     plain = form_of(stack.float(), scales, spec).dequantize()
     errors = [
         float((((values.double() - stack) @ moments) * (values.double() - stack)).sum())
-        for values in (found, plain)
+        for values in (rounded, plain)
     ]
     assert errors[0] < (0.95 if spec.number_format != "float8" else 1.0) * errors[1]
     assert torch.equal(
-        form_of(found, scales, spec).dequantize(), found
+        form_of(rounded, scales, spec).dequantize(), rounded
     )  # it lies on the grid that was fitted before
 
 
 def test_strong_damping_is_rounding_to_nearest():
     stack, moments = problem()
-    found, scales, _ = solved(stack.float(), moments.float(), Spec(4), damping=1e6)
-    assert torch.equal(found, form_of(stack.float(), scales, Spec(4)).dequantize())
+    rounded, scales, _ = solved(stack.float(), moments.float(), Spec(4), damping=1e6)
+    assert torch.equal(rounded, form_of(stack.float(), scales, Spec(4)).dequantize())
 
 
 def test_inputs_that_are_independent_leave_nothing_to_make_up_for():
     stack, _ = problem()
     moments = torch.diag_embed(torch.rand(2, 24, dtype=torch.float64) + 0.1)
-    found, scales, _ = solved(stack.float(), moments.float(), Spec(4, 8))
-    assert torch.equal(found, form_of(stack.float(), scales, Spec(4, 8)).dequantize())
+    rounded, scales, _ = solved(stack.float(), moments.float(), Spec(4, 8))
+    assert torch.equal(rounded, form_of(stack.float(), scales, Spec(4, 8)).dequantize())
 
 
 def test_damping_is_raised_where_a_moment_cannot_be_inverted(monkeypatch):
@@ -207,12 +207,12 @@ def test_damping_is_raised_where_a_moment_cannot_be_inverted(monkeypatch):
 def test_one_item_of_calibration_is_regularised_and_the_user_is_told(sort, device):
     task = tiny_task(sort, device)
     few = dataclasses.replace(task, calibration=task.calibration[:1])
-    made = compress(few, Recipe(wb.Quantize(weight_bits=3, rounding="gptq")))
-    assert torch.isfinite(score(task.kind, made.model, task.evaluation).loss).all()
+    compressed = compress(few, Recipe(wb.Quantize(weight_bits=3, rounding="gptq")))
+    assert torch.isfinite(score(task.kind, compressed.model, task.evaluation).loss).all()
     assert any(
-        "calibration has too few rows for the second moments" in words
-        and "regularised by damping of 0.01" in words
-        for words in made.warnings
+        "calibration has too few rows for the second moments" in warning
+        and "regularised by damping of 0.01" in warning
+        for warning in compressed.warnings
     )
 
 
@@ -221,9 +221,9 @@ def test_all_zero_rows_and_inputs_that_are_never_read():
     stack[0, 2] = 0
     moments[:] = 0
     for spec in (Spec(4), Spec(2, 8, symmetric=True), Spec(4, 0, "nf4")):
-        found, scales, _ = solved(stack.float(), moments.float(), spec)
-        assert torch.equal(found, form_of(stack.float(), scales, spec).dequantize())
-        assert bool((found[0, 2] == 0).all())
+        rounded, scales, _ = solved(stack.float(), moments.float(), spec)
+        assert torch.equal(rounded, form_of(stack.float(), scales, spec).dequantize())
+        assert bool((rounded[0, 2] == 0).all())
 
 
 def test_factors_are_kept_for_the_next_width_and_change_nothing(sort):
@@ -270,11 +270,14 @@ def test_on_real_models_it_loses_no_more_than_rounding_to_nearest(name, bits, re
     statistics = Statistics(task)
     losses = {}
     for rounding in ("rtn", "gptq"):
-        made = compress(
+        compressed = compress(
             task, Recipe(wb.Quantize(weight_bits=bits, rounding=rounding)), statistics, shared=True
         )
         losses[rounding] = torch.cat(
-            [score(task.kind, made.model, items).loss for items in task.evaluation.batches(task.batch_size)]
+            [
+                score(task.kind, compressed.model, items).loss
+                for items in task.evaluation.batches(task.batch_size)
+            ]
         ).double()
     difference = losses["gptq"] - losses["rtn"]
     if (name, bits) == ("fashion_cnn", 3):

@@ -55,10 +55,10 @@ def stepwise(monkeypatch):
     """Let the CPU stand in for a GPU: the captured copy is run step by step."""
 
     def capture(self: Graphs, items: Items) -> CapturedPass:
-        made = Replayed(
+        replayed = Replayed(
             self, Items({name: tensor.clone() for name, tensor in items.inputs.items()}, items.labels.clone())
         )
-        return CapturedPass(made, made.inputs, made.loss, made.answers)
+        return CapturedPass(replayed, replayed.inputs, replayed.loss, replayed.answers)
 
     monkeypatch.setattr(Graphs, "capture", capture)
     monkeypatch.setattr(Graphs, "why_not", lambda self: "")
@@ -72,8 +72,8 @@ def read(graphs: Graphs, model, items: Items) -> Scores:
     with graphs.loaded(model) as replay:
         assert replay is not None
         with torch.inference_mode():
-            found = [replay(part) for part in items.batches(16)]
-    return tally(*(torch.cat(parts) for parts in zip(*found, strict=True)), items.labels)
+            outputs = [replay(part) for part in items.batches(16)]
+    return tally(*(torch.cat(batches) for batches in zip(*outputs, strict=True)), items.labels)
 
 
 def test_every_point_whose_weights_alone_changed_is_read_by_one_copy(sort, stepwise):
@@ -82,13 +82,13 @@ def test_every_point_whose_weights_alone_changed_is_read_by_one_copy(sort, stepw
     dense = read(graphs, task.model, task.evaluation)
     for recipe in VALUES:
         model = compress(task, recipe, shared=True).model
-        found, expected = (
+        scores, expected = (
             read(graphs, model, task.evaluation),
             Scores.join([score(task.kind, model, items) for items in task.evaluation.batches(16)]),
         )
-        assert torch.equal(found.loss, expected.loss)
-        assert torch.equal(found.answers, expected.answers)
-        assert not torch.equal(found.loss, dense.loss)
+        assert torch.equal(scores.loss, expected.loss)
+        assert torch.equal(scores.answers, expected.answers)
+        assert not torch.equal(scores.loss, dense.loss)
     assert torch.equal(
         read(graphs, task.model, task.evaluation).loss, dense.loss
     )  # the dense weights come back
@@ -111,17 +111,17 @@ def test_other_forms_are_run_as_they_are(recipe, stepwise):
 
 def test_only_moved_weights_are_copied(stepwise, monkeypatch):
     task, counts = structure_models.task_of("grouped"), []
-    one = compress(
+    first = compress(
         task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.0.mlp.up_proj",))), shared=True
     ).model
-    two = compress(
+    second = compress(
         task, wb.Recipe(wb.Prune(sparsity=0.5, targets=("model.layers.1.mlp.up_proj",))), shared=True
     ).model
     graphs, real = graphs_of(task), torch._foreach_copy_
     monkeypatch.setattr(
         torch, "_foreach_copy_", lambda into, values: (counts.append(len(into)), real(into, values))[1]
     )
-    for model in (task.model, one, one, two, task.model):
+    for model in (task.model, first, first, second, task.model):
         read(graphs, model, task.evaluation)
     assert counts == [1, 1, 2, 1]
 
@@ -130,8 +130,15 @@ def test_weights_are_loaded_again_only_if_another_model_came_between(stepwise, m
     task = structure_models.task_of("grouped")
     graphs, loads, real = graphs_of(task), [], Graphs.load
     monkeypatch.setattr(Graphs, "load", lambda self, model: (loads.append(model), real(self, model))[1])
-    one, two = (compress(task, recipe, shared=True).model for recipe in VALUES[:2])
-    for model, again in ((one, False), (one, True), (two, False), (one, True), (one, True), (one, False)):
+    first, second = (compress(task, recipe, shared=True).model for recipe in VALUES[:2])
+    for model, again in (
+        (first, False),
+        (first, True),
+        (second, False),
+        (first, True),
+        (first, True),
+        (first, False),
+    ):
         with graphs.loaded(model, again=again) as replay:
             assert replay is not None
             with torch.inference_mode():
@@ -139,7 +146,7 @@ def test_weights_are_loaded_again_only_if_another_model_came_between(stepwise, m
         assert torch.allclose(
             loss.double().mean(1), score(task.kind, model, task.evaluation[:16]).loss, rtol=1e-6
         )
-    assert [model is one for model in loads] == [True, False, True, True]
+    assert [model is first for model in loads] == [True, False, True, True]
 
 
 def test_a_short_batch_is_captured_when_it_comes_again_and_few_shapes_are(stepwise, monkeypatch):
@@ -149,7 +156,9 @@ def test_a_short_batch_is_captured_when_it_comes_again_and_few_shapes_are(stepwi
     counts = []
     for _ in range(3):
         read(graphs, task.model, task.evaluation[:40])
-        counts.append([(len(one.inputs), one.graph.replays) for one in graphs.captured.values()])
+        counts.append(
+            [(len(captured.inputs), captured.graph.replays) for captured in graphs.captured.values()]
+        )
     assert counts == [[(16, 2)], [(16, 4), (8, 1)], [(16, 6), (8, 2)]]
     for _ in range(3):
         read(
@@ -173,8 +182,8 @@ def test_a_failed_capture_is_said_once_and_the_point_is_measured(monkeypatch):
     monkeypatch.setattr(Graphs, "capture", capture)
     monkeypatch.setattr(Graphs, "why_not", lambda self: "")
     graphs = graphs_of(task)
-    found = read(graphs, task.model, task.evaluation)
-    assert torch.allclose(found.loss, score(task.kind, task.model, task.evaluation).loss)
+    scores = read(graphs, task.model, task.evaluation)
+    assert torch.allclose(scores.loss, score(task.kind, task.model, task.evaluation).loss)
     assert graphs.refused == "capture failed: RuntimeError: operation not permitted when stream is capturing"
     assert len(tries) == 1
     with graphs.loaded(task.model) as replay:
@@ -211,19 +220,19 @@ def test_a_change_of_ties_types_or_numbers_is_no_change_of_values():
         id(tensor): name for name, tensor in [*task.model.named_parameters(), *task.model.named_buffers()]
     }
     assert all(
-        two is dict([*model.named_parameters(), *model.named_buffers()])[places[id(one)]]
-        for one, two in zip(ours, theirs, strict=True)
+        counterpart is dict([*model.named_parameters(), *model.named_buffers()])[places[id(own)]]
+        for own, counterpart in zip(ours, theirs, strict=True)
     )
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
     assert counterparts(task.model, model) is None
     model = compress(task, VALUES[0], shared=True).model
     model.model.layers[0].self_attn.scaling = 2.0
     assert counterparts(task.model, model) is None
-    other = compress(task, VALUES[0], shared=True).model
-    other.model.norm.weight = torch.nn.Parameter(
-        other.model.norm.weight.detach().double(), requires_grad=False
+    wider = compress(task, VALUES[0], shared=True).model
+    wider.model.norm.weight = torch.nn.Parameter(
+        wider.model.norm.weight.detach().double(), requires_grad=False
     )
-    assert counterparts(task.model, other) is None
+    assert counterparts(task.model, wider) is None
     swapped = compress(task, VALUES[0], shared=True).model
     swapped.model.layers[0] = swapped.model.layers[1]
     assert counterparts(task.model, swapped) is None  # its attention counts itself as another layer
@@ -231,7 +240,7 @@ def test_a_change_of_ties_types_or_numbers_is_no_change_of_values():
     missing.model.layers[0].mlp.act_fn = None
     assert counterparts(task.model, missing) is None
     hooked = compress(task, VALUES[0], shared=True).model
-    hooked.model.norm.register_forward_hook(lambda module, given, made: made)
+    hooked.model.norm.register_forward_hook(lambda module, given, output: output)
     assert counterparts(task.model, hooked) is None
 
 
@@ -247,9 +256,11 @@ def test_graphs_score_as_the_model_itself_does(name, dtype):
         *(compress(task, recipe, shared=True).model for recipe in [*VALUES, *FORMS[:1]]),
         task.model,
     ):
-        found, expected = quick.scores(model, [], 48), slow.scores(model, [], 48)
-        assert torch.allclose(found.loss, expected.loss, rtol=1e-5 if dtype == torch.float32 else 2e-2)
-        assert (found.answers == expected.answers).double().mean() > (0.99 if dtype == torch.float32 else 0.9)
+        scores, expected = quick.scores(model, [], 48), slow.scores(model, [], 48)
+        assert torch.allclose(scores.loss, expected.loss, rtol=1e-5 if dtype == torch.float32 else 2e-2)
+        assert (scores.answers == expected.answers).double().mean() > (
+            0.99 if dtype == torch.float32 else 0.9
+        )
     assert isinstance(quick.graphs, Graphs)
     if (name, dtype) == ("llama", torch.bfloat16) or not quick.graphs.refused:  # as language models are run
         assert quick.graphs.refused == ""
@@ -318,11 +329,11 @@ def test_reading_by_graph_puts_sorted_texts_back(stepwise):
     evaluator = Evaluator(task, items)
     expected = evaluator.scores(task.model, [], 48)
     with torch.inference_mode():
-        found = evaluator.replay(
+        scores = evaluator.replay(
             lambda some: token_loss(task.kind.logits(task.model, some), some.labels), 0, 48, lambda *_: None
         )
-    assert torch.equal(found.loss, expected.loss)
-    assert torch.equal(found.answers, expected.answers)
+    assert torch.equal(scores.loss, expected.loss)
+    assert torch.equal(scores.answers, expected.answers)
 
 
 def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_waiting_for_it(
@@ -335,7 +346,7 @@ def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_wa
         lambda *given: (events.append("waits"), tally(*given))[1],
     )
     with graphs.loaded(task.model) as replay:
-        found = evaluator_of(task).replay(
+        scores = evaluator_of(task).replay(
             lambda items: (events.append(len(items)), replay(items))[1],
             0,
             40,
@@ -343,4 +354,4 @@ def test_what_else_is_to_be_done_is_done_between_giving_a_gpu_its_batches_and_wa
             meanwhile=lambda: events.append("meanwhile"),
         )
     assert events == [16, 16, 8, "meanwhile", "waits"]
-    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(scores.loss, expected.loss)

@@ -71,8 +71,8 @@ def test_windows_of_tokens_are_alike_and_not_widened():
 
 
 def items(draw: np.random.Generator, count: int) -> tuple[Scores, Scores]:
-    """Return what a classifier and its compressed copy do on items of two classes: the margin of most is
-    wide, and compression moves each by about 1."""
+    """Return the scores of a classifier and of its compressed copy on items of two classes: the margin of
+    most is wide, and compression moves each by about 1."""
     margin = draw.normal(4.0, 4.0, count)
     moved = margin - 0.2 + draw.normal(0.0, 1.0, count)
     return tuple(made(np.logaddexp(0.0, -of), of > 0) for of in (margin, moved))  # type: ignore[return-value]
@@ -90,13 +90,13 @@ def test_a_mean_loss_of_few_items_is_covered_although_most_are_easy():
     for _ in range(trials):
         before, after = items(draw, 500)
         some, few = before.first(16), after.first(16)
-        found = {
+        by_kind = {
             "student": mean(few.loss - some.loss, some.weight, LEVEL),
             "alone": quality("accuracy", some, few, level=LEVEL)[1].change,
             "known": quality("accuracy", some, few, level=LEVEL, known=ControlVariates(before))[1].change,
         }
-        for name, one in found.items():
-            reaches[name].append(statistical.reach(wanted, one.value, one.low, one.high))
+        for name, estimate in by_kind.items():
+            reaches[name].append(statistical.reach(wanted, estimate.value, estimate.low, estimate.high))
     student = np.array(reaches["student"]) <= 1
     for name in ("alone", "known"):
         statistical.assert_covers(reaches[name], 0.96, about=name)
@@ -108,20 +108,23 @@ def test_perplexity_is_the_exponential_of_the_losses_interval():
     weight = draw.integers(20, 128, 40).astype(float)
     dense = made(draw.gamma(9.0, 0.3, 40), draw.random(40), weight)
     mine = made(dense.loss.numpy() + draw.gamma(2.0, 0.1, 40), draw.random(40), weight)
-    for count, known in ((12, None), (12, ControlVariates(dense)), (40, None)):
+    for count, control in ((12, None), (12, ControlVariates(dense)), (40, None)):
         some, few = dense.first(count), mine.first(count)
-        loss, found = (
-            quality("accuracy", some, few, known=known)[1],
-            quality("perplexity", some, few, known=known)[0],
+        loss, perplexity = (
+            quality("accuracy", some, few, known=control)[1],
+            quality("perplexity", some, few, known=control)[0],
         )
-        for one, other in ((found.dense, loss.dense), (found.compressed, loss.compressed)):
-            assert (one.value, one.low, one.high) == pytest.approx(
-                tuple(math.exp(x) for x in (other.value, other.low, other.high))
+        for of_perplexity, of_loss in (
+            (perplexity.dense, loss.dense),
+            (perplexity.compressed, loss.compressed),
+        ):
+            assert (of_perplexity.value, of_perplexity.low, of_perplexity.high) == pytest.approx(
+                tuple(math.exp(x) for x in (of_loss.value, of_loss.low, of_loss.high))
             )
-        assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+        assert (perplexity.change.value, perplexity.change.low, perplexity.change.high) == pytest.approx(
             tuple(math.expm1(x) for x in (loss.change.value, loss.change.low, loss.change.high))
         )
-        assert found.change.low > -1
+        assert perplexity.change.low > -1
 
 
 def test_what_is_no_likelihood_is_not_widened():
@@ -131,31 +134,33 @@ def test_what_is_no_likelihood_is_not_widened():
         made(values, np.zeros(30), score=score, cosine=score + values)
         for values in (loss, loss + draw.random(30))
     )
-    found = quality("rank correlation", dense, mine)[1]
-    assert found.metric == "squared error"
+    errors = quality("rank correlation", dense, mine)[1]
+    assert errors.metric == "squared error"
     change = mine.loss.numpy() - dense.loss.numpy()
-    assert found.change.half_width == pytest.approx(
+    assert errors.change.half_width == pytest.approx(
         stats.t.ppf(0.975, 29) * change.std(ddof=1) / math.sqrt(30)
     )
     weight = draw.integers(20, 128, 30).astype(float)
-    one, other = made(loss, draw.random(30), weight), made(loss, draw.random(30), weight)
-    assert quality("perplexity", one, other)[1].change == mean(other.correct - one.correct, one.weight, 0.95)
+    dense_scores, own_scores = made(loss, draw.random(30), weight), made(loss, draw.random(30), weight)
+    assert quality("perplexity", dense_scores, own_scores)[1].change == mean(
+        own_scores.correct - dense_scores.correct, dense_scores.weight, 0.95
+    )
 
 
 def test_no_interval_of_a_loss_reaches_below_zero_and_no_upper_end_moves():
     """8 utterances, one of which is lost: Student's interval of the mean, which is positive, begins at -1."""
     before, after = np.array([0.02] * 7 + [0.9]), np.array([0.05] * 7 + [6.0])
     dense, mine = made(before, before < 0.7), made(after, after < 0.7)
-    for primary, known in (("accuracy", None), ("accuracy", ControlVariates(dense)), ("perplexity", None)):
-        few = 8 if known is None else 7
+    for primary, control in (("accuracy", None), ("accuracy", ControlVariates(dense)), ("perplexity", None)):
+        few = 8 if control is None else 7
         some, read = dense.first(few), mine.first(few)
-        found = quality(primary, some, read, known=known)
+        qualities = quality(primary, some, read, known=control)
         plain = [
             mean(values, some.weight, 0.95, widening(some.loss, dense.loss))
             for values in (read.loss, read.loss - some.loss)
         ]
-        loss = next(one for one in found if one.metric in {"loss", "perplexity"})
-        if known is None:
+        loss = next(measured for measured in qualities if measured.metric in {"loss", "perplexity"})
+        if control is None:
             assert plain[0].low < 0
             least, shown = (0.0, lambda x: x) if loss.metric == "loss" else (1.0, math.exp)
             assert loss.compressed.low == least
@@ -169,19 +174,19 @@ def test_no_interval_of_a_loss_reaches_below_zero_and_no_upper_end_moves():
 def test_squared_errors_and_shares_of_tokens_stay_in_their_range():
     draw = np.random.default_rng(4)
     values = np.array([0.0] * 7 + [0.8])
-    one, other = (
+    dense, compressed = (
         made(loss, np.zeros(8), score=draw.random(8), cosine=draw.random(8))
         for loss in (values, values[::-1].copy())
     )
-    assert quality("rank correlation", one, other)[1].compressed.low == 0
-    assert quality("rank correlation", one, other)[1].change.low < 0
+    assert quality("rank correlation", dense, compressed)[1].compressed.low == 0
+    assert quality("rank correlation", dense, compressed)[1].change.low < 0
     shares = np.array([0.999] * 7 + [0.5]), np.array([0.001] * 7 + [0.5])
     right, wrong = (made(np.ones(8), share, np.full(8, 100.0)) for share in shares)
-    found = quality("perplexity", right, wrong)[1]
-    assert found.dense.high == 1
-    assert found.dense.low < found.dense.value < 1
-    assert found.compressed.low == 0
-    assert found.change.low == -1
+    accuracy = quality("perplexity", right, wrong)[1]
+    assert accuracy.dense.high == 1
+    assert accuracy.dense.low < accuracy.dense.value < 1
+    assert accuracy.compressed.low == 0
+    assert accuracy.change.low == -1
 
 
 def test_what_is_cut_off_is_where_the_truth_cannot_be():

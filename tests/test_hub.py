@@ -107,10 +107,12 @@ class Hub(BaseHTTPRequestHandler):
             )
         if path.startswith(("/api/datasets/me/words", "/datasets/me/words/")):
             return self.answer_data(path)
-        found = re.fullmatch(rf"/me/tiny/resolve/(?:{COMMIT}|main)/(.+)", path)
-        if not found or found[1] not in self.files:
-            return self.answer(b"{}", {"X-Error-Code": "RepoNotFound" if not found else "EntryNotFound"}, 404)
-        name, data = found[1], self.files[found[1]]
+        matched = re.fullmatch(rf"/me/tiny/resolve/(?:{COMMIT}|main)/(.+)", path)
+        if not matched or matched[1] not in self.files:
+            return self.answer(
+                b"{}", {"X-Error-Code": "RepoNotFound" if not matched else "EntryNotFound"}, 404
+            )
+        name, data = matched[1], self.files[matched[1]]
         digest = hashlib.sha256(data) if large(name) else hashlib.sha1(data)  # noqa: S324
         tag = digest.hexdigest()
         headers = {

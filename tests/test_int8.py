@@ -29,16 +29,18 @@ INPUTS, OUTPUTS = 37, 13  # no multiple of anything
 
 
 def values(rows: int = 11, inputs: int = INPUTS) -> torch.Tensor:
-    made = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
-    made[3] = 0  # a token of nothing but zeros
-    made[5] = 0.25  # and one that is constant
-    made[7, 0] = 90.0  # and an outlier
-    return made
+    rows_of_inputs = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
+    rows_of_inputs[3] = 0  # a token of nothing but zeros
+    rows_of_inputs[5] = 0.25  # and one that is constant
+    rows_of_inputs[7, 0] = 90.0  # and an outlier
+    return rows_of_inputs
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+def close(computed: torch.Tensor, wanted: torch.Tensor) -> bool:
     """Float32 rounding of a sum that was exact in integers: a few parts in ten million of the row's size."""
-    return bool(((found.double() - wanted).abs() <= 2e-6 * wanted.abs().amax(-1, keepdim=True) + 1e-7).all())
+    return bool(
+        ((computed.double() - wanted).abs() <= 2e-6 * wanted.abs().amax(-1, keepdim=True) + 1e-7).all()
+    )
 
 
 def in_onnx(model: nn.Module, layers: tuple, given: torch.Tensor) -> nn.Module:
@@ -56,9 +58,9 @@ def test_the_torch_kernel_computes_what_float64_does(rounding, bits, symmetric):
         smooth=torch.linspace(0.5, 2, INPUTS),
     )
     assert not TorchInt8().serves(layer, "cpu")
-    found = TorchInt8().build(layer)(values().view(11, 1, INPUTS))
-    assert found.shape == (11, 1, OUTPUTS)
-    assert close(found[:, 0], reference(layer, values()))
+    computed = TorchInt8().build(layer)(values().view(11, 1, INPUTS))
+    assert computed.shape == (11, 1, OUTPUTS)
+    assert close(computed[:, 0], reference(layer, values()))
     assert close(layer.module(values()), reference(layer, values()))  # so the simulation is the same
 
 
@@ -104,9 +106,9 @@ def test_convolutions_of_integers_agree_with_float64(rounding, form):
         wanted = norm.double()(flat.view(3, -1, 7).transpose(1, 2).reshape(3, 7, *size))
         norm.float()
         session = in_onnx(model, (layer,), given)
-        found = KIND.logits(session, items_of(given))
+        computed = KIND.logits(session, items_of(given))
     assert not [node for node in session.session.get_inputs() if node.name != "pixel_values"]
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-6
+    assert float((computed - wanted).abs().max() / wanted.abs().max()) < 2e-6
 
 
 def test_unsigned_weights_where_signed_ones_overflow(monkeypatch):
@@ -139,23 +141,23 @@ def test_packed_four_bit_weights_agree_with_float64(group, symmetric):
     session = in_onnx(One(layer.module), (layer,), given)
     wanted = given.double() @ layer.grid.dequantize().double().t() + layer.module.bias.detach().double()
     with torch.inference_mode():
-        found = KIND.logits(session, items_of(given))
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+        computed = KIND.logits(session, items_of(given))
+    assert float((computed - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "reason"),
     [
         ({"bits": 8, "group": 8}, "a scale for every 8 inputs"),
         ({"bits": 3, "group": 0, "inputs": None}, "its inputs are not quantized"),
         ({"bits": 8, "group": 0, "inputs": InputFormat(number_format="float8")}, "float8, not integers"),
     ],
 )
-def test_what_is_not_served_says_why(change, words):
+def test_what_is_not_served_says_why(change, reason):
     grid = grid_for(OUTPUTS, 40, change["bits"], symmetric=True, group=change["group"])
     layer = layer_of(nn.Linear(40, OUTPUTS), grid, change.get("inputs", InputFormat()))
-    assert words in TorchInt8().serves(layer, "cpu")
-    assert words in OnnxRuntime().why_not_narrow(layer)
+    assert reason in TorchInt8().serves(layer, "cpu")
+    assert reason in OnnxRuntime().why_not_narrow(layer)
     assert OnnxRuntime().how(layer) == "floats"
 
 

@@ -149,10 +149,10 @@ def test_points_of_another_study_in_the_same_file_are_not_ours(tmp_path, measure
     where = tmp_path / "points.journal"
     first = Ledger(where)
     first.add(numbered(measured, 1))
-    other = optuna.create_study(
+    second_study = optuna.create_study(
         storage=optuna.storages.JournalStorage(Journal(where)), study_name="another", directions=["minimize"]
     )
-    other.tell(other.ask(), 1.0)
+    second_study.tell(second_study.ask(), 1.0)
     mine = Ledger(where)
     first.add(numbered(measured, 2))
     mine.add(numbered(measured, 3))
@@ -169,16 +169,16 @@ def test_points_of_another_study_in_the_same_file_are_not_ours(tmp_path, measure
 
 def test_what_another_process_added_is_taken_over_once(tmp_path, measured):
     where = tmp_path / "points.journal"
-    one, other = Ledger(where), Ledger(where)
+    mine, theirs = Ledger(where), Ledger(where)
     for number in range(1, 4):
-        one.add(numbered(measured, number))
-        other.refresh()
-        other.refresh()
-        assert [int(row.key, 16) for row in other.rows()] == list(range(1, number + 1))
-    other.add(numbered(measured, 4))
-    one.refresh()
-    assert one.rows() == other.rows() == Ledger(where).rows()
-    assert one.find(f"{4:016x}") == numbered(measured, 4)
+        mine.add(numbered(measured, number))
+        theirs.refresh()
+        theirs.refresh()
+        assert [int(row.key, 16) for row in theirs.rows()] == list(range(1, number + 1))
+    theirs.add(numbered(measured, 4))
+    mine.refresh()
+    assert mine.rows() == theirs.rows() == Ledger(where).rows()
+    assert mine.find(f"{4:016x}") == numbered(measured, 4)
 
 
 def test_a_line_that_is_being_written_waits_for_its_end(tmp_path, measured):
@@ -233,13 +233,13 @@ def test_a_broken_line_hides_no_other_is_counted_and_not_changed(tmp_path, measu
 def test_the_command_says_what_it_cannot_read(tmp_path, measured):
     where = tmp_path / "points.journal"
     Ledger(where).add(measured)
-    words = "cannot be read here"
+    message = "cannot be read here"
     command = ["points", measured.context.model_name, "--ledger", str(where)]
-    assert words not in CliRunner().invoke(workbench, command).output
+    assert message not in CliRunner().invoke(workbench, command).output
     with where.open("ab") as file:
         file.write(b"<<<<<<< HEAD\n")
     run = CliRunner().invoke(workbench, command)
-    assert (run.exit_code, f"1 points or lines of the ledger {words}" in run.output) == (0, True)
+    assert (run.exit_code, f"1 points or lines of the ledger {message}" in run.output) == (0, True)
 
 
 def test_blank_lines_are_no_lines(tmp_path, measured):

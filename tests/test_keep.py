@@ -38,15 +38,15 @@ NOTE = 'schön <b>\N{SLIGHTLY SMILING FACE}</b>, "quoted"\nsecond line, 中文'
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = wb.Bench(
+    opened = wb.Bench(
         tiny_task("vit"),
         device="cpu",
         ledger=tmp_path_factory.mktemp("points") / "points.journal",
         progress=False,
     )
     for recipe in (W4, BOTH, TWICE):
-        made.measure(recipe)
-    return made
+        opened.measure(recipe)
+    return opened
 
 
 @pytest.fixture
@@ -124,11 +124,11 @@ def test_whatever_is_torn_off_a_note_the_points_and_earlier_notes_come_back(tmp_
     for size in range(before, len(content) + 1):
         torn = tmp_path / "torn.journal"
         torn.write_bytes(content[:size])
-        found = Ledger(torn)
-        assert len(found) == 3
+        reopened = Ledger(torn)
+        assert len(reopened) == 3
         whole = size >= len(content) - 1  # the end of its line alone may be missing
-        assert found.annotations()[rows[0].key].note == ("second" if whole else "first"), size
-    found.annotate(rows[1].key, pinned=True)
+        assert reopened.annotations()[rows[0].key].note == ("second" if whole else "first"), size
+    reopened.annotate(rows[1].key, pinned=True)
     assert Ledger(torn).annotations()[rows[1].key].pinned
 
 
@@ -179,21 +179,21 @@ def test_two_processes_write_notes_and_one_is_killed(tmp_path, rows):
         for read, writer in zip(first, writers, strict=True)
     ]
     ledger.annotate(rows[2].key, note="mine")  # no lock was left behind
-    found = Ledger(where).annotations()
+    notes = Ledger(where).annotations()
     for index, number in enumerate(last):
-        name, _, seen = found[rows[index].key].note.partition(" ")
+        name, _, seen = notes[rows[index].key].note.partition(" ")
         assert name == f"writer{index}"
         assert int(seen) in {number, number + 1}  # at most one more than was confirmed
-    assert found[rows[2].key].note == "mine"
+    assert notes[rows[2].key].note == "mine"
     assert min(last) > 3
 
 
 def test_a_point_of_another_process_is_found_without_opening_anew(tmp_path, rows):
-    mine, other = Ledger(tmp_path / "points.journal"), Ledger(tmp_path / "points.journal")
-    other.add(rows[0])
+    mine, theirs = Ledger(tmp_path / "points.journal"), Ledger(tmp_path / "points.journal")
+    theirs.add(rows[0])
     assert len(mine) == 0
     assert mine.annotate(rows[0].key, pinned=True).pinned
-    other.add(rows[1])
+    theirs.add(rows[1])
     mine.add(rows[2])
     mine.refresh()
     assert {row.key for row in mine.rows()} == {row.key for row in rows}
@@ -306,7 +306,7 @@ def shifted(row, low, high):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "overlap"),
+    ("first", "second", "overlap"),
     [
         ((-0.3, -0.2), (-0.1, 0.0), False),
         ((-0.1, 0.0), (-0.3, -0.2), False),
@@ -315,8 +315,8 @@ def shifted(row, low, high):
         ((float("nan"), float("nan")), (0.0, 0.1), True),
     ],
 )
-def test_intervals_that_do_not_overlap_are_beyond_the_noise(rows, one, other, overlap):
-    record = comparison([shifted(rows[0], *one), shifted(rows[0], *other)])
+def test_intervals_that_do_not_overlap_are_beyond_the_noise(rows, first, second, overlap):
+    record = comparison([shifted(rows[0], *first), shifted(rows[0], *second)])
     assert record.apart == (Apart(0, 1, overlap),)
     assert ("Not told apart" if overlap else "Beyond the noise") in comparison_html(record, {})
 
@@ -336,19 +336,21 @@ def test_too_many_too_few_and_foreign_points_are_refused(rows):
 
 
 def test_a_paired_test_counts_the_items_by_hand(bench):
-    (found,) = paired_test(bench, W4, [TWICE])
+    (measured,) = paired_test(bench, W4, [TWICE])
     answers = [
         bench.compress(recipe).model(pixel_values=bench.evaluation.inputs["pixel_values"]).logits.argmax(-1)
         for recipe in (W4, TWICE)
     ]
     right = [(a == bench.evaluation.labels).double() for a in answers]
-    assert found.change.value == pytest.approx(float((right[1] - right[0]).mean()))
-    assert found.dense.value == pytest.approx(float(right[0].mean()))
+    assert measured.change.value == pytest.approx(float((right[1] - right[0]).mean()))
+    assert measured.dense.value == pytest.approx(float(right[0].mean()))
     (same,) = paired_test(bench, W4, [W4])
     assert same.change.value == 0
     assert same.change.low < 0 < same.change.high
     wide, _ = paired_test(bench, W4, [TWICE, BOTH])
-    assert wide.change.high - wide.change.low > found.change.high - found.change.low  # joint over two pairs
+    assert (
+        wide.change.high - wide.change.low > measured.change.high - measured.change.low
+    )  # joint over two pairs
     with pytest.raises(wb.errors.Cancelled):
         paired_test(bench, W4, [TWICE], cancelled=lambda: True)
 
@@ -411,11 +413,11 @@ def test_a_paired_test_is_shown_although_the_list_was_filled_anew_and_says_when_
     view = CompareView(lambda _keys: None)
     view.show(state(rows[:2]))
     view.choose([rows[0].key, rows[1].key])
-    keys, found = view.chosen, paired_test(bench, W4, [TWICE])
+    keys, qualities = view.chosen, paired_test(bench, W4, [TWICE])
     view.wait(keys)
     assert "testing item by item" in view.test.value
     view.list.observe(
-        lambda _: view.show_test(keys, found), "options"
+        lambda _: view.show_test(keys, qualities), "options"
     )  # another thread's answer comes while nothing is chosen
     view.show(state(rows))
     view.list.unobserve_all("options")
@@ -425,7 +427,7 @@ def test_a_paired_test_is_shown_although_the_list_was_filled_anew_and_says_when_
     assert "stopped" in view.test.value
     view.wait(keys)
     view.choose([])
-    view.show_test(keys, found)  # of points that are no longer chosen
+    view.show_test(keys, qualities)  # of points that are no longer chosen
     view.give_up(keys)
     assert view.test.value == ""
 
@@ -458,9 +460,9 @@ def test_the_commands_list_note_export_and_compare(tmp_path, bench, rows):
     for row in rows:
         ledger.add(row)
 
-    def run(*words: str, code: int = 0) -> str:
+    def run(*arguments: str, code: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "workbench", *words, "--ledger", str(where)],
+            [sys.executable, "-m", "workbench", *arguments, "--ledger", str(where)],
             capture_output=True,
             text=True,
             check=False,

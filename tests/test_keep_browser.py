@@ -172,11 +172,11 @@ def test_a_brush_puts_two_points_side_by_side(panel, folder):
     table.scroll_into_view_if_needed()
     drawn = [row for row in ledger(folder).rows() if len(row.recipe)]
     assert len(drawn) >= 2
-    words = table.inner_text()
+    text = table.inner_text()
     for row in drawn:
-        assert row.recipe.label() in words
-    assert "quantize weight bits" in words
-    assert NOTE in words
+        assert row.recipe.label() in text
+    assert "quantize weight bits" in text
+    assert NOTE in text
     assert page.locator(".wb-tabs td.wb-differs").count() >= 1
     page.click("button:text-is('paired test')")
     lab.wait_for(

@@ -40,9 +40,9 @@ def test_a_whole_recipe_goes_through_the_command_line_and_the_notebook():
         "offline": True,
         "progress": False,
     }
-    words = report_command("fashion-cnn", TWICE, settings, Path("reports"), "x")
-    assert words[:3] == [sys.executable, "-m", "workbench"]
-    context = command_group.commands["report"].make_context("report", words[4:])
+    arguments = report_command("fashion-cnn", TWICE, settings, Path("reports"), "x")
+    assert arguments[:3] == [sys.executable, "-m", "workbench"]
+    context = command_group.commands["report"].make_context("report", arguments[4:])
     given = {key: value for key, value in context.params.items() if value is not None and value is not False}
     assert (given.pop("output"), given.pop("name")) == (Path("reports"), "x")
     job = job_from(notebook_parameters(given))

@@ -145,9 +145,12 @@ def tagged(path: Path, count: int = 80) -> Path:
     draw = np.random.default_rng(0)
     lines = []
     for _ in range(count):
-        words = draw.integers(0, 61, draw.integers(3, 10))
+        numbers = draw.integers(0, 61, draw.integers(3, 10))
         lines.append(
-            {"tokens": [f"w{i}" for i in words], "tags": [("noun", "verb", "other")[i % 3] for i in words]}
+            {
+                "tokens": [f"w{i}" for i in numbers],
+                "tags": [("noun", "verb", "other")[i % 3] for i in numbers],
+            }
         )
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
@@ -282,8 +285,8 @@ def test_it_is_measured(case):
 
 
 def shown(point) -> dict[str, str]:
-    """Return what the table of a point says of the compressed model."""
-    return {name: words for name, _, words in summary(point)}
+    """Return the compressed model's values in the table of a point, by row."""
+    return {name: text for name, _, text in summary(point)}
 
 
 def test_looks_distillation_and_sensitivity(case):
@@ -322,8 +325,8 @@ def test_it_is_exported_and_loaded(case):
     manifest = json.loads((folder / "compression.json").read_text())
     assert manifest["task"] == case.kind
     expected = bench.compress(RECIPE).model.state_dict()
-    found = wb.load(folder).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = wb.load(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     assert (folder / "tokenizer.json").is_file() is (case.tags)
     if case.tags:
         KINDS.unregister(case.kind)
@@ -374,18 +377,18 @@ def test_a_report_runs_it_in_a_process_of_its_own(case):
 def test_points_of_a_metric_wait_in_the_ledger_until_it_is_known_again(case):
     bench = case.bench()
     point = bench.measure(RECIPE)
-    known = dict(METRICS.records)
+    records = dict(METRICS.records)
     METRICS.unregister(point.primary.metric)
     without = Ledger(case.ledger)
-    METRICS.records = known
+    METRICS.records = records
     assert (len(without), without.unreadable) == (0, 1)
     assert Ledger(case.ledger).rows() == [point]
 
 
 def test_without_the_plugin_its_models_are_refused(case):
-    words = {
+    messages = {
         "token tagging": "BertForTokenClassification is for a task that the workbench does not run",
         "image regression": "problem_type is 'regression'",
     }
-    with pytest.raises(wb.errors.ModelError, match=words[case.kind]):
+    with pytest.raises(wb.errors.ModelError, match=messages[case.kind]):
         job_from({"model": str(case.model), "data": str(case.data)}).bench()

@@ -37,10 +37,10 @@ def test_no_kind_is_without_an_example():
 @pytest.fixture
 def few():
     """A registry of two kinds."""
-    found = Kinds()
-    found.register(ImageClassification())
-    found.register(LanguageModelling())
-    return found
+    kinds = Kinds()
+    kinds.register(ImageClassification())
+    kinds.register(LanguageModelling())
+    return kinds
 
 
 def test_kinds_are_found_by_name(few):
@@ -74,19 +74,19 @@ class Pictures(ImageClassification):
 def test_a_kind_that_leaves_facts_out_is_refused(few):
     with pytest.raises(ModelError, match="'nothing' cannot be registered: it does not state") as caught:
         few.register(Nothing())
-    words = str(caught.value)
+    message = str(caught.value)
     stated = {"name", "masked_texts", "chunked_head", "fused_blocks"}
     for fact in {*Kind.__annotations__} - stated:
-        assert f" {fact}" in words
+        assert f" {fact}" in message
     for function in ("processor", "pools", "labels", "batch_size", "logits", "score", "loss", "soft_loss"):
-        assert f" {function}" in words
-    assert "masked_texts" not in words
+        assert f" {function}" in message
+    assert "masked_texts" not in message
     with pytest.raises(ModelError, match="'Kind' cannot be registered: it does not state name, auto_class"):
         few.register(Kind())
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("facts", "message"),
     [
         ({"primary": "acuracy"}, "its metric 'acuracy' is not registered; nearest: accuracy"),
         ({"behaviour": "films"}, "behaviour='films' is none of classes, continuations, told apart, or None"),
@@ -95,10 +95,10 @@ def test_a_kind_that_leaves_facts_out_is_refused(few):
         ({"score": lambda *_: None}, "has a score of its own: state distribution=None"),
     ],
 )
-def test_facts_that_contradict_each_other_are_refused(few, facts, words):
-    made = type("Odd", (Pictures,), facts)
-    with pytest.raises(ModelError, match=f"'pictures' cannot be registered: .*{words}"):
-        few.register(made())
+def test_facts_that_contradict_each_other_are_refused(few, facts, message):
+    compressed = type("Odd", (Pictures,), facts)
+    with pytest.raises(ModelError, match=f"'pictures' cannot be registered: .*{message}"):
+        few.register(compressed())
 
 
 def test_kinds_of_the_same_classes_say_which_models_they_take(few):
@@ -201,8 +201,8 @@ def test_its_outputs_are_trained_and_scored(case):
     assert loss.ndim == 0
     assert torch.isfinite(loss)
     assert float(task.kind.soft_loss(logits, logits, items.labels, 2.0)) == pytest.approx(0, abs=1e-6)
-    one = task.kind.together(torch.stack([logits.float()] * 2), 2.0)
-    assert float(task.kind.soft_loss(one, logits, items.labels, 2.0)) == pytest.approx(0, abs=1e-5)
+    averaged = task.kind.together(torch.stack([logits.float()] * 2), 2.0)
+    assert float(task.kind.soft_loss(averaged, logits, items.labels, 2.0)) == pytest.approx(0, abs=1e-5)
     scores = score(task.kind, task.model, items)
     assert len(scores) == 3
     if task.kind.flips_by != "answers":
@@ -223,13 +223,13 @@ def test_its_point_has_what_its_facts_say(case):
 
 def test_what_changed_is_shown_as_it_says(case):
     assert case.kind.behaviour in get_args(View)
-    found = case.bench.behaviour(case.recipe)
+    changes = case.bench.behaviour(case.recipe)
     if case.kind.behaviour == "classes":
-        assert isinstance(found, Behaviour)
-        assert [change.name for change in found.classes] == list(case.bench.task.labels)
+        assert isinstance(changes, Behaviour)
+        assert [change.name for change in changes.classes] == list(case.bench.task.labels)
     else:
-        assert all(isinstance(row, Continuation) for row in found)
-        assert found
+        assert all(isinstance(row, Continuation) for row in changes)
+        assert changes
 
 
 def test_its_export_takes_its_files_along(case, tmp_path):
@@ -237,8 +237,8 @@ def test_its_export_takes_its_files_along(case, tmp_path):
     for name in case.kind.files:
         assert (folder / name).is_file() is (case.model / name).is_file()
     expected = case.bench.compress(case.recipe).model.state_dict()
-    found = wb.load(folder).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = wb.load(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_it_is_predicted_in_its_metric(case):
@@ -254,6 +254,6 @@ def test_kinds_without_words_say_so():
 
 def test_large_pictures_and_small_ones_are_run_by_different_numbers():
     small, large = (Items({"pixel_values": torch.zeros(1, 3, n, n)}, torch.zeros(1)) for n in (64, 224))
-    assert [IMAGE_CLASSIFICATION.batch_size(one, on_cpu=True) for one in (small, large)] == [128, 16]
-    assert [IMAGE_CLASSIFICATION.batch_size(one, on_cpu=False) for one in (small, large)] == [512, 64]
+    assert [IMAGE_CLASSIFICATION.batch_size(items, on_cpu=True) for items in (small, large)] == [128, 16]
+    assert [IMAGE_CLASSIFICATION.batch_size(items, on_cpu=False) for items in (small, large)] == [512, 64]
     assert TextClassification().batch_size(small, on_cpu=True) == 128

@@ -43,12 +43,12 @@ def population(
     shared, own, theirs = (
         draw.exponential(1.0, count) if skewed else draw.normal(1.0, 1.0, count) for _ in range(3)
     )
-    dense, mine, other = (
+    dense, mine, neighbour = (
         hard,
         hard + 0.4 * (near * shared + (1 - near) * own),
         hard + 0.4 * (near * shared + (1 - near) * theirs),
     )
-    return tuple(made(loss, loss < 0.7) for loss in (dense, mine, other))  # type: ignore[return-value]
+    return tuple(made(loss, loss < 0.7) for loss in (dense, mine, neighbour))  # type: ignore[return-value]
 
 
 def truth(near: float, skewed: bool) -> tuple[float, float]:
@@ -74,18 +74,26 @@ def simulated(near: float, skewed: bool, level: float) -> tuple[dict, dict, dict
     held, widths = ({key: np.zeros((TRIALS, len(COUNTS))) for key in keys} for _ in range(2))
     full = {key: np.zeros(TRIALS) for key in keys}
     for trial in range(TRIALS):
-        dense, mine, other = population(draw, TOTAL, near, skewed)
+        dense, mine, neighbour = population(draw, TOTAL, near, skewed)
         whole = quality("accuracy", dense, mine)
-        for kind, known in KINDS.items():
+        for kind, control_of in KINDS.items():
             looks = [
-                quality("accuracy", dense.first(n), mine.first(n), level=level, known=known((dense, other)))
+                quality(
+                    "accuracy",
+                    dense.first(n),
+                    mine.first(n),
+                    level=level,
+                    known=control_of((dense, neighbour)),
+                )
                 for n in COUNTS
             ]
             for metric in range(2):
                 changes = [look[metric].change for look in looks]
-                held[kind, metric][trial] = [one.low <= wanted[metric] <= one.high for one in changes]
+                held[kind, metric][trial] = [
+                    change.low <= wanted[metric] <= change.high for change in changes
+                ]
                 full[kind, metric][trial] = changes[0].low <= whole[metric].change.value <= changes[0].high
-                widths[kind, metric][trial] = [one.high - one.low for one in changes]
+                widths[kind, metric][trial] = [change.high - change.low for change in changes]
     return held, full, {key: width.mean(0) for key, width in widths.items()}
 
 
@@ -134,35 +142,35 @@ def test_single_answers_are_covered_however_few_of_them_flip(items, share):
         dense = draw.random(1000) < 0.9
         moved = draw.random(1000)
         mine = np.where(dense, moved >= share, moved < share / 3)
-        found = quality(
+        change = quality(
             "accuracy",
             made(moved, dense).first(items),
             made(moved, mine).first(items),
             level=level,
             known=ControlVariates(made(moved, dense)),
         )[0].change
-        hits += found.low <= -0.9 * share + 0.1 * share / 3 <= found.high
+        hits += change.low <= -0.9 * share + 0.1 * share / 3 <= change.high
     statistical.assert_at_least(hits, trials, level)
 
 
 def test_nothing_is_known_that_changes_the_last_look():
-    dense, mine, other = population(np.random.default_rng(1), 100, 0.5)
-    assert quality("accuracy", dense, mine, known=ControlVariates(dense, other)) == quality(
+    dense, mine, neighbour = population(np.random.default_rng(1), 100, 0.5)
+    assert quality("accuracy", dense, mine, known=ControlVariates(dense, neighbour)) == quality(
         "accuracy", dense, mine
     )
-    assert quality("perplexity", dense, mine, known=ControlVariates(dense, other)) == quality(
+    assert quality("perplexity", dense, mine, known=ControlVariates(dense, neighbour)) == quality(
         "perplexity", dense, mine
     )
 
 
 def test_the_estimate_meets_the_plain_one_where_all_but_one_item_are_read():
-    dense, mine, other = population(np.random.default_rng(2), 300, 0.5)
+    dense, mine, neighbour = population(np.random.default_rng(2), 300, 0.5)
     before = quality("accuracy", dense, mine)
-    after = quality("accuracy", dense.first(299), mine.first(299), known=ControlVariates(dense, other))
-    for one, two in zip(before, after, strict=True):
-        assert one.change.value == pytest.approx(two.change.value, abs=0.01)
-        assert one.change.half_width == pytest.approx(two.change.half_width, rel=0.03)
-        assert one.compressed.half_width == pytest.approx(two.compressed.half_width, rel=0.05)
+    after = quality("accuracy", dense.first(299), mine.first(299), known=ControlVariates(dense, neighbour))
+    for plain, controlled in zip(before, after, strict=True):
+        assert plain.change.value == pytest.approx(controlled.change.value, abs=0.01)
+        assert plain.change.half_width == pytest.approx(controlled.change.half_width, rel=0.03)
+        assert plain.compressed.half_width == pytest.approx(controlled.compressed.half_width, rel=0.05)
 
 
 def wider(read: np.ndarray, whole: np.ndarray) -> float:
@@ -174,17 +182,17 @@ def wider(read: np.ndarray, whole: np.ndarray) -> float:
 def test_without_a_neighbour_the_change_of_a_mean_is_the_plain_one():
     dense, mine, _ = population(np.random.default_rng(4), 200, 0.5)
     plain = mean(mine.loss[:64] - dense.loss[:64], dense.weight[:64], 0.95)
-    found = quality("accuracy", dense.first(64), mine.first(64), known=ControlVariates(dense))[1]
+    loss = quality("accuracy", dense.first(64), mine.first(64), known=ControlVariates(dense))[1]
     half = plain.half_width * wider(dense.loss[:64].numpy(), dense.loss.numpy())
-    assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+    assert (loss.change.value, loss.change.low, loss.change.high) == pytest.approx(
         (plain.value, plain.value - half, plain.value + half)
     )
-    assert found.dense == mean(
+    assert loss.dense == mean(
         dense.loss, dense.weight, 0.95, wider(dense.loss.numpy(), dense.loss.numpy())
     )  # of all items
-    assert found.compressed.value == pytest.approx(found.dense.value + found.change.value)
+    assert loss.compressed.value == pytest.approx(loss.dense.value + loss.change.value)
     assert (
-        found.compressed.half_width
+        loss.compressed.half_width
         < quality("accuracy", dense.first(64), mine.first(64))[1].compressed.half_width
     )
 
@@ -194,7 +202,7 @@ def test_the_difference_estimator_is_the_formula_worked_out():
     dense, near, mine = (draw.gamma(1.0, 1.0, 40) for _ in range(3))
     near = mine + 0.1 * near
     count = 10
-    found = quality(
+    change = quality(
         "perplexity",
         made(dense).first(count),
         made(mine).first(count),
@@ -208,7 +216,7 @@ def test_the_difference_estimator_is_the_formula_worked_out():
         * stats.t.ppf(0.975, count - 1)
         * math.sqrt(z.var(ddof=1) * (1 / count - 1 / 40) + y.var(ddof=1) / 40)
     )
-    assert (found.value, found.low, found.high) == pytest.approx(
+    assert (change.value, change.low, change.high) == pytest.approx(
         (math.exp(value) - 1, math.exp(value - half) - 1, math.exp(value + half) - 1)
     )
 
@@ -218,11 +226,13 @@ def test_weighted_windows_are_a_ratio_with_a_control():
     weight = draw.integers(50, 512, 30).astype(float)
     dense = draw.gamma(5.0, 0.5, 30)
     near, mine = dense + 0.2, dense + 0.21
-    one, other, third = (made(loss, np.full(30, 0.5), weight) for loss in (dense, near, mine))
-    found = quality("perplexity", one.first(8), third.first(8), known=ControlVariates(one, other))[0]
-    assert math.log1p(found.change.value) == pytest.approx(0.21)
-    assert found.change.half_width < 1e-6
-    assert found.compressed.value == pytest.approx(math.exp(np.average(mine, weights=weight)))
+    first, second, third = (made(loss, np.full(30, 0.5), weight) for loss in (dense, near, mine))
+    perplexity = quality("perplexity", first.first(8), third.first(8), known=ControlVariates(first, second))[
+        0
+    ]
+    assert math.log1p(perplexity.change.value) == pytest.approx(0.21)
+    assert perplexity.change.half_width < 1e-6
+    assert perplexity.compressed.value == pytest.approx(math.exp(np.average(mine, weights=weight)))
 
 
 def test_answers_are_stratified_by_the_formula_worked_out():
@@ -232,8 +242,8 @@ def test_answers_are_stratified_by_the_formula_worked_out():
     """
     dense = np.array([1] * 7 + [0] * 3 + [1] * 9 + [0])
     mine = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
-    one, two = made(dense * 1.0, dense), made(mine * 1.0, mine)
-    found = quality("accuracy", one.first(10), two, known=ControlVariates(one))[0]
+    first, second = made(dense * 1.0, dense), made(mine * 1.0, mine)
+    accuracy = quality("accuracy", first.first(10), second, known=ControlVariates(first))[0]
     lost, gained = (
         proportion(torch.tensor(part, dtype=torch.float64), 0.95)
         for part in ([1, 1, 1, 0, 0, 0, 0], [1, 0, 0])
@@ -247,23 +257,23 @@ def test_answers_are_stratified_by_the_formula_worked_out():
     high = value + math.sqrt(
         0.5 * ((0.8 * (lost.value - lost.low)) ** 2 + (0.2 * (gained.high - gained.value)) ** 2) + spread
     )
-    assert found.change.value == pytest.approx(value)
-    assert (found.change.low, found.change.high) == pytest.approx((low, high))
-    assert high - low < 2 * paired_proportions(one.correct[:10], two.correct, 0.95).half_width
-    assert found.dense == proportion(one.correct, 0.95)
-    assert found.compressed.value == pytest.approx(0.8 + value)
+    assert accuracy.change.value == pytest.approx(value)
+    assert (accuracy.change.low, accuracy.change.high) == pytest.approx((low, high))
+    assert high - low < 2 * paired_proportions(first.correct[:10], second.correct, 0.95).half_width
+    assert accuracy.dense == proportion(first.correct, 0.95)
+    assert accuracy.compressed.value == pytest.approx(0.8 + value)
 
 
 def test_lost_models_get_no_control():
     dense = np.ones(20)
     broken = np.full(20, np.inf)
-    found = quality(
+    perplexity = quality(
         "perplexity",
         made(dense).first(8),
         made(broken).first(8),
         known=ControlVariates(made(dense), made(dense)),
     )[0]
-    assert found.change.value == found.compressed.value == math.inf
+    assert perplexity.change.value == perplexity.compressed.value == math.inf
     useless = quality(
         "perplexity",
         made(dense).first(8),
@@ -275,14 +285,14 @@ def test_lost_models_get_no_control():
 
 def test_one_stratum_may_be_empty():
     right = np.ones(40)
-    found = quality(
+    change = quality(
         "accuracy",
         made(right, right).first(16),
         made(right, right).first(16),
         known=ControlVariates(made(right, right)),
     )[0].change
-    assert found.value == 0
-    assert -0.25 < found.low < 0 <= found.high < 0.25
+    assert change.value == 0
+    assert -0.25 < change.low < 0 <= change.high < 0.25
 
 
 # --- all looks together

@@ -95,9 +95,9 @@ def test_zeros_stay_zero_and_bad_numbers_show(bits):
     for bad in (math.inf, -math.inf, math.nan):
         values = torch.zeros(2, 16)
         values[1, 3] = bad
-        made = form.decode(form.encode(values), 16)
-        assert torch.isfinite(made[0]).all()
-        assert made[1].isnan().any()
+        decoded = form.decode(form.encode(values), 16)
+        assert torch.isfinite(decoded[0]).all()
+        assert decoded[1].isnan().any()
 
 
 def test_more_bits_and_smaller_groups_are_closer():
@@ -134,26 +134,26 @@ def test_attention_reads_rounded_keys_and_values_everywhere(sort, bits, device):
             return super().update(*rounded, *args, **named)
 
     task = tiny_task(sort, device)
-    made = compress(task, Recipe(wb.KVCache(kv_bits=bits)))
+    compressed = compress(task, Recipe(wb.KVCache(kv_bits=bits)))
     cache = DynamicCache(config=task.model.config)
     cache.layers = [Rounded() for _ in cache.layers]
     with torch.no_grad():
         expected = task.model(
             **task.evaluation.to(device).inputs, past_key_values=cache, use_cache=True
         ).logits[:, :-1]
-    assert torch.equal(logits(task, made.model), expected)
+    assert torch.equal(logits(task, compressed.model), expected)
     assert not torch.equal(expected, logits(task, task.model))
 
 
 def test_the_given_model_and_all_weights_stay(task):
     before, dense = weights(task.model), logits(task, task.model)
-    made = compress(task, Recipe(wb.KVCache(kv_bits=2)))
+    compressed = compress(task, Recipe(wb.KVCache(kv_bits=2)))
     assert same(weights(task.model), before)
-    assert same(weights(made.model), before)
+    assert same(weights(compressed.model), before)
     assert torch.equal(logits(task, task.model), dense)
     assert cache_format_of(task.model) is None
-    assert cache_format_of(made.model) == CacheFormat(2)
-    assert all(row.relative_error in (None, 0) for row in made.report)
+    assert cache_format_of(compressed.model) == CacheFormat(2)
+    assert all(row.relative_error in (None, 0) for row in compressed.report)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -203,7 +203,7 @@ def test_greedy_text_is_that_of_rounding_without_any_cache(sort):
     task = tiny_task(sort)
     model = compress(task, Recipe(wb.KVCache(kv_bits=8))).model
     ids = task.evaluation.inputs["input_ids"][:1, :4]
-    made = model.generate(
+    generated = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=6,
@@ -215,7 +215,7 @@ def test_greedy_text_is_that_of_rounding_without_any_cache(sort):
     for _ in range(6):
         with torch.no_grad():
             grown = torch.cat([grown, model(input_ids=grown, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(made, grown)
+    assert torch.equal(generated, grown)
 
 
 def test_bytes_are_those_of_the_tensors_and_of_the_formula(sort):
@@ -276,25 +276,25 @@ def test_it_goes_with_every_other_step_and_the_export_gives_the_same_bits(sort, 
         wb.Distill(temperature=2, steps=2, distill_batch=8),
     )
     bench = Bench(task, ledger=tmp_path / "points", progress=False)
-    made = bench.compress(recipe).model
+    compressed = bench.compress(recipe).model
     loaded = load(bench.export(recipe, tmp_path / "out"))
     assert cache_format_of(loaded) == CacheFormat(5, 4)
-    assert torch.equal(logits(task, loaded), logits(task, made))
-    assert torch.equal(logits(task, copy.deepcopy(loaded)), logits(task, made))
+    assert torch.equal(logits(task, loaded), logits(task, compressed))
+    assert torch.equal(logits(task, copy.deepcopy(loaded)), logits(task, compressed))
 
 
 def test_training_learns_through_it():
     task = tiny_task("llama")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.KVCache(kv_bits=2),
             wb.Distill(temperature=2, alpha=1, steps=40, learning_rate=5e-3, look_every=0),
         ),
     )
-    losses = [loss for _, loss in made.curve]
+    losses = [loss for _, loss in compressed.curve]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    before, after = weights(task.model), weights(made.model)
+    before, after = weights(task.model), weights(compressed.model)
     assert all(
         not torch.equal(before[name], after[name]) for name in before if "k_proj" in name or "v_proj" in name
     )
@@ -302,9 +302,9 @@ def test_training_learns_through_it():
 
 def test_it_is_left_out_of_the_sensitivity_of_layers():
     task = tiny_task("llama")
-    parts = layers_of(task.model, Recipe(wb.Quantize(weight_bits=4), wb.KVCache(kv_bits=4)))
-    assert parts
-    assert all([step.kind() for step in part] == ["quantize"] for part in parts.values())
+    by_layer = layers_of(task.model, Recipe(wb.Quantize(weight_bits=4), wb.KVCache(kv_bits=4)))
+    assert by_layer
+    assert all([step.kind() for step in layer_recipe] == ["quantize"] for layer_recipe in by_layer.values())
 
 
 # --- bad input
@@ -377,7 +377,7 @@ def test_layers_that_see_all_tokens_are_rounded_and_windows_stay(cls, options, w
     task = tiny_task("llama", model=model)
     compressed = compress(task, Recipe(wb.KVCache(kv_bits=3)))
     full = len(model.config.layer_types) - window
-    said = [words for words in compressed.warnings if "sliding window of 4 tokens" in words]
+    said = [warning for warning in compressed.warnings if "sliding window of 4 tokens" in warning]
     assert f"rounded in {full} of {full + window} layers" in said[0]
     window_item = task.evaluation[:1]
     assert not torch.equal(logits(task, compressed.model, window_item), logits(task, task.model, window_item))
@@ -410,7 +410,7 @@ def test_states_of_fixed_size_stay_and_attention_is_rounded():
     )
     task = tiny_task("llama", model=JambaForCausalLM(config))
     compressed = compress(task, Recipe(wb.KVCache(kv_bits=4)))
-    said = [words for words in compressed.warnings if "a state of fixed size in 1 layer" in words]
+    said = [warning for warning in compressed.warnings if "a state of fixed size in 1 layer" in warning]
     assert "rounded in 1 of 2 layers" in said[0]
     item = task.evaluation[:1]
     tokens = item.inputs["input_ids"].shape[1]

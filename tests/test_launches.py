@@ -41,21 +41,21 @@ def deep(layers: int) -> Task:
 
 
 def counted(task: Task, name: str) -> Launches:
-    """Return what a move asks for once everything is there that does not depend on the slider."""
+    """Return the kernels that a move asks for once all is there that does not depend on the slider."""
     kept, (make, _, _) = Statistics(task), MOVES[name]
     for at in range(4):
         compress(task, Recipe(*make(at)), kept, shared=True)
-    with Launches() as found:
+    with Launches() as launches:
         compress(task, Recipe(*make(4)), kept, shared=True)
-    return found
+    return launches
 
 
 @pytest.mark.parametrize("name", MOVES)
 def test_a_move_asks_for_few_kernels_and_hardly_waits(name):
-    found = counted(deep(20), name)
+    launches = counted(deep(20), name)
     _, kernels, waits = MOVES[name]
-    assert found.total <= kernels, found.found.most_common()
-    assert found.waits <= waits
+    assert launches.total <= kernels, launches.counts.most_common()
+    assert launches.waits <= waits
 
 
 @pytest.mark.parametrize("name", [name for name in MOVES if name != "bits after pruning"])
@@ -65,11 +65,11 @@ def test_twice_as_many_layers_ask_for_no_more_kernels(name):
 
 def test_the_counter_counts_kernels_and_not_views():
     ones = torch.ones(4, 4)
-    with Launches() as found:
+    with Launches() as launches:
         ones.view(16).t().detach()[2:].unsqueeze(0)
         (ones + 1).mul_(2)
         torch.empty(3)
-    assert found.found == {"add": 1, "mul_": 1}
-    with Launches() as found:
+    assert launches.counts == {"add": 1, "mul_": 1}
+    with Launches() as launches:
         bool((ones > 0).all())
-    assert found.waits == 1
+    assert launches.waits == 1

@@ -186,10 +186,10 @@ def test_whatever_is_done_each_layer_stands_as_it_was_put_last(actions):
             stands[layer] = "follow", form.recipe.main("prune").sparsity
         if action != "undo" and form.recipe != before:
             past.append(kept)
-        found = layer_steps(form.recipe, "prune")
+        chosen = layer_steps(form.recipe, "prune")
         for name, (mode, own) in stands.items():
-            assert found.mode(name)[0] == mode
-            assert mode == "out" or found.mode(name)[1].sparsity == own
+            assert chosen.mode(name)[0] == mode
+            assert mode == "out" or chosen.mode(name)[1].sparsity == own
             assert sum(step.takes(name) for step in form.recipe) == (mode != "out")
         assert wb.METHODS.from_json(form.recipe.to_json()) == form.recipe
 

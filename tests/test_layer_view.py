@@ -18,11 +18,11 @@ RECIPE = wb.Recipe(wb.Prune(sparsity=0.6), wb.Quantize(weight_bits=3))
 
 @pytest.fixture
 def panel(tmp_path):
-    made = Explorer(
+    explorer = Explorer(
         "fashion-cnn", ledger=tmp_path / "points.journal", evaluation_items=64, offline=True, device="cpu"
     )
-    yield made
-    made.close()
+    yield explorer
+    explorer.close()
 
 
 def wait(condition, seconds=60.0):
@@ -94,11 +94,11 @@ def test_choosing_a_layer_shows_its_weights_exactly(panel):
     assert panel.layers.figure.data[BEFORE].y == (*expected.before, 0)
     assert panel.layers.pick.value == layer
     assert f"{expected.zeros_after:,} after" in panel.layers.words.value
-    other = point.layers[4].name
-    panel.layers.pick.value = other
-    assert panel.layers.grid.chosen == other
+    fifth = point.layers[4].name
+    panel.layers.pick.value = fifth
+    assert panel.layers.grid.chosen == fifth
     panel.pacer.flush()
-    assert sum(panel.layers.figure.data[AFTER].y) == sum(panel.layers.jobs.weights[other].after)
+    assert sum(panel.layers.figure.data[AFTER].y) == sum(panel.layers.jobs.weights[fifth].after)
     assert panel.layers.figure._widget_data[AFTER]["y"] is not panel.layers.figure._data[AFTER]["y"]
 
 
@@ -124,8 +124,8 @@ def test_leaving_a_layer_out_moves_the_sliders_and_the_report_says_so(panel):
         wb.Prune(sparsity=0.6, targets=("*", f"!{layer}")), wb.Quantize(weight_bits=3)
     )
     wait(lambda: panel.session.state.phase == "measured" and ready(panel))
-    words = {row["name"]: row["words"] for row in panel.layers.grid.rows}
-    assert words[layer].startswith(f"prune left out by target '!{layer}'")
+    outcomes = {row["name"]: row["words"] for row in panel.layers.grid.rows}
+    assert outcomes[layer].startswith(f"prune left out by target '!{layer}'")
     panel.form.undo()
     assert control.mode.value == "follow"
 
@@ -142,8 +142,8 @@ def test_sensitivity_fills_the_column_and_a_slider_move_stops_it(panel):
     part = len(panel.layers.jobs.costs)
     panel.layers.ask.click()
     wait(lambda: ready(panel) and not panel.layers.jobs.running())
-    known, most = panel.layers.jobs.known_costs(RECIPE)
-    assert part <= len(known) == most
+    measured, most = panel.layers.jobs.known_costs(RECIPE)
+    assert part <= len(measured) == most
     assert f"{most} of {most} layers measured alone" in panel.layers.status.value
     assert panel.session.state.phase == "measured"
 

@@ -41,28 +41,28 @@ LATER = {
 def imported(tree: ast.AST) -> set[str]:
     """Return the top-level packages that a piece of code imports, `import_module("x")` with a constant
     included."""
-    found = set()
+    packages = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            packages |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
+            packages.add(node.module.split(".")[0])
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in {
             "import_module",
             "__import__",
         }:
-            found |= {
+            packages |= {
                 argument.value.split(".")[0]
                 for argument in node.args[:1]
                 if isinstance(argument, ast.Constant)
             }
-    return found
+    return packages
 
 
 def at_import(path: Path) -> list[ast.stmt]:
     """Return the statements that run when a module is imported by its package: no functions, no
     TYPE_CHECKING."""
-    found: list[ast.stmt] = []
+    statements: list[ast.stmt] = []
     waiting: list[ast.stmt] = list(ast.parse(path.read_text()).body)
     while waiting:
         node = waiting.pop()
@@ -70,11 +70,11 @@ def at_import(path: Path) -> list[ast.stmt]:
             isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         ):
             continue
-        inner = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-        waiting += inner
-        if not inner:
-            found.append(node)
-    return found
+        nested = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+        waiting += nested
+        if not nested:
+            statements.append(node)
+    return statements
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

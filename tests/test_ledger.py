@@ -66,9 +66,9 @@ def test_points_keep_their_order_and_a_repeated_one_its_place(where, measured):
         ledger.add(numbered(measured, number))
     newer = dataclasses.replace(numbered(measured, 1), peak_memory_bytes=1)
     ledger.add(newer)
-    for found in (ledger, Ledger(where)):
-        assert [int(point.key, 16) for point in found.rows()] == [3, 1, 2]
-        assert found.find(newer.key).peak_memory_bytes == 1
+    for opened in (ledger, Ledger(where)):
+        assert [int(point.key, 16) for point in opened.rows()] == [3, 1, 2]
+        assert opened.find(newer.key).peak_memory_bytes == 1
 
 
 def test_optuna_itself_reads_the_study(where, measured):
@@ -104,12 +104,16 @@ def test_a_point_that_was_measured_is_found_and_not_measured_again(where, monkey
 def test_other_data_models_batches_and_levels_are_other_points(tmp_path):
     where = tmp_path / "points.journal"
     tasks = [tiny_task("vit"), tiny_task("resnet"), tiny_task("vit", evaluation=40)]
-    found = {Bench(task, device="cpu", ledger=where, progress=False).context.key(RECIPE) for task in tasks}
-    found |= {
+    point_keys = {
+        Bench(task, device="cpu", ledger=where, progress=False).context.key(RECIPE) for task in tasks
+    }
+    point_keys |= {
         Bench(tasks[0], device="cpu", ledger=where, progress=False, latency_batch=4).context.key(RECIPE)
     }
-    found |= {Bench(tasks[0], device="cpu", ledger=where, progress=False, confidence=0.9).context.key(RECIPE)}
-    assert len(found) == 5
+    point_keys |= {
+        Bench(tasks[0], device="cpu", ledger=where, progress=False, confidence=0.9).context.key(RECIPE)
+    }
+    assert len(point_keys) == 5
 
 
 def test_infinite_and_missing_figures_survive(ledger, measured):
@@ -146,12 +150,12 @@ def test_whatever_is_torn_off_the_last_point_all_earlier_ones_come_back(tmp_path
         torn = tmp_path / "torn.journal"
         shutil.copy(whole, torn)
         os.truncate(torn, offset)
-        found = keys(torn)
-        assert found in ([1, 2], [1, 2, 3])
-        assert (found == [1, 2, 3]) == (offset >= size - 1), offset  # its line's end alone may be missing
+        left = keys(torn)
+        assert left in ([1, 2], [1, 2, 3])
+        assert (left == [1, 2, 3]) == (offset >= size - 1), offset  # its line's end alone may be missing
         again = Ledger(torn)
         again.add(numbered(measured, 4))
-        assert keys(torn) == [*found, 4]
+        assert keys(torn) == [*left, 4]
 
 
 def test_a_file_torn_within_its_first_line_starts_afresh(tmp_path, measured):
@@ -196,9 +200,9 @@ def test_a_process_killed_while_adding_loses_at_most_the_point_at_hand(tmp_path,
             time.sleep(patience)
             process.send_signal(signal.SIGKILL)
             confirmed += [int(line) for line in process.stdout.read().splitlines() if line]
-        found = keys(where)
-        assert [number for number in found if number in confirmed] == confirmed
-        assert len(found) <= len(confirmed) + attempt + 1
+        left = keys(where)
+        assert [number for number in left if number in confirmed] == confirmed
+        assert len(left) <= len(confirmed) + attempt + 1
     assert len(confirmed) > 10
     Ledger(where).add(numbered(measured, 9999))  # no lock was left behind
     assert 9999 in keys(where)
@@ -207,8 +211,8 @@ def test_a_process_killed_while_adding_loses_at_most_the_point_at_hand(tmp_path,
 def test_two_processes_may_add_at_once(tmp_path, measured):
     where, source = tmp_path / "points.journal", tmp_path / "point.json"
     source.write_text(measured.to_json())
-    with adder(where, source, 0, 30) as one, adder(where, source, 100, 30) as other:
-        assert one.wait(60) == other.wait(60) == 0
+    with adder(where, source, 0, 30) as first, adder(where, source, 100, 30) as second:
+        assert first.wait(60) == second.wait(60) == 0
     assert sorted(keys(where)) == [*range(30), *range(100, 130)]
 
 

@@ -44,8 +44,8 @@ def test_padded_texts_score_the_same_to_rounding_in_their_own_order(monkeypatch)
             score(kind, model, items),
         )[1],
     )
-    parts: list[Scores] = []
-    looks = [evaluator.scores(task.model, parts, count) for count in (16, 48)]
+    batches: list[Scores] = []
+    looks = [evaluator.scores(task.model, batches, count) for count in (16, 48)]
     whole = plain(task, task.model)
     for look in looks:
         assert torch.allclose(look.loss, whole.loss[: len(look)], rtol=1e-5)

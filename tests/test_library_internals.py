@@ -28,9 +28,9 @@ def test_the_installed_versions_have_every_private_name(name):
 def test_a_name_that_is_gone_is_told_with_its_library_and_version():
     gone = Internal("torch", inside("torch"), "_int_mm_of_old", "products of 8-bit integers")
     lost = Internal("torch", inside("torch._no_such_module"), "_int_mm", "products of 8-bit integers")
-    for one in (gone, lost):
+    for internal in (gone, lost):
         assert re.fullmatch(
-            rf"torch \S+ has no {one.name}, needed for products of 8-bit integers", lacks((one,))
+            rf"torch \S+ has no {internal.name}, needed for products of 8-bit integers", lacks((internal,))
         )
     assert lacks((Internal("triton", inside("triton"), "jit", "kernels"),)) in {
         "",

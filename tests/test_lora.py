@@ -90,9 +90,9 @@ def test_gradients_reach_the_changes_and_nothing_else(sort):
 
 def test_a_mask_holds_in_every_forward_pass_and_after_folding():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5)))
-    layers = [layer for layer in made.layers if layer.mask is not None]
-    adapted = Adapted(made.model, task.kind, layers)
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5)))
+    layers = [layer for layer in compressed.layers if layer.mask is not None]
+    adapted = Adapted(compressed.model, task.kind, layers)
     changes = stirred(Adapters(adapted.batches, RANK, ALPHA, 0, [])).changes()
     for batch, stack in zip(adapted.batches, adapted.changed(changes), strict=True):
         for layer, matrix in zip(batch.layers, stack, strict=True):
@@ -117,7 +117,11 @@ def test_the_mean_is_that_of_the_changes_not_of_the_factors():
     several = [stirred(Adapters(adapted.batches, RANK, ALPHA, seed, []), seed) for seed in range(3)]
     for index, mean in enumerate(mean_of(several)):
         by_hand = (
-            sum(ALPHA / RANK * (one.ups[index].double() @ one.downs[index].double()) for one in several) / 3
+            sum(
+                ALPHA / RANK * (adapter.ups[index].double() @ adapter.downs[index].double())
+                for adapter in several
+            )
+            / 3
         )
         assert torch.allclose(mean.double(), by_hand, atol=1e-6)
     before = weights(adapted.model)

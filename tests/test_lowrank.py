@@ -15,7 +15,7 @@ from workbench.recipe import Recipe
 
 
 def product(pair: nn.Module) -> torch.Tensor:
-    """Return what the two layers multiply by, [outputs, inputs], in float64."""
+    """Return the product of the two layers' weights, float64 [outputs, inputs]."""
     first, second = (pair[i].weight.detach().double().cpu().flatten(1) for i in range(2))
     return second @ first
 
@@ -25,28 +25,28 @@ def dense_matrix(module: nn.Module) -> torch.Tensor:
     return weight.t() if type(module).__name__ == "Conv1D" else weight.flatten(1)
 
 
-def factored(task, made):
+def factored(task, compressed):
     """Yield (name, dense matrix, rank-r matrix, r) of every layer that was replaced, r counted on the
     modules."""
-    found = 0
-    for row in made.report:
-        pair = made.model.get_submodule(row.name)
+    count = 0
+    for row in compressed.report:
+        pair = compressed.model.get_submodule(row.name)
         if row.rank is not None:
-            found += 1
+            count += 1
             yield (
                 row.name,
                 dense_matrix(task.model.get_submodule(row.name)),
                 product(pair),
                 len(pair[0].weight),
             )
-    assert found >= 3
+    assert count >= 3
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
 def test_plain_svd_loses_exactly_the_dropped_singular_values(sort, device, ratio):
     task = tiny_task(sort, device)
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd")))
-    for name, dense, now, rank in factored(task, made):
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization="svd")))
+    for name, dense, now, rank in factored(task, compressed):
         assert rank == max(1, round(ratio * min(dense.shape))), name
         assert int(torch.linalg.matrix_rank(now)) == rank
         dropped = torch.linalg.svdvals(dense)[rank:]
@@ -72,9 +72,9 @@ def test_whitened_loses_exactly_the_dropped_output_variance_and_less_than_plain(
         )
         error = float((rows @ (now - dense).t()).norm() / len(rows) ** 0.5)
         assert error == pytest.approx(float(dropped), rel=2e-3, abs=1e-5), name
-        other = float((rows @ (plain[name] - dense).t()).norm() / len(rows) ** 0.5)
-        assert error <= other * 1.001 + 1e-6
-        better += error < 0.98 * other
+        plain_error = float((rows @ (plain[name] - dense).t()).norm() / len(rows) ** 0.5)
+        assert error <= plain_error * 1.001 + 1e-6
+        better += error < 0.98 * plain_error
         assert int(torch.linalg.matrix_rank(now)) == rank
     assert better  # real inputs are not white
 
@@ -82,11 +82,11 @@ def test_whitened_loses_exactly_the_dropped_output_variance_and_less_than_plain(
 @pytest.mark.parametrize("factorization", ["svd", "whitened"])
 def test_a_layer_becomes_two_with_fewer_weights_and_its_own_bias(sort, device, factorization):
     task = tiny_task(sort, device)
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization)))
-    for row in made.report:
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization)))
+    for row in compressed.report:
         if row.rank is None:
             continue
-        old, pair = task.model.get_submodule(row.name), made.model.get_submodule(row.name)
+        old, pair = task.model.get_submodule(row.name), compressed.model.get_submodule(row.name)
         assert len(list(pair.children())) == 2
         count = sum(p.numel() for p in pair.parameters())
         assert count < sum(p.numel() for p in old.parameters())
@@ -95,14 +95,14 @@ def test_a_layer_becomes_two_with_fewer_weights_and_its_own_bias(sort, device, f
         assert (pair[1].bias is None) == (getattr(old, "bias", None) is None)
         if pair[1].bias is not None:
             assert torch.equal(pair[1].bias, old.bias)
-    held = [sum(p.numel() for p in model.parameters()) for model in (task.model, made.model)]
+    held = [sum(p.numel() for p in model.parameters()) for model in (task.model, compressed.model)]
     assert held[1] < held[0]
 
 
 def test_a_square_layer_above_half_rank_is_left_whole_and_the_report_says_why():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.5)))
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.5)))
+    rows = {row.name: row for row in compressed.report}
     square = next(
         row
         for row in rows.values()
@@ -114,7 +114,7 @@ def test_a_square_layer_above_half_rank_is_left_whole_and_the_report_says_why():
         square.outcome == "lowrank skipped: rank 8 of 16x16 saves no weights (below rank_ratio 0.47 it would)"
     )
     assert torch.equal(
-        made.model.get_submodule(square.name).weight, task.model.get_submodule(square.name).weight
+        compressed.model.get_submodule(square.name).weight, task.model.get_submodule(square.name).weight
     )
     wide = next(row for row in rows.values() if row.shape == (32, 16))
     assert (wide.rank, wide.weights) == (8, 8 * 48)
@@ -137,10 +137,10 @@ CONVOLUTIONS = [
 def test_two_convolutions_do_what_one_of_the_product_would(options, factorization, device):
     body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, **options))
     task = custom_task(body, body(torch.zeros(1, 1, 8, 8)).numel(), device)
-    made = compress(
+    compressed = compress(
         task, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization, targets=("body.1",)))
     )
-    dense, pair = task.model.body[1], made.model.body[1]
+    dense, pair = task.model.body[1], compressed.model.body[1]
     assert [len(layer.weight) for layer in pair] == [round(0.3 * min(12, dense.weight[0].numel())), 12]
     x = torch.randn(5, 8, 8, 8, generator=torch.Generator().manual_seed(4)).to(device)
     out = pair(x)
@@ -162,8 +162,10 @@ def test_two_convolutions_do_what_one_of_the_product_would(options, factorizatio
 
 def test_the_pair_answers_for_the_weight_it_replaces():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3)))
-    pair = made.model.vit.embeddings.patch_embeddings.projection  # the model reads its dtype from `.weight`
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.3)))
+    pair = (
+        compressed.model.vit.embeddings.patch_embeddings.projection
+    )  # the model reads its dtype from `.weight`
     assert pair.weight.shape == task.model.vit.embeddings.patch_embeddings.projection.weight.shape
     torch.testing.assert_close(pair.weight.flatten(1).double(), product(pair), rtol=1e-5, atol=1e-6)
     assert pair.weight.dtype == torch.float32
@@ -171,9 +173,9 @@ def test_the_pair_answers_for_the_weight_it_replaces():
 
 def test_the_untied_head_can_be_factored_when_it_is_named():
     task = tiny_task("untied")
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, targets=("lm_head",))))
-    assert [row.name for row in made.report if row.rank] == ["lm_head"]
-    logits = task.kind.logits(made.model, task.evaluation)
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, targets=("lm_head",))))
+    assert [row.name for row in compressed.report if row.rank] == ["lm_head"]
+    logits = task.kind.logits(compressed.model, task.evaluation)
     assert logits.shape == task.kind.logits(task.model, task.evaluation).shape
 
 
@@ -183,6 +185,6 @@ def test_the_embedded_cnn_keeps_its_answers_better_with_whitening(fashion_cnn):
     accuracy = {}
     some = fashion_cnn.evaluation[:500]
     for factorization in ("svd", "whitened"):
-        made = compress(fashion_cnn, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization)))
-        accuracy[factorization] = float(score(fashion_cnn.kind, made.model, some).correct.mean())
+        compressed = compress(fashion_cnn, Recipe(wb.LowRank(rank_ratio=0.3, factorization=factorization)))
+        accuracy[factorization] = float(score(fashion_cnn.kind, compressed.model, some).correct.mean())
     assert accuracy["whitened"] > accuracy["svd"]

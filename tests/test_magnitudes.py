@@ -26,8 +26,8 @@ def test_first_true_is_a_running_count(device, columns, share):
     chance = torch.Generator().manual_seed(columns)
     flags = torch.rand(6, columns, generator=chance) < share
     wanted = torch.tensor([0, 1, 5, columns // 2, columns, columns + 3])[:, None]
-    found = first_true(flags.to(device), wanted.to(device)).cpu()
-    for row, mask, count in zip(flags.tolist(), found.tolist(), wanted.flatten().tolist(), strict=True):
+    first = first_true(flags.to(device), wanted.to(device)).cpu()
+    for row, mask, count in zip(flags.tolist(), first.tolist(), wanted.flatten().tolist(), strict=True):
         places = [i for i, flag in enumerate(row) if flag]
         assert [i for i, flag in enumerate(mask) if flag] == places[:count]
 
@@ -76,9 +76,9 @@ def test_recipes_give_the_same_bits_as_with_a_search(monkeypatch, sort, device, 
         assert same(weights(counted.model), weights(searched.model))
         assert counted.report == searched.report
         assert all(
-            torch.equal(one.mask, other.mask)
-            for one, other in zip(counted.layers, searched.layers, strict=True)
-            if one.mask is not None
+            torch.equal(by_count.mask, by_search.mask)
+            for by_count, by_search in zip(counted.layers, searched.layers, strict=True)
+            if by_count.mask is not None
         )
 
 

@@ -36,12 +36,12 @@ def counted(bench: Bench, monkeypatch) -> list[int]:
     added: list[int] = []
     plain = bench.setting.evaluator.scores
 
-    def watched(model, parts, count, *rest, **named):
-        before = sum(map(len, parts))
-        found = plain(model, parts, count, *rest, **named)
+    def watched(model, batches, count, *rest, **named):
+        before = sum(map(len, batches))
+        scores = plain(model, batches, count, *rest, **named)
         if model is not bench.task.model:
-            added.append(sum(map(len, parts)) - before)
-        return found
+            added.append(sum(map(len, batches)) - before)
+        return scores
 
     monkeypatch.setattr(bench.setting.evaluator, "scores", watched)
     return added
@@ -63,7 +63,7 @@ def test_reading_stops_at_the_first_look_that_knows_enough_and_goes_on_when_aske
     assert last.latency is not None
     assert last.primary.change == looks[-1].primary.change
     assert last.primary.change.half_width <= margin < looks[0].primary.change.half_width
-    assert any("64 of 300: stopped on purpose" in words for _, _, words in summary(last))
+    assert any("64 of 300: stopped on purpose" in text for _, _, text in summary(last))
     assert sum(added) == 64
     assert Ledger(bench.ledger.where).rows() == [last]  # kept, and read back
     assert last in [shown for shown in bench.ledger.rows() if shown.complete]
@@ -131,14 +131,14 @@ def test_early_looks_use_the_dense_model_and_the_nearest_complete_point(bench):
             known=ControlVariates(dense, close),
         )
         plain = quality("accuracy", dense.first(point.items), mine, looks=4, level=level)
-        for found, wanted, before in zip(point.quality, expected, plain, strict=True):
-            assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+        for measured, wanted, before in zip(point.quality, expected, plain, strict=True):
+            assert (measured.change.value, measured.change.low, measured.change.high) == pytest.approx(
                 (wanted.change.value, wanted.change.low, wanted.change.high), rel=1e-4, abs=1e-6
             )
-            assert found.change.half_width <= before.change.half_width + 1e-9
+            assert measured.change.half_width <= before.change.half_width + 1e-9
             assert (
-                found.dense
-                == quality("accuracy", dense, dense, level=level)[point.quality.index(found)].dense
+                measured.dense
+                == quality("accuracy", dense, dense, level=level)[point.quality.index(measured)].dense
             )  # of all items
 
 
@@ -149,7 +149,7 @@ def some(count: int) -> Scores:
 
 
 def test_the_nearest_has_the_same_steps_and_the_nearest_sliders():
-    kept, found = Neighbours(), {}
+    kept, by_name = Neighbours(), {}
     recipes = {
         name: Recipe(*steps)
         for name, steps in {
@@ -163,10 +163,10 @@ def test_the_nearest_has_the_same_steps_and_the_nearest_sliders():
     }
     for name, recipe in recipes.items():
         kept.keep(recipe, some(5))
-        found[name] = kept.complete[recipe]
-    assert kept.nearest(Recipe(wb.Prune(sparsity=0.5))) is found["near"]
-    assert kept.nearest(Recipe(wb.Prune(sparsity=0.2))) is found["far"]
-    assert kept.nearest(Recipe(wb.Prune(sparsity=0.2, criterion="wanda"))) is found["other option"]
+        by_name[name] = kept.complete[recipe]
+    assert kept.nearest(Recipe(wb.Prune(sparsity=0.5))) is by_name["near"]
+    assert kept.nearest(Recipe(wb.Prune(sparsity=0.2))) is by_name["far"]
+    assert kept.nearest(Recipe(wb.Prune(sparsity=0.2, criterion="wanda"))) is by_name["other option"]
     assert kept.nearest(Recipe(wb.LowRank(rank_ratio=0.5))) is None
     assert kept.nearest(Recipe()) is None
 

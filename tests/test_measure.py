@@ -50,25 +50,25 @@ def pairs(gained: int, lost: int, both: int, neither: int) -> tuple[Scores, Scor
 @pytest.mark.parametrize(("successes", "total"), [(0, 16), (1, 16), (8, 16), (16, 16), (1857, 2000), (3, 7)])
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.9875])
 def test_wilsons_interval_solves_wilsons_equation(successes, total, level):
-    found = proportion(torch.tensor([1.0] * successes + [0.0] * (total - successes)), level)
+    estimate = proportion(torch.tensor([1.0] * successes + [0.0] * (total - successes)), level)
     z = stats.norm.ppf((1 + level) / 2)
     # the two p with |p_hat - p| = z sqrt(p (1 - p) / n): roots of (1 + z^2/n) p^2 - (2 p_hat + z^2/n) p +
     # p_hat^2
     roots = np.sort(
         np.roots([1 + z**2 / total, -(2 * successes / total + z**2 / total), (successes / total) ** 2])
     )
-    assert found.value == successes / total
-    assert (found.low, found.high) == pytest.approx(tuple(roots), abs=1e-9)
+    assert estimate.value == successes / total
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(roots), abs=1e-9)
 
 
 # Worked by hand for Bonett and Price (2012): n = 16, gained 1, lost 4, z = 1.959964. p+ = 2/18, p- = 5/18, d
 # = -3/18, d +- z sqrt((7/18 - (3/18)^2) / 18) = -.1667 +- 1.959964 * .141634.
 def test_the_paired_interval_equals_numbers_worked_by_hand():
     dense, compressed = pairs(gained=1, lost=4, both=8, neither=3)
-    found = paired_proportions(dense.correct, compressed.correct, 0.95)
-    assert found.value == -3 / 16
-    assert found.low == pytest.approx(-0.44426, abs=1e-4)
-    assert found.high == pytest.approx(0.11093, abs=1e-4)
+    estimate = paired_proportions(dense.correct, compressed.correct, 0.95)
+    assert estimate.value == -3 / 16
+    assert estimate.low == pytest.approx(-0.44426, abs=1e-4)
+    assert estimate.high == pytest.approx(0.11093, abs=1e-4)
 
 
 @pytest.mark.parametrize(("gained", "lost", "rest"), [(0, 0, 16), (5, 2, 57), (0, 9, 247), (30, 90, 1880)])
@@ -76,21 +76,21 @@ def test_the_paired_interval_is_waldss_after_one_more_of_each_kind(gained, lost,
     """The same interval another way: Wald's, from the sample variance of -1, 0, 1 after adding one gain and
     one loss."""
     dense, compressed = pairs(gained, lost, rest // 2, rest - rest // 2)
-    found = paired_proportions(dense.correct, compressed.correct, 0.95)
+    estimate = paired_proportions(dense.correct, compressed.correct, 0.95)
     adjusted = np.array([1] * (gained + 1) + [-1] * (lost + 1) + [0] * rest)
     half = stats.norm.ppf(0.975) * adjusted.std() / math.sqrt(len(adjusted))
-    assert (found.low, found.high) == pytest.approx(
+    assert (estimate.low, estimate.high) == pytest.approx(
         (adjusted.mean() - half, adjusted.mean() + half), abs=1e-12
     )
-    assert found.value == (gained - lost) / (gained + lost + rest)
+    assert estimate.value == (gained - lost) / (gained + lost + rest)
 
 
 def test_no_flips_in_few_items_prove_little():
     dense, compressed = pairs(0, 0, 12, 4)
-    found = paired_proportions(dense.correct, compressed.correct, 0.95)
-    assert found.value == 0
-    assert found.low < -0.1
-    assert found.high > 0.1
+    estimate = paired_proportions(dense.correct, compressed.correct, 0.95)
+    assert estimate.value == 0
+    assert estimate.low < -0.1
+    assert estimate.high > 0.1
     everything = paired_proportions(torch.zeros(3), torch.ones(3), 0.999)
     assert -1 <= everything.low <= everything.value <= everything.high == 1
 
@@ -105,12 +105,12 @@ def test_the_paired_interval_covers_the_truth_as_often_as_it_says(items, up, dow
     likely = chance > 1e-7
     assert chance[likely].sum() > 1 - 1e-4
     covered = 0.0
-    for (gained, lost), other, share in zip(
+    for (gained, lost), unchanged, share in zip(
         outcomes[likely].tolist(), rest[likely].tolist(), chance[likely].tolist(), strict=True
     ):
-        dense, compressed = pairs(gained, lost, other, 0)
-        found = paired_proportions(dense.correct, compressed.correct, 0.95)
-        covered += share * (found.low <= up - down <= found.high)
+        dense, compressed = pairs(gained, lost, unchanged, 0)
+        estimate = paired_proportions(dense.correct, compressed.correct, 0.95)
+        covered += share * (estimate.low <= up - down <= estimate.high)
     assert covered >= 0.95
 
 
@@ -118,9 +118,10 @@ def test_the_paired_interval_covers_the_truth_as_often_as_it_says(items, up, dow
 def test_wilsons_interval_covers_the_truth_on_average(items):
     """On average over accuracies: at single ones it swings around 95% (Brown, Cai and DasGupta 2001)."""
     truths = np.linspace(0.5, 0.99, 99)
-    found = [proportion(torch.tensor([1.0] * k + [0.0] * (items - k)), 0.95) for k in range(items + 1)]
+    estimates = [proportion(torch.tensor([1.0] * k + [0.0] * (items - k)), 0.95) for k in range(items + 1)]
     coverage = [
-        sum(stats.binom.pmf(k, items, p) for k, e in enumerate(found) if e.low <= p <= e.high) for p in truths
+        sum(stats.binom.pmf(k, items, p) for k, e in enumerate(estimates) if e.low <= p <= e.high)
+        for p in truths
     ]
     assert np.mean(coverage) >= 0.94
 
@@ -132,19 +133,19 @@ def test_with_equal_weights_the_mean_has_students_interval():
     values = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     theirs = stats.ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
     for weight in (1.0, 511.0):
-        found = mean(values, torch.full((40,), weight, dtype=torch.float64), 0.95)
-        assert found.value == pytest.approx(float(values.mean()))
-        assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+        estimate = mean(values, torch.full((40,), weight, dtype=torch.float64), 0.95)
+        assert estimate.value == pytest.approx(float(values.mean()))
+        assert (estimate.low, estimate.high) == pytest.approx((theirs.low, theirs.high))
 
 
 def test_with_unequal_weights_it_is_the_ratio_estimator():
     values, weight = np.array([1.0, 2.0, 4.0, 3.0]), np.array([10.0, 30.0, 20.0, 5.0])
-    found = mean(torch.tensor(values), torch.tensor(weight), 0.95)
+    estimate = mean(torch.tensor(values), torch.tensor(weight), 0.95)
     ratio = (values * weight).sum() / weight.sum()
     residual = weight * (values - ratio)
     error = math.sqrt((residual**2).sum() / 3 / 4) / weight.mean()  # Cochran (1977), section 6.4
-    assert found.value == pytest.approx(ratio)
-    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 3) * error)
+    assert estimate.value == pytest.approx(ratio)
+    assert estimate.high - estimate.value == pytest.approx(stats.t.ppf(0.975, 3) * error)
 
 
 @pytest.mark.parametrize("items", [16, 64, 256])
@@ -154,14 +155,14 @@ def test_the_weighted_interval_covers_the_truth(items):
     for _ in range(1500):
         weight = generator.integers(100, 512, items)
         values = 0.3 + generator.normal(size=items) * 20 / weight**0.5
-        found = mean(torch.tensor(values), torch.tensor(weight, dtype=torch.float64), 0.95)
-        reaches.append(statistical.reach(0.3, found.value, found.low, found.high))
+        estimate = mean(torch.tensor(values), torch.tensor(weight, dtype=torch.float64), 0.95)
+        reaches.append(statistical.reach(0.3, estimate.value, estimate.low, estimate.high))
     statistical.assert_covers(reaches, 0.935 if items == 16 else 0.95)
 
 
 def test_infinite_losses_stay_infinite():
-    found = mean(torch.tensor([1.0, math.inf]), torch.ones(2), 0.95)
-    assert found == Estimate(math.inf, math.inf, math.inf)
+    estimate = mean(torch.tensor([1.0, math.inf]), torch.ones(2), 0.95)
+    assert estimate == Estimate(math.inf, math.inf, math.inf)
 
 
 # --- the whole quality
@@ -172,19 +173,19 @@ def test_perplexity_is_the_exponential_of_all_nats_over_all_tokens():
     scores = score(task.kind, task.model, task.evaluation)
     logits = task.kind.logits(task.model, task.evaluation).double().log_softmax(-1)
     nats = -logits.gather(-1, task.evaluation.labels.unsqueeze(-1)).sum()
-    made = compress(task, Recipe(wb.Quantize(weight_bits=2)))
-    found = quality("perplexity", scores, score(task.kind, made.model, task.evaluation))
-    assert [q.metric for q in found] == ["perplexity", "next-token accuracy"]
-    assert found[1].drop.value == -found[1].change.value  # positive is worse, for every metric
-    assert found[0].drop.value == found[0].change.value
-    assert found[0].dense.value == pytest.approx(
+    compressed = compress(task, Recipe(wb.Quantize(weight_bits=2)))
+    qualities = quality("perplexity", scores, score(task.kind, compressed.model, task.evaluation))
+    assert [q.metric for q in qualities] == ["perplexity", "next-token accuracy"]
+    assert qualities[1].drop.value == -qualities[1].change.value  # positive is worse, for every metric
+    assert qualities[0].drop.value == qualities[0].change.value
+    assert qualities[0].dense.value == pytest.approx(
         math.exp(float(nats) / task.evaluation.labels.numel()), rel=1e-5
     )
-    assert found[0].change.value == pytest.approx(
-        found[0].compressed.value / found[0].dense.value - 1, rel=1e-9
+    assert qualities[0].change.value == pytest.approx(
+        qualities[0].compressed.value / qualities[0].dense.value - 1, rel=1e-9
     )
-    assert found[0].dense.low < found[0].dense.value < found[0].dense.high
-    assert found[1].dense.value == pytest.approx(
+    assert qualities[0].dense.low < qualities[0].dense.value < qualities[0].dense.high
+    assert qualities[1].dense.value == pytest.approx(
         float((logits.argmax(-1) == task.evaluation.labels).double().mean())
     )
 
@@ -245,19 +246,19 @@ def test_the_dense_file_is_what_safetensors_writes(sort, tmp_path):
     model = tiny_task(sort).model
     unique = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     safetensors.torch.save_file(unique, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    found = sizes(model)
-    assert found.file_bytes == (tmp_path / "model.safetensors").stat().st_size
-    assert found.packed_bytes == found.theoretical_bytes == entropy_free_bytes(model)
-    assert found.file_bytes > found.packed_bytes
+    counted = sizes(model)
+    assert counted.file_bytes == (tmp_path / "model.safetensors").stat().st_size
+    assert counted.packed_bytes == counted.theoretical_bytes == entropy_free_bytes(model)
+    assert counted.file_bytes > counted.packed_bytes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_low_bit_weights_take_their_bits_and_their_scales(bits):
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Quantize(weight_bits=bits, group_size=16)))
-    packed = pack_model(made.model, made.layers)
+    compressed = compress(task, Recipe(wb.Quantize(weight_bits=bits, group_size=16)))
+    packed = pack_model(compressed.model, compressed.layers)
     expected = theoretical = entropy_free_bytes(task.model)
-    for row in made.report:
+    for row in compressed.report:
         if row.bits:
             count, groups = row.shape[0] * row.shape[1], row.shape[0] * row.shape[1] // 16
             expected += count * bits // 8 + 2 * groups + -(-groups * bits // 8) - 4 * count
@@ -273,28 +274,28 @@ def test_zeros_save_bytes_only_where_they_can():
     task = tiny_task("vit")
     dense = sizes(task.model)
     for sparsity, smaller in ((0.0, False), (0.01, False), (0.25, True), (0.5, True), (0.95, True)):
-        made = compress(task, Recipe(wb.Prune(sparsity=sparsity)))
-        found = sizes(made.model, made.layers)
-        assert (found.packed_bytes < dense.packed_bytes) == smaller
+        compressed = compress(task, Recipe(wb.Prune(sparsity=sparsity)))
+        counted = sizes(compressed.model, compressed.layers)
+        assert (counted.packed_bytes < dense.packed_bytes) == smaller
         zeros = sum(
             row.shape[0] * row.shape[1] - round((1 - row.sparsity) * row.shape[0] * row.shape[1])
-            for row in made.report
+            for row in compressed.report
             if row.sparsity
         )
-        assert found.theoretical_bytes == dense.theoretical_bytes - 4 * zeros
+        assert counted.theoretical_bytes == dense.theoretical_bytes - 4 * zeros
         if smaller:  # four bytes a kept weight and one bit a weight
-            positions = sum(-(-row.shape[0] * row.shape[1] // 8) for row in made.report if row.sparsity)
-            assert found.packed_bytes == found.theoretical_bytes + positions
+            positions = sum(-(-row.shape[0] * row.shape[1] // 8) for row in compressed.report if row.sparsity)
+            assert counted.packed_bytes == counted.theoretical_bytes + positions
 
 
 def test_four_bits_and_half_zeros_are_stored_in_whichever_way_is_smaller():
     task = tiny_task("vit")
     bits = {}
     for width in (2, 8):
-        made = compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=width)))
+        compressed = compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=width)))
         bits[width] = {
             encoding.kind
-            for encoding in pack_model(made.model, made.layers).encodings.values()
+            for encoding in pack_model(compressed.model, compressed.layers).encodings.values()
             if encoding.bits
         }
     assert bits == {2: {"grid"}, 8: {"grid+bitmask"}}  # 2 bits against 1 + 1 and a mask; 8 against 4 + 1
@@ -309,7 +310,7 @@ def test_latency_is_timed_in_turn_and_recorded_with_its_conditions(device):
     realised = tiny_task("vit", device).model
     for name, model in (("dense", task.model), ("other", realised)):
         model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    found = measure_latency(task.kind, task.model, realised, task.evaluation[:8].to(device), most=10)
+    latency = measure_latency(task.kind, task.model, realised, task.evaluation[:8].to(device), most=10)
     turns = [tuple(order[i : i + 2]) for i in range(0, len(order), 2)]
     assert len(turns) > 10  # some to warm up
     assert set(turns) == {
@@ -317,10 +318,10 @@ def test_latency_is_timed_in_turn_and_recorded_with_its_conditions(device):
         ("other", "dense"),
     }  # neither is ever ahead by more than one, nor always first
     assert abs(turns[-10:].count(("dense", "other")) - 5) <= 1
-    assert (found.batch, found.input_shape, found.rounds) == (8, (1, 8, 8), 10)
-    assert 0 < found.median_ms <= found.p95_ms
-    assert 0 < found.dense_median_ms <= found.dense_p95_ms
-    assert found.speedup.low <= found.speedup.value <= found.speedup.high
+    assert (latency.batch, latency.input_shape, latency.rounds) == (8, (1, 8, 8), 10)
+    assert 0 < latency.median_ms <= latency.p95_ms
+    assert 0 < latency.dense_median_ms <= latency.dense_p95_ms
+    assert latency.speedup.low <= latency.speedup.value <= latency.speedup.high
 
 
 def test_a_model_that_works_five_times_as_hard_is_seen_to(monkeypatch):
@@ -343,16 +344,16 @@ def test_a_model_that_works_five_times_as_hard_is_seen_to(monkeypatch):
         return float(len(passes) - before)
 
     monkeypatch.setattr("workbench.measure.latency.Clock.time_ms", counted)
-    found = measure_latency(task.kind, task.model, Slow(), task.evaluation[:8], most=15)
-    assert (found.speedup.value, found.speedup.low, found.speedup.high) == (0.2, 0.2, 0.2)
-    assert (found.dense_median_ms, found.median_ms, found.rounds) == (1.0, 5.0, 15)
+    latency = measure_latency(task.kind, task.model, Slow(), task.evaluation[:8], most=15)
+    assert (latency.speedup.value, latency.speedup.low, latency.speedup.high) == (0.2, 0.2, 0.2)
+    assert (latency.dense_median_ms, latency.median_ms, latency.rounds) == (1.0, 5.0, 15)
 
 
 def test_a_slow_model_is_timed_for_as_long_as_was_granted_and_at_least_six_times():
     task = tiny_task("vit")
-    found = measure_latency(task.kind, task.model, tiny_task("vit").model, task.evaluation[:8], budget_s=0)
-    assert found.rounds == 6
-    assert found.speedup.low <= found.speedup.value <= found.speedup.high
+    latency = measure_latency(task.kind, task.model, tiny_task("vit").model, task.evaluation[:8], budget_s=0)
+    assert latency.rounds == 6
+    assert latency.speedup.low <= latency.speedup.value <= latency.speedup.high
 
 
 def test_peak_memory_holds_the_weights_and_something_more(sort, device):
@@ -367,10 +368,10 @@ def test_peak_memory_holds_the_weights_and_something_more(sort, device):
 
 def test_a_low_rank_model_needs_less_memory(device):
     task = tiny_task("vit", device)
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.1)))
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.1)))
     dense, low = (
         peak_memory_bytes(task.kind, model, task.evaluation[:1].to(device))
-        for model in (task.model, made.model)
+        for model in (task.model, compressed.model)
     )
     assert low < dense
 

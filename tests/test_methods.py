@@ -40,7 +40,7 @@ MLPS = {"vit", "llama", "gpt2"}  # whose neurons can go
 def variants() -> dict[str, Recipe]:
     """Return one recipe for both ends of every slider and every choice of every option, read from the
     registry."""
-    found: dict[str, Recipe] = {
+    recipes: dict[str, Recipe] = {
         "2:4": Recipe(wb.Prune(pattern="2:4")),
         "1:4 wanda": Recipe(wb.Prune(sparsity=0.75, pattern="1:4", criterion="wanda")),
         "2:4 sparsegpt": Recipe(wb.Prune(pattern="2:4", criterion="sparsegpt")),
@@ -65,8 +65,8 @@ def variants() -> dict[str, Recipe]:
                 recipe = Recipe(step)
             except RecipeError:
                 recipe = Recipe(wb.Quantize(weight_bits=3), step) if method is wb.QAT else Recipe(FIRST, step)
-            found.setdefault(f"{method.kind()} {' '.join(map(str, setting.values()))}", recipe)
-    return found
+            recipes.setdefault(f"{method.kind()} {' '.join(map(str, setting.values()))}", recipe)
+    return recipes
 
 
 def beside(kind: str, name: str, choice: object) -> dict[str, object]:
@@ -132,8 +132,8 @@ def answers(task, model):
     return score(task.kind, model, task.evaluation).loss.tolist()
 
 
-def owns_everything(model, other):
-    theirs = {tensor.data_ptr() for tensor in [*other.parameters(), *other.buffers()] if tensor.numel()}
+def owns_everything(model, given):
+    theirs = {tensor.data_ptr() for tensor in [*given.parameters(), *given.buffers()] if tensor.numel()}
     return not any(
         tensor.data_ptr() in theirs for tensor in [*model.parameters(), *model.buffers()] if tensor.numel()
     )
@@ -206,7 +206,7 @@ def orders() -> list[str]:
 
     Where all is of low rank, nothing is repaired.
     """
-    found = []
+    allowed = []
     for count in (2, 3, 4):
         for order in itertools.permutations("LPQRD", count):
             if {"L", "R"} <= set(order):
@@ -215,8 +215,8 @@ def orders() -> list[str]:
                 Recipe(*(STEPS[name] for name in order))
             except RecipeError:
                 continue
-            found.append("".join(order))
-    return found
+            allowed.append("".join(order))
+    return allowed
 
 
 def test_the_rules_allow_the_orders_that_keep_every_promise():
@@ -249,10 +249,12 @@ def test_the_rules_allow_the_orders_that_keep_every_promise():
 @pytest.mark.parametrize("order", orders())
 def test_every_allowed_order_keeps_masks_grids_and_ranks(sort, device, order):
     task = tiny_task(sort, device)
-    made = compress(task, Recipe(*(STEPS[name] for name in order)))
-    reports = {row.name: row for row in made.report}
-    dense = {row.name for row in made.report if "stays dense unless targets name it" in row.outcome}
-    changed = [layer for layer in made.layers if layer.origin not in dense and layer.role in {"", "base"}]
+    compressed = compress(task, Recipe(*(STEPS[name] for name in order)))
+    reports = {row.name: row for row in compressed.report}
+    dense = {row.name for row in compressed.report if "stays dense unless targets name it" in row.outcome}
+    changed = [
+        layer for layer in compressed.layers if layer.origin not in dense and layer.role in {"", "base"}
+    ]
     assert changed
     for layer in changed:
         matrix = layer.matrix()
@@ -270,12 +272,14 @@ def test_every_allowed_order_keeps_masks_grids_and_ranks(sort, device, order):
                 assert codes.max() <= 7.001
             assert torch.equal(layer.grid.dequantize(), matrix)
         if "L" in order and layer.rank is not None:
-            parts = [
-                made.model.get_submodule(f"{layer.origin}.{index}").weight.detach().double().flatten(1)
+            factors = [
+                compressed.model.get_submodule(f"{layer.origin}.{index}").weight.detach().double().flatten(1)
                 for index in range(2)
             ]
             assert (
-                int(torch.linalg.matrix_rank(parts[1] @ parts[0])) <= layer.rank == reports[layer.origin].rank
+                int(torch.linalg.matrix_rank(factors[1] @ factors[0]))
+                <= layer.rank
+                == reports[layer.origin].rank
             )
     if "L" in order:
         assert any(layer.rank is not None for layer in changed)
@@ -289,11 +293,11 @@ def test_targets_choose_layers_and_all_others_stay_bitwise(sort, device):
     names = [layer.name for layer in compress(task, Recipe()).layers]
     chosen = names[1]
     for target in (chosen, f"re:^{chosen.replace('.', '[.]')}$", f"*{chosen[3:]}"):
-        made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=(target,))))
-        before, after = task.model.state_dict(), made.model.state_dict()
+        compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=(target,))))
+        before, after = task.model.state_dict(), compressed.model.state_dict()
         assert [name for name in before if not torch.equal(before[name], after[name])] == [f"{chosen}.weight"]
-        assert {row.name: row.sparsity for row in made.report}[chosen] == 0.5
-        assert [row.name for row in made.report if row.outcome == "50% sparse by magnitude"] == [chosen]
+        assert {row.name: row.sparsity for row in compressed.report}[chosen] == 0.5
+        assert [row.name for row in compressed.report if row.outcome == "50% sparse by magnitude"] == [chosen]
 
 
 @pytest.mark.parametrize("step", [wb.Prune, wb.LowRank, wb.Quantize, wb.Distill])
@@ -325,14 +329,14 @@ def test_two_steps_of_one_kind_may_not_take_the_same_layer(step):
 
 def test_two_steps_of_one_kind_may_share_the_work():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Quantize(weight_bits=8, targets=("re:attention",)),
             wb.Quantize(weight_bits=2, targets=("re:mlp|intermediate|output.dense",)),
         ),
     )
-    assert {8, 2} <= {row.bits for row in made.report}
+    assert {8, 2} <= {row.bits for row in compressed.report}
 
 
 def test_a_second_step_that_fits_nothing_is_refused_even_if_the_first_did():
@@ -365,14 +369,14 @@ def test_the_output_head_stays_dense_unless_it_is_named(sort, head):
 )
 def test_weights_shared_with_an_embedding_are_left_and_the_report_says_so(sort, embedding):
     task = tiny_task(sort)
-    made = compress(task, Recipe(FIRST, wb.Quantize(weight_bits=4)))
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(FIRST, wb.Quantize(weight_bits=4)))
+    rows = {row.name: row for row in compressed.report}
     assert (
         f"whose weight is shared with {embedding}, stays dense unless targets name it"
         in rows["lm_head"].outcome
     )
     assert rows[embedding].outcome.startswith("its weight is that of lm_head; ")
-    assert made.model.lm_head.weight is made.model.get_submodule(embedding).weight
+    assert compressed.model.lm_head.weight is compressed.model.get_submodule(embedding).weight
 
 
 # --- what does not fit
@@ -390,8 +394,8 @@ def test_a_group_size_that_divides_no_layer_is_refused():
 
 
 def test_a_group_size_that_divides_some_layers_is_stated_for_each():
-    made = compress(tiny_task("vit"), Recipe(wb.Quantize(weight_bits=4, group_size=32)))
-    for row in made.report:
+    compressed = compress(tiny_task("vit"), Recipe(wb.Quantize(weight_bits=4, group_size=32)))
+    for row in compressed.report:
         inputs = row.shape[1]
         if row.name != "classifier":
             assert row.bits == (4 if inputs == 32 else None)
@@ -403,8 +407,8 @@ def test_a_group_size_that_divides_some_layers_is_stated_for_each():
 
 
 def test_a_pattern_that_does_not_divide_a_layer_is_stated():
-    made = compress(tiny_task("resnet"), Recipe(wb.Prune(sparsity=0.5, pattern="2:4")))
-    rows = {row.name: row for row in made.report}
+    compressed = compress(tiny_task("resnet"), Recipe(wb.Prune(sparsity=0.5, pattern="2:4")))
+    rows = {row.name: row for row in compressed.report}
     stem = rows["resnet.embedder.embedder.convolution"]  # 1 channel, 7 x 7
     assert (stem.sparsity, stem.outcome) == (0, "prune skipped: groups of 4 do not divide its 49 inputs")
     assert rows["resnet.encoder.stages.1.layers.0.layer.0.convolution"].sparsity == 0.5
@@ -478,7 +482,7 @@ def test_work_can_be_stopped_between_layers_and_training_steps():
 
 def test_the_report_says_what_is_on_the_tensors(sort):
     task = tiny_task(sort)
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.LowRank(rank_ratio=0.4, factorization="svd"),
@@ -487,11 +491,11 @@ def test_the_report_says_what_is_on_the_tensors(sort):
         ),
     )
     dense = dict(task.model.named_modules())
-    for row in made.report:
+    for row in compressed.report:
         if row.relative_error is None:
             assert row.name in {"model.embed_tokens", "transformer.wte"}
             continue
-        old, new = dense[row.name].weight, made.model.get_submodule(row.name)
+        old, new = dense[row.name].weight, compressed.model.get_submodule(row.name)
         kept = [new[0].weight, new[1].weight] if row.rank else [new.weight]
         assert row.weights == sum(w.numel() for w in kept)
         assert row.sparsity == pytest.approx(sum(int((w == 0).sum()) for w in kept) / row.weights)

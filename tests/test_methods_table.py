@@ -46,6 +46,6 @@ def test_no_choice_is_left_out(step):
 def test_the_command_prints_every_line():
     shown = CliRunner().invoke(workbench, ["methods"])
     assert shown.exit_code == 0
-    words = re.sub(r"[^a-z0-9]", "", shown.output.lower())
+    letters = re.sub(r"[^a-z0-9]", "", shown.output.lower())
     for row in method_rows():
-        assert re.sub(r"[^a-z0-9]", "", row["source"].lower())[:8] in words
+        assert re.sub(r"[^a-z0-9]", "", row["source"].lower())[:8] in letters

@@ -62,24 +62,24 @@ def point(request, tmp_path_factory):
     """Return a point whose metric is a fraction, moved to values that no other number has."""
     folder = tmp_path_factory.mktemp("metrics")
     task = tiny_task("vit")
-    made = wb.Bench(task, device="cpu", ledger=folder / "p.journal", progress=False).measure(
+    measured = wb.Bench(task, device="cpu", ledger=folder / "p.journal", progress=False).measure(
         wb.Recipe(wb.Quantize(weight_bits=4))
     )
     name = "accuracy" if request.param == "image" else "word error rate"
     quality = dataclasses.replace(
-        made.primary,
+        measured.primary,
         metric=name,
         dense=Estimate(0.0947, 0.0811, 0.1083),
         compressed=Estimate(0.1379, 0.1197, 0.1583),
         change=Estimate(0.0432, 0.0127, 0.0741),
     )
     latency = dataclasses.replace(
-        made.latency,
+        measured.latency,
         dense_median_ms=900.0,
         median_ms=1200.0,
         audio_seconds=3.0 if name == "word error rate" else 0.0,
     )
-    return dataclasses.replace(made, quality=(quality,), latency=latency, margin=0.02)
+    return dataclasses.replace(measured, quality=(quality,), latency=latency, margin=0.02)
 
 
 def test_every_table_says_percent(point):
@@ -88,14 +88,14 @@ def test_every_table_says_percent(point):
     assert rows[name] == (name, "9.5% [8.1%, 10.8%]", "13.8% [12.0%, 15.8%]")
     assert rows[f"paired change of {name}"][2] == "+4.3 points, +1.3 to +7.4"
     assert rows["evaluation items read"][2].endswith("was known to ±2 points")
-    words = "9.5% to 13.8% (+4.3 points, +1.3 to +7.4)"
-    assert quality_words(point.primary) == f"{name} {words}"
-    assert f"| {name} | {words} |" in card(point)
+    text = "9.5% to 13.8% (+4.3 points, +1.3 to +7.4)"
+    assert quality_words(point.primary) == f"{name} {text}"
+    assert f"| {name} | {text} |" in card(point)
     page = points_table([point])
     assert f"<th>{name}</th>" in page
-    assert f"<td>{words}</td>" in page  # and not `error rate 9.5% ...`
-    other = dataclasses.replace(point, key="other")
-    assert facts(comparison([point, other]))[0].words == ("13.8% (+4.3 points, +1.3 to +7.4)",) * 2
+    assert f"<td>{text}</td>" in page  # and not `error rate 9.5% ...`
+    second = dataclasses.replace(point, key="other")
+    assert facts(comparison([point, second]))[0].words == ("13.8% (+4.3 points, +1.3 to +7.4)",) * 2
     assert [
         fact
         for fact in facts_of(point, None)
@@ -176,10 +176,10 @@ def test_a_measured_point_of_speech_has_one_unit(tmp_path):
         speech_models.sounds(tmp_path / "d", speech_models.words(24)),
         progress=False,
     )
-    made = wb.Bench(task, device="cpu", ledger=tmp_path / "p.journal", progress=False).measure(
+    measured = wb.Bench(task, device="cpu", ledger=tmp_path / "p.journal", progress=False).measure(
         wb.Recipe(wb.Quantize(weight_bits=3))
     )
-    rows = {row[0]: row[1:] for row in summary(made)}
+    rows = {row[0]: row[1:] for row in summary(measured)}
     for cell in rows["word error rate"]:
         assert re.fullmatch(r"\d+\.\d% \[\d+\.\d%, \d+\.\d%\]", cell)
     assert rows["real-time factor: seconds of work per second of sound"]

@@ -25,9 +25,9 @@ def test_codes_are_the_nearest_numbers_and_zero_is_one_of_them(record):
     values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * record.largest / 2
     numbers = record.decoded(torch.arange(1 << record.bits).to(torch.uint8))
     numbers = numbers[torch.isfinite(numbers)].double()
-    found = record.decoded(record.encoded(values)).double()
+    decoded = record.decoded(record.encoded(values)).double()
     least = (values.double()[:, None] - numbers).abs().amin(1)
-    assert torch.equal((values.double() - found).abs(), least)
+    assert torch.equal((values.double() - decoded).abs(), least)
     zeros = torch.zeros(3)
     assert torch.equal(record.decoded(record.encoded(zeros)), zeros)
     assert float(record.decoded(torch.tensor([record.zero()], dtype=torch.uint8))) == 0
@@ -45,7 +45,7 @@ FLOAT4 = FORMATS["float4"]
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("facts", "message"),
     [
         ({"zero_code": None}, "it states no zero_code"),
         ({"largest": None, "zero_code": None}, "it states no largest, no zero_code"),
@@ -59,9 +59,9 @@ FLOAT4 = FORMATS["float4"]
         ({"name": "nf4"}, "the name is taken"),
     ],
 )
-def test_a_format_whose_facts_do_not_fit_is_refused_at_registration(facts, words):
+def test_a_format_whose_facts_do_not_fit_is_refused_at_registration(facts, message):
     record = dataclasses.replace(FLOAT4, **{"name": "broken", **facts})
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(RecipeError, match=message):
         BARE.register(record)
     assert "broken" not in FORMATS
 

@@ -51,15 +51,15 @@ def test_readme_first_screen_names_targets_that_exist() -> None:
 
 
 def test_every_part_runs_and_the_end_says_how_each_went() -> None:
-    parts = ("first: echo seen", "second: exit 3", "third: NAME='a: b' sh -c 'echo $NAME'")
-    found = subprocess.run([ROOT / ".ci" / "each", *parts], capture_output=True, text=True, check=False)
-    assert found.returncode == 1
-    assert {"seen", "a: b"} < set(found.stdout.splitlines())
+    commands = ("first: echo seen", "second: exit 3", "third: NAME='a: b' sh -c 'echo $NAME'")
+    run = subprocess.run([ROOT / ".ci" / "each", *commands], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert {"seen", "a: b"} < set(run.stdout.splitlines())
     summary = ["=== all parts", "first: passed", "second: FAILED, exit code 3", "third: passed"]
-    assert found.stdout.splitlines()[-4:] == summary
+    assert run.stdout.splitlines()[-4:] == summary
     assert (
         subprocess.run(
-            [ROOT / ".ci" / "each", *parts[::2]], stdout=subprocess.DEVNULL, check=False
+            [ROOT / ".ci" / "each", *commands[::2]], stdout=subprocess.DEVNULL, check=False
         ).returncode
         == 0
     )

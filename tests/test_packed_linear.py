@@ -71,9 +71,9 @@ def test_units_hold_every_code_in_its_bits_and_no_more(bits, rows, inputs, seed)
     codes = torch.randint(
         1 << bits, (rows, inputs), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-    words = pack_units(codes, bits)
-    assert words.nbytes * 8 == rows * -(-inputs // 32) * 32 * bits
-    assert torch.equal(unpack_units(words, bits, inputs), codes)
+    packed = pack_units(codes, bits)
+    assert packed.nbytes * 8 == rows * -(-inputs // 32) * 32 * bits
+    assert torch.equal(unpack_units(packed, bits, inputs), codes)
 
 
 @pytest.mark.parametrize("bits", [1, 9])
@@ -152,8 +152,8 @@ def test_siblings_share_one_product_and_answer_as_before(apart, monkeypatch):
         "workbench.runtime.packed_linear.multiply", lambda *given: counted.append(1) or multiply(*given)
     )
     for _ in range(2):
-        for found, wanted in zip(model(x), alone, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+        for output, wanted in zip(model(x), alone, strict=True):
+            torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-3)
     assert len(counted) == (
         2 if not apart else 2 + 3
     )  # apart: found out at the first call, from then on one product each
@@ -206,9 +206,9 @@ def test_kernels_agree_with_float64_on_fresh_inputs(bits, rows, inputs, group, z
                 (4 * count, rows), torch.nan, device="cuda", dtype=dtype
             )  # what the allocator gives out next
             del poison
-            made = multiply(x, weight, lock)
+            product = multiply(x, weight, lock)
             wanted = reference(grid, x)
-            assert float((made.double() - wanted).norm() / wanted.norm()) < most, (dtype, count)
+            assert float((product.double() - wanted).norm() / wanted.norm()) < most, (dtype, count)
             assert not int(lock.sum())
     assert torch.equal(unpacked(weight, torch.float32).t(), grid.dequantize())
 
@@ -220,8 +220,8 @@ def test_many_vectors_are_multiplied_part_by_part(monkeypatch):
     x = torch.randn(1100, 512, device="cuda", dtype=torch.bfloat16)
     wanted = reference(grid, x)
     for weight in (packed_weight(grid), packed_weight(grid).part(32, 300)):
-        made = multiply(x, weight, torch.zeros(64, dtype=torch.int32, device="cuda"))
-        assert float((made.double() - wanted[:, -weight.rows :]).norm() / wanted.norm()) < 8e-3
+        product = multiply(x, weight, torch.zeros(64, dtype=torch.int32, device="cuda"))
+        assert float((product.double() - wanted[:, -weight.rows :]).norm() / wanted.norm()) < 8e-3
 
 
 @pytest.mark.gpu
@@ -259,6 +259,6 @@ def test_kernels_run_on_the_gpu_where_their_tensors_lie():
     assert torch.cuda.current_device() == 0
     for count in (1, 17, 65):
         x = torch.randn(count, 576, device="cuda:1", dtype=torch.bfloat16)
-        made, wanted = multiply(x, weight, lock), reference(grid, x)
-        assert made.device == x.device
-        assert float((made.double() - wanted).norm() / wanted.norm()) < 8e-3, count
+        product, wanted = multiply(x, weight, lock), reference(grid, x)
+        assert product.device == x.device
+        assert float((product.double() - wanted).norm() / wanted.norm()) < 8e-3, count

@@ -87,11 +87,11 @@ def test_pruning_keeps_the_largest_and_of_equal_ones_the_first(shape, share, dty
         .int()
     )
     pruned, masks = weight_passes.prune(weights, *magnitudes.thresholds(below, removed))
-    for weight, count, made, mask in zip(weights, removed, pruned, masks, strict=True):
+    for weight, count, sparse, mask in zip(weights, removed, pruned, masks, strict=True):
         expected, kept = plainly_pruned(weight, count)
         assert torch.equal(mask.cpu(), kept)
         assert torch.equal(
-            made.cpu().view(torch.int16), expected.view(torch.int16)
+            sparse.cpu().view(torch.int16), expected.view(torch.int16)
         )  # also the signs of zeros
 
 
@@ -146,13 +146,13 @@ def test_rounding_gives_the_bits_of_the_grid(bits, symmetric, groups, dtype, pla
         if symmetric
         else torch.randint(1 << bits, (2, *groups), dtype=torch.uint8, generator=generator).to(place)
     )
-    made, codes = weight_passes.to_grid(weights, scale, zero, bits)
+    rounded, codes = weight_passes.to_grid(weights, scale, zero, bits)
     for layer, weight in enumerate(weights):
         expected = Grid(torch.empty(0), scale[layer], None if zero is None else zero[layer], bits).snap(
             weight.float()
         )
         assert torch.equal(codes[layer], expected.codes)
-        assert torch.equal(made[layer], expected.dequantize().to(dtype))
+        assert torch.equal(rounded[layer], expected.dequantize().to(dtype))
 
 
 @pytest.mark.parametrize("size", [8, 128])
@@ -181,12 +181,14 @@ def test_a_survey_counts_what_became_of_weights(dtype, place):
         for layer in range(3)
     ]
     now = [weight * mask for weight, mask in zip(dense, masks, strict=True)]
-    found = weight_passes.changes(weight_passes.survey(dense, now, masks, None))
-    for one, before, after in zip(found, dense, now, strict=True):
-        assert one.wrong == 0
-        assert one.zeros == int((after == 0).sum())
-        assert one.squares == pytest.approx(float(before.double().square().sum()), rel=1e-5)
-        assert one.errors == pytest.approx(float((after.double() - before.double()).square().sum()), rel=1e-5)
+    surveyed = weight_passes.changes(weight_passes.survey(dense, now, masks, None))
+    for change, before, after in zip(surveyed, dense, now, strict=True):
+        assert change.wrong == 0
+        assert change.zeros == int((after == 0).sum())
+        assert change.squares == pytest.approx(float(before.double().square().sum()), rel=1e-5)
+        assert change.errors == pytest.approx(
+            float((after.double() - before.double()).square().sum()), rel=1e-5
+        )
 
 
 def test_a_survey_counts_broken_promises_and_lost_numbers(dtype, place):
@@ -196,7 +198,7 @@ def test_a_survey_counts_broken_promises_and_lost_numbers(dtype, place):
     now = [torch.ones_like(weight) for weight in dense]
     now[1][3, 3], now[1][95, 127], now[2][50, 1] = math.nan, math.inf, -math.inf
     assert [
-        one.wrong for one in weight_passes.changes(weight_passes.survey(dense, now, [mask] * 3, None))
+        change.wrong for change in weight_passes.changes(weight_passes.survey(dense, now, [mask] * 3, None))
     ] == [5, 7, 6]
     grid = Grid(
         torch.full((96, 128), 3, dtype=torch.uint8, device=place),
@@ -207,7 +209,7 @@ def test_a_survey_counts_broken_promises_and_lost_numbers(dtype, place):
     held = [torch.full_like(weight, 2.0) for weight in dense]
     held[0][1, 1] = 3.0
     assert [
-        one.wrong for one in weight_passes.changes(weight_passes.survey(dense, held, None, [grid] * 3))
+        change.wrong for change in weight_passes.changes(weight_passes.survey(dense, held, None, [grid] * 3))
     ] == [1, 0, 0]
 
 
@@ -254,7 +256,7 @@ def test_a_recipe_gives_the_same_model_report_and_size_either_way(recipe, sort, 
 
 
 def test_ranges_of_whole_tensors_are_found_once_for_all_widths_where_kernels_round(place, monkeypatch):
-    task, found = tiny_tasks.tiny_task("llama", str(place)), []
+    task, calls = tiny_tasks.tiny_task("llama", str(place)), []
     kept, recipes = (
         Statistics(task),
         [wb.Recipe(wb.Quantize(weight_bits=bits, granularity="tensor")) for bits in (8, 4, 3)],
@@ -263,27 +265,27 @@ def test_ranges_of_whole_tensors_are_found_once_for_all_widths_where_kernels_rou
     monkeypatch.setattr(
         sys.modules["workbench.compress.quantization.quantize"],
         "ranges",
-        lambda *given: (found.append(1), ranges(*given))[1],
+        lambda *given: (calls.append(1), ranges(*given))[1],
     )
     counts = []
     for recipe, model in zip(recipes, expected, strict=True):
-        made = compress(task, recipe, kept)
-        counts.append(len(found))
+        compressed = compress(task, recipe, kept)
+        counts.append(len(calls))
         assert any(
-            layer.change is not None for layer in made.layers if layer.grid is not None
+            layer.change is not None for layer in compressed.layers if layer.grid is not None
         )  # kernels did it
         assert all(
             torch.equal(ours, theirs)
-            for ours, theirs in zip(made.model.parameters(), model.parameters(), strict=True)
+            for ours, theirs in zip(compressed.model.parameters(), model.parameters(), strict=True)
         )
     assert 0 < counts[0] == counts[1] == counts[2]
 
 
 def test_what_was_looked_over_is_looked_over_again_once_it_changes(place):
     task = tiny_tasks.tiny_task("llama", str(place))
-    made = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), Statistics(task))
+    compressed = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), Statistics(task))
     dense = find_layers(task.model)[0]
-    layer = next(layer for layer in made.layers if layer.change is not None)
+    layer = next(layer for layer in compressed.layers if layer.change is not None)
     before = layer.change
     layer.write(layer.matrix() / 2)
     assert layer.change is None
@@ -297,15 +299,15 @@ def test_what_was_looked_over_is_looked_over_again_once_it_changes(place):
 def test_a_broken_promise_names_its_layer(place):
     task = tiny_tasks.tiny_task("llama", str(place))
     dense = find_layers(task.model)[0]
-    made = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), Statistics(task))
-    layer = next(layer for layer in made.layers if layer.mask is not None)
+    compressed = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)), Statistics(task))
+    layer = next(layer for layer in compressed.layers if layer.mask is not None)
     layer.write(layer.matrix() + 1)
     with pytest.raises(BrokenPromiseError, match=layer.name):
-        check_all(made.layers, dense)
+        check_all(compressed.layers, dense)
     assert layer.change is not None
     layer.put(torch.nn.Parameter(torch.full_like(layer.parameter, math.nan), requires_grad=False))
     with pytest.raises(CompressionError, match=rf"{layer.name}.*infinite or NaN"):
-        check_all(made.layers, dense)
+        check_all(compressed.layers, dense)
 
 
 def test_an_all_zero_weight_has_no_relative_error(place):
@@ -331,8 +333,8 @@ def test_a_kernel_that_gives_other_bits_is_not_used(place, monkeypatch):
     right = weight_passes.to_grid
 
     def wrong(*given):
-        made, codes = right(*given)
-        return made, codes.flip(1)
+        rounded, codes = right(*given)
+        return rounded, codes.flip(1)
 
     monkeypatch.setattr(weight_passes, "to_grid", wrong)
     assert "rounding torch.float16 weights gives other bits" in weight_trials.refused(place, torch.float16)

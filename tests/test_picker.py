@@ -73,11 +73,11 @@ def test_put_shows_without_reacting(picker):
 
 
 def test_data_names_are_those_of_the_task():
-    known = {entry.name: entry for entry in models()}
-    assert data_names(known["fashion-vit"]) == ("fashion-mnist-slice",)
-    assert data_names(known["smollm2-135m"]) == ("python-docs", "wikitext-2")
-    assert data_names(known["all-MiniLM-L6-v2"]) == ("wordsim353", "sts-b")
-    assert data_names(known["whisper-tiny.en"]) == ("asterisk-prompts",)
+    listed = {entry.name: entry for entry in models()}
+    assert data_names(listed["fashion-vit"]) == ("fashion-mnist-slice",)
+    assert data_names(listed["smollm2-135m"]) == ("python-docs", "wikitext-2")
+    assert data_names(listed["all-MiniLM-L6-v2"]) == ("wordsim353", "sts-b")
+    assert data_names(listed["whisper-tiny.en"]) == ("asterisk-prompts",)
     assert set(data_names(None)) == {
         "fashion-mnist-slice",
         "python-docs",
@@ -122,7 +122,7 @@ def test_load_progress_counts_what_is_fetched_and_ends(monkeypatch):
     shown, bytes_here = [], iter(range(1_000_000, 90_000_000, 1_000_000))
     progress = LoadProgress(shown.append, lambda _name: next(bytes_here))
     progress.start("<m>")
-    assert until(lambda: any("fetched" in words for words in shown))
+    assert until(lambda: any("fetched" in text for text in shown))
     progress.stop()
     assert shown[-1] == ""
     count = len(shown)
@@ -170,7 +170,7 @@ def test_what_is_loaded_is_not_looked_at_for_garbage_in_the_middle_of_a_move_and
         session.run(wb.Recipe())
         frozen = gc.get_freeze_count()
         assert frozen > 100_000  # torch and transformers are among them
-        assert not any(one is session.bench for one in gc.get_objects())
+        assert not any(tracked is session.bench for tracked in gc.get_objects())
         session.loader.load_now(ModelChoice("fashion-cnn", device="cpu", evaluation_items=16))
         session.run(wb.Recipe())
         assert gc.get_freeze_count() < 1.5 * frozen  # the first model was let go of

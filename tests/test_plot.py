@@ -60,15 +60,15 @@ RECIPES = (
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = wb.Bench(
+    opened = wb.Bench(
         tiny_tasks.tiny_task("vit"),
         ledger=tmp_path_factory.mktemp("plot") / "points.journal",
         progress=False,
         device="cpu",
     )
     for recipe in RECIPES:
-        made.measure(recipe)
-    return made
+        opened.measure(recipe)
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,9 @@ def test_painted_points_take_the_ends_of_the_scale(rows, shade):
         assert colors == {}
         assert "dominated" in legend(record)
         return
-    known = sorted((p for p in record.points if p.shade is not None), key=lambda p: p.shade)
-    assert colors[known[0].key] == SCALE[0]
-    assert colors[known[-1].key] == SCALE[-1]
+    shaded = sorted((p for p in record.points if p.shade is not None), key=lambda p: p.shade)
+    assert colors[shaded[0].key] == SCALE[0]
+    assert colors[shaded[-1].key] == SCALE[-1]
     assert all(colors[p.key] == NONE for p in record.points if p.shade is None)
     assert SHADE_NAMES[shade] in color_bar(record)
     changes = history_changes(record)
@@ -187,14 +187,14 @@ def test_pins_are_rings_and_survive_thinning(view, rows):
 
 
 def test_a_box_names_the_points_of_all_traces(rows):
-    found = []
-    view = TradeoffView(lambda _key: None, found.append)
+    boxes = []
+    view = TradeoffView(lambda _key: None, boxes.append)
     view.show(of(rows))
     for index in HISTORY:
         trace = view.figure.data[index]
         view.selected(trace, SimpleNamespace(point_inds=list(range(len(trace.customdata)))), None)
-    assert len(found) == 1
-    assert sorted(found[0]) == sorted(row.key for row in rows if len(row.recipe))
+    assert len(boxes) == 1
+    assert sorted(boxes[0]) == sorted(row.key for row in rows if len(row.recipe))
     view.bar.select.value = True
     assert view.figure.layout.dragmode == "select"
     view.bar.select.value = False
@@ -265,11 +265,11 @@ def test_the_axes_can_be_chosen_before_anything_is_measured():
 @pytest.mark.parametrize("change", [False, True])
 def test_what_is_unknown_is_not_drawn_and_does_not_move_the_axes(sort, change, tmp_path):
     """Of accuracy the middle of the range, of perplexity e^4 times the dense model's would be drawn else."""
-    made = wb.Bench(
+    opened = wb.Bench(
         tiny_tasks.tiny_task(sort), ledger=tmp_path / "points.journal", progress=False, device="cpu"
     )
-    anchor, recipe = made.measure(wb.Recipe()), wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads"))
-    guess, plot = made.predictor().predict(recipe), TradeoffView(lambda _key: None)
+    anchor, recipe = opened.measure(wb.Recipe()), wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads"))
+    guess, plot = opened.predictor().predict(recipe), TradeoffView(lambda _key: None)
     plot.bar.choice = PlotChoice(change=change)
     live = PanelState(wb.Recipe(), point=anchor, phase="measured", past=Past([anchor], {}))
     plot.show(live)
@@ -332,7 +332,7 @@ def test_points_and_choices_may_come_from_two_threads(view, rows, monkeypatch):
 
     @contextlib.contextmanager
     def slow(figure):
-        met.append(any(other != threading.get_ident() for other in drawing))
+        met.append(any(thread != threading.get_ident() for thread in drawing))
         drawing.append(threading.get_ident())
         time.sleep(0.01)
         with update(figure):

@@ -126,10 +126,10 @@ def test_points_make_the_interval_narrow(bench):
 
 def test_points_of_other_models_do_not_count(bench):
     point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
-    other = dataclasses.replace(
+    foreign = dataclasses.replace(
         point, key="other", context=dataclasses.replace(point.context, model_fingerprint="other")
     )
-    bench.ledger.points["other"] = other
+    bench.ledger.points["other"] = foreign
     predictor = bench.predictor()
     predictor.refresh()
     assert predictor.rows == [point]
@@ -244,8 +244,8 @@ def test_the_interval_covers_what_is_then_measured(count, near, wide):
     """
     reaches, halves = [], []
     for seed in range(400):
-        known, fresh = made_up(count, 10_000 + seed), made_up(1, 20_000 + seed)
-        guess = local_fit(known, fresh.places[0], fresh.marks[0])
+        measured, fresh = made_up(count, 10_000 + seed), made_up(1, 20_000 + seed)
+        guess = local_fit(measured, fresh.places[0], fresh.marks[0])
         if math.isfinite(guess.half):
             reaches.append(abs(guess.value - float(fresh.values[0])) / guess.half)
             halves.append(guess.half)
@@ -373,36 +373,36 @@ def test_few_points_are_said_to_be_few_and_have_an_interval_all_the_same():
 
 
 def test_residuals_are_fitted_as_a_gaussian_process():
-    known = MeasuredValues(
+    measured = MeasuredValues(
         np.array([[0.0], [0.3], [0.5], [0.9]]), np.zeros((4, 1), int), np.array([0.5, -0.2, 0.4, 1.0])
     )
-    kernel = kernel_for(known)
+    kernel = kernel_for(measured)
     at = np.array([0.4])
     gram = [
         [
             math.exp(-((a - b) ** 2) / (2 * kernel.width**2)) + (a == b) * kernel.noise
-            for b in known.places[:, 0]
+            for b in measured.places[:, 0]
         ]
-        for a in known.places[:, 0]
+        for a in measured.places[:, 0]
     ]
-    shared = [math.exp(-((a - 0.4) ** 2) / (2 * kernel.width**2)) for a in known.places[:, 0]]
-    assert residual_fit(known, kernel, at, np.zeros(1, int)).value == pytest.approx(
-        float(np.dot(shared, np.linalg.solve(gram, known.values)))
+    shared = [math.exp(-((a - 0.4) ** 2) / (2 * kernel.width**2)) for a in measured.places[:, 0]]
+    assert residual_fit(measured, kernel, at, np.zeros(1, int)).value == pytest.approx(
+        float(np.dot(shared, np.linalg.solve(gram, measured.values)))
     )
 
 
 def test_points_without_a_table_leave_the_prediction_to_the_sliders():
     spots, values, link = ledgers(40, 4)
     blind = dataclasses.replace(spots[-1], costs=None)
-    made = history(spots[:-1], values[:-1], link)
-    assert made.guess(blind) == local_fit(made.measured, np.array(blind.place), np.array(blind.mark))
+    past = history(spots[:-1], values[:-1], link)
+    assert past.guess(blind) == local_fit(past.measured, np.array(blind.place), np.array(blind.mark))
 
 
 @pytest.mark.parametrize("sort", tiny_tasks.SORTS)
 def test_preparing_gives_a_prior_and_changes_nothing_before(sort, ledger):
-    made = wb.Bench(tiny_tasks.tiny_task(sort), ledger=ledger, progress=False, device="cpu")
-    predictor, recipe = made.predictor(), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
-    made.measure(wb.Recipe())
+    opened = wb.Bench(tiny_tasks.tiny_task(sort), ledger=ledger, progress=False, device="cpu")
+    predictor, recipe = opened.predictor(), wb.Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3))
+    opened.measure(wb.Recipe())
     before = predictor.predict(recipe)
     assert any(note.startswith("quality is a guess") for note in before.notes)
     assert predictor.prepare(recipe)
@@ -465,9 +465,9 @@ def test_predictions_hold_on_a_real_model(fashion_cnn):
         )
         recipe = wb.Recipe(*(step for step in steps if random.random() < 0.75))
         prior.prepare(statistics, [recipe])
-        made = wb.compress(fashion_cnn, recipe, statistics, shared=True)
+        compressed = wb.compress(fashion_cnn, recipe, statistics, shared=True)
         spots.append(spot_of(recipe, prior))
-        drops.append(dense - float(evaluator.scores(made.model, [], 500).correct.mean()))
+        drops.append(dense - float(evaluator.scores(compressed.model, [], 500).correct.mean()))
     spots, drops = [spot_of(wb.Recipe(), prior), *spots], [0.0, *drops]
     link, counts = Link.usual(dense - 0.1, len(prior.kinds), ratio=False), range(12, len(spots) + 1)
     new = np.array([foreseen(spots[:count], drops[:count], link) for count in counts])

@@ -36,7 +36,7 @@ STEPS = {
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
-    """Return what a module multiplies by as float64 [outputs, inputs], factors multiplied out."""
+    """Return the weight of a module, float64 [outputs, inputs], factors multiplied out."""
     if isinstance(module, nn.Sequential):
         first, second = (part.weight.detach().double().flatten(1) for part in module)
         return second @ first
@@ -158,11 +158,11 @@ def test_costs_follow_targets_heads_and_what_saves_nothing():
     task = tiny_tasks.tiny_task("vit")
     statistics = Statistics(task)
     prior = prior_of(statistics)
-    whole, one = wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",)))
+    whole, single = wb.Recipe(wb.Prune(sparsity=0.5)), wb.Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",)))
     zeros, factors = prior.kinds.index("prune"), prior.kinds.index("lowrank")
     assert prior.costs(whole) is None  # no table yet
     prior.prepare(statistics, [whole, wb.Recipe(wb.LowRank(rank_ratio=0.9)), wb.Recipe(wb.Activations())])
-    everything, some = prior.costs(whole).most, prior.costs(one).most
+    everything, some = prior.costs(whole).most, prior.costs(single).most
     assert 0 < some[zeros] < everything[zeros]
     assert everything.sum() == everything[zeros]
     assert (

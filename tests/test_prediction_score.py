@@ -67,13 +67,13 @@ def test_without_a_predictor_nothing_is_kept_and_old_ledgers_load(point):
 def test_the_score_counts_what_held(point):
     value = point.primary.compressed.value
     rows = [predicted(point, value + off, 0.05, wide=off > 0.1) for off in (0.0, 0.01, 0.02, 0.04, 0.2)]
-    found = score(rows)
-    assert (found.quality.count, found.quality.held, found.wide) == (5, 4, 1)
-    assert found.quality.median_error == pytest.approx(0.02)
-    assert (found.quality.share.value, found.quality.share.low, found.quality.share.high) == pytest.approx(
+    scored = score(rows)
+    assert (scored.quality.count, scored.quality.held, scored.wide) == (5, 4, 1)
+    assert scored.quality.median_error == pytest.approx(0.02)
+    assert (scored.quality.share.value, scored.quality.share.low, scored.quality.share.high) == pytest.approx(
         (0.8, 0.3755, 0.9638), abs=1e-4
     )  # R: binom::binom.wilson(4, 5)
-    assert found.words().startswith(
+    assert scored.words().startswith(
         "of the last 5 predictions 4 held (80%, meant: 90%), median error 2.0 points of accuracy; 1 were wide"
     )
     assert score(rows, last=1).quality.held == 0
@@ -92,10 +92,10 @@ def test_where_nothing_was_known_nothing_held(bench, point):
     assert told(rows[0]) == "unknown: nothing is known of how Prune changes it"
     assert Measurement.from_json(rows[0].to_json()) == rows[0]
     rows += [predicted(point, value + off, 0.05) for off in (0.0, 0.01, 0.2)]
-    found = score(rows)
-    assert (found.quality.count, found.quality.held, found.wide, found.unknown) == (3, 2, 0, 3)
-    assert "of the last 3 predictions 2 held" in found.words()
-    assert "of 3 more nothing was known" in found.words()
+    scored = score(rows)
+    assert (scored.quality.count, scored.quality.held, scored.wide, scored.unknown) == (3, 2, 0, 3)
+    assert "of the last 3 predictions 2 held" in scored.words()
+    assert "of 3 more nothing was known" in scored.words()
     bench.predicts = bench.predictor().record
     measured = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads")))
     assert measured.predicted.unknown == ("Prune",)
@@ -105,30 +105,30 @@ def test_where_nothing_was_known_nothing_held(bench, point):
 def test_speed_holds_where_both_intervals_meet(point):
     speed = point.latency.speedup
     rows = [predicted(point, 0.5, 1.0, speed=(speed.high * factor,) * 3) for factor in (1.0, 1.0, 1.5)]
-    found = score(rows)
-    assert (found.speed.count, found.speed.held) == (3, 2)
-    assert found.speed.median_error == pytest.approx(math.log(speed.high / speed.value))
+    scored = score(rows)
+    assert (scored.speed.count, scored.speed.held) == (3, 2)
+    assert scored.speed.median_error == pytest.approx(math.log(speed.high / speed.value))
 
 
 def test_perplexities_are_compared_by_their_logarithm(ledger):
     bench = wb.Bench(tiny_tasks.tiny_task("llama"), ledger=ledger, progress=False, device="cpu")
     point = bench.measure(wb.Recipe(wb.Prune(sparsity=0.5)))
     value = point.primary.compressed.value
-    found = score([predicted(point, value * 1.1, value)])
-    assert found.quality.median_error == pytest.approx(math.log(1.1))
-    assert "median error 10.0% of perplexity" in found.words()
+    scored = score([predicted(point, value * 1.1, value)])
+    assert scored.quality.median_error == pytest.approx(math.log(1.1))
+    assert "median error 10.0% of perplexity" in scored.words()
     assert score([predicted(point, math.inf, 1.0)]).quality.held in {0, 1}
 
 
 def test_the_score_is_said_with_predictions_points_and_reports(bench, point):
     for index in range(6):
         recipe = wb.Recipe(wb.Prune(sparsity=round(0.3 + 0.05 * index, 2)))
-        made = predicted(
+        foretold = predicted(
             dataclasses.replace(point, key=f"key {index}", recipe=recipe),
             point.primary.compressed.value,
             0.01,
         )
-        bench.ledger.add(made)
+        bench.ledger.add(foretold)
     said = "of the last 6 predictions 6 held"
     assert any(
         note.startswith(said) for note in bench.predictor().predict(wb.Recipe(wb.Prune(sparsity=0.33))).notes
@@ -137,8 +137,8 @@ def test_the_score_is_said_with_predictions_points_and_reports(bench, point):
     assert listed.exit_code == 0, listed.output
     assert said in listed.output
     assert any(
-        name == "accuracy as predicted before" and words.endswith(": held")
-        for name, _, words in summary(made)
+        name == "accuracy as predicted before" and text.endswith(": held")
+        for name, _, text in summary(foretold)
     )
 
 

@@ -31,9 +31,9 @@ class Time:
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Time()
-    monkeypatch.setattr(module, "time", made)
-    return made
+    stopped = Time()
+    monkeypatch.setattr(module, "time", stopped)
+    return stopped
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def test_short_work_and_quiet_work_say_nothing(clock, capsys):
 
 
 def test_a_report_says_which_point_and_what_was_found(bench, capsys):
-    found = moved(bench, RECIPE, "weight_bits")
+    sweep = moved(bench, RECIPE, "weight_bits")
     recipes = around(RECIPE, "weight_bits")
-    assert [point.recipe for point in found.points] == list(recipes)
-    assert found.words() == ""
+    assert [point.recipe for point in sweep.points] == list(recipes)
+    assert sweep.words() == ""
     out, err = capsys.readouterr()
     assert out == ""
     heads, results = (err.splitlines()[i::2] for i in (0, 1))
@@ -85,15 +85,15 @@ def test_a_bench_that_shows_bars_or_nothing_writes_no_lines(tmp_path, capsys):
 
 def test_a_slider_that_takes_too_long_ends_and_says_what_is_missing(bench, capsys):
     """The time is up at once: only what the ledger has is there."""
-    known = bench.measure(RECIPE)
+    first_point = bench.measure(RECIPE)
     capsys.readouterr()
-    found = moved(bench, RECIPE, "weight_bits", minutes=1e-9)
-    assert found.points == (known,)
-    assert found.left_out == tuple(recipe for recipe in around(RECIPE, "weight_bits") if recipe != RECIPE)
-    assert found.words() == "weight_bits: no time for 4 of 5 points within 1e-09 minutes: W2, W3, W6, W8"
-    assert found.words() in capsys.readouterr().err
-    assert left_out_list([found, Moved("sparsity", (), (), 5.0)]).startswith(
-        f"<ul><li>{found.words()}</li></ul><p>"
+    sweep = moved(bench, RECIPE, "weight_bits", minutes=1e-9)
+    assert sweep.points == (first_point,)
+    assert sweep.left_out == tuple(recipe for recipe in around(RECIPE, "weight_bits") if recipe != RECIPE)
+    assert sweep.words() == "weight_bits: no time for 4 of 5 points within 1e-09 minutes: W2, W3, W6, W8"
+    assert sweep.words() in capsys.readouterr().err
+    assert left_out_list([sweep, Moved("sparsity", (), (), 5.0)]).startswith(
+        f"<ul><li>{sweep.words()}</li></ul><p>"
     )
     assert left_out_list([Moved("sparsity", (), (), 5.0)]) == ""
     assert (

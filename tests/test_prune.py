@@ -21,10 +21,10 @@ def matrices(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 def pruned_layers(task, step: wb.Prune) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return (dense, pruned) matrices of every layer that the step changed."""
-    made = compress(task, Recipe(step))
-    names = [row.name for row in made.report if row.sparsity and "skipped" not in row.outcome]
+    compressed = compress(task, Recipe(step))
+    names = [row.name for row in compressed.report if row.sparsity and "skipped" not in row.outcome]
     assert len(names) >= 4
-    return {name: (matrices(task.model, name), matrices(made.model, name)) for name in names}
+    return {name: (matrices(task.model, name), matrices(compressed.model, name)) for name in names}
 
 
 @pytest.mark.parametrize("sparsity", [0.01, 0.25, 0.5, 0.9, 0.99])
@@ -97,8 +97,8 @@ def test_ties_are_broken_by_place_so_that_the_count_is_exact(step, count, device
     task = tiny_task("vit", device)
     name = "vit.layers.0.mlp.fc1"
     task.model.get_submodule(name).weight.fill_(0.5)
-    made = compress(task, Recipe(step))
-    weight = made.model.get_submodule(name).weight
+    compressed = compress(task, Recipe(step))
+    weight = compressed.model.get_submodule(name).weight
     assert int((weight == 0).sum()) == count
     assert set(weight.unique().tolist()) == {0.0, 0.5}
     if step.pattern == "2:4":
@@ -112,15 +112,15 @@ def test_weights_that_were_zero_before_are_among_the_pruned():
     task = tiny_task("vit")
     weight = task.model.get_submodule("vit.layers.0.mlp.fc1").weight
     weight.view(-1)[::2] = 0
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5)))
-    assert torch.equal(made.model.get_submodule("vit.layers.0.mlp.fc1").weight, weight)
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5)))
+    assert torch.equal(compressed.model.get_submodule("vit.layers.0.mlp.fc1").weight, weight)
 
 
 def test_sparsity_zero_changes_nothing_and_leaves_nothing_out():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Prune(sparsity=0.0)))
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.0)))
     assert all(
-        torch.equal(now, task.model.state_dict()[name]) for name, now in made.model.state_dict().items()
+        torch.equal(now, task.model.state_dict()[name]) for name, now in compressed.model.state_dict().items()
     )
 
 
@@ -128,11 +128,11 @@ def test_wanda_after_low_rank_uses_what_each_factor_really_reads(device):
     task = tiny_task("vit", device)
     low = wb.LowRank(rank_ratio=0.45, factorization="svd")
     factored = compress(task, Recipe(low))
-    made = compress(task, Recipe(low, wb.Prune(sparsity=0.5, criterion="wanda")))
+    compressed = compress(task, Recipe(low, wb.Prune(sparsity=0.5, criterion="wanda")))
     name = next(row.name for row in factored.report if row.rank and "fc1" in row.name)
     inputs = recorded_inputs(task)[name].double()
     first, second = (factored.model.get_submodule(f"{name}.{i}").weight.double() for i in range(2))
-    pruned = [made.model.get_submodule(f"{name}.{i}").weight.double() for i in range(2)]
+    pruned = [compressed.model.get_submodule(f"{name}.{i}").weight.double() for i in range(2)]
     for matrix, now, reads in ((first, pruned[0], inputs), (second, pruned[1], inputs @ pruned[0].t())):
         importance = matrix.abs() * reads.norm(dim=0)
         rows, columns = matrix.shape

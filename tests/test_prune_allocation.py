@@ -27,11 +27,11 @@ CRITERIA = ("magnitude", "wanda", "sparsegpt", "taylor", "fisher", "random")
 def pruned(task, step: wb.Prune):
     """Return (what compress made, {name: (dense, pruned)} of every layer that it changed), matrices by
     `Layer`."""
-    made = compress(task, Recipe(step))
+    compressed = compress(task, Recipe(step))
     dense = {layer.name: layer for layer in compress(task, Recipe()).layers}
-    return made, {
+    return compressed, {
         layer.name: (dense[layer.name].matrix().cpu(), layer.matrix().cpu())
-        for layer in made.layers
+        for layer in compressed.layers
         if layer.mask is not None
     }
 
@@ -108,10 +108,10 @@ def test_global_wanda_compares_relative_output_errors(device):
 
 def test_after_low_rank_one_threshold_covers_both_factors():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task, Recipe(wb.LowRank(rank_ratio=0.4), wb.Prune(allocation="global", criterion="wanda"))
     )
-    masks = [layer.mask for layer in made.layers if layer.mask is not None]
+    masks = [layer.mask for layer in compressed.layers if layer.mask is not None]
     assert sum(int((~mask).sum()) for mask in masks) == round(0.5 * sum(mask.numel() for mask in masks))
 
 
@@ -152,8 +152,8 @@ def test_a_layer_that_the_loss_does_not_feel_gives_up_the_most():
 
 
 def test_the_report_says_what_was_asked_and_what_a_layer_got():
-    made, pairs = pruned(tiny_task("vit"), wb.Prune(sparsity=0.5, allocation="sensitivity"))
-    rows = {row.name: row for row in made.report}
+    compressed, pairs = pruned(tiny_task("vit"), wb.Prune(sparsity=0.5, allocation="sensitivity"))
+    rows = {row.name: row for row in compressed.report}
     for name in pairs:
         assert (
             rows[name].outcome == f"{rows[name].sparsity:.1%} sparse (sensitivity, 50% in all) by magnitude"
@@ -217,9 +217,9 @@ def test_rounds_end_at_the_sparsity_and_never_give_back(sort, device, setting, m
 
     monkeypatch.setattr(module, "train", spy)
     step = wb.Prune(**{"sparsity": 0.5, **ROUNDS, **setting})
-    made, pairs = pruned(task, step)
+    compressed, pairs = pruned(task, step)
     assert zeros(pairs) == round(step.sparsity * total(pairs))
-    masks = [*seen, {layer.name: layer.mask for layer in made.layers if layer.mask is not None}]
+    masks = [*seen, {layer.name: layer.mask for layer in compressed.layers if layer.mask is not None}]
     assert len(masks) == 3 + bool(step.penalty)
     shares = []
     for before, after in pairwise(masks):
@@ -231,8 +231,8 @@ def test_rounds_end_at_the_sparsity_and_never_give_back(sort, device, setting, m
         assert shares[-2] == pytest.approx(
             cubic(0.5, 2, 3), abs=2 / min(dense.numel() for dense, _ in pairs.values())
         )
-    assert len(made.curve) == 4 * (2 + bool(step.penalty))
-    assert [index for index, _ in made.curve] == list(range(len(made.curve)))
+    assert len(compressed.curve) == 4 * (2 + bool(step.penalty))
+    assert [index for index, _ in compressed.curve] == list(range(len(compressed.curve)))
     if step.group is not None:
         assert all(
             ((now != 0).unflatten(1, (-1, step.group[1])).sum(2) <= step.group[0]).all()
@@ -258,9 +258,9 @@ def test_a_penalty_makes_the_weights_that_go_smaller():
     task = tiny_task("vit")
 
     def removed(**setting) -> float:
-        made = compress(task, Recipe(wb.Prune(sparsity=0.5, **setting)))
+        compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, **setting)))
         kept = torch.cat(
-            [layer.matrix()[layer.mask].abs() for layer in made.layers if layer.mask is not None]
+            [layer.matrix()[layer.mask].abs() for layer in compressed.layers if layer.mask is not None]
         )
         return float(kept.mean())
 
@@ -272,9 +272,11 @@ def test_a_training_is_watched_and_can_be_stopped():
     before = weights(task.model)
     seen: list[tuple[int, int]] = []
     recipe = Recipe(wb.Prune(sparsity=0.5, rounds=2, train_steps=3), wb.Distill(temperature=2, steps=2))
-    made = compress(task, recipe, training=Training(lambda curve, steps: seen.append((len(curve), steps))))
+    compressed = compress(
+        task, recipe, training=Training(lambda curve, steps: seen.append((len(curve), steps)))
+    )
     assert seen == [(1, 3), (2, 3), (3, 3), (4, 5), (5, 5)]
-    assert [index for index, _ in made.curve] == [0, 1, 2, 3, 4]
+    assert [index for index, _ in compressed.curve] == [0, 1, 2, 3, 4]
     ended = compress(
         task, recipe, training=Training(enough=lambda: True)
     )  # only Distill can say where it ended
@@ -295,10 +297,10 @@ def test_a_training_is_watched_and_can_be_stopped():
 
 def test_only_targeted_layers_are_trained():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("re:fc1$",), **ROUNDS)))
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("re:fc1$",), **ROUNDS)))
     changed = {
         name
-        for name, tensor in weights(made.model).items()
+        for name, tensor in weights(compressed.model).items()
         if not torch.equal(tensor, weights(task.model)[name])
     }
     assert changed == {
@@ -348,8 +350,8 @@ def test_a_sparsity_that_removes_a_whole_layer_is_refused_by_name(criterion, all
 def test_one_threshold_that_empties_a_layer_is_stated():
     task = tiny_task("vit")
     task.model.vit.layers[0].mlp.fc1.weight *= 1e-6
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, allocation="global")))
-    assert made.warnings == (
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, allocation="global")))
+    assert compressed.warnings == (
         "prune: one threshold for sparsity=0.5 removes every weight of 'vit.layers.0.mlp.fc1'",
     )
 
@@ -368,17 +370,17 @@ def test_too_few_rows_for_second_moments_are_stated_and_regularised():
         **{**vars(task), "calibration": task.calibration[:3]}
     )  # 24 tokens, 32 inputs of down_proj
     kept = Statistics(few)
-    made = compress(few, Recipe(wb.Prune(criterion="sparsegpt")), kept)
-    assert len(made.warnings) == 1
+    compressed = compress(few, Recipe(wb.Prune(criterion="sparsegpt")), kept)
+    assert len(compressed.warnings) == 1
     assert (
         compress(few, Recipe(wb.Prune(criterion="sparsegpt", allocation="global")), kept).warnings
-        == made.warnings
+        == compressed.warnings
     )  # also from what was kept, and once
     assert (
         "too few rows for the second moments of 'model.layers.0.mlp.down_proj' and 1 more (24 rows for 32"
-        " inputs): regularised by damping of 0.01" in made.warnings[0]
+        " inputs): regularised by damping of 0.01" in compressed.warnings[0]
     )
-    assert all(torch.isfinite(tensor).all() for tensor in made.model.state_dict().values())
+    assert all(torch.isfinite(tensor).all() for tensor in compressed.model.state_dict().values())
     assert compress(task, Recipe(wb.Prune(criterion="sparsegpt"))).warnings == ()
 
 
@@ -407,12 +409,12 @@ def test_a_moment_that_is_not_positive_is_damped_more_and_the_warning_says_so(de
         torch.linalg.eigvalsh(kept.second_moment(name))[0] / kept.second_moment(name).diagonal().mean()
     )
     assert -0.1 < smallest < -0.01
-    made = compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept)
+    compressed = compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept)
     assert (
         f"damping raised to 0.1 of the mean diagonal where a second moment was singular: '{name}'"
-        in made.warnings[0]
+        in compressed.warnings[0]
     )
-    assert compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept).warnings == made.warnings
+    assert compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept).warnings == compressed.warnings
 
 
 @pytest.mark.parametrize(
@@ -462,7 +464,7 @@ def test_a_training_that_diverges_is_refused_with_what_to_change():
 
 def test_shared_weights_are_pruned_once_or_left(sort):
     for criterion in CRITERIA:
-        made = compress(tiny_task(sort), Recipe(wb.Prune(criterion=criterion)))
-        for name, module in made.model.named_modules():
+        compressed = compress(tiny_task(sort), Recipe(wb.Prune(criterion=criterion)))
+        for name, module in compressed.model.named_modules():
             if name == "lm_head":
-                assert module.weight is made.model.get_input_embeddings().weight
+                assert module.weight is compressed.model.get_input_embeddings().weight

@@ -34,10 +34,10 @@ def matrix(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 def pruned_layers(task, step: wb.Prune) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return (dense, pruned) matrices of every layer that the step changed."""
-    made = compress(task, Recipe(step))
-    names = [row.name for row in made.report if row.sparsity and "skipped" not in row.outcome]
+    compressed = compress(task, Recipe(step))
+    names = [row.name for row in compressed.report if row.sparsity and "skipped" not in row.outcome]
     assert len(names) >= 4
-    return {name: (matrix(task.model, name), matrix(made.model, name)) for name in names}
+    return {name: (matrix(task.model, name), matrix(compressed.model, name)) for name in names}
 
 
 # --- SparseGPT
@@ -132,7 +132,7 @@ def test_more_columns_than_a_block(group):
     upper, alive, _ = factorise(
         (inputs.t() @ inputs / len(inputs)).unsqueeze(0), [Layer("a", "a", torch.nn.Linear(1, 1))]
     )
-    found, kept = solve(
+    solved, kept = solve(
         weight.clone().unsqueeze(0),
         Built(upper, alive),
         [round(0.4 * 2400)],
@@ -141,9 +141,9 @@ def test_more_columns_than_a_block(group):
     )
     expected = reference(weight, inputs, 0.4, group, block=128)
     assert int((~kept).sum()) == 960
-    assert float(((found[0] == 0) == (expected == 0)).double().mean()) > 0.999
-    if torch.equal(found[0] == 0, expected == 0):
-        torch.testing.assert_close(found[0].double(), expected, rtol=1e-2, atol=1e-2)
+    assert float(((solved[0] == 0) == (expected == 0)).double().mean()) > 0.999
+    if torch.equal(solved[0] == 0, expected == 0):
+        torch.testing.assert_close(solved[0].double(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_sparsegpt_loses_less_of_the_outputs_than_removal_alone(sort):
@@ -202,14 +202,14 @@ def gradients_by_hand(task, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     module = task.model.get_submodule(name)
     module.weight.requires_grad_(requires_grad=True)
     size = math.ceil(CALIBRATION / GROUPS)
-    found = []
+    by_item = []
     for items in task.calibration.to(module.weight.device).batches(size):
         chances = task.kind.logits(task.model, items).log_softmax(-1)
         loss = -chances.gather(-1, items.labels.unsqueeze(-1)).mean()
-        found.append(torch.autograd.grad(loss, module.weight)[0].double().cpu())
+        by_item.append(torch.autograd.grad(loss, module.weight)[0].double().cpu())
     module.weight.requires_grad_(requires_grad=False)
     stack = torch.stack(
-        [gradient.t() if type(module).__name__ == "Conv1D" else gradient.flatten(1) for gradient in found]
+        [gradient.t() if type(module).__name__ == "Conv1D" else gradient.flatten(1) for gradient in by_item]
     )
     return stack.mean(0), size * stack.square().mean(0)
 
@@ -233,33 +233,33 @@ def test_taylor_and_fisher_remove_what_the_loss_misses_least(sort, device, crite
 def test_the_mean_gradient_is_that_of_all_calibration_items_and_squares_are_of_single_items(sort):
     task = tiny_task(sort)
     name = next(row.name for row in compress(task, Recipe(wb.Prune())).report if row.sparsity)
-    found = Statistics(task).gradients(name)
+    gradients = Statistics(task).gradients(name)
     mean, square = gradients_by_hand(task, name)
-    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(found.square.double(), square, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(gradients.mean.double(), mean, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(gradients.square.double(), square, rtol=1e-3, atol=1e-9)
 
 
 def test_more_items_than_groups_are_squared_group_by_group(monkeypatch):
     monkeypatch.setattr("workbench.calibration.passes.GROUPS", 5)  # 24 items: groups of 5, 5, 5, 5, 4
     task = tiny_task("vit")
-    found = Statistics(task).gradients("vit.layers.0.mlp.fc1")
+    gradients = Statistics(task).gradients("vit.layers.0.mlp.fc1")
     module = task.model.vit.layers[0].mlp.fc1
     module.weight.requires_grad_(requires_grad=True)
-    sizes, parts = [], []
+    sizes, by_group = [], []
     for items in task.calibration.batches(5):
         loss = torch.nn.functional.cross_entropy(task.kind.logits(task.model, items), items.labels)
-        parts.append(torch.autograd.grad(loss, module.weight)[0].double())
+        by_group.append(torch.autograd.grad(loss, module.weight)[0].double())
         sizes.append(len(items))
     assert sizes == [5, 5, 5, 5, 4]
     torch.testing.assert_close(
-        found.mean.double(),
-        sum(size * part for size, part in zip(sizes, parts, strict=True)) / 24,
+        gradients.mean.double(),
+        sum(size * part for size, part in zip(sizes, by_group, strict=True)) / 24,
         rtol=1e-3,
         atol=1e-7,
     )
     torch.testing.assert_close(
-        found.square.double(),
-        sum(size * part.square() for size, part in zip(sizes, parts, strict=True)) / 5,
+        gradients.square.double(),
+        sum(size * part.square() for size, part in zip(sizes, by_group, strict=True)) / 5,
         rtol=1e-3,
         atol=1e-9,
     )
@@ -269,11 +269,11 @@ def test_gradients_after_low_rank_are_those_of_the_factors():
     task = tiny_task("vit")
     low = wb.LowRank(rank_ratio=0.4, factorization="svd")
     factored = compress(task, Recipe(low))
-    made = compress(task, Recipe(low, wb.Prune(sparsity=0.5, criterion="fisher")))
+    compressed = compress(task, Recipe(low, wb.Prune(sparsity=0.5, criterion="fisher")))
     name = next(layer.name for layer in factored.layers if layer.rank and layer.name.endswith("fc1.1"))
     mean, square = gradients_by_hand(dataclasses.replace(task, model=factored.model), name)
     assert mean.any()
-    dense, pruned = matrix(factored.model, name), matrix(made.model, name)
+    dense, pruned = matrix(factored.model, name), matrix(compressed.model, name)
     importance = dense.square() * square
     assert importance[pruned == 0].max() <= importance[pruned != 0].min() * (1 + 1e-3)
 

@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_papers_pseudocode(bits, groups):
     count = 8 // groups
     weight = hidden.clone().requires_grad_()
     wanted = step.clone().requires_grad_()
-    parts = [
+    by_group = [
         lsq(
             weight[:, g * count : (g + 1) * count],
             wanted[:, g : g + 1],
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_papers_pseudocode(bits, groups):
         )
         for g in range(groups)
     ]
-    (torch.cat(parts, 1) * incoming).sum().backward()
+    (torch.cat(by_group, 1) * incoming).sum().backward()
     form = Grid(torch.zeros(5, 8, dtype=torch.uint8), step.float(), None, bits).snap(hidden.float())
     assert bool(((hidden / step.repeat_interleave(count, 1)) > most).any())  # something is clamped
     by_weight, by_step = gradients(form, hidden.float(), incoming.float())
@@ -136,17 +136,17 @@ def test_inputs_that_are_scaled_first_pass_their_scale_on():
     base = Grid(torch.zeros(4, 8, dtype=torch.uint8), torch.full((4, 1), 0.2), None, 4)
     whole = InputScaled(base, finer).snap(hidden)
     by_weight, by_step = gradients(whole, hidden, incoming)
-    inner = gradients(base.snap(hidden / finer), hidden / finer, incoming * finer)
-    assert torch.allclose(by_weight, inner[0] / finer)
-    assert torch.allclose(by_step, inner[1])
+    scaled = gradients(base.snap(hidden / finer), hidden / finer, incoming * finer)
+    assert torch.allclose(by_weight, scaled[0] / finer)
+    assert torch.allclose(by_step, scaled[1])
 
 
 def test_step_sizes_that_float16_holds_stay_so():
     form = Grid(torch.zeros(2, 3, 4, dtype=torch.uint8), torch.ones(2, 3, 1), None, 4)
     steps = torch.tensor([1e-9, 0.1, 1e9]).view(1, 3, 1).expand(2, 3, 1)
-    made = steps_of(with_steps(form, steps, torch.tensor([True, False])[:, None, None]))
-    assert made[0].flatten().tolist() == [2.0**-14, float(torch.tensor(0.1).half()), 65504.0]
-    assert torch.equal(made[1], steps[1])
+    stored = steps_of(with_steps(form, steps, torch.tensor([True, False])[:, None, None]))
+    assert stored[0].flatten().tolist() == [2.0**-14, float(torch.tensor(0.1).half()), 65504.0]
+    assert torch.equal(stored[1], steps[1])
 
 
 # --- what moves and what must not
@@ -205,7 +205,7 @@ def test_it_starts_at_the_grid_and_ends_on_one(sort, device, dtype, steps):
 @pytest.mark.parametrize("loss", ["task", "distillation"])
 def test_the_curve_begins_at_the_loss_of_the_post_training_solution(loss):
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Quantize(weight_bits=2), wb.QAT(qat_steps=1, qat_loss=loss, qat_batch=2 * TRAINING, seed=3)
@@ -219,16 +219,16 @@ def test_the_curve_begins_at_the_loss_of_the_post_training_solution(loss):
     if loss == "distillation":
         p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
         expected = 4 * (p * (p.log() - q.log())).sum(-1).mean()
-    assert made.curve[0][1] == pytest.approx(float(expected), rel=1e-4)
+    assert compressed.curve[0][1] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq", "awq"])
 def test_hidden_weights_begin_where_they_round_to_the_codes_that_are_there(rounding):
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Quantize(weight_bits=2, rounding=rounding)))
+    compressed = compress(task, Recipe(wb.Quantize(weight_bits=2, rounding=rounding)))
     dense = find_layers(task.model)[0]
     kept = []
-    for layer in (layer for layer in made.layers if layer.grid is not None):
+    for layer in (layer for layer in compressed.layers if layer.grid is not None):
         start = start_of(Batch((layer,)), dense)[0]
         assert torch.equal(layer.grid.snap(start).dequantize(), layer.grid.dequantize())
         kept.append(float((start == dense[layer.origin].matrix()).float().mean()))
@@ -238,8 +238,10 @@ def test_hidden_weights_begin_where_they_round_to_the_codes_that_are_there(round
 def test_without_a_step_rate_step_sizes_stay():
     task = tiny_task("vit")
     start = compress(task, Recipe(wb.Quantize(weight_bits=3)))
-    made = compress(task, Recipe(wb.Quantize(weight_bits=3), wb.QAT(**FAST, qat_step_rate=0, qat_rate=2e-2)))
-    for old, new in zip(start.layers, made.layers, strict=True):
+    trained = compress(
+        task, Recipe(wb.Quantize(weight_bits=3), wb.QAT(**FAST, qat_step_rate=0, qat_rate=2e-2))
+    )
+    for old, new in zip(start.layers, trained.layers, strict=True):
         assert old.grid is None or torch.equal(old.grid.scale, new.grid.scale)
 
 
@@ -247,14 +249,14 @@ def test_learned_step_sizes_fit_the_training_items_better():
     """Of two runs that differ in nothing else, on items that both have seen."""
     task, losses = tiny_task("vit"), {}
     for rate in (0.0, 2e-2):
-        made = compress(
+        compressed = compress(
             task,
             Recipe(
                 wb.Quantize(weight_bits=2, scale_search=False),
                 wb.QAT(qat_steps=60, qat_rate=1e-4, qat_step_rate=rate, qat_batch=2 * TRAINING),
             ),
         )
-        losses[rate] = made.curve[-1][1]
+        losses[rate] = compressed.curve[-1][1]
     assert losses[2e-2] < 0.9 * losses[0.0]
 
 
@@ -262,10 +264,12 @@ def test_only_targeted_layers_move():
     task = tiny_task("vit")
     quantize = wb.Quantize(weight_bits=3)
     start = weights(compress(task, Recipe(quantize)).model)
-    made = compress(task, Recipe(quantize, wb.QAT(**FAST, qat_rate=2e-2, targets=("re:fc1$",))))
-    changed = {name for name, tensor in weights(made.model).items() if not torch.equal(tensor, start[name])}
+    trained = compress(task, Recipe(quantize, wb.QAT(**FAST, qat_rate=2e-2, targets=("re:fc1$",))))
+    changed = {
+        name for name, tensor in weights(trained.model).items() if not torch.equal(tensor, start[name])
+    }
     assert changed == {f"vit.layers.{i}.mlp.fc1.{part}" for i in range(2) for part in ("weight", "bias")}
-    assert {row.name for row in made.report if "trained" in row.outcome} == {
+    assert {row.name for row in trained.report if "trained" in row.outcome} == {
         f"vit.layers.{i}.mlp.fc1" for i in range(2)
     }
 
@@ -273,13 +277,13 @@ def test_only_targeted_layers_move():
 def test_what_a_target_leaves_out_stays_and_the_report_says_so():
     task = tiny_task("vit")
     start = compress(task, Recipe(wb.Quantize(weight_bits=3)))
-    made = compress(
+    trained = compress(
         task, Recipe(wb.Quantize(weight_bits=3), wb.QAT(**FAST, qat_rate=2e-2, targets=("!re:fc1$",)))
     )
     for index in range(2):
         name = f"vit.layers.{index}.mlp.fc1"
-        assert torch.equal(start.model.get_submodule(name).weight, made.model.get_submodule(name).weight)
-        assert "qat left out by target '!re:fc1$'" in {row.name: row.outcome for row in made.report}[name]
+        assert torch.equal(start.model.get_submodule(name).weight, trained.model.get_submodule(name).weight)
+        assert "qat left out by target '!re:fc1$'" in {row.name: row.outcome for row in trained.report}[name]
 
 
 def test_training_that_is_ended_early_says_where_and_gives_the_same_bits_again():
@@ -296,14 +300,14 @@ def test_training_that_is_ended_early_says_where_and_gives_the_same_bits_again()
 
 def test_distillation_may_follow_and_its_curve_goes_on():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Quantize(weight_bits=3), wb.QAT(**FAST), wb.Distill(temperature=2, steps=4, distill_batch=8)
         ),
     )
-    assert [step for step, _ in made.curve] == list(range(8))
-    for layer in made.layers:
+    assert [step for step, _ in compressed.curve] == list(range(8))
+    for layer in compressed.layers:
         layer.check()
 
 
@@ -316,17 +320,17 @@ def test_the_export_gives_the_same_bits_and_packing_is_real(steps, tmp_path):
     task = tiny_task("vit")
     recipe = Recipe(*steps, wb.QAT(**FAST))
     bench = Bench(task, ledger=tmp_path / "points", progress=False)
-    made = bench.compress(recipe)
+    compressed = bench.compress(recipe)
     loaded = load(bench.export(recipe, tmp_path / "out"))
-    assert same(weights(loaded), weights(made.model))
+    assert same(weights(loaded), weights(compressed.model))
     predicted = after(Outline.of(task.model), recipe)
     assert predicted.file_bytes() == after(Outline.of(task.model), Recipe(*steps)).file_bytes()
-    assert sizes(made.model, made.layers).file_bytes <= predicted.file_bytes()
+    assert sizes(compressed.model, compressed.layers).file_bytes <= predicted.file_bytes()
 
 
 def test_it_is_left_out_of_the_sensitivity_of_layers():
-    parts = layers_of(tiny_task("vit").model, Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=3)))
-    assert all([step.kind() for step in part] == ["quantize"] for part in parts.values())
+    by_layer = layers_of(tiny_task("vit").model, Recipe(wb.Quantize(weight_bits=4), wb.QAT(qat_steps=3)))
+    assert all([step.kind() for step in layer_recipe] == ["quantize"] for layer_recipe in by_layer.values())
 
 
 # --- bad input

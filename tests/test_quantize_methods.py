@@ -84,22 +84,22 @@ def test_every_way_combines_with_every_other_step(sort, device, way, around):
     task = tiny_task(sort, device, torch.bfloat16 if "2:4" in around else torch.float32)
     before, after = AROUND[around]
     recipe = Recipe(*before, way, *after)
-    made, twice = compress(task, recipe), compress(task, recipe)
-    assert same(weights(made.model), weights(twice.model))
-    assert made.report == twice.report
-    for layer in made.layers:
+    compressed, twice = compress(task, recipe), compress(task, recipe)
+    assert same(weights(compressed.model), weights(twice.model))
+    assert compressed.report == twice.report
+    for layer in compressed.layers:
         layer.check()
         if layer.mask is not None:
             assert (layer.matrix()[~layer.mask] == 0).all()
-    gridded = [layer for layer in made.layers if layer.grid is not None]
+    gridded = [layer for layer in compressed.layers if layer.grid is not None]
     assert gridded
-    assert torch.isfinite(score(task.kind, made.model, task.evaluation).loss).all()
-    real = sizes(made.model, made.layers)
-    assert counted_sizes(made.model, made.layers) == real
-    packed = pack_model(made.model, made.layers)
+    assert torch.isfinite(score(task.kind, compressed.model, task.evaluation).loss).all()
+    real = sizes(compressed.model, compressed.layers)
+    assert counted_sizes(compressed.model, compressed.layers) == real
+    packed = pack_model(compressed.model, compressed.layers)
     assert real.file_bytes == len(file_content(packed))
     state = unpack_state(packed.tensors, packed.manifest())
-    assert all(torch.equal(state[name], value.cpu()) for name, value in made.model.state_dict().items())
+    assert all(torch.equal(state[name], value.cpu()) for name, value in compressed.model.state_dict().items())
     predicted = outlines.after(Outline.of(task.model), recipe)
     kinds = {packed.encodings[f"{layer.name}.weight"].kind for layer in gridded}
     if not way.mixed and not before and kinds <= {"grid", "dense"}:
@@ -109,15 +109,15 @@ def test_every_way_combines_with_every_other_step(sort, device, way, around):
     bits = sum(
         layer.parameter.numel() * layer.grid.bits + layer.grid.overhead_bits for layer in gridded
     ) / sum(layer.parameter.numel() for layer in gridded)
-    assert made.effective_bits == pytest.approx(bits)
+    assert compressed.effective_bits == pytest.approx(bits)
 
 
 def test_effective_bits_are_in_the_report():
     task = tiny_task("vit")
-    made = compress(task, Recipe(Q(weight_bits=4, group_size=8)))
-    for row in made.report:
+    compressed = compress(task, Recipe(Q(weight_bits=4, group_size=8)))
+    for row in compressed.report:
         assert row.effective_bits == (None if row.bits is None else 4 + (16 + 4) / 8)
-    assert made.effective_bits == 6.5
+    assert compressed.effective_bits == 6.5
     assert compress(task, Recipe(wb.Prune(sparsity=0.5))).effective_bits is None
 
 
@@ -156,7 +156,7 @@ def test_awq_finds_the_best_of_20_exponents(spec, device):
     stack, moments = (part.to(device) for part in problem())
     form, half = awq.search(stack, moments, spec)
     assert half == (True, True)
-    found = output_error(form.dequantize(), stack, moments)
+    error = output_error(form.dequantize(), stack, moments)
     for index in range(2):
         size = moments[index].diagonal().double().sqrt()
         errors = []
@@ -167,7 +167,7 @@ def test_awq_finds_the_best_of_20_exponents(spec, device):
             scaled = (stack[index] / inverse).unsqueeze(0)
             values = form_of(scaled, fit(scaled, spec), spec).dequantize()[0] * inverse
             errors += output_error(values[None], stack[index : index + 1], moments[index : index + 1])
-        assert found[index] == pytest.approx(min(errors), rel=1e-3)
+        assert error[index] == pytest.approx(min(errors), rel=1e-3)
         assert min(errors) < 0.9 * errors[0]  # inputs of such different sizes are worth it
 
 
@@ -238,11 +238,11 @@ def test_hqq_is_never_worse_than_its_start_in_absolute_error(device):
     stack = torch.randn(3, 16, 64, generator=torch.Generator().manual_seed(4)).to(device)
     for spec in (Spec(2, 16), Spec(4), Spec(3, whole=True)):
         scales = fit(stack, spec)
-        plain, found = form_of(stack, scales, spec), hqq.solve(stack, scales, spec)
-        groups = [spec.grouped((form.dequantize() - stack).abs()).sum(3) for form in (plain, found)]
+        plain, solved = form_of(stack, scales, spec), hqq.solve(stack, scales, spec)
+        groups = [spec.grouped((form.dequantize() - stack).abs()).sum(3) for form in (plain, solved)]
         assert bool((groups[1] <= groups[0] * (1 + 1e-5)).all())
         assert float(groups[1].sum()) < 0.99 * float(groups[0].sum())
-        assert isinstance(found, OffsetGrid)
+        assert isinstance(solved, OffsetGrid)
 
 
 # --- mixed precision
@@ -258,15 +258,15 @@ def test_the_allocation_is_the_best_there_is(data):
         for name in sizes
     }
     average = data.draw(st.floats(2, 8))
-    found = mixed_precision.allocate(costs, sizes, average)
-    assert sum(sizes[name] * bits for name, bits in found.items()) <= average * sum(sizes.values()) + 1e-3
+    allocated = mixed_precision.allocate(costs, sizes, average)
+    assert sum(sizes[name] * bits for name, bits in allocated.items()) <= average * sum(sizes.values()) + 1e-3
     best = min(
         sum(costs[name][bits - 2] for name, bits in zip(sizes, widths, strict=True))
         for widths in itertools.product(mixed_precision.WIDTHS, repeat=count)
         if sum(size * bits for size, bits in zip(sizes.values(), widths, strict=True))
         <= average * sum(sizes.values()) + 1e-9
     )
-    assert sum(costs[name][bits - 2] for name, bits in found.items()) == pytest.approx(best)
+    assert sum(costs[name][bits - 2] for name, bits in allocated.items()) == pytest.approx(best)
 
 
 def test_sizes_that_share_no_divisor_never_break_the_budget():
@@ -276,8 +276,8 @@ def test_sizes_that_share_no_divisor_never_break_the_budget():
         name: [float(torch.rand((), generator=generator)) * 4.0**-bits for bits in mixed_precision.WIDTHS]
         for name in sizes
     }
-    found = mixed_precision.allocate(costs, sizes, 3.3)
-    used = sum(sizes[name] * bits for name, bits in found.items()) / sum(sizes.values())
+    widths = mixed_precision.allocate(costs, sizes, 3.3)
+    used = sum(sizes[name] * bits for name, bits in widths.items()) / sum(sizes.values())
     assert 3.25 < used <= 3.3
 
 
@@ -299,9 +299,9 @@ def test_costs_are_the_second_order_change_of_the_loss():
 
     work = Work(task.model, task, statistics)
     spec = Spec(0, 8)
-    found = mixed_precision.costs(work.layers.values(), spec, work)
+    costs = mixed_precision.costs(work.layers.values(), spec, work)
     for layer in work_layers:
-        assert all(a > b for a, b in itertools.pairwise(found[layer.name]))  # more bits never cost more here
+        assert all(a > b for a, b in itertools.pairwise(costs[layer.name]))  # more bits never cost more here
     name = work_layers[0].name
     matrix, moment, square = (
         work.layers[name].matrix(),
@@ -312,34 +312,34 @@ def test_costs_are_the_second_order_change_of_the_loss():
         form_of(matrix[None], fit(matrix[None], Spec(3, 8)), Spec(3, 8)).dequantize()[0] - matrix
     ).double()
     felt = square.sum(1) / moment.diagonal().sum()
-    assert found[name][1] == pytest.approx(
+    assert costs[name][1] == pytest.approx(
         float(sum(felt[o] * error[o] @ moment @ error[o] for o in range(len(error)))) / 2, rel=1e-4
     )
 
 
 @pytest.mark.parametrize("average", [2.5, 3.4, 6.02])
 def test_the_average_is_met_over_all_weights(sort, average):
-    made = compress(tiny_task(sort), Recipe(Q(weight_bits=average)))
-    layers = [layer for layer in made.layers if layer.grid is not None]
+    compressed = compress(tiny_task(sort), Recipe(Q(weight_bits=average)))
+    layers = [layer for layer in compressed.layers if layer.grid is not None]
     used = sum(layer.grid.bits * layer.parameter.numel() for layer in layers) / sum(
         layer.parameter.numel() for layer in layers
     )
     assert average - 0.35 < used <= average
     assert {layer.grid.bits for layer in layers} <= set(mixed_precision.WIDTHS)
     assert len({layer.grid.bits for layer in layers}) > 1 or average == 6.02
-    assert any(f"of {average:g} on average" in row.outcome for row in made.report)
+    assert any(f"of {average:g} on average" in row.outcome for row in compressed.report)
 
 
 def test_mixed_precision_is_no_worse_than_the_same_width_everywhere(fashion_cnn):
     """Paired, on all 2,000 images; at three bits it is shown to be better, by 7 standard errors."""
     statistics, losses = Statistics(fashion_cnn), {}
     for average, allocation in ((3, "auto"), (3, "knapsack"), (4, "auto"), (4, "knapsack")):
-        made = compress(
+        compressed = compress(
             fashion_cnn, Recipe(Q(weight_bits=average, bit_allocation=allocation)), statistics, shared=True
         )
         losses[average, allocation] = torch.cat(
             [
-                score(fashion_cnn.kind, made.model, items).loss
+                score(fashion_cnn.kind, compressed.model, items).loss
                 for items in fashion_cnn.evaluation.batches(fashion_cnn.batch_size)
             ]
         ).double()
@@ -483,12 +483,12 @@ def test_rows_of_zeros_and_of_one_value(way, value):
     task = tiny_task("vit")
     layer = next(layer for layer in compress(task, Recipe()).layers if "classifier" not in layer.name)
     task.model.get_submodule(layer.name).weight.view(layer.parameter.shape[0], -1)[1] = value
-    made = {layer.name: layer for layer in compress(task, Recipe(way)).layers}[layer.name]
-    assert torch.isfinite(made.matrix()).all()
+    written = {layer.name: layer for layer in compress(task, Recipe(way)).layers}[layer.name]
+    assert torch.isfinite(written.matrix()).all()
     if way.granularity == "row" and (value == 0 or (way.rounding == "rtn" and way.grid == "asymmetric")):
         assert torch.allclose(
-            made.matrix()[1],
-            torch.full_like(made.matrix()[1], value),
+            written.matrix()[1],
+            torch.full_like(written.matrix()[1], value),
             rtol=2e-3,
             atol=0.04 if way.rounding == "hqq" else 1e-6,
         )
@@ -541,16 +541,16 @@ def test_an_average_width_where_no_group_fits_is_refused_with_the_reason():
 def test_the_ranges_of_groups_are_found_once_for_all_widths_and_give_the_same_bits(
     sort, device, step, monkeypatch
 ):
-    task, found = tiny_task(sort, device), []
+    task, searches = tiny_task(sort, device), []
     for name in ("ranges", "ranges_in_place"):
         find = getattr(quantize, name)
-        monkeypatch.setattr(quantize, name, lambda *given, find=find: found.append(1) or find(*given))
+        monkeypatch.setattr(quantize, name, lambda *given, find=find: searches.append(1) or find(*given))
     kept = Statistics(task)
     first = compress(task, Recipe(step), kept)
     shapes = {tuple(layer.parameter.shape) for layer in first.layers if layer.grid is not None}
-    assert len(found) >= len(shapes)
-    count = len(found)
-    other = dataclasses.replace(step, weight_bits=3)
-    again = compress(task, Recipe(other), kept)
-    assert len(found) == count
-    assert same(weights(again.model), weights(compress(task, Recipe(other)).model))
+    assert len(searches) >= len(shapes)
+    count = len(searches)
+    narrower = dataclasses.replace(step, weight_bits=3)
+    again = compress(task, Recipe(narrower), kept)
+    assert len(searches) == count
+    assert same(weights(again.model), weights(compress(task, Recipe(narrower)).model))

@@ -33,13 +33,13 @@ def used(rows, dense) -> int:
 def test_the_budget_is_that_of_uniform_ranks_and_no_layer_falls_below_half(sort, factorization, share, ratio):
     task = tiny_task(sort)
     uniform = compress(task, Recipe(wb.LowRank(rank_ratio=ratio, factorization=factorization)))
-    made = compress(
+    compressed = compress(
         task, Recipe(wb.LowRank(rank_ratio=ratio, factorization=factorization, rank_allocation=share))
     )
     taken = {row.name: row for row in uniform.report if "stays dense" not in row.outcome}
     step = max(sum(row.shape) for row in taken.values())
-    assert used(uniform.report, taken) - step < used(made.report, taken) <= used(uniform.report, taken)
-    for row in made.report:
+    assert used(uniform.report, taken) - step < used(compressed.report, taken) <= used(uniform.report, taken)
+    for row in compressed.report:
         if row.name not in taken:
             assert row.relative_error in {0.0, None}
             continue
@@ -49,10 +49,10 @@ def test_the_budget_is_that_of_uniform_ranks_and_no_layer_falls_below_half(sort,
         if row.rank is None:
             assert row.outcome.startswith(f"lowrank skipped: whole, it is worth its weights by {share}")
             assert row.weights == row.shape[0] * row.shape[1]
-    assert len({row.rank for row in made.report if row.name in taken}) > 1
-    outline = after(Outline.of(task.model), made.recipe)
+    assert len({row.rank for row in compressed.report if row.name in taken}) > 1
+    outline = after(Outline.of(task.model), compressed.recipe)
     assert not outline.exact()
-    assert outline.file_bytes() >= sizes(made.model, made.layers).file_bytes
+    assert outline.file_bytes() >= sizes(compressed.model, compressed.layers).file_bytes
 
 
 def test_by_energy_more_of_the_outputs_is_kept_than_with_uniform_ranks():
@@ -64,12 +64,12 @@ def test_by_energy_more_of_the_outputs_is_kept_than_with_uniform_ranks():
     inputs = recorded_inputs(task)
 
     def kept(share: str) -> float:
-        made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, rank_allocation=share)))
+        compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.3, rank_allocation=share)))
         lost = 0.0
         for name in ("body.1", "body.2"):
             dense, now = (
                 dense_matrix(task.model.get_submodule(name)),
-                made.model.get_submodule(name).weight.detach().double(),
+                compressed.model.get_submodule(name).weight.detach().double(),
             )
             rows = inputs[name].double()
             lost += float((rows @ (now - dense).t()).square().sum() / (rows @ dense.t()).square().sum())
@@ -167,7 +167,9 @@ def test_two_ranks_cannot_be_shared_out():
 def test_too_little_calibration_is_said():
     task = tiny_task("vit")
     task = type(task)(**{**vars(task), "calibration": task.calibration[:2]})
-    made = compress(task, Recipe(wb.LowRank(rank_ratio=0.3)))
-    assert any(warning.startswith("lowrank: calibration is too small for ") for warning in made.warnings)
-    for row in made.report:
+    compressed = compress(task, Recipe(wb.LowRank(rank_ratio=0.3)))
+    assert any(
+        warning.startswith("lowrank: calibration is too small for ") for warning in compressed.warnings
+    )
+    for row in compressed.report:
         assert row.relative_error is not None

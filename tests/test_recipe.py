@@ -182,14 +182,14 @@ def test_the_key_is_the_same_in_another_process():
     )
     code = f"from workbench import *; from workbench.recipe import Recipe; print({recipe!r}.key)"
     seed = "42" if os.environ.get("PYTHONHASHSEED") != "42" else "43"
-    found = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": seed},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout.strip() == recipe.key
+    assert run.stdout.strip() == recipe.key
 
 
 def test_equal_values_given_as_other_types_are_the_same_recipe():

@@ -43,15 +43,15 @@ def direct(lost: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
     return (left[:, :rank] * kept[:rank]) @ right[:rank] @ torch.linalg.pinv(scale, rtol=1e-10)
 
 
-def repaired(task, made):
+def repaired(task, compressed):
     """Yield (name, dense matrix, module) of every layer that was repaired."""
-    found = [
-        (row.name, matrix(task.model.get_submodule(row.name)), made.model.get_submodule(row.name))
-        for row in made.report
+    modules = [
+        (row.name, matrix(task.model.get_submodule(row.name)), compressed.model.get_submodule(row.name))
+        for row in compressed.report
         if "repaired" in row.outcome
     ]
-    assert len(found) >= 3
-    return found
+    assert len(modules) >= 3
+    return modules
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_the_term_is_the_one_of_least_output_error(sort, device, before, ratio):
     task = tiny_task(sort, device)
     inputs = recorded_inputs(task)
     plain = compress(task, Recipe(*before))
-    made = compress(task, Recipe(*before, wb.Repair(repair_ratio=ratio)))
-    for name, dense, module in repaired(task, made):
+    compressed = compress(task, Recipe(*before, wb.Repair(repair_ratio=ratio)))
+    for name, dense, module in repaired(task, compressed):
         rank = max(1, round(ratio * min(dense.shape)))
         assert len(module.first.weight) == rank
         base = matrix(plain.model.get_submodule(name))
@@ -118,12 +118,12 @@ def test_nothing_lost_and_nothing_seen_are_no_trouble():
 def test_masks_grids_and_bytes(sort, device):
     task = tiny_task(sort, device)
     recipe = Recipe(PRUNE, QUANTIZE, wb.Repair(repair_ratio=0.1))
-    plain, made = compress(task, Recipe(PRUNE, QUANTIZE)), compress(task, recipe)
-    rows = {row.name: row for row in made.report}
+    plain, compressed = compress(task, Recipe(PRUNE, QUANTIZE)), compress(task, recipe)
+    rows = {row.name: row for row in compressed.report}
     more = 0
-    for name, dense, module in repaired(task, made):
+    for name, dense, module in repaired(task, compressed):
         rank = len(module.first.weight)
-        base = next(layer for layer in made.layers if layer.name == f"{name}.base")
+        base = next(layer for layer in compressed.layers if layer.name == f"{name}.base")
         base.check()
         assert (base.mask is None) == bool(dense.shape[1] % 4)
         assert base.mask is None or (matrix(module.base)[~base.mask.cpu()] == 0).all()
@@ -144,8 +144,8 @@ def test_masks_grids_and_bytes(sort, device):
             else module.weight.double().cpu().flatten(1)
         )
         torch.testing.assert_close(seen, whole, rtol=1e-5, atol=1e-6)
-    packed = sizes(made.model, made.layers)
-    assert packed == counted_sizes(made.model, made.layers)
+    packed = sizes(compressed.model, compressed.layers)
+    assert packed == counted_sizes(compressed.model, compressed.layers)
     assert packed.packed_bytes - sizes(plain.model, plain.layers).packed_bytes == more
     assert packed.theoretical_bytes - sizes(plain.model, plain.layers).theoretical_bytes == more
     predicted = after(Outline.of(task.model), recipe)
@@ -158,9 +158,9 @@ def test_masks_grids_and_bytes(sort, device):
 
 def test_the_module_adds_what_it_says(sort, device):
     task = tiny_task(sort, device)
-    made = compress(task, Recipe(QUANTIZE, wb.Repair(repair_ratio=0.2)))
+    compressed = compress(task, Recipe(QUANTIZE, wb.Repair(repair_ratio=0.2)))
     inputs = recorded_inputs(task)
-    for name, _, module in repaired(task, made):
+    for name, _, module in repaired(task, compressed):
         if isinstance(module.base, torch.nn.Conv2d):
             continue
         rows = inputs[name][:7].to(device)
@@ -172,14 +172,14 @@ def test_the_module_adds_what_it_says(sort, device):
             atol=1e-5,
         )
     x = task.evaluation[:2].to(device)
-    assert torch.isfinite(task.kind.logits(made.model, x)).all()
+    assert torch.isfinite(task.kind.logits(compressed.model, x)).all()
 
 
 def test_bfloat16_still_gains(sort):
     task = tiny_task(sort, dtype=torch.bfloat16)
     inputs = recorded_inputs(task)
-    made = compress(task, Recipe(PRUNE, wb.Repair(repair_ratio=0.1)))
-    for name, dense, module in repaired(task, made):
+    compressed = compress(task, Recipe(PRUNE, wb.Repair(repair_ratio=0.1)))
+    for name, dense, module in repaired(task, compressed):
         assert module.first.weight.dtype == torch.bfloat16
         rows = inputs[name].double()
         assert (rows @ (dense - matrix(module.base) - term(module)).t()).norm() < (
@@ -199,9 +199,9 @@ def test_rounds_keep_the_budget_and_lose_less(sort, criterion, pattern):
     first = compress(task, Recipe(prune))
     error = []
     for rounds in (1, 12):
-        made = compress(task, Recipe(prune, wb.Repair(repair_ratio=0.2, repair_rounds=rounds)))
+        compressed = compress(task, Recipe(prune, wb.Repair(repair_ratio=0.2, repair_rounds=rounds)))
         total = 0.0
-        for name, dense, module in repaired(task, made):
+        for name, dense, module in repaired(task, compressed):
             before, now = (matrix(m) == 0 for m in (first.model.get_submodule(name), module.base))
             assert int(now.sum()) == int(before.sum())
             if pattern == "2:4":
@@ -265,8 +265,8 @@ def test_orders_that_cannot_work_are_refused(steps, message):
 
 def test_what_was_not_touched_is_not_repaired_and_the_report_says_why():
     task = tiny_task("vit")
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",)), wb.Repair()))
-    rows = {row.name: row.outcome for row in made.report}
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*fc1",)), wb.Repair()))
+    rows = {row.name: row.outcome for row in compressed.report}
     assert rows["vit.layers.0.mlp.fc1"] == "50% sparse by magnitude; repaired by rank 1"
     assert rows["vit.layers.0.mlp.fc2"] == "repair skipped: no earlier step pruned or quantized it"
     assert rows["classifier"] == "repair skipped: the output head stays dense unless targets name it"
@@ -289,13 +289,13 @@ def test_the_head_is_repaired_when_it_is_named_and_trains():
         wb.Repair(repair_ratio=0.1, targets=every),
         wb.Distill(steps=3, distill_batch=8),
     )
-    made = compress(task, recipe)
+    compressed = compress(task, recipe)
     start = compress(task, Recipe(*list(recipe)[:2]))
-    assert isinstance(made.model.lm_head, Repaired)
-    assert not torch.equal(made.model.lm_head.first.weight, start.model.lm_head.first.weight)
-    for layer in made.layers:
+    assert isinstance(compressed.model.lm_head, Repaired)
+    assert not torch.equal(compressed.model.lm_head.first.weight, start.model.lm_head.first.weight)
+    for layer in compressed.layers:
         layer.check()
-    assert same(weights(compress(task, recipe).model), weights(made.model))
+    assert same(weights(compress(task, recipe).model), weights(compressed.model))
 
 
 def test_infinite_weights_are_refused_by_name():

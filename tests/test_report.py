@@ -22,7 +22,7 @@ SMALL = {"model": "fashion-cnn", "weight_bits": 4, "evaluation_items": 200, "ste
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return (page, ledger) of one real report on 200 images."""
     folder = tmp_path_factory.mktemp("report")
     ledger = folder / "points.journal"
@@ -33,14 +33,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def outputs(notebook: Path) -> str:
     """Return all HTML and text outputs of an executed notebook."""
     cells = nbformat.read(notebook, as_version=4).cells
-    found = [output for cell in cells for output in cell.get("outputs", [])]
-    assert not [output for output in found if output.output_type == "error"]
-    return "\n".join(output.data.get("text/html", "") for output in found if "data" in output)
+    shown = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in shown if output.output_type == "error"]
+    return "\n".join(output.data.get("text/html", "") for output in shown if "data" in output)
 
 
 @pytest.mark.notebook
-def test_numbers_on_the_page_are_those_of_the_ledger(made: tuple[Path, Path]) -> None:
-    page, ledger = made
+def test_numbers_on_the_page_are_those_of_the_ledger(paths: tuple[Path, Path]) -> None:
+    page, ledger = paths
     rows = wb.Ledger(ledger).rows()
     recipe = wb.Recipe(wb.Quantize(weight_bits=4))
     point = next(row for row in rows if row.recipe == recipe)
@@ -57,12 +57,12 @@ def test_numbers_on_the_page_are_those_of_the_ledger(made: tuple[Path, Path]) ->
 
 
 @pytest.mark.notebook
-def test_golden_numbers_within_tolerance(made: tuple[Path, Path]) -> None:
+def test_golden_numbers_within_tolerance(paths: tuple[Path, Path]) -> None:
     """The dense accuracy is that of these images, and sizes are exact.
 
     Source: this project's own run, November 2026.
     """
-    _, ledger = made
+    _, ledger = paths
     point = next(
         row for row in wb.Ledger(ledger).rows() if row.recipe == wb.Recipe(wb.Quantize(weight_bits=4))
     )
@@ -74,8 +74,8 @@ def test_golden_numbers_within_tolerance(made: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.notebook
-def test_second_report_measures_nothing_again(made: tuple[Path, Path]) -> None:
-    page, ledger = made
+def test_second_report_measures_nothing_again(paths: tuple[Path, Path]) -> None:
+    page, ledger = paths
     before = ledger.read_bytes()
     report({**SMALL, "ledger": str(ledger)}, page.parent / "second", progress=False)
     assert ledger.read_bytes().count(b'"measurement"') == before.count(b'"measurement"')
@@ -83,13 +83,13 @@ def test_second_report_measures_nothing_again(made: tuple[Path, Path]) -> None:
 
 @pytest.mark.browser
 @pytest.mark.notebook
-def test_page_opens_with_no_network_and_shows_every_plot(made: tuple[Path, Path]) -> None:
+def test_page_opens_with_no_network_and_shows_every_plot(paths: tuple[Path, Path]) -> None:
     path = browser.find()
     if path is None:
         pytest.skip("no Chromium or Chrome here and none could be installed (see tests/browser.py)")
     from playwright.sync_api import sync_playwright
 
-    page_path, _ = made
+    page_path, _ = paths
     asked, problems = [], []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=list(browser.FLAGS))
@@ -122,8 +122,8 @@ def test_page_opens_with_no_network_and_shows_every_plot(made: tuple[Path, Path]
 
 
 @pytest.mark.notebook
-def test_gate_that_does_not_hold_fails_but_keeps_the_report(made: tuple[Path, Path]) -> None:
-    page, ledger = made
+def test_gate_that_does_not_hold_fails_but_keeps_the_report(paths: tuple[Path, Path]) -> None:
+    page, ledger = paths
     folder = page.parent / "gate"
     with pytest.raises(GateFailed, match="max_file_bytes: file .* bytes .*, limit 1,000"):
         report({**SMALL, "ledger": str(ledger), "max_file_bytes": 1000}, folder, progress=False)
@@ -133,11 +133,11 @@ def test_gate_that_does_not_hold_fails_but_keeps_the_report(made: tuple[Path, Pa
 
 
 @pytest.mark.notebook
-def test_a_report_says_what_it_does_unless_told_not_to(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_report_says_what_it_does_unless_told_not_to(paths: tuple[Path, Path], tmp_path: Path) -> None:
     """From the command line, with no terminal: lines on stderr, two paths on stdout, nothing of either on the
     page, and no socket left behind."""
-    _, ledger = made
-    words = [
+    _, ledger = paths
+    arguments = [
         "report",
         "fashion-cnn",
         "--weight-bits",
@@ -151,7 +151,7 @@ def test_a_report_says_what_it_does_unless_told_not_to(made: tuple[Path, Path], 
     ]
     run, quiet = (
         subprocess.run(
-            [sys.executable, "-m", "workbench", *words, *more],
+            [sys.executable, "-m", "workbench", *arguments, *more],
             capture_output=True,
             text=True,
             check=True,

@@ -77,12 +77,12 @@ class Broken:
 def test_a_kernel_takes_the_layers_it_serves_and_the_plan_says_so_beforehand():
     task = tiny_task("vit")
     compressed = compress(task, W8A8)
-    made = plan(compressed, "cpu")
-    assert made.kernels == (f"{len(made.engines)} layers by torch int8",)
-    assert len(made.no_kernel) == 1  # the patch embedding is a convolution
-    assert "no convolution of integers" in made.no_kernel[0]
+    planned = plan(compressed, "cpu")
+    assert planned.kernels == (f"{len(planned.engines)} layers by torch int8",)
+    assert len(planned.no_kernel) == 1  # the patch embedding is a convolution
+    assert "no convolution of integers" in planned.no_kernel[0]
     run = realise(compressed, "cpu", dense=task.model, kind=task.kind, items=task.evaluation[:4])
-    assert sum(isinstance(part, Int8Linear) for part in run.model.modules()) == len(made.engines) > 5
+    assert sum(isinstance(part, Int8Linear) for part in run.model.modules()) == len(planned.engines) > 5
     assert run.dense is task.model
     assert not run.warnings
     assert not any(isinstance(part, Int8Linear) for part in compressed.model.modules())
@@ -99,14 +99,14 @@ def test_a_kernel_that_fails_costs_its_speed_and_never_the_point(way, monkeypatc
     point = bench_of(tmp_path).measure(Recipe(wb.Quantize(weight_bits=4)))
     assert point.latency is not None
     assert point.complete
-    words = " ".join(point.warnings)
+    text = " ".join(point.warnings)
     assert {
         "build": "no such instruction",
         "run": "illegal memory access",
         "nan": "nan apart",
         "wrong": "gives other products",
-    }[way] in words
-    assert "floats" in words or "left out" in words
+    }[way] in text
+    assert "floats" in text or "left out" in text
     assert point.kernels == ()  # what was planned is not said to have run
     assert (
         len([warning for warning in point.warnings if "floats" in warning]) <= 2
@@ -131,7 +131,9 @@ def test_a_whole_runtime_that_fails_falls_back_for_both_models(monkeypatch, tmp_
     assert run.model is compressed.model
     assert run.dense is bench.task.model
     point = bench.measure(Recipe(wb.Prune(sparsity=0.5)))
-    assert any("timed step by step in torch" in words and "bad day" in words for words in point.warnings)
+    assert any(
+        "timed step by step in torch" in warning and "bad day" in warning for warning in point.warnings
+    )
     assert point.latency is not None
 
 
@@ -153,10 +155,10 @@ def test_onnx_runtime_answers_as_the_compressed_model(sort, steps):
     assert isinstance(run.model, OnnxSession)
     assert isinstance(run.dense, OnnxSession)
     with torch.inference_mode():
-        wanted, found = (
+        wanted, logits = (
             task.kind.logits(model, task.evaluation[4:8]) for model in (compressed.model, run.model)
         )
-        assert torch.allclose(wanted, found, atol=1e-4)
+        assert torch.allclose(wanted, logits, atol=1e-4)
         assert torch.allclose(
             task.kind.logits(task.model, task.evaluation[:4]),
             task.kind.logits(run.dense, task.evaluation[:4]),
@@ -203,11 +205,11 @@ def test_a_runtime_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypat
 
 
 def test_the_runtime_is_part_of_a_points_key_unless_it_is_the_usual_one(tmp_path):
-    usual, other = bench_of(tmp_path).context, bench_of(tmp_path, runtime="torch").context
-    assert usual.runtime == "auto"
-    assert usual.key(W8A8) != other.key(W8A8)
-    older = dataclasses.replace(usual)
-    parts = [
+    auto, by_torch = bench_of(tmp_path).context, bench_of(tmp_path, runtime="torch").context
+    assert auto.runtime == "auto"
+    assert auto.key(W8A8) != by_torch.key(W8A8)
+    older = dataclasses.replace(auto)
+    key_parts = [
         W8A8.key,
         older.model_fingerprint,
         older.data_fingerprint,
@@ -220,7 +222,7 @@ def test_the_runtime_is_part_of_a_points_key_unless_it_is_the_usual_one(tmp_path
     import hashlib
 
     assert (
-        usual.key(W8A8) == hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+        auto.key(W8A8) == hashlib.sha256("|".join(key_parts).encode()).hexdigest()[:16]
     )  # as version 0.1.0 wrote it
 
 
@@ -247,12 +249,12 @@ def test_every_engine_answers_about_layers_that_are_shapes_only():
 def test_the_command_lists_every_runtime_with_a_reason_where_it_cannot_run():
     shown = CliRunner().invoke(command, ["runtimes", "--quick", "--device", "cpu"])
     assert shown.exit_code == 0
-    words = " ".join(shown.output.replace("│", " ").split())
+    text = " ".join(shown.output.replace("│", " ").split())
     for name in WORDS:
-        assert f"runtime={name}" in words
-    assert "ONNX Runtime" in words
-    assert "torch int8" in words
-    assert "CUDA GPU" in words
+        assert f"runtime={name}" in text
+    assert "ONNX Runtime" in text
+    assert "torch int8" in text
+    assert "CUDA GPU" in text
 
 
 def test_the_roofline_is_what_pencil_and_paper_say():
@@ -262,9 +264,9 @@ def test_the_roofline_is_what_pencil_and_paper_say():
     )  # 4 MB of weights and 8 kB of activations: 4.008 ms; 1 microsecond of arithmetic
     assert one_token.seconds(limits, 4) == pytest.approx((4.008e-3, 1e-6))
     packed = dataclasses.replace(one_token, weight_bytes=5e5)
-    found = roof([one_token], [packed], limits, 4)
-    assert found == Roof(1.0, pytest.approx(4.008 / 0.508))
-    assert found.bound == "memory"
+    floor = roof([one_token], [packed], limits, 4)
+    assert floor == Roof(1.0, pytest.approx(4.008 / 0.508))
+    assert floor.bound == "memory"
     many = Product(10**6, 1000, 1000, 4e6, 32)  # 1 s of arithmetic, 8.004 s of memory
     assert roof([many], [dataclasses.replace(many, bits=8)], limits, 4).ratio == pytest.approx(8.004 / 5.004)
     assert roof([Product(1000, 10**4, 10**4, 4e8, 32)], [], limits, 4).ratio == 1.0
@@ -276,11 +278,11 @@ def test_the_roofline_is_what_pencil_and_paper_say():
 
 
 def test_limits_are_measured_once_and_plausible():
-    found = limits_of("cpu")
-    assert limits_of("cpu") is found
-    assert 1e8 < found.bytes_per_s < 1e13
-    assert all(1e8 < rate < 1e16 for rate in found.multiply_adds_per_s.values())
-    assert "GB/s" in found.words()
+    limits = limits_of("cpu")
+    assert limits_of("cpu") is limits
+    assert 1e8 < limits.bytes_per_s < 1e13
+    assert all(1e8 < rate < 1e16 for rate in limits.multiply_adds_per_s.values())
+    assert "GB/s" in limits.words()
 
 
 def test_a_prediction_says_what_the_model_waits_for(tmp_path):
@@ -307,7 +309,7 @@ def test_a_prediction_says_what_the_model_waits_for(tmp_path):
 @pytest.mark.parametrize(("sort", "blocks"), [("vit", 2), ("llama", 2), ("resnet", 2)])
 def test_a_compiled_model_answers_as_it_did_and_the_given_one_is_left_alone(sort, blocks):
     task = tiny_task(sort)
-    made = runner(
+    compiled = runner(
         task.model,
         (),
         "compiled",
@@ -315,12 +317,12 @@ def test_a_compiled_model_answers_as_it_did_and_the_given_one_is_left_alone(sort
         items=task.evaluation[:4],
         once=lambda _key, compute: compute(),
     )
-    assert isinstance(made, Compiled)
-    assert len(repeated(made.model)) == blocks
+    assert isinstance(compiled, Compiled)
+    assert len(repeated(compiled.model)) == blocks
     assert all(module._compiled_call_impl is None for module in task.model.modules())
     with torch.inference_mode():
         assert torch.allclose(
-            task.kind.logits(made, task.evaluation[:4]),
+            task.kind.logits(compiled, task.evaluation[:4]),
             task.kind.logits(task.model, task.evaluation[:4]),
             atol=1e-5,
         )
@@ -347,24 +349,28 @@ def test_blocks_that_are_alike_are_compiled_once():
 def test_a_captured_model_answers_as_it_did_on_other_inputs_too(sort):
     task = tiny_task(sort, "cuda")
     items = task.evaluation.to("cuda")
-    made = runner(
+    captured = runner(
         task.model, (), "graph", kind=task.kind, items=items[:4], once=lambda _key, compute: compute()
     )
-    assert isinstance(made, CapturedModel)
+    assert isinstance(captured, CapturedModel)
     with torch.inference_mode():
         for part in (items[:4], items[4:8], items[:2], items[8:12]):
-            assert torch.allclose(task.kind.logits(made, part), task.kind.logits(task.model, part), atol=1e-4)
-    assert len(made.graphs) == 2
+            assert torch.allclose(
+                task.kind.logits(captured, part), task.kind.logits(task.model, part), atol=1e-4
+            )
+    assert len(captured.graphs) == 2
 
 
 @pytest.mark.gpu
 def test_a_compiled_model_can_be_captured():
     task = tiny_task("llama", "cuda")
     items = task.evaluation.to("cuda")
-    made = CapturedModel(Compiled(task.model))
+    captured = CapturedModel(Compiled(task.model))
     with torch.inference_mode():
         for part in (items[:4], items[4:8]):
-            assert torch.allclose(task.kind.logits(made, part), task.kind.logits(task.model, part), atol=1e-4)
+            assert torch.allclose(
+                task.kind.logits(captured, part), task.kind.logits(task.model, part), atol=1e-4
+            )
     assert not torch.cuda.is_current_stream_capturing()
 
 

@@ -56,7 +56,7 @@ def layer_of(
 
 
 @pytest.mark.parametrize(
-    ("made", "reason"),
+    ("layer", "reason"),
     [
         (layer_of(16, 64, InputFormat(), zero_point=True), "without zero points"),
         (layer_of(16, 64, InputFormat(), bits=4), "not 8-bit"),
@@ -66,8 +66,8 @@ def layer_of(
         (Layer("fc", "fc", nn.Linear(64, 16)), "not rounded"),
     ],
 )
-def test_what_cannot_be_multiplied_is_refused_with_the_reason(made, reason):
-    assert reason in ScaledProduct().serves(made, "cpu")
+def test_what_cannot_be_multiplied_is_refused_with_the_reason(layer, reason):
+    assert reason in ScaledProduct().serves(layer, "cpu")
 
 
 def test_what_can_is_served_but_not_on_a_cpu():
@@ -109,9 +109,9 @@ def test_products_agree_with_float64_on_fresh_inputs(rows, inputs, rounding, smo
         )
         rounded = format_.rounded(values.float(), scale, zero).double()
         wanted = rounded @ layer.grid.dequantize().double().t() + layer.module.bias.double()
-        made = built(x.view(1, count, inputs))
-        assert made.shape == (1, count, rows)
-        assert float((made[0].double() - wanted).norm() / wanted.norm()) < 8e-3, count
+        product = built(x.view(1, count, inputs))
+        assert product.shape == (1, count, rows)
+        assert float((product[0].double() - wanted).norm() / wanted.norm()) < 8e-3, count
 
 
 @pytest.mark.gpu

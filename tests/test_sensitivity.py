@@ -35,23 +35,23 @@ def by_hand(bench, layer, count):
     """Return right answers of both models on the first items, with only `layer` pruned and quantized."""
     task = bench.task
     steps = [dataclasses.replace(step, targets=(layer,)) for step in HARD]
-    made = compress(task, wb.Recipe(*steps))
+    compressed = compress(task, wb.Recipe(*steps))
     items = task.evaluation[:count]
     with torch.inference_mode():
         return [
             (model(**items.inputs).logits.argmax(-1) == items.labels).double()
-            for model in (task.model, made.model)
+            for model in (task.model, compressed.model)
         ]
 
 
 def test_each_layer_alone_is_what_a_loop_by_hand_finds(bench):
-    found = list(bench.sensitivity(HARD, items=32))
+    costs = list(bench.sensitivity(HARD, items=32))
     names = [row.name for row in compress(bench.task, HARD).report if row.sparsity]
-    assert [cost.name for cost in found] == names
-    for cost in found:
-        dense, made = by_hand(bench, cost.name, 32)
-        change = paired_proportions(dense, made, 0.95)
-        assert cost.drop.value == pytest.approx(float((dense - made).mean()))
+    assert [cost.name for cost in costs] == names
+    for cost in costs:
+        dense, single = by_hand(bench, cost.name, 32)
+        change = paired_proportions(dense, single, 0.95)
+        assert cost.drop.value == pytest.approx(float((dense - single).mean()))
         assert (cost.drop.low, cost.drop.high) == pytest.approx((-change.high, -change.low))
         assert (cost.metric, cost.items, cost.reason) == ("accuracy", 32, "")
         assert cost.recipe == wb.Recipe(*(dataclasses.replace(step, targets=(cost.name,)) for step in HARD))
@@ -72,10 +72,10 @@ def test_language_models_read_windows_and_say_perplexity(tmp_path):
     bench = wb.Bench(
         tiny_tasks.tiny_task("llama"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
     )
-    found = list(bench.sensitivity(wb.Recipe(wb.Quantize(weight_bits=2))))
-    assert {cost.metric for cost in found} == {"perplexity"}
-    assert all(cost.items == min(16, len(bench.evaluation)) for cost in found)
-    for cost in found:
+    costs = list(bench.sensitivity(wb.Recipe(wb.Quantize(weight_bits=2))))
+    assert {cost.metric for cost in costs} == {"perplexity"}
+    assert all(cost.items == min(16, len(bench.evaluation)) for cost in costs)
+    for cost in costs:
         assert np.exp(cost.loss.value) - 1 == pytest.approx(cost.drop.value)
 
 
@@ -98,10 +98,10 @@ def test_what_cannot_be_measured_is_said(bench):
     with pytest.raises(RecipeError, match="items=1 is refused"):
         list(bench.sensitivity(HARD, items=1))
     part = wb.Recipe(wb.Quantize(weight_bits=4, group_size=32))  # divides the inputs of some layers only
-    found = {cost.name: cost for cost in bench.sensitivity(part, items=8)}
-    assert any(cost.drop is None and "does not divide" in cost.reason for cost in found.values())
-    assert any(cost.drop is not None for cost in found.values())
-    assert list(found) == list(layers_of(bench.task.model, part))
+    costs = {cost.name: cost for cost in bench.sensitivity(part, items=8)}
+    assert any(cost.drop is None and "does not divide" in cost.reason for cost in costs.values())
+    assert any(cost.drop is not None for cost in costs.values())
+    assert list(costs) == list(layers_of(bench.task.model, part))
 
 
 def test_it_stops_when_told(bench):
@@ -125,19 +125,19 @@ def test_it_stops_when_told(bench):
 def test_counts_and_zeros_sum_to_the_number_of_weights(values, factor, bins):
     before = torch.tensor(values)
     after = before * factor
-    found = weight_change("layer", before, after, bins)
+    change = weight_change("layer", before, after, bins)
     for counts, zeros, tensor in (
-        (found.before, found.zeros_before, before),
-        (found.after, found.zeros_after, after),
+        (change.before, change.zeros_before, before),
+        (change.after, change.zeros_after, after),
     ):
         assert sum(counts) + zeros == len(values)
         assert zeros == sum(value == 0 for value in tensor.tolist())
-        assert len(counts) == len(found.edges) - 1 == bins
+        assert len(counts) == len(change.edges) - 1 == bins
         assert (
             list(counts)
-            == np.histogram(tensor[tensor != 0].numpy(), np.array(found.edges, np.float32))[0].tolist()
+            == np.histogram(tensor[tensor != 0].numpy(), np.array(change.edges, np.float32))[0].tolist()
         )
-    assert found.weights == len(values)
+    assert change.weights == len(values)
 
 
 @pytest.mark.parametrize(
@@ -148,15 +148,15 @@ def test_counts_and_zeros_sum_to_the_number_of_weights(values, factor, bins):
 @pytest.mark.parametrize("sort", ["vit", "gpt2", "resnet"])
 def test_histograms_are_of_the_very_weights_of_the_recipe(recipe, sort):
     task = tiny_tasks.tiny_task(sort)
-    made = compress(task, recipe)
-    names = [row.name for row in made.report]
-    found = list(weight_changes(task.model, made, first=names[2]))
-    assert found[0].name == names[2]
-    assert {change.name for change in found} == set(names)
-    for change in found:
+    compressed = compress(task, recipe)
+    names = [row.name for row in compressed.report]
+    changes = list(weight_changes(task.model, compressed, first=names[2]))
+    assert changes[0].name == names[2]
+    assert {change.name for change in changes} == set(names)
+    for change in changes:
         dense, now = (
             task.model.get_submodule(change.name).weight,
-            made.model.get_submodule(change.name).weight,
+            compressed.model.get_submodule(change.name).weight,
         )
         assert change.weights == dense.numel() == sum(change.after) + change.zeros_after
         assert change.zeros_after == int((now == 0).sum())
@@ -170,8 +170,8 @@ def test_histograms_are_of_the_very_weights_of_the_recipe(recipe, sort):
 def test_the_bench_reads_weights_and_hands_out_what_it_compressed(bench):
     kept = []
     point = list(bench.stream(wb.Recipe(wb.Prune(sparsity=0.41)), on_compressed=kept.append))[-1]
-    (made,) = kept
-    direct = {change.name: change for change in weight_changes(bench.task.model, made)}
+    (compressed,) = kept
+    direct = {change.name: change for change in weight_changes(bench.task.model, compressed)}
     assert {change.name: change for change in bench.weights(point.recipe)} == direct
     list(bench.stream(point.recipe, on_compressed=kept.append))
     assert len(kept) == 1  # the ledger has the point: nothing was compressed

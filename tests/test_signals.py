@@ -55,10 +55,10 @@ def session(tmp_path):
     bench = wb.Bench(
         tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
     )
-    made = Session()
-    made.bench, made.predictor = bench, bench.predictor()
-    yield made
-    made.close()
+    opened = Session()
+    opened.bench, opened.predictor = bench, bench.predictor()
+    yield opened
+    opened.close()
 
 
 def test_a_second_listener_does_not_disconnect_the_first(session):
@@ -86,12 +86,12 @@ def test_a_second_listener_does_not_disconnect_the_first(session):
 
 
 def test_a_follow_up_may_end(session):
-    found = []
-    end = session.after_measuring(lambda *_: iter(["seen"]), found.append)
+    reports = []
+    end = session.after_measuring(lambda *_: iter(["seen"]), reports.append)
     session.run(wb.Recipe(wb.Prune(sparsity=0.4)))
     end()
     session.run(wb.Recipe(wb.Prune(sparsity=0.3)))
-    assert found == ["seen"]
+    assert reports == ["seen"]
 
 
 def test_without_a_listener_errors_go_to_the_log(session, capsys):

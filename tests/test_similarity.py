@@ -87,8 +87,8 @@ def test_pairs_become_items(alike):
 
 def test_vectors_are_means_of_real_tokens(alike):
     items = alike.evaluation[:6]
-    found = alike.kind.logits(alike.model, items)
-    assert found.shape == (6, 2, 16)
+    vectors = alike.kind.logits(alike.model, items)
+    assert vectors.shape == (6, 2, 16)
     for i in range(6):
         for side in (0, 1):
             ids = items.inputs["input_ids"][i, side][items.inputs["attention_mask"][i, side].bool()]
@@ -97,31 +97,33 @@ def test_vectors_are_means_of_real_tokens(alike):
                 .last_hidden_state[0]
                 .mean(0)
             )
-            assert torch.allclose(found[i, side], mean / mean.norm(), atol=1e-5)  # filling changes nothing
+            assert torch.allclose(vectors[i, side], mean / mean.norm(), atol=1e-5)  # filling changes nothing
 
 
 def test_score_is_the_cosine_of_both_texts(alike):
-    found = score(alike.kind, alike.model, alike.evaluation)
+    scored = score(alike.kind, alike.model, alike.evaluation)
     with torch.no_grad():
         vectors = alike.kind.logits(alike.model, alike.evaluation).double()
-    assert torch.allclose(found.details["cosine"], (vectors[:, 0] * vectors[:, 1]).sum(1), atol=1e-6)
-    assert torch.equal(found.details["score"], alike.evaluation.labels.double())
+    assert torch.allclose(scored.details["cosine"], (vectors[:, 0] * vectors[:, 1]).sum(1), atol=1e-6)
+    assert torch.equal(scored.details["score"], alike.evaluation.labels.double())
     assert float(alike.kind.loss(vectors, alike.evaluation.labels)) == pytest.approx(
-        float(found.loss.mean()), rel=1e-5
+        float(scored.loss.mean()), rel=1e-5
     )
 
 
 def test_soft_loss_is_half_the_squared_distance():
     generator = torch.Generator().manual_seed(0)
-    one, other = (
+    student, teacher = (
         torch.nn.functional.normalize(torch.randn(7, 2, 5, generator=generator), dim=-1) for _ in range(2)
     )
-    assert float(SENTENCE_SIMILARITY.soft_loss(one, other, torch.zeros(7), 3.0)) == pytest.approx(
-        float((one - other).square().sum(-1).mean() / 2), rel=1e-5
+    assert float(SENTENCE_SIMILARITY.soft_loss(student, teacher, torch.zeros(7), 3.0)) == pytest.approx(
+        float((student - teacher).square().sum(-1).mean() / 2), rel=1e-5
     )
-    assert float(SENTENCE_SIMILARITY.soft_loss(one, one, torch.zeros(7), 3.0)) == pytest.approx(0, abs=1e-6)
+    assert float(SENTENCE_SIMILARITY.soft_loss(student, student, torch.zeros(7), 3.0)) == pytest.approx(
+        0, abs=1e-6
+    )
     assert torch.allclose(
-        cosines(one), torch.nn.functional.cosine_similarity(one[:, 0], one[:, 1]), atol=1e-6
+        cosines(student), torch.nn.functional.cosine_similarity(student[:, 0], student[:, 1]), atol=1e-6
     )
 
 
@@ -197,9 +199,11 @@ def test_spearman_is_that_of_scipy():
     generator = np.random.default_rng(0)
     for ties in (3, 1000):
         values, others = generator.integers(0, ties, (2, 5, 40)).astype(float)
-        found = spearman(torch.tensor(values), torch.tensor(others))
-        expected = [stats.spearmanr(one, other).statistic for one, other in zip(values, others, strict=True)]
-        assert found.tolist() == pytest.approx(expected)
+        correlations = spearman(torch.tensor(values), torch.tensor(others))
+        expected = [
+            stats.spearmanr(left, right).statistic for left, right in zip(values, others, strict=True)
+        ]
+        assert correlations.tolist() == pytest.approx(expected)
         assert average_ranks(torch.tensor(values)).numpy() + 0.5 == pytest.approx(
             stats.rankdata(values, axis=1)
         )
@@ -215,11 +219,15 @@ def test_interval_of_a_rank_correlation_covers_the_truth():
     for _ in range(120):
         human, noise, more = generator.normal(size=(3, 60))
         dense = 0.7 * human + np.sqrt(1 - 0.49) * noise
-        other = 0.7 * human + np.sqrt(1 - 0.49) * (0.9 * noise + np.sqrt(1 - 0.81) * more)  # not the same
-        found = quality("rank correlation", scores(dense, human), scores(other, human))[0]
-        for kept, one, wanted in zip(reaches, (found.dense, found.change), (truth, 0.0), strict=True):
-            kept.append(statistical.reach(wanted, one.value, one.low, one.high))
-        assert found.change.high - found.change.low < found.dense.high - found.dense.low  # pairing helps
+        second = 0.7 * human + np.sqrt(1 - 0.49) * (0.9 * noise + np.sqrt(1 - 0.81) * more)  # not the same
+        measured = quality("rank correlation", scores(dense, human), scores(second, human))[0]
+        for kept, estimate, wanted in zip(
+            reaches, (measured.dense, measured.change), (truth, 0.0), strict=True
+        ):
+            kept.append(statistical.reach(wanted, estimate.value, estimate.low, estimate.high))
+        assert (
+            measured.change.high - measured.change.low < measured.dense.high - measured.dense.low
+        )  # pairing helps
     for kept, about in zip(reaches, ("value", "change"), strict=True):
         statistical.assert_covers(kept, 0.95, about=about)
 
@@ -239,19 +247,19 @@ def test_change_and_drop_of_a_rank_correlation():
 def test_flips_are_reversed_orders():
     generator = np.random.default_rng(0)
     before, after = generator.normal(size=(2, 30))
-    found = flips(scores(before, before), scores(after, before), by="cosine")
+    flipped = flips(scores(before, before), scores(after, before), by="cosine")
     reversed_pairs = np.mean(
         [(before[i] - before[j]) * (after[i] - after[j]) < 0 for i in range(30) for j in range(30) if i != j]
     )
-    assert found.value == pytest.approx(reversed_pairs)
-    assert found.value == pytest.approx((1 - stats.kendalltau(before, after).statistic) / 2)
-    assert found.low < found.value < found.high
+    assert flipped.value == pytest.approx(reversed_pairs)
+    assert flipped.value == pytest.approx((1 - stats.kendalltau(before, after).statistic) / 2)
+    assert flipped.low < flipped.value < flipped.high
     assert flips(scores(before, before), scores(2 * before, before), by="cosine").value == 0
 
 
 def test_bootstrap_is_that_of_a_loop():
     values = torch.tensor(np.random.default_rng(0).normal(size=25))
-    found = paired(
+    intervals = paired(
         lambda index: values[index].mean(1),
         lambda index: (values[index] + 1).mean(1),
         25,
@@ -260,12 +268,12 @@ def test_bootstrap_is_that_of_a_loop():
     )
     generator = torch.Generator().manual_seed(0)
     drawn = [float(values[row].mean()) for row in torch.randint(25, (2000, 25), generator=generator)]
-    assert (found[0].low, found[0].high) == (
+    assert (intervals[0].low, intervals[0].high) == (
         pytest.approx(np.quantile(drawn, 0.05)),
         pytest.approx(np.quantile(drawn, 0.95)),
     )
-    assert found[2].value == pytest.approx(1)
-    assert found[2].high - found[2].low < 1e-9
+    assert intervals[2].value == pytest.approx(1)
+    assert intervals[2].high - intervals[2].low < 1e-9
 
 
 # --- methods
@@ -282,11 +290,13 @@ def test_bootstrap_is_that_of_a_loop():
     ids=str,
 )
 def test_methods_work_on_an_encoder(alike, step):
-    made = wb.compress(alike, wb.Recipe(step))
-    assert sum(bool(row.relative_error) for row in made.report) >= 8
-    assert "do not depend on it" in next(row.outcome for row in made.report if row.name == "pooler.dense")
+    compressed = wb.compress(alike, wb.Recipe(step))
+    assert sum(bool(row.relative_error) for row in compressed.report) >= 8
+    assert "do not depend on it" in next(
+        row.outcome for row in compressed.report if row.name == "pooler.dense"
+    )
     assert not torch.allclose(
-        alike.kind.logits(made.model, alike.evaluation),
+        alike.kind.logits(compressed.model, alike.evaluation),
         alike.kind.logits(alike.model, alike.evaluation),
         atol=1e-3,
     )
@@ -327,10 +337,10 @@ def test_a_point_of_an_encoder(alike, tmp_path):
     assert guess.quality.value == pytest.approx(point.primary.compressed.value, abs=0.02)
     assert guess.file_bytes >= point.sizes.file_bytes
     assert type(point).from_json(point.to_json()) == point
-    words = bench.behaviour(recipe)
-    assert words[0].prompt.count("/") == 1
-    assert "people" in words[0].prompt
-    assert float(words[0].dense) != float(words[0].compressed)
+    texts = bench.behaviour(recipe)
+    assert texts[0].prompt.count("/") == 1
+    assert "people" in texts[0].prompt
+    assert float(texts[0].dense) != float(texts[0].compressed)
     assert next(iter(bench.sensitivity(recipe, items=8))).loss is None
     loaded = wb.load(bench.export(recipe, tmp_path / "out"))
     assert torch.equal(
@@ -344,10 +354,10 @@ def test_a_point_of_an_encoder(alike, tmp_path):
 def test_minilm_for_real():
     """Spearman 0.729 on all 353 pairs of WordSim-353, as measured apart from this code."""
     task = load_task("all-MiniLM-L6-v2", "wordsim353", progress=False)
-    parts = [
+    batches = [
         score(task.kind, task.model, some).details
         for some in (task.evaluation, task.calibration, task.training)
     ]
-    cosine, human = (torch.cat([part[name] for part in parts]) for name in ("cosine", "score"))
+    cosine, human = (torch.cat([details[name] for details in batches]) for name in ("cosine", "score"))
     assert len(cosine) == 353
     assert stats.spearmanr(cosine, human).statistic == pytest.approx(0.729, abs=0.002)

@@ -79,11 +79,11 @@ def settled(panel):
 @pytest.fixture(scope="module", params=["fashion-cnn", "fashion-vit"])
 def panel(request, tmp_path_factory):
     where = tmp_path_factory.mktemp("way") / "points.journal"
-    made = Explorer(request.param, ledger=where, evaluation_items=64, offline=True, device="cpu")
-    made.run(wb.Recipe(wb.Prune(sparsity=0.5)))
-    settled(made)
-    yield made
-    made.close()
+    explorer = Explorer(request.param, ledger=where, evaluation_items=64, offline=True, device="cpu")
+    explorer.run(wb.Recipe(wb.Prune(sparsity=0.5)))
+    settled(explorer)
+    yield explorer
+    explorer.close()
 
 
 def slider(panel, name):

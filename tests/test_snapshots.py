@@ -89,15 +89,15 @@ def fits(recipe: Recipe, task: wb.Task) -> Compressed | None:
 
 def chains() -> list[tuple[Step, ...]]:
     """Return every two steps of different kinds that go together, in that order."""
-    found = []
+    pairs = []
     for first, second in itertools.combinations(ALL, 2):
         try:
             Recipe(first, second)
         except RecipeError:
             continue
         if first.claim != second.claim:
-            found.append((first, second))
-    return found
+            pairs.append((first, second))
+    return pairs
 
 
 def test_every_pair_of_steps_is_what_a_fresh_run_gives(sort):
@@ -139,8 +139,8 @@ def test_three_steps_begin_after_the_second(sort, shared):
         )
     assert set(asked) == {"quantize"}
     assert states(kept) == [(first,), (first, second)]
-    other = Recipe(first, wb.Prune(sparsity=0.7), wb.Quantize(weight_bits=2))
-    alike(compress(task, other, kept, lambda what, *_: asked.append(what)), compress(task, other))
+    longer = Recipe(first, wb.Prune(sparsity=0.7), wb.Quantize(weight_bits=2))
+    alike(compress(task, longer, kept, lambda what, *_: asked.append(what)), compress(task, longer))
     assert "lowrank" not in asked
     assert "prune" in asked
 
@@ -196,13 +196,13 @@ def test_what_another_task_did_is_not_taken_over():
     kept = Statistics(task)
     for bits in (5, 4, 3):
         compress(task, Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=bits)), kept)
-    other = dataclasses.replace(task, model=tiny_task("vit").model)
+    second = dataclasses.replace(task, model=tiny_task("vit").model)
     with torch.no_grad():
-        for parameter in other.model.parameters():
+        for parameter in second.model.parameters():
             parameter.mul_(1.5)
     recipe = Recipe(wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3, rounding="hqq"))
-    made = compress(other, recipe, kept)
-    assert not same(weights(made.model), weights(compress(task, recipe).model))
+    compressed = compress(second, recipe, kept)
+    assert not same(weights(compressed.model), weights(compress(task, recipe).model))
 
 
 def test_the_dense_model_is_left_alone():

@@ -123,10 +123,10 @@ def test_missing_jiwer_names_the_extra(monkeypatch):
 
 def test_resampling_keeps_a_tone():
     times = np.arange(8000) / 8000
-    made = audio.resampled(np.sin(2 * np.pi * 440 * times).astype(np.float32), 8000)
+    resampled = audio.resampled(np.sin(2 * np.pi * 440 * times).astype(np.float32), 8000)
     expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
-    assert made.dtype == np.float32
-    assert np.abs(made[200:-200] - expected[200:-200]).max() < 0.01
+    assert resampled.dtype == np.float32
+    assert np.abs(resampled[200:-200] - expected[200:-200]).max() < 0.01
     same = np.ones(5, np.float32)
     assert audio.resampled(same, 16000) is same
 
@@ -150,9 +150,9 @@ def test_sound_of_two_channels_is_averaged_and_silence_is_known(tmp_path):
 
 
 def test_utterances_are_split_and_never_shared(spoken):
-    parts = spoken.evaluation, spoken.calibration, spoken.training
-    assert [len(part) for part in parts] == [12, 6, 6]
-    assert len({name for part in parts for name in part.fingerprints}) == 24
+    pools = spoken.evaluation, spoken.calibration, spoken.training
+    assert [len(pool) for pool in pools] == [12, 6, 6]
+    assert len({name for pool in pools for name in pool.fingerprints}) == 24
     assert spoken.evaluation.inputs["input_features"].shape == (12, 80, 3000)
     assert spoken.kind.audio_seconds(spoken.evaluation) == pytest.approx(12 * 0.5, abs=0.2)
     assert spoken.kind.latency_items == 1
@@ -329,7 +329,7 @@ def test_what_is_timed_does_not_depend_on_what_is_heard(spoken):
 
 def test_score_of_whisper(spoken):
     items = spoken.evaluation[:5]
-    found = score(spoken.kind, spoken.model, items)
+    scores = score(spoken.kind, spoken.model, items)
     with torch.inference_mode():
         chances = (
             spoken.model(
@@ -341,22 +341,22 @@ def test_score_of_whisper(spoken):
         )
     for i in range(5):
         scored = [(j, int(label)) for j, label in enumerate(items.labels[i]) if label >= 0]
-        assert found.loss[i].item() == pytest.approx(
+        assert scores.loss[i].item() == pytest.approx(
             -sum(float(chances[i, j, label]) for j, label in scored) / len(scored), rel=1e-4
         )
-        assert found.weight[i] == len(scored) == 5  # four words and the end
+        assert scores.weight[i] == len(scored) == 5  # four words and the end
     heard = [answer for _, answer in spoken.kind.examples(spoken.model, items)]
     expected = [
         levenshtein(wanted.split(), answer.split())
         for (wanted, _), answer in zip(spoken.kind.examples(spoken.model, items), heard, strict=True)
     ]
-    assert found.details["word errors"].tolist() == expected
-    assert found.details["words"].tolist() == [4.0] * 5
+    assert scores.details["word errors"].tolist() == expected
+    assert scores.details["words"].tolist() == [4.0] * 5
     one_by_one = torch.cat(
         [score(spoken.kind, spoken.model, items[i : i + 1]).details["word errors"] for i in range(5)]
     )
     assert torch.equal(
-        one_by_one, found.details["word errors"]
+        one_by_one, scores.details["word errors"]
     )  # what an utterance gets does not depend on its neighbours
 
 
@@ -369,9 +369,9 @@ def test_a_destroyed_model_gets_a_number(spoken, tmp_path):
     broken.model.decoder.layers[0].fc1.weight = torch.nn.Parameter(
         torch.full_like(broken.model.decoder.layers[0].fc1.weight, torch.nan)
     )
-    found = score(spoken.kind, broken, spoken.evaluation[:3])
-    assert torch.isposinf(found.loss).all()
-    assert torch.isfinite(found.details["word errors"]).all()
+    scores = score(spoken.kind, broken, spoken.evaluation[:3])
+    assert torch.isposinf(scores.loss).all()
+    assert torch.isfinite(scores.details["word errors"]).all()
 
 
 def test_quality_is_the_rate_over_all_words(spoken):
@@ -417,9 +417,9 @@ def test_ctc_of_a_batch_is_that_of_each_utterance(lettered):
             blank=0,
             reduction="none",
         )
-    found = score(lettered.kind, lettered.model, items)
-    assert torch.allclose(found.loss, expected / counts, rtol=1e-3)
-    assert torch.equal(found.weight, counts.double())
+    scores = score(lettered.kind, lettered.model, items)
+    assert torch.allclose(scores.loss, expected / counts, rtol=1e-3)
+    assert torch.equal(scores.weight, counts.double())
 
 
 def test_frames_after_the_end_are_blank(lettered):
@@ -458,8 +458,8 @@ def test_repeats_are_merged_but_doubled_letters_stay(lettered):
 @pytest.mark.parametrize("name", ["spoken", "lettered"])
 def test_methods_work_on_speech(name, step, request):
     task = request.getfixturevalue(name)
-    made = wb.compress(task, wb.Recipe(step))
-    taken = [row.name for row in made.report if row.relative_error]
+    compressed = wb.compress(task, wb.Recipe(step))
+    taken = [row.name for row in compressed.report if row.relative_error]
     assert taken
     if name == "spoken":
         assert any("encoder.layers" in layer for layer in taken)
@@ -471,10 +471,10 @@ def test_distillation_works_on_speech(name, request):
     task = request.getfixturevalue(name)
     step = wb.Distill(temperature=2.0, steps=25, learning_rate=2e-3, distill_batch=4, look_every=0)
     recipe = wb.Recipe(wb.Prune(sparsity=0.6), step)
-    made = wb.compress(task, recipe)
+    compressed = wb.compress(task, recipe)
     with torch.no_grad():
         teacher = task.kind.logits(task.model, task.training)
-        models = wb.compress(task, wb.Recipe(recipe.steps[0])).model, made.model
+        models = wb.compress(task, wb.Recipe(recipe.steps[0])).model, compressed.model
         before, after = (
             float(
                 task.kind.soft_loss(
@@ -539,11 +539,13 @@ def test_whisper_for_real():
     """28 word errors in 1,249 words of all prompts: 2.24%, as measured apart from this code with generate()
     and jiwer."""
     task = load_task("whisper-tiny.en", progress=False)
-    parts = [
+    batches = [
         score(task.kind, task.model, items).details
         for some in (task.evaluation, task.calibration, task.training)
         for items in some.batches(4)
     ]
-    errors, words = (sum(float(part[name].sum()) for part in parts) for name in ("word errors", "words"))
-    assert words == 1249
-    assert errors / words == pytest.approx(0.0224, abs=0.002)
+    errors, word_count = (
+        sum(float(details[name].sum()) for details in batches) for name in ("word errors", "words")
+    )
+    assert word_count == 1249
+    assert errors / word_count == pytest.approx(0.0224, abs=0.002)

@@ -166,12 +166,12 @@ class Registered(nn.Module):
 
 def test_one_module_under_two_names_is_left_dense_and_reported():
     task = custom_task(Registered(), 64)
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*", "head"))))
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*", "head"))))
+    rows = {row.name: row for row in compressed.report}
     assert "shared with" in rows["body.one"].outcome
     assert rows["head"].sparsity == 0.5
-    assert torch.equal(made.model.body.one.weight, task.model.body.one.weight)
-    assert made.model.body.one is made.model.body.other
+    assert torch.equal(compressed.model.body.one.weight, task.model.body.one.weight)
+    assert compressed.model.body.one is compressed.model.body.other
 
 
 def test_grouped_convolutions_are_left_and_reported():
@@ -223,11 +223,11 @@ def test_a_layer_called_by_keyword_is_seen_or_refused_by_name():
 
 
 def test_adding_in_place_keeps_what_is_shared_and_leaves_the_rest():
-    one, other, alone = torch.ones(2, 2), torch.full((2, 2), 2.0), torch.full((2, 2), 5.0)
-    sums = {"q": one, "k": one, "up": other, "gate": other, "left": alone, "late": alone}
+    first, second, alone = torch.ones(2, 2), torch.full((2, 2), 2.0), torch.full((2, 2), 5.0)
+    sums = {"q": first, "k": first, "up": second, "gate": second, "left": alone, "late": alone}
     extra, up, gate, late = (torch.full((2, 2), value) for value in (10.0, 20.0, 30.0, 40.0))
-    found = alike(sums, {"q": extra, "k": extra, "up": up, "gate": gate, "late": late, "new": extra})
-    assert {name: float(total[0, 0]) for name, total in found.items()} == {
+    totals = alike(sums, {"q": extra, "k": extra, "up": up, "gate": gate, "late": late, "new": extra})
+    assert {name: float(total[0, 0]) for name, total in totals.items()} == {
         "q": 11,
         "k": 11,
         "up": 22,
@@ -236,6 +236,6 @@ def test_adding_in_place_keeps_what_is_shared_and_leaves_the_rest():
         "late": 45,
         "new": 10,
     }
-    assert found["q"] is found["k"] is one  # added to where it lay
-    assert found["new"] is extra
+    assert totals["q"] is totals["k"] is first  # added to where it lay
+    assert totals["new"] is extra
     assert float(extra[0, 0]) == 10

@@ -25,9 +25,9 @@ def figure(trace, across=(0.0, 10.0), kind="linear"):
     )
 
 
-def picture(made):
-    found = made.to_dict()
-    return ET.fromstring(svg(found["data"], found["layout"]))  # noqa: S314  our own
+def picture(drawn):
+    content = drawn.to_dict()
+    return ET.fromstring(svg(content["data"], content["layout"]))  # noqa: S314  our own
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_a_point_lies_where_the_axes_say(kind, ends, value, fraction):
 
 def test_points_outside_are_left_out_and_bars_are_cut():
     bars = {"array": [500.0, 1.0, 1.0], "arrayminus": [10.0, 1.0, 1.0], "color": "#abcdef"}
-    made = picture(
+    drawn = picture(
         figure(go.Scatter(x=[5.0, 50.0, None], y=[50.0, 50.0, 50.0], error_y=bars, mode="markers"))
     )
-    assert len(made.findall(f"{SPACE}circle")) == 1
-    (line,) = [line for line in made.findall(f"{SPACE}line") if line.get("stroke") == "#abcdef"]
+    assert len(drawn.findall(f"{SPACE}circle")) == 1
+    (line,) = [line for line in drawn.findall(f"{SPACE}line") if line.get("stroke") == "#abcdef"]
     assert float(line.get("y1")) == TOP
     assert float(line.get("y2")) == pytest.approx(HEIGHT - BOTTOM - 0.4 * (HEIGHT - BOTTOM - TOP), abs=0.1)
 

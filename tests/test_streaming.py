@@ -83,7 +83,7 @@ def at_home(model: torch.nn.Module) -> bool:
     )
 
 
-def alike(one: tuple[LayerReport, ...], other: tuple[LayerReport, ...]) -> bool:
+def alike(first: tuple[LayerReport, ...], second: tuple[LayerReport, ...]) -> bool:
     """Return whether two reports say the same.
 
     Relative errors to the last digits of their sums, which a GPU adds up in another order for resident
@@ -91,9 +91,11 @@ def alike(one: tuple[LayerReport, ...], other: tuple[LayerReport, ...]) -> bool:
     """
     errors = [
         [0.0 if layer.relative_error is None else layer.relative_error for layer in layers]
-        for layers in (one, other)
+        for layers in (first, second)
     ]
-    rest = [[dataclasses.replace(layer, relative_error=None) for layer in layers] for layers in (one, other)]
+    rest = [
+        [dataclasses.replace(layer, relative_error=None) for layer in layers] for layers in (first, second)
+    ]
     return rest[0] == rest[1] and errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
@@ -102,19 +104,19 @@ def test_the_bits_are_those_of_the_resident_model(sort, device, name):
     resident, streamed = tiny_tasks.tiny_task(sort, device), streamed_task(sort, device)
     statistics = Statistics(resident), Statistics(streamed)
     for _ in range(2):  # the second time takes what was kept
-        made, mine = (
+        expected, mine = (
             compress(task, RECIPES[name], kept, shared=True)
             for task, kept in zip((resident, streamed), statistics, strict=True)
         )
         assert at_home(mine.model)
         assert at_home(streamed.model)
-        theirs = {key: tensor.cpu() for key, tensor in made.model.state_dict().items()}
+        theirs = {key: tensor.cpu() for key, tensor in expected.model.state_dict().items()}
         assert tiny_tasks.same(theirs, mine.model.state_dict())
-        assert alike(made.report, mine.report)
-        assert made.warnings == mine.warnings
+        assert alike(expected.report, mine.report)
+        assert expected.warnings == mine.warnings
         scores = [
             Evaluator(task, task.evaluation.to(device), fused=False).scores(model, [], 40)
-            for task, model in ((resident, made.model), (streamed, mine.model))
+            for task, model in ((resident, expected.model), (streamed, mine.model))
         ]
         assert torch.equal(scores[0].loss, scores[1].loss)
         assert torch.equal(scores[0].answers, scores[1].answers)
@@ -135,24 +137,24 @@ def test_measured_points_are_the_same_and_say_what_is_missing(sort, device, tmp_
     ]
     for bench in benches:
         bench.setting.evaluator.fused = False  # as a streamed model is run
-    for one, other in zip(*(list(bench.stream(recipe)) for bench in benches), strict=True):
-        assert (one.quality, one.flips, one.sizes, one.dense_sizes) == (
-            other.quality,
-            other.flips,
-            other.sizes,
-            other.dense_sizes,
+    for stayed, moved in zip(*(list(bench.stream(recipe)) for bench in benches), strict=True):
+        assert (stayed.quality, stayed.flips, stayed.sizes, stayed.dense_sizes) == (
+            moved.quality,
+            moved.flips,
+            moved.sizes,
+            moved.dense_sizes,
         )
-        assert alike(one.layers, other.layers)
-    assert other.complete
-    assert other.latency is None
-    assert other.missing["latency"].startswith("streamed: the model (0.0")
-    assert other.missing["peak memory"] == other.missing["latency"]
+        assert alike(stayed.layers, moved.layers)
+    assert moved.complete
+    assert moved.latency is None
+    assert moved.missing["latency"].startswith("streamed: the model (0.0")
+    assert moved.missing["peak memory"] == moved.missing["latency"]
     assert any(
-        words.startswith("streamed from the host: 0.0") and "to all items" in words
-        for words in other.warnings
+        warning.startswith("streamed from the host: 0.0") and "to all items" in warning
+        for warning in moved.warnings
     )
-    assert other.context.device_name == one.context.device_name + ", streamed from the host"
-    assert one.key != other.key
+    assert moved.context.device_name == stayed.context.device_name + ", streamed from the host"
+    assert stayed.key != moved.key
 
 
 def test_an_export_of_a_streamed_model_is_that_of_the_resident_one(tmp_path):
@@ -175,9 +177,9 @@ def test_one_block_at_a_time_is_on_the_device(monkeypatch):
     copies, fetched = weakref.WeakSet(), offload.fetched
 
     def counted(host, device):
-        made = fetched(host, device)
-        copies.add(made)
-        return made
+        copy = fetched(host, device)
+        copies.add(copy)
+        return copy
 
     monkeypatch.setattr(offload, "fetched", counted)
     seen: list[set[int]] = []
@@ -269,7 +271,7 @@ def test_parts_can_be_called_within_a_pass():
 def test_what_does_not_work_is_refused_before_any_work(name, where, monkeypatch):
     task = streamed_task("llama", "cpu") if where == "streamed" else spread_over_cpu("llama")
     monkeypatch.setattr(Statistics, "once", lambda *_, **__: pytest.fail("work had begun"))
-    words = {
+    messages = {
         "gradients": "gradients need all of the model on one device",
         "structure": "rebuilds modules",
         "training": "Distill.*it trains",
@@ -281,7 +283,7 @@ def test_what_does_not_work_is_refused_before_any_work(name, where, monkeypatch)
         CompressionError, match=rf"(?s)does not work on a model that is {how} \(0\.02 MB\).*"
     ) as caught:
         compress(task, REFUSED[name])
-    assert re.search(words[name], str(caught.value))
+    assert re.search(messages[name], str(caught.value))
 
 
 def test_auto_streams_what_does_not_fit(monkeypatch):
@@ -322,7 +324,7 @@ def test_unknown_placements_are_refused():
 
 def test_a_folder_is_loaded_streamed_and_measured_by_the_command(tmp_path):
     folder = tiny_models.llama(tmp_path / "model")
-    words = tiny_models.words_file(tmp_path / "words.txt")
+    texts = tiny_models.words_file(tmp_path / "words.txt")
     from click.testing import CliRunner
 
     from workbench.cli import workbench
@@ -331,7 +333,7 @@ def test_a_folder_is_loaded_streamed_and_measured_by_the_command(tmp_path):
         "measure",
         str(folder),
         "--data",
-        str(words),
+        str(texts),
         "--ledger",
         str(tmp_path / "points.journal"),
         "--offline",
@@ -393,12 +395,12 @@ def spread_over_cpu(sort: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_spread_model_computes_the_same(sort, name):
-    resident, other = tiny_tasks.tiny_task(sort), spread_over_cpu(sort)
-    made, mine = (compress(task, RECIPES[name], shared=True) for task in (resident, other))
-    assert tiny_tasks.same(made.model.state_dict(), mine.model.state_dict())
+    resident, spread = tiny_tasks.tiny_task(sort), spread_over_cpu(sort)
+    theirs, mine = (compress(task, RECIPES[name], shared=True) for task in (resident, spread))
+    assert tiny_tasks.same(theirs.model.state_dict(), mine.model.state_dict())
     scores = [
         Evaluator(task, task.evaluation).scores(model, [], 40)
-        for task, model in ((resident, made.model), (other, mine.model))
+        for task, model in ((resident, theirs.model), (spread, mine.model))
     ]
     assert torch.equal(scores[0].loss, scores[1].loss)
 
@@ -507,15 +509,15 @@ def test_over_two_gpus_the_answers_are_the_same(name, tmp_path):
     places = {parameter.device for parameter in benches[1].task.model.parameters()}
     assert places == {torch.device("cuda", 0), torch.device("cuda", 1)}
     benches[0].setting.evaluator.fused = False  # as a model over several GPUs is run
-    one, other = (bench.measure(RECIPES[name]) for bench in benches)
+    single, double = (bench.measure(RECIPES[name]) for bench in benches)
     if "repair" in name:  # products of fewer layers at once round otherwise
-        assert other.primary.compressed.value == pytest.approx(one.primary.compressed.value, rel=1e-3)
+        assert double.primary.compressed.value == pytest.approx(single.primary.compressed.value, rel=1e-3)
     else:
-        assert (one.quality, one.flips) == (other.quality, other.flips)
-    assert one.sizes == other.sizes
-    assert "spread over 2 devices" in other.missing["latency"]
-    made = benches[1].compress(RECIPES[name])
-    assert {parameter.device for parameter in made.model.parameters()} == places
+        assert (single.quality, single.flips) == (double.quality, double.flips)
+    assert single.sizes == double.sizes
+    assert "spread over 2 devices" in double.missing["latency"]
+    compressed = benches[1].compress(RECIPES[name])
+    assert {parameter.device for parameter in compressed.model.parameters()} == places
 
 
 @pytest.mark.gpu
@@ -527,7 +529,7 @@ def test_a_gpu_holds_two_blocks_at_most():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    found = streamed(given)
+    logits = streamed(given)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 2.5 * 2048 * 2048 * 4
     assert torch.cuda.memory_allocated() - before < 2**20
@@ -536,7 +538,7 @@ def test_a_gpu_holds_two_blocks_at_most():
     resident = given.cuda()
     for layer in streamed.layers:
         resident = torch.nn.functional.linear(resident, layer.weight.cuda())
-    assert torch.equal(found, resident)
+    assert torch.equal(logits, resident)
 
 
 class Chain(torch.nn.Module):

@@ -36,11 +36,11 @@ def test_the_forecast_counts_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "workbench.predict.offload_forecast.speed_to", lambda _: 1e3
     )  # so slow that arithmetic is nothing beside it
-    one = size / 1e3
+    seconds = size / 1e3
     plain = forecast(bench.setting, bench.pace, RECIPES["magnitude"], 16)
-    assert plain.pass_seconds == pytest.approx(one, rel=0.01)
+    assert plain.pass_seconds == pytest.approx(seconds, rel=0.01)
     assert plain.once_seconds == 0
-    assert plain.compress_seconds == pytest.approx(6 * one)
+    assert plain.compress_seconds == pytest.approx(6 * seconds)
     assert plain.first_seconds == pytest.approx(
         plain.compress_seconds + 2 * plain.pass_seconds
     )  # one batch of 16, dense and compressed
@@ -53,7 +53,7 @@ def test_the_forecast_counts_passes(tmp_path, monkeypatch):
     }
     home = sum(4 * width**2 for _, width in inputs) / 1e2
     assert forecast(bench.setting, bench.pace, RECIPES["awq"], 16).once_seconds == pytest.approx(
-        2 * (one + home), rel=0.01
+        2 * (seconds + home), rel=0.01
     )  # 24 calibration items in batches of 16
     list(bench.looks(RECIPES["awq"], (16,), again=True, cancelled=None))
     after = forecast(bench.setting, bench.pace, RECIPES["awq"], 16)
@@ -118,9 +118,9 @@ def test_wanda_takes_no_second_moment_of_a_streamed_model_to_its_device_and_read
         kept, "second_moment", lambda name: pytest.fail(f"the second moment of {name} is fetched")
     )
     for index, (recipe, expected) in enumerate(zip(recipes, resident, strict=True)):
-        made = compress(task, recipe, kept)
+        compressed = compress(task, recipe, kept)
         for name, tensor in expected.model.state_dict().items():
-            assert torch.equal(made.model.state_dict()[name], tensor)
+            assert torch.equal(compressed.model.state_dict()[name], tensor)
         if not index:
             for matrix in kept.moments().matrices.values():
                 matrix.fill_(float("nan"))  # nobody looks at them again
@@ -135,7 +135,7 @@ def test_second_moments_of_a_streamed_model_hold_few_inputs(last, monkeypatch):
 
     def watched(module, given):
         held.append(weakref.ref(given))
-        most.append(sum(one() is not None for one in held))
+        most.append(sum(reference() is not None for reference in held))
         return plain(module, given)
 
     monkeypatch.setattr(passes, "patches", watched)

@@ -68,14 +68,14 @@ def home(monkeypatch):
     at_host, taken_home = offload.at_host, offload.taken_home
 
     def remembered(tensor, *, pinned):
-        made = at_host(tensor, pinned=pinned).clone()
-        known[made.untyped_storage().data_ptr()] = made
-        return made
+        held = at_host(tensor, pinned=pinned).clone()
+        known[held.untyped_storage().data_ptr()] = held
+        return held
 
     def belongs_away(tensor, *, pinned):
-        made = taken_home(tensor, pinned=pinned)
-        made.streams_to = AWAY  # not what the CPU calls itself
-        return made
+        held = taken_home(tensor, pinned=pinned)
+        held.streams_to = AWAY  # not what the CPU calls itself
+        return held
 
     monkeypatch.setattr(offload, "at_host", remembered)
     monkeypatch.setattr(offload, "taken_home", belongs_away)
@@ -90,8 +90,8 @@ def test_nothing_is_computed_from_what_lies_at_home(sort, name, home):
     kept = Statistics(task)
     for _ in range(2):  # the second time takes what was kept
         with NothingAtHome(home) as watch:
-            made = compress(task, RECIPES[name], kept, shared=True)
-            Evaluator(task, task.evaluation).scores(made.model, [], 20)
+            compressed = compress(task, RECIPES[name], kept, shared=True)
+            Evaluator(task, task.evaluation).scores(compressed.model, [], 20)
         assert len(home) > 10
         assert not watch.seen, sorted(set(watch.seen))
 
@@ -101,4 +101,4 @@ def test_the_watch_sees_what_it_looks_for(home):
     model = offload.attach(task.model, AWAY)
     with NothingAtHome(home) as watch:
         model.lm_head.weight.sum()
-    assert [words.split()[0] for words in watch.seen] == ["sum"]
+    assert [line.split()[0] for line in watch.seen] == ["sum"]

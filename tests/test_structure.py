@@ -47,15 +47,17 @@ BLOCKS = ("vit", "grouped", "scaled", "distilbert", "resnet", "bottleneck")
 def test_removing_units_is_masking_them(name, pattern, options, device):
     task = task_of(name, device)
     before, config = weights(task.model), task.model.config.to_json_string()
-    made = compress(task, Recipe(wb.Prune(**{"sparsity": 0.5, "pattern": pattern, **options})))
+    compressed = compress(task, Recipe(wb.Prune(**{"sparsity": 0.5, "pattern": pattern, **options})))
     assert same(weights(task.model), before)
     assert task.model.config.to_json_string() == config
-    assert sum(p.numel() for p in made.model.parameters()) < sum(p.numel() for p in task.model.parameters())
-    assert any(layer.columns is not None for layer in made.layers)
-    expected = logits(task, masked(task, made))
+    assert sum(p.numel() for p in compressed.model.parameters()) < sum(
+        p.numel() for p in task.model.parameters()
+    )
+    assert any(layer.columns is not None for layer in compressed.layers)
+    expected = logits(task, masked(task, compressed))
     assert not torch.allclose(expected, logits(task, task.model), atol=1e-3)
     torch.testing.assert_close(
-        logits(task, made.model), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4
+        logits(task, compressed.model), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4
     )
 
 
@@ -76,11 +78,11 @@ class Skip(nn.Module):
 def test_removing_blocks_is_skipping_them(name, criterion, device):
     task = task_of(name, device)
     before = weights(task.model)
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern="layers", criterion=criterion)))
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern="layers", criterion=criterion)))
     assert same(weights(task.model), before)
     gone = {
         row.outcome.split("removed with block ")[1].split(":")[0]
-        for row in made.report
+        for row in compressed.report
         if row.outcome.startswith("removed")
     }
     reference = copy.deepcopy(task.model)
@@ -91,8 +93,8 @@ def test_removing_blocks_is_skipping_them(name, criterion, device):
         len(gone)
         == {"vit": 1, "distilbert": 1, "resnet": 1, "grouped": 2, "scaled": 2, "bottleneck": 1}[name]
     )
-    torch.testing.assert_close(logits(task, made.model), logits(task, reference), atol=1e-5, rtol=1e-5)
-    for row in made.report:
+    torch.testing.assert_close(logits(task, compressed.model), logits(task, reference), atol=1e-5, rtol=1e-5)
+    for row in compressed.report:
         inside = any(row.name.startswith(f"{block}.") for block in gone)
         assert (row.relative_error == 1.0) == inside
         assert row.weights == 0 or not inside
@@ -150,36 +152,36 @@ def test_the_block_that_turns_its_input_least_goes(name):
     ]
     for block in blocks:
         block._forward_hooks.clear()
-    made = compress(task, Recipe(wb.Prune(sparsity=0.4, pattern="layers")))
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.4, pattern="layers")))
     weakest = min(range(len(influence)), key=influence.__getitem__)
-    row = next(row for row in made.report if row.weights == 0)
+    row = next(row for row in compressed.report if row.weights == 0)
     assert f"layers.{weakest}." in row.name
     assert f"block influence {influence[weakest]:.3g} (1 of {len(blocks)} blocks removed" in row.outcome
 
 
 def test_the_group_of_heads_with_the_smallest_norm_goes_and_takes_its_keys_and_values_along():
     task = task_of("grouped")
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern="heads")))
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern="heads")))
     for index, block in enumerate(task.model.model.layers):
         norms = []
         for group in range(2):
             wide, narrow = slice(16 * group, 16 * group + 16), slice(8 * group, 8 * group + 8)
-            parts = [
+            matrices = [
                 block.self_attn.q_proj.weight[wide],
                 block.self_attn.k_proj.weight[narrow],
                 block.self_attn.v_proj.weight[narrow],
                 block.self_attn.o_proj.weight[:, wide],
             ]
-            norms.append(sum(float((part.double() ** 2).sum()) for part in parts) ** 0.5)
+            norms.append(sum(float((matrix.double() ** 2).sum()) for matrix in matrices) ** 0.5)
         kept = max(range(2), key=norms.__getitem__)
-        attention = made.model.model.layers[index].self_attn
+        attention = compressed.model.model.layers[index].self_attn
         assert torch.equal(attention.q_proj.weight, block.self_attn.q_proj.weight[16 * kept : 16 * kept + 16])
         assert torch.equal(attention.k_proj.bias, block.self_attn.k_proj.bias[8 * kept : 8 * kept + 8])
         assert torch.equal(
             attention.o_proj.weight, block.self_attn.o_proj.weight[:, 16 * kept : 16 * kept + 16]
         )
         assert torch.equal(attention.o_proj.bias, block.self_attn.o_proj.bias)
-        row = next(row for row in made.report if row.name == f"model.layers.{index}.self_attn.k_proj")
+        row = next(row for row in compressed.report if row.name == f"model.layers.{index}.self_attn.k_proj")
         assert (
             row.outcome
             == f"1 of 2 key-value groups of 2 heads of model.layers.{index}.self_attn removed by magnitude:"
@@ -190,8 +192,8 @@ def test_the_group_of_heads_with_the_smallest_norm_goes_and_takes_its_keys_and_v
 
 def test_query_heads_go_evenly_where_that_is_nearer_to_what_was_asked():
     task = tiny_task("llama", model=spread(grouped_llama(heads=8, shared=2)))
-    made = compress(task, Recipe(wb.Prune(sparsity=0.25, pattern="heads")))
-    attention = made.model.model.layers[0].self_attn
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.25, pattern="heads")))
+    attention = compressed.model.model.layers[0].self_attn
     assert (attention.q_proj.out_features, attention.k_proj.out_features, attention.num_key_value_groups) == (
         24,
         8,
@@ -199,13 +201,13 @@ def test_query_heads_go_evenly_where_that_is_nearer_to_what_was_asked():
     )
     assert (
         "1 of 4 query heads of key-value head 1 of model.layers.0.self_attn removed"
-        in {row.name: row.outcome for row in made.report}["model.layers.0.self_attn.q_proj"]
+        in {row.name: row.outcome for row in compressed.report}["model.layers.0.self_attn.q_proj"]
     )
     assert (
-        made.model.config.num_attention_heads == 8
+        compressed.model.config.num_attention_heads == 8
     )  # 32 is not divisible by 6: configurations refuse that, so the export says it
     torch.testing.assert_close(
-        logits(task, made.model), logits(task, masked(task, made)), atol=1e-4, rtol=1e-4
+        logits(task, compressed.model), logits(task, masked(task, compressed)), atol=1e-4, rtol=1e-4
     )
 
 
@@ -213,7 +215,7 @@ def test_query_heads_go_evenly_where_that_is_nearer_to_what_was_asked():
 def test_the_number_of_units_is_the_nearest_whole_one_and_one_stays(units, sparsity):
     gone = removed_count(units, sparsity)
     assert 0 <= gone < units
-    assert abs(gone - sparsity * units) <= min(abs(other - sparsity * units) for other in range(units)) + 1e-6
+    assert abs(gone - sparsity * units) <= min(abs(count - sparsity * units) for count in range(units)) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -225,17 +227,17 @@ def test_global_ranks_units_over_all_blocks_and_leaves_one_in_each(name, pattern
     for parameter in list(task.model.parameters())[::3]:
         parameter.mul_(0.05)  # blocks that matter less
     for sparsity in (0.3, 0.95):
-        made = compress(
+        compressed = compress(
             task,
             Recipe(wb.Prune(sparsity=sparsity, pattern=pattern, criterion="fisher", allocation="global")),
         )
         said = {
-            words
-            for row in made.report
+            text
+            for row in compressed.report
             for part in row.outcome.split("; ")
-            if f" {pattern} of " in (words := part.split(" removed by")[0])
+            if f" {pattern} of " in (text := part.split(" removed by")[0])
         }
-        numbers = [(int(words.split()[0]), int(words.split()[2])) for words in said]
+        numbers = [(int(text.split()[0]), int(text.split()[2])) for text in said]
         assert sum(of for _, of in numbers) == count
         wanted = round(sparsity * sum(of for _, of in numbers))
         assert sum(gone for gone, _ in numbers) == min(wanted, sum(of - 1 for _, of in numbers))
@@ -250,13 +252,17 @@ def test_neurons_that_are_always_zero_change_nothing(device):
             for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 projection.weight[5:17] = 0
             layer.mlp.down_proj.weight[:, 5:17] *= 1e-3  # by norm the dead ones are the least
-        made = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern="neurons", reconstruct=reconstruct)))
-        assert made.model.config.intermediate_size == 12
+        compressed = compress(
+            task, Recipe(wb.Prune(sparsity=0.5, pattern="neurons", reconstruct=reconstruct))
+        )
+        assert compressed.model.config.intermediate_size == 12
         assert (
             "removed by magnitude: 5-16"
-            in {row.name: row.outcome for row in made.report}["model.layers.0.mlp.up_proj"]
+            in {row.name: row.outcome for row in compressed.report}["model.layers.0.mlp.up_proj"]
         )
-        torch.testing.assert_close(logits(task, made.model), logits(task, task.model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits(task, compressed.model), logits(task, task.model), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -283,9 +289,9 @@ def test_reconstruction_is_the_least_squares_solution(name, pattern, reader):
     with torch.no_grad():
         task.kind.logits(task.model, task.calibration)
     handle.remove()
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern=pattern, reconstruct=True)))
+    refitted = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern=pattern, reconstruct=True)))
     plain = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern=pattern)))
-    layer, cut = ({each.origin: each for each in result.layers}[reader] for result in (made, plain))
+    layer, cut = ({each.origin: each for each in result.layers}[reader] for result in (refitted, plain))
     inputs = torch.cat(rows)
     dense = (
         layer.as_matrix(module.weight).double()
@@ -308,12 +314,12 @@ def test_reconstruction_is_the_least_squares_solution(name, pattern, reader):
 
 def test_the_cache_of_keys_and_values_finds_its_layers(device):
     task = task_of("grouped", device)
-    made = compress(
+    compressed = compress(
         task, Recipe(wb.Prune(sparsity=0.4, pattern="layers"), wb.Prune(sparsity=0.5, pattern="heads"))
     ).model
     ids = task.evaluation.inputs["input_ids"][:3].to(device)
     cached, plain = (
-        made.generate(
+        compressed.generate(
             ids,
             max_new_tokens=6,
             do_sample=False,
@@ -325,7 +331,7 @@ def test_the_cache_of_keys_and_values_finds_its_layers(device):
     )
     assert torch.equal(cached, plain)
     assert cached.shape[1] == ids.shape[1] + 6
-    assert [layer.self_attn.layer_idx for layer in made.model.layers] == [0, 1]
+    assert [layer.self_attn.layer_idx for layer in compressed.model.layers] == [0, 1]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -363,8 +369,8 @@ def test_every_other_step_works_on_what_is_left(name, dtype, device):
 def test_what_a_later_step_knows_of_the_inputs_is_cut_to_those_that_are_left():
     task = task_of("grouped")
     recipe = Recipe(wb.Prune(sparsity=0.5, pattern="neurons"), wb.Prune(sparsity=0.5, criterion="wanda"))
-    made = compress(task, recipe)
-    layer = {each.origin: each for each in made.layers}["model.layers.1.mlp.down_proj"]
+    compressed = compress(task, recipe)
+    layer = {each.origin: each for each in compressed.layers}["model.layers.1.mlp.down_proj"]
     norms = Statistics(task).second_moment(layer.origin).diagonal().sqrt()[layer.columns]
     dense = task.model.model.layers[1].mlp.down_proj.weight[:, layer.columns]
     for row in range(len(dense)):
@@ -377,9 +383,9 @@ def test_what_a_later_step_knows_of_the_inputs_is_cut_to_those_that_are_left():
 )
 def test_histograms_count_what_was_removed_as_zero(name, pattern):
     task = task_of(name)
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern=pattern)))
-    rows = {row.name: row for row in made.report}
-    for change in weight_changes(task.model, made):
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, pattern=pattern)))
+    rows = {row.name: row for row in compressed.report}
+    for change in weight_changes(task.model, compressed):
         if rows[change.name].relative_error is None:
             continue  # it shares the weight of another
         dense = task.model.get_submodule(change.name).weight
@@ -398,8 +404,8 @@ def test_a_group_penalty_makes_units_small_before_they_go():
     }
     weak, strong = (compress(task, Recipe(wb.Prune(penalty=penalty, **options))) for penalty in (1e-8, 0.1))
 
-    def size(made):
-        return sum(float(layer.parameter.norm()) for layer in made.layers if ".fc" in layer.origin)
+    def size(result):
+        return sum(float(layer.parameter.norm()) for layer in result.layers if ".fc" in layer.origin)
 
     assert size(strong) < 0.9 * size(weak)
     assert len(strong.curve) == 20

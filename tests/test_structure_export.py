@@ -55,13 +55,17 @@ def dense_point():
 def test_it_loads_back_bit_for_bit(name, patterns, allocation, later, tmp_path):
     task = task_of(name)
     recipe = Recipe(*steps(patterns, allocation=allocation), *later)
-    made = compress(task, recipe)
-    loaded = wb.load(export(task, made, dataclasses.replace(dense_point(), recipe=recipe), tmp_path / "out"))
-    assert torch.equal(logits(task, loaded), logits(task, made.model))
-    expected = made.model.state_dict()
+    compressed = compress(task, recipe)
+    loaded = wb.load(
+        export(task, compressed, dataclasses.replace(dense_point(), recipe=recipe), tmp_path / "out")
+    )
+    assert torch.equal(logits(task, loaded), logits(task, compressed.model))
+    expected = compressed.model.state_dict()
     assert list(loaded.state_dict()) == list(expected)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
-    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in made.model.parameters())
+    assert sum(p.numel() for p in loaded.parameters()) == sum(
+        p.numel() for p in compressed.model.parameters()
+    )
 
 
 PLAIN = [
@@ -83,16 +87,16 @@ PLAIN = [
 @pytest.mark.parametrize(("name", "patterns"), PLAIN)
 def test_its_configuration_alone_builds_it(name, patterns, tmp_path):
     task = task_of(name)
-    made = compress(task, Recipe(*steps(patterns)))
-    out = export(task, made, dense_point(), tmp_path / "out")
+    compressed = compress(task, Recipe(*steps(patterns)))
+    out = export(task, compressed, dense_point(), tmp_path / "out")
     assert json.loads((out / "compression.json").read_text())["structure"] == {}
     config = type(task.model.config).from_dict(json.loads((out / "config.json").read_text()))
     model = type(task.model)(config).eval()
-    model.load_state_dict(made.model.state_dict())
-    assert torch.equal(logits(task, model), logits(task, made.model))
-    made.model.save_pretrained(tmp_path / "plain")
+    model.load_state_dict(compressed.model.state_dict())
+    assert torch.equal(logits(task, model), logits(task, compressed.model))
+    compressed.model.save_pretrained(tmp_path / "plain")
     again = type(task.model).from_pretrained(tmp_path / "plain", local_files_only=True)
-    assert torch.equal(logits(task, again.eval()), logits(task, made.model))
+    assert torch.equal(logits(task, again.eval()), logits(task, compressed.model))
 
 
 @pytest.mark.parametrize(("name", "patterns"), CASES)
@@ -102,15 +106,15 @@ def test_the_bytes_are_known_before_it_runs(name, patterns, later):
     statistics = Statistics(task)
     recipe = Recipe(*steps(patterns), *later)
     outline = after(Outline.of(task.model, None, anatomy_of(task, statistics)), recipe)
-    made = compress(task, recipe, statistics)
+    compressed = compress(task, recipe, statistics)
     if name == "bottleneck" and "layers" in patterns:
         assert outline is None  # two blocks may go, of two sizes: shapes do not say which does
         return
     assert outline is not None
     assert outline.exact()
-    assert outline.file_bytes() == sizes(made.model, made.layers).file_bytes
+    assert outline.file_bytes() == sizes(compressed.model, compressed.layers).file_bytes
     assert sum(weight.count for weight in outline.weights) == sum(
-        layer.parameter.numel() for layer in made.layers
+        layer.parameter.numel() for layer in compressed.layers
     )
 
 
@@ -127,10 +131,10 @@ def test_targets_count_in_the_prediction():
     task = task_of("vit")
     for targets in (("vit.layers.0.*",), ("!vit.layers.1.mlp.fc2",), ("re:fc1$",)):
         recipe = Recipe(wb.Prune(pattern="neurons", targets=targets))
-        made = compress(task, recipe)
+        compressed = compress(task, recipe)
         assert (
             after(Outline.of(task.model, None, anatomy_of(task, Statistics(task))), recipe).file_bytes()
-            == sizes(made.model, made.layers).file_bytes
+            == sizes(compressed.model, compressed.layers).file_bytes
         )
 
 
@@ -151,14 +155,14 @@ def test_the_prediction_of_speed_follows_the_multiply_adds(tmp_path):
 
 def test_a_number_of_heads_that_configurations_refuse_is_in_the_manifest(tmp_path):
     task = tiny_task("llama", model=spread(grouped_llama(heads=8, shared=2)))
-    made = compress(task, Recipe(wb.Prune(sparsity=0.25, pattern="heads")))
-    out = export(task, made, dense_point(), tmp_path / "out")
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.25, pattern="heads")))
+    out = export(task, compressed, dense_point(), tmp_path / "out")
     assert json.loads((out / "compression.json").read_text())["structure"][
         "model.layers.0.self_attn.q_proj"
     ] == {"rows": 24}
-    assert torch.equal(logits(task, wb.load(out)), logits(task, made.model))
+    assert torch.equal(logits(task, wb.load(out)), logits(task, compressed.model))
     ids = task.evaluation.inputs["input_ids"][:2]
     assert torch.equal(
         wb.load(out).generate(ids, max_new_tokens=4, do_sample=False),
-        made.model.generate(ids, max_new_tokens=4, do_sample=False),
+        compressed.model.generate(ids, max_new_tokens=4, do_sample=False),
     )

@@ -85,10 +85,10 @@ def test_structure_comes_before_low_rank():
 
 
 def test_asking_for_all_leaves_one_and_the_report_says_so():
-    made = compress(task_of("vit"), Recipe(wb.Prune(sparsity=0.95, pattern="heads")))
+    compressed = compress(task_of("vit"), Recipe(wb.Prune(sparsity=0.95, pattern="heads")))
     assert (
         "1 of 2 heads of vit.layers.0.attention removed by magnitude (0.95 asked, 0.5 given; one has to stay)"
-        in {row.name: row.outcome for row in made.report}["vit.layers.0.attention.q_proj"]
+        in {row.name: row.outcome for row in compressed.report}["vit.layers.0.attention.q_proj"]
     )
 
 
@@ -112,22 +112,22 @@ def test_a_convolution_in_groups_leaves_its_channels_alone_and_says_so():
     layer.convolution = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False).requires_grad_(
         requires_grad=False
     )
-    made = compress(task, Recipe(wb.Prune(pattern="channels")))
-    rows = {row.name: row.outcome for row in made.report}
+    compressed = compress(task, Recipe(wb.Prune(pattern="channels")))
+    rows = {row.name: row.outcome for row in compressed.report}
     assert (
         "its channels meet resnet.encoder.stages.1.layers.1.layer.1.convolution, a convolution in 4 groups"
         in rows["resnet.encoder.stages.1.layers.1.layer.0.convolution"]
     )
     assert "4 of 8 channels" in rows["resnet.embedder.embedder.convolution"]
     torch.testing.assert_close(
-        logits(task, made.model), logits(task, masked(task, made)), atol=1e-4, rtol=1e-4
+        logits(task, compressed.model), logits(task, masked(task, compressed)), atol=1e-4, rtol=1e-4
     )
 
 
 def test_a_layer_that_targets_leave_out_keeps_all_that_it_is_tied_to():
     task = task_of("resnet")
-    made = compress(task, Recipe(wb.Prune(pattern="channels", targets=("!classifier.1",))))
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(wb.Prune(pattern="channels", targets=("!classifier.1",))))
+    rows = {row.name: row for row in compressed.report}
     assert rows["classifier.1"].weights == rows["classifier.1"].shape[0] * rows["classifier.1"].shape[1]
     assert (
         "tied to classifier.1, which targets leave out"
@@ -138,12 +138,12 @@ def test_a_layer_that_targets_leave_out_keeps_all_that_it_is_tied_to():
 def test_targets_choose_blocks_and_names_stay_those_of_the_dense_model():
     task = task_of("grouped")
     first = wb.Prune(sparsity=0.4, pattern="layers", targets=("model.layers.0.*", "model.layers.1.*"))
-    made = compress(task, Recipe(first, wb.Quantize(weight_bits=4, targets=("model.layers.2.*",))))
-    rows = {row.name: row for row in made.report}
-    removed = {row.name.split(".")[2] for row in made.report if row.weights == 0}
+    compressed = compress(task, Recipe(first, wb.Quantize(weight_bits=4, targets=("model.layers.2.*",))))
+    rows = {row.name: row for row in compressed.report}
+    removed = {row.name.split(".")[2] for row in compressed.report if row.weights == 0}
     assert len(removed) == 1
     assert "2" not in removed
-    assert {row.name.split(".")[2] for row in made.report if row.bits == 4} == {
+    assert {row.name.split(".")[2] for row in compressed.report if row.bits == 4} == {
         "2"
     }  # it stands at place 1 now
     assert rows["model.layers.2.mlp.up_proj"].bits == 4

@@ -29,7 +29,7 @@ FAST = {"transfer_steps": 4, "transfer_batch": 16, "transfer_rate": 1e-2}
 BLOCKS = {"vit": "vit.layers", "llama": "model.layers", "gpt2": "transformer.h"}
 
 
-def saved(folder, model, labels=None, *, words: bool = False):
+def saved(folder, model, labels=None, *, with_words: bool = False):
     """Save a model so that the zoo loads it, with class names or a tokenizer."""
     if labels:
         model.config.id2label, model.config.label2id = (
@@ -37,7 +37,7 @@ def saved(folder, model, labels=None, *, words: bool = False):
             {name: i for i, name in enumerate(labels)},
         )
     model.save_pretrained(folder)
-    if words:
+    if with_words:
         tokenizer_files(folder)
     return str(folder)
 
@@ -63,11 +63,11 @@ def softmax(row, temperature):
 
 
 def states(model, items, names):
-    """Return what blocks pass on, float64 rows: [tokens of all items, width]."""
-    found = {}
+    """Return logits as lists, and the outputs of blocks by name, float64 [tokens of all items, width]."""
+    outputs = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(
-            lambda _m, _i, out, name=name: found.__setitem__(
+            lambda _m, _i, out, name=name: outputs.__setitem__(
                 name, out if isinstance(out, torch.Tensor) else out[0]
             )
         )
@@ -77,7 +77,7 @@ def states(model, items, names):
         logits = model(**items.inputs).logits
     for hook in hooks:
         hook.remove()
-    return logits.double().tolist(), {name: state.double().flatten(0, 1) for name, state in found.items()}
+    return logits.double().tolist(), {name: state.double().flatten(0, 1) for name, state in outputs.items()}
 
 
 @pytest.mark.parametrize("align", ["none", "mse", "cosine", "geodesic"])
@@ -94,7 +94,7 @@ def test_the_first_loss_is_that_of_the_definition_in_float64(align):
         transfer_temperature=3,
         seed=4,
     )
-    made = compress(task, Recipe(PRUNE, step))
+    compressed = compress(task, Recipe(PRUNE, step))
     blocks = [f"{BLOCKS['vit']}.{i}" for i in range(2)]
     drawn = task.training[torch.randint(TRAINING, (TRAINING,), generator=torch.Generator().manual_seed(4))]
     (mine, own), (theirs, aims) = states(start, drawn, blocks), states(task.model, drawn, blocks)
@@ -117,18 +117,18 @@ def test_the_first_loss_is_that_of_the_definition_in_float64(align):
     distances = []
     for name in blocks:
         projection = torch.linalg.lstsq(fit[name], goal[name]).solution
-        one, other = own[name] @ projection, aims[name]
-        cosines = (one * other).sum(1) / one.norm(dim=1) / other.norm(dim=1)
+        rows, aim_rows = own[name] @ projection, aims[name]
+        cosines = (rows * aim_rows).sum(1) / rows.norm(dim=1) / aim_rows.norm(dim=1)
         distances.append(
             {
-                "mse": (one - other).square().sum() / other.square().sum(),
+                "mse": (rows - aim_rows).square().sum() / aim_rows.square().sum(),
                 "cosine": (1 - cosines).mean(),
                 "geodesic": torch.arccos(cosines).mean(),
                 "none": 0.0,
             }[align]
         )
     wanted = 0.3 * cross + 0.7 * 9 * soft + 2.5 * float(sum(distances)) / 2
-    assert made.curve[0][1] == pytest.approx(wanted, rel=1e-3)
+    assert compressed.curve[0][1] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_several_teachers_count_by_the_mean_of_their_softened_answers():
@@ -139,7 +139,7 @@ def test_several_teachers_count_by_the_mean_of_their_softened_answers():
     for row in range(6):
         wanted = [
             sum(column) / 3
-            for column in zip(*(softmax(one[row].tolist(), 2.0) for one in answers), strict=True)
+            for column in zip(*(softmax(answer[row].tolist(), 2.0) for answer in answers), strict=True)
         ]
         assert softmax(merged[row].tolist(), 2.0) == pytest.approx(wanted, rel=1e-5)
     assert together(task.kind, answers[:1], 2.0) is answers[0]
@@ -153,28 +153,28 @@ def test_several_teachers_count_by_the_mean_of_their_softened_answers():
 def test_everything_but_the_adapted_weights_keeps_its_bits(sort, device, align, count):
     task = tiny_task(sort, device)
     start = compress(task, Recipe(PRUNE))
-    made = compress(
+    compressed = compress(
         task, Recipe(PRUNE, wb.Transfer(align=align, lora_count=count, align_projection="trained", **FAST))
     )
-    before, after = weights(start.model), weights(made.model)
-    taught = {f"{row.name}.weight" for row in made.report if "LoRA" in row.outcome}
+    before, after = weights(start.model), weights(compressed.model)
+    taught = {f"{row.name}.weight" for row in compressed.report if "LoRA" in row.outcome}
     assert taught
     assert {name for name in before if not torch.equal(before[name], after[name])} == taught
-    assert len(made.curve) == FAST["transfer_steps"]
+    assert len(compressed.curve) == FAST["transfer_steps"]
 
 
 def test_only_targeted_layers_move_and_masks_hold():
     task = tiny_task("vit")
-    start, made = (
+    start, compressed = (
         compress(task, Recipe(PRUNE)),
         compress(task, Recipe(PRUNE, wb.Transfer(targets=("re:fc1$",), **FAST))),
     )
-    before, after = weights(start.model), weights(made.model)
+    before, after = weights(start.model), weights(compressed.model)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         f"vit.layers.{i}.mlp.fc1.weight" for i in range(2)
     }
-    for one, other in zip(start.layers, made.layers, strict=True):
-        assert torch.equal(one.mask, other.mask) if one.mask is not None else other.mask is None
+    for earlier, later in zip(start.layers, compressed.layers, strict=True):
+        assert torch.equal(earlier.mask, later.mask) if earlier.mask is not None else later.mask is None
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_only_targeted_layers_move_and_masks_hold():
 def test_students_cut_in_depth_width_and_rank_come_closer_to_the_teacher(sort, before):
     task = tiny_task(sort)
     start = compress(task, Recipe(before))
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             before,
@@ -210,10 +210,10 @@ def test_students_cut_in_depth_width_and_rank_come_closer_to_the_teacher(sort, b
         teacher = task.kind.logits(task.model, training)
         first, last = (
             float(task.kind.soft_loss(task.kind.logits(model, training), teacher, training.labels, 2))
-            for model in (start.model, made.model)
+            for model in (start.model, compressed.model)
         )
     assert last < 0.8 * first
-    assert [tuple(p.shape) for p in made.model.parameters()] == [
+    assert [tuple(p.shape) for p in compressed.model.parameters()] == [
         tuple(p.shape) for p in start.model.parameters()
     ]
 
@@ -224,7 +224,7 @@ def test_alignment_brings_states_closer_than_answers_alone():
     aim = states(task.model, task.training, [block])[1][block]
     angles = {}
     for align in ("none", "geodesic"):
-        made = compress(
+        compressed = compress(
             task,
             Recipe(
                 PRUNE,
@@ -239,24 +239,24 @@ def test_alignment_brings_states_closer_than_answers_alone():
                 ),
             ),
         )
-        state = states(made.model, task.training, [block])[1][block]
+        state = states(compressed.model, task.training, [block])[1][block]
         angles[align] = float(torch.arccos(torch.cosine_similarity(state, aim, dim=1)).mean())
     assert angles["geodesic"] < 0.9 * angles["none"]
 
 
 def test_the_report_counts_what_learned_exactly():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             PRUNE,
             wb.Transfer(lora_rank=2, lora_count=2, align_projection="trained", align_layers="last", **FAST),
         ),
     )
-    shapes = [row.shape for row in made.report if "LoRA" in row.outcome]
+    shapes = [row.shape for row in compressed.report if "LoRA" in row.outcome]
     count = 2 * (sum(2 * sum(shape) for shape in shapes) + 16 * 16)
     total = sum(parameter.numel() for parameter in task.model.parameters())
-    row, *_ = (row for row in made.report if "LoRA" in row.outcome)
+    row, *_ = (row for row in compressed.report if "LoRA" in row.outcome)
     assert (
         "LoRA of rank 2, mean of 2, trained 4 steps by CE + KL + geodesic, folded; trainable in all:"
         f" {count:,} numbers, {count / total:.2%} of the teacher's {total:,}" in row.outcome
@@ -266,21 +266,25 @@ def test_the_report_counts_what_learned_exactly():
 def test_weights_on_a_grid_are_left_alone_and_the_report_says_why():
     task = tiny_task("vit")
     recipe = (wb.Quantize(weight_bits=4, targets=("re:fc1$",)),)
-    start, made = compress(task, Recipe(*recipe)), compress(task, Recipe(*recipe, wb.Transfer(**FAST)))
-    rows = {row.name: row.outcome for row in made.report}
+    start, compressed = compress(task, Recipe(*recipe)), compress(task, Recipe(*recipe, wb.Transfer(**FAST)))
+    rows = {row.name: row.outcome for row in compressed.report}
     assert (
         "transfer skipped: its weights lie on a 4-bit grid, which a folded LoRA would leave"
         in rows["vit.layers.0.mlp.fc1"]
     )
-    assert torch.equal(start.model.vit.layers[0].mlp.fc1.weight, made.model.vit.layers[0].mlp.fc1.weight)
-    assert not torch.equal(start.model.vit.layers[0].mlp.fc2.weight, made.model.vit.layers[0].mlp.fc2.weight)
+    assert torch.equal(
+        start.model.vit.layers[0].mlp.fc1.weight, compressed.model.vit.layers[0].mlp.fc1.weight
+    )
+    assert not torch.equal(
+        start.model.vit.layers[0].mlp.fc2.weight, compressed.model.vit.layers[0].mlp.fc2.weight
+    )
 
 
 def test_terms_beside_rounded_weights_can_be_taught():
     task = tiny_task("vit")
     recipe = (wb.Quantize(weight_bits=3), wb.Repair(repair_ratio=0.2))
-    start, made = compress(task, Recipe(*recipe)), compress(task, Recipe(*recipe, wb.Transfer(**FAST)))
-    before, after = weights(start.model), weights(made.model)
+    start, compressed = compress(task, Recipe(*recipe)), compress(task, Recipe(*recipe, wb.Transfer(**FAST)))
+    before, after = weights(start.model), weights(compressed.model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(".first." in name or ".second." in name for name in moved)
@@ -312,10 +316,10 @@ def test_ending_early_says_where_and_gives_the_same_bits_again():
 
 def test_the_curve_goes_on_where_a_later_training_begins():
     task = tiny_task("vit")
-    made = compress(
+    compressed = compress(
         task, Recipe(PRUNE, wb.Transfer(**FAST), wb.Distill(temperature=2, steps=3, distill_batch=8))
     )
-    assert [step for step, _ in made.curve] == list(range(7))
+    assert [step for step, _ in compressed.curve] == list(range(7))
 
 
 # --- teachers
@@ -324,7 +328,7 @@ def test_the_curve_goes_on_where_a_later_training_begins():
 def test_a_teacher_from_the_zoo_teaches_the_model_itself(tmp_path):
     task = tiny_task("vit")
     name = saved(tmp_path, seeded(vit, 7))
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Transfer(
@@ -347,7 +351,7 @@ def test_a_teacher_from_the_zoo_teaches_the_model_itself(tmp_path):
             float(
                 task.kind.soft_loss(task.kind.logits(model, task.training), wanted, task.training.labels, 2)
             )
-            for model in (task.model, made.model)
+            for model in (task.model, compressed.model)
         )
     assert last < 0.8 * first
 
@@ -446,7 +450,7 @@ def test_a_teacher_with_other_labels_is_refused(tmp_path):
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path):
     from transformers import AutoTokenizer
 
-    name = saved(tmp_path / "teacher", seeded(llama, 2), words=True)
+    name = saved(tmp_path / "teacher", seeded(llama, 2), with_words=True)
     tokenizer = AutoTokenizer.from_pretrained(name)
     task = dataclasses.replace(tiny_task("llama"), processor=tokenizer)
     assert compress(task, Recipe(wb.Transfer(teachers=name, **FAST))).curve
@@ -465,8 +469,8 @@ def test_a_speech_models_vocabulary_is_that_of_its_tokenizer():
     """As of whisper-base and whisper-tiny.en, whose tokenizers cut words at different places."""
     task = dataclasses.replace(tiny_task("llama"), model_name="tiny.en")
     mine, theirs = (
-        {word: place for place, word in enumerate(words)}
-        for words in (["a", "b", "ab"], ["a", "ba", "b", "c"])
+        {word: place for place, word in enumerate(entries)}
+        for entries in (["a", "b", "ab"], ["a", "ba", "b", "c"])
     )
     assert vocabulary(SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: mine))) == mine
     assert vocabulary(SimpleNamespace()) == {}
@@ -495,7 +499,7 @@ def test_a_teacher_that_nobody_knows_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"teachers": "dense,"}, "should name each teacher once"),
         ({"teachers": "dense,dense"}, "should name each teacher once"),
@@ -507,8 +511,8 @@ def test_a_teacher_that_nobody_knows_is_refused():
     ],
     ids=str,
 )
-def test_bad_values_are_refused(options, words):
-    with pytest.raises(RecipeError, match=words):
+def test_bad_values_are_refused(options, message):
+    with pytest.raises(RecipeError, match=message):
         wb.Transfer(**options)
 
 
@@ -533,14 +537,14 @@ def test_alignment_that_no_adapted_layer_can_reach_is_refused_and_unreachable_bl
     task = tiny_task("vit")
     with pytest.raises(CompressionError, match="no hidden state lies downstream of a layer that is adapted"):
         compress(task, Recipe(PRUNE, wb.Transfer(targets=("classifier",), **FAST)))
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             PRUNE,
             wb.Transfer(targets=("re:layers.1.*fc2$",), align_projection="trained", lora_rank=1, **FAST),
         ),
     )
-    (row,) = (row for row in made.report if "LoRA" in row.outcome)
+    (row,) = (row for row in compressed.report if "LoRA" in row.outcome)
     assert (
         f"trainable in all: {32 + 16 + 16 * 16:,} numbers" in row.outcome
     )  # one projection: the first block is not downstream

@@ -105,29 +105,29 @@ def test_what_is_kept_is_the_best_look(count):
     """
     task, seen = tiny_task("vit"), []
     options = {"transfer_steps": 30, "transfer_rate": 0.3, "lora_count": count}
-    made = taught(task, training=watched(seen), **options)
+    compressed = taught(task, training=watched(seen), **options)
     best = min(seen, key=lambda look: look.loss)
     assert 0 <= best.step < 30
     held = task.training[TRAINING - TRAINING // 10 :]
-    assert float(task.kind.score(made.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
-    assert made.looks == tuple(seen)
+    assert float(task.kind.score(compressed.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
+    assert compressed.looks == tuple(seen)
     assert any(
         f"kept as after step {best.step}: held-out accuracy {best.value:.4g}" in row.outcome
-        for row in made.report
+        for row in compressed.report
     )
-    assert same(weights(taught(task, **options).model), weights(made.model))
+    assert same(weights(taught(task, **options).model), weights(compressed.model))
 
 
 @pytest.mark.parametrize("loras", [1, 2])
 def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again(loras):
     task, count = tiny_task("vit"), []
     training = Training(lambda curve, steps: count.append(steps), lambda: len(count) == 8)
-    made = taught(task, training=training, transfer_steps=30, transfer_rate=0.3, lora_count=loras)
-    assert made.recipe.get("transfer").transfer_stop_at == 8
-    assert [look.step for look in made.looks] == [0, 3, 6, 8]
-    again = compress(task, made.recipe)
-    assert same(weights(again.model), weights(made.model))
-    assert again.curve == made.curve
+    compressed = taught(task, training=training, transfer_steps=30, transfer_rate=0.3, lora_count=loras)
+    assert compressed.recipe.get("transfer").transfer_stop_at == 8
+    assert [look.step for look in compressed.looks] == [0, 3, 6, 8]
+    again = compress(task, compressed.recipe)
+    assert same(weights(again.model), weights(compressed.model))
+    assert again.curve == compressed.curve
 
 
 def test_several_loras_learn_what_each_learns_alone_and_are_averaged():
@@ -138,12 +138,12 @@ def test_several_loras_learn_what_each_learns_alone_and_are_averaged():
     together = taught(task, lora_count=3, seed=5, **options)
     alone = [taught(task, seed=5 + index, **options) for index in range(3)]
     for name, tensor in weights(together.model).items():
-        mean = torch.stack([weights(made.model)[name].double() for made in alone]).mean(0)
+        mean = torch.stack([weights(single.model)[name].double() for single in alone]).mean(0)
         assert torch.allclose(tensor.double(), mean, atol=1e-6), name
     assert [loss for _, loss in together.curve] == pytest.approx(
         [
             sum(losses) / 3
-            for losses in zip(*([loss for _, loss in made.curve] for made in alone), strict=True)
+            for losses in zip(*([loss for _, loss in single.curve] for single in alone), strict=True)
         ],
         rel=1e-5,
     )
@@ -151,29 +151,29 @@ def test_several_loras_learn_what_each_learns_alone_and_are_averaged():
 
 def test_looks_are_at_the_mean_of_several(improving):
     task, seen = tiny_task("vit"), []
-    made = taught(task, training=watched(seen), lora_count=2, transfer_look_every=4)
-    found = task.kind.score(made.model, task.training[TRAINING - TRAINING // 10 :])
+    compressed = taught(task, training=watched(seen), lora_count=2, transfer_look_every=4)
+    scores = task.kind.score(compressed.model, task.training[TRAINING - TRAINING // 10 :])
     assert [look.step for look in seen] == [0, 4, 8, 12]
-    assert seen[-1].value == pytest.approx(float(found.correct.mean()))
+    assert seen[-1].value == pytest.approx(float(scores.correct.mean()))
     assert any(
         "mean of 2, trained 12 steps" in row.outcome
         and "kept as after step 12: held-out accuracy" in row.outcome
-        for row in made.report
+        for row in compressed.report
     )
 
 
 def test_too_few_items_to_hold_out_are_said_by_the_name_of_the_option():
     task = tiny_task("vit")
     object.__setattr__(task, "training", task.training[:19])
-    made = taught(task)
-    assert made.warnings == (
+    compressed = taught(task)
+    assert compressed.warnings == (
         (
             "transfer_look_every=3 is left out: it needs 20 training items, of which a tenth is held out, and"
             " 'noise' has 19; the last step is kept"
         ),
     )
-    assert made.looks == ()
-    assert same(weights(made.model), weights(taught(task, transfer_look_every=0).model))
+    assert compressed.looks == ()
+    assert same(weights(compressed.model), weights(taught(task, transfer_look_every=0).model))
 
 
 def test_without_looks_a_recipe_keeps_the_key_that_it_had():
@@ -215,11 +215,11 @@ def test_a_killed_training_goes_on_to_the_same_bits(cache, sort, align, count):
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(list(checkpoints.folder().glob("*.pt"))) == 1
-    made = compress(task, recipe)
-    assert made.warnings == ("transfer went on from step 6 of 12, where it was saved",)
-    assert made.curve == plain.curve
-    assert made.looks == plain.looks
-    assert same(weights(made.model), weights(plain.model))
+    compressed = compress(task, recipe)
+    assert compressed.warnings == ("transfer went on from step 6 of 12, where it was saved",)
+    assert compressed.curve == plain.curve
+    assert compressed.looks == plain.looks
+    assert same(weights(compressed.model), weights(plain.model))
     assert list(checkpoints.folder().iterdir()) == []
 
 
@@ -227,23 +227,23 @@ def test_a_training_that_was_ended_can_be_taken_up_again(cache):
     task = tiny_task("vit")
     ended = taught(task, training=Training(enough=lambda: True), transfer_checkpoint_every=5)
     assert ended.recipe.get("transfer").transfer_stop_at == 1
-    made = taught(task, transfer_checkpoint_every=5, transfer_look_every=3)
-    assert made.warnings == ("transfer went on from step 1 of 12, where it was saved",)
-    assert made.curve == taught(task).curve
+    compressed = taught(task, transfer_checkpoint_every=5, transfer_look_every=3)
+    assert compressed.warnings == ("transfer went on from step 1 of 12, where it was saved",)
+    assert compressed.curve == taught(task).curve
 
 
 def test_another_student_or_option_does_not_go_on_from_it(cache):
     task = tiny_task("vit")
     stopped = {"transfer_stop_at": 4, "transfer_checkpoint_every": 2}
     taught(task, **stopped)
-    for other in (
+    for changes in (
         {"kl_weight": 0.5},
         {"lora_rank": 2},
         {"seed": 1},
         {"align": "mse"},
         {"targets": ("*fc1*",)},
     ):
-        assert taught(task, **stopped, **other).warnings == ()
+        assert taught(task, **stopped, **changes).warnings == ()
     step = wb.Transfer(**FAST, **stopped)
     assert compress(task, Recipe(wb.Prune(sparsity=0.6), step)).warnings == ()
 

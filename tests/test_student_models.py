@@ -68,16 +68,16 @@ def test_every_token_of_a_picture_counts_and_every_pixel_of_a_map():
 def test_a_decoder_that_is_taught_leaves_the_encoder_out_of_the_alignment(spoken):
     prune = wb.Prune(sparsity=0.5)
     step = wb.Transfer(targets=("re:decoder.layers.*fc1$",), lora_rank=1, align_projection="trained", **FAST)
-    start, made = compress(spoken, Recipe(prune)).model, compress(spoken, Recipe(prune, step))
+    start, compressed = compress(spoken, Recipe(prune)).model, compress(spoken, Recipe(prune, step))
     moved = {
         name
-        for name, tensor in made.model.state_dict().items()
+        for name, tensor in compressed.model.state_dict().items()
         if not torch.equal(tensor, start.state_dict()[name])
     }
     assert moved == {f"model.decoder.layers.{i}.fc1.weight" for i in range(2)}
     (said,) = {
         row.outcome.split("trainable in all: ")[1].split(" numbers")[0]
-        for row in made.report
+        for row in compressed.report
         if "LoRA" in row.outcome
     }
     assert int(said) == 2 * (16 + 32) + 2 * 16 * 16  # two projections, none for the encoder
@@ -86,22 +86,26 @@ def test_a_decoder_that_is_taught_leaves_the_encoder_out_of_the_alignment(spoken
 def test_a_model_that_computes_gradients_as_loaded_gets_none(spoken):
     assert any(parameter.requires_grad for parameter in spoken.model.parameters())  # as transformers loads it
     asked = [parameter.requires_grad for parameter in spoken.model.parameters()]
-    made = compress(spoken, Recipe(wb.Prune(sparsity=0.5), wb.Transfer(**FAST)), shared=True)
+    compressed = compress(spoken, Recipe(wb.Prune(sparsity=0.5), wb.Transfer(**FAST)), shared=True)
     assert all(
-        parameter.grad is None for model in (spoken.model, made.model) for parameter in model.parameters()
+        parameter.grad is None
+        for model in (spoken.model, compressed.model)
+        for parameter in model.parameters()
     )
     assert [parameter.requires_grad for parameter in spoken.model.parameters()] == asked
-    assert made.model.proj_out.weight is made.model.model.decoder.embed_tokens.weight  # still tied
     assert (
-        made.model.proj_out.weight.data_ptr() == spoken.model.proj_out.weight.data_ptr()
+        compressed.model.proj_out.weight is compressed.model.model.decoder.embed_tokens.weight
+    )  # still tied
+    assert (
+        compressed.model.proj_out.weight.data_ptr() == spoken.model.proj_out.weight.data_ptr()
     )  # and shared with the dense model
 
 
 def test_a_decoder_cut_in_depth_is_taught_and_heard_again(spoken):
     cut = wb.Prune(sparsity=0.5, pattern="layers", targets=("re:decoder.layers",))
-    made = compress(spoken, Recipe(cut, wb.Transfer(**FAST)))
-    assert len(made.model.model.decoder.layers) == 1
-    assert torch.isfinite(score(spoken.kind, made.model, spoken.evaluation).loss).all()
+    compressed = compress(spoken, Recipe(cut, wb.Transfer(**FAST)))
+    assert len(compressed.model.model.decoder.layers) == 1
+    assert torch.isfinite(score(spoken.kind, compressed.model, spoken.evaluation).loss).all()
 
 
 # --- embedded models
@@ -112,10 +116,10 @@ def test_a_decoder_cut_in_depth_is_taught_and_heard_again(spoken):
 def test_a_vision_transformer_cut_in_depth_recovers(fashion_vit, align):
     half = wb.Prune(sparsity=0.5, pattern="layers")
     start = compress(fashion_vit, Recipe(half))
-    made = compress(fashion_vit, Recipe(half, wb.Transfer(transfer_steps=40, align=align)))
+    compressed = compress(fashion_vit, Recipe(half, wb.Transfer(transfer_steps=40, align=align)))
     before, after = (
         float(score(fashion_vit.kind, model, fashion_vit.evaluation).correct.mean())
-        for model in (start.model, made.model)
+        for model in (start.model, compressed.model)
     )
     dense = float(score(fashion_vit.kind, fashion_vit.model, fashion_vit.evaluation).correct.mean())
     assert after - before > 0.5 * (dense - before)  # half of what was lost comes back

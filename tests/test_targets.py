@@ -71,17 +71,19 @@ def test_a_factor_is_left_out_with_its_layer_and_a_layer_not_with_its_factor(sta
 def test_a_layer_that_is_left_out_stays_bitwise_and_the_head_stays_dense(step):
     task = tiny_tasks.tiny_task("vit")
     layer = next(row.name for row in compress(task, wb.Recipe()).report if row.name.endswith("fc2"))
-    plain, made = (
+    plain, compressed = (
         compress(
             task, wb.Recipe(step(targets=targets, **({"rank_ratio": 0.3} if step is wb.LowRank else {})))
         )
         for targets in (("*",), ("*", f"!{layer}"))
     )
     dense = task.model.state_dict()
-    assert torch.equal(made.model.get_submodule(layer).weight, dense[f"{layer}.weight"])
-    assert torch.equal(made.model.classifier.weight, dense["classifier.weight"])
-    for name in [row.name for row in made.report if row.name != layer]:
-        assert torch.equal(made.model.get_submodule(name).weight, plain.model.get_submodule(name).weight)
+    assert torch.equal(compressed.model.get_submodule(layer).weight, dense[f"{layer}.weight"])
+    assert torch.equal(compressed.model.classifier.weight, dense["classifier.weight"])
+    for name in [row.name for row in compressed.report if row.name != layer]:
+        assert torch.equal(
+            compressed.model.get_submodule(name).weight, plain.model.get_submodule(name).weight
+        )
 
 
 def test_exclusions_alone_mean_everything_else(statistics):
@@ -99,18 +101,18 @@ def test_distillation_trains_everything_but_what_is_left_out():
     task = tiny_tasks.tiny_task("vit")
     layer = next(row.name for row in compress(task, wb.Recipe()).report if row.name.endswith("fc1"))
     pruned = compress(task, wb.Recipe(wb.Prune(sparsity=0.5)))
-    made = compress(
+    compressed = compress(
         task,
         wb.Recipe(
             wb.Prune(sparsity=0.5),
             wb.Distill(temperature=2, steps=3, learning_rate=1e-2, targets=("*", f"!{layer}")),
         ),
     )
-    before, after = pruned.model.state_dict(), made.model.state_dict()
+    before, after = pruned.model.state_dict(), compressed.model.state_dict()
     still = {name for name in before if torch.equal(before[name], after[name])}
     assert {f"{layer}.weight", f"{layer}.bias"} <= still
     assert not any("layernorm" in name.lower() or name == "classifier.weight" for name in still)
-    rows = {row.name: row.outcome for row in made.report}
+    rows = {row.name: row.outcome for row in compressed.report}
     assert rows[layer].endswith(f"distill left out by target '!{layer}'")
     assert rows["classifier"].endswith("distilled 3 steps at T=2")
 
@@ -161,7 +163,7 @@ def test_an_overridden_layer_is_told_once(statistics):
 
 def test_predicted_bytes_follow_exclusions_and_own_values(statistics):
     task = statistics.task
-    layer, other = [row.name for row in compress(task, wb.Recipe()).report if "fc" in row.name][:2]
+    layer, left_out = [row.name for row in compress(task, wb.Recipe()).report if "fc" in row.name][:2]
     recipes = [
         wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", f"!{layer}"))),
         wb.Recipe(wb.Prune(sparsity=0.5, targets=(f"!{layer}", "*", "classifier"))),
@@ -171,17 +173,17 @@ def test_predicted_bytes_follow_exclusions_and_own_values(statistics):
         wb.Recipe(
             wb.LowRank(rank_ratio=0.3, targets=("*", f"!{layer}")),
             wb.LowRank(rank_ratio=0.2, targets=(layer,)),
-            wb.Prune(sparsity=0.5, targets=("*", f"!{other}")),
+            wb.Prune(sparsity=0.5, targets=("*", f"!{left_out}")),
         ),
     ]
     for recipe in recipes:
-        made, outline = compress(task, recipe, statistics), after(Outline.of(task.model), recipe)
+        compressed, outline = compress(task, recipe, statistics), after(Outline.of(task.model), recipe)
         assert outline.exact()
-        assert outline.file_bytes() == sizes(made.model, made.layers).file_bytes
+        assert outline.file_bytes() == sizes(compressed.model, compressed.layers).file_bytes
 
 
 def test_flat_options_say_exclusions_and_own_values():
-    made = METHODS.recipe(
+    recipe = METHODS.recipe(
         {
             "sparsity": "0.5",
             "prune_targets": "*,!head,fc1=0.8",
@@ -189,7 +191,7 @@ def test_flat_options_say_exclusions_and_own_values():
             "quantize_targets": ["fc1=8"],
         }
     )
-    assert made == wb.Recipe(
+    assert recipe == wb.Recipe(
         wb.Prune(sparsity=0.5, targets=("*", "!head", "!fc1")),
         wb.Prune(sparsity=0.8, targets=("fc1",)),
         wb.Quantize(weight_bits=4, targets=("!fc1",)),
@@ -199,14 +201,16 @@ def test_flat_options_say_exclusions_and_own_values():
 
 
 def test_the_command_says_what_the_recipe_says():
-    made = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "!fc1")), wb.Prune(sparsity=0.8, targets=("fc1",)))
-    assert command("m", made) == "workbench measure m --sparsity 0.5 --prune-targets '*,fc1=0.8'"
-    other = wb.Recipe(
+    recipe = wb.Recipe(
+        wb.Prune(sparsity=0.5, targets=("*", "!fc1")), wb.Prune(sparsity=0.8, targets=("fc1",))
+    )
+    assert command("m", recipe) == "workbench measure m --sparsity 0.5 --prune-targets '*,fc1=0.8'"
+    second = wb.Recipe(
         wb.Prune(sparsity=0.5, targets=("*", "!fc1")),
         wb.Prune(sparsity=0.8, targets=("fc1",), criterion="wanda"),
     )
     assert (
-        command("m", other)
+        command("m", second)
         == "# no command says this recipe: a layer differs in more than its slider; use Python"
     )
 

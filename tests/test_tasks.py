@@ -46,7 +46,7 @@ class Words:
         number = lambda word: self.ids.setdefault(word, len(self.ids) + 1)  # noqa: E731
         if isinstance(text, str):
             return {"input_ids": [number(word) for word in text.split()]}
-        rows = [[number(word) for word in one.split()][:max_length] for one in text]
+        rows = [[number(word) for word in line.split()][:max_length] for line in text]
         if max_length is None:
             return {"input_ids": rows}
         ids = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
@@ -216,9 +216,9 @@ def test_reduction_by_chunks_changes_nothing(monkeypatch, chunks):
     whole = score(LANGUAGE_MODELLING, Answers(logits), items)
     for name, size in chunks.items():
         monkeypatch.setattr(workbench.tasks.likelihood, name, size)
-    parts = score(LANGUAGE_MODELLING, Answers(logits), items)
-    assert torch.equal(whole.loss, parts.loss)
-    assert torch.equal(whole.answers, parts.answers)
+    chunked = score(LANGUAGE_MODELLING, Answers(logits), items)
+    assert torch.equal(whole.loss, chunked.loss)
+    assert torch.equal(whole.answers, chunked.answers)
 
 
 def test_scores_join():
@@ -265,8 +265,8 @@ def test_one_split_is_cut_in_three(tmp_path):
     assert disjoint(loaded)
     assert loaded.labels == ("NEGATIVE", "POSITIVE")
     again = load(TEXT_CLASSIFICATION, BERT, path, sizes=(None, 5, 10))
-    other = load(TEXT_CLASSIFICATION, BERT, path, sizes=(None, 5, 10), seed=1)
-    assert loaded.evaluation.fingerprint == again.evaluation.fingerprint != other.evaluation.fingerprint
+    reseeded = load(TEXT_CLASSIFICATION, BERT, path, sizes=(None, 5, 10), seed=1)
+    assert loaded.evaluation.fingerprint == again.evaluation.fingerprint != reseeded.evaluation.fingerprint
 
 
 def test_copies_of_evaluation_items_are_dropped_and_counted(tmp_path):

@@ -87,19 +87,19 @@ def test_answers_beyond_the_budget_are_computed_anew_and_that_is_said(monkeypatc
     task = tiny_task("vit")
     plain = distilled(task, hidden_weight=1)
     monkeypatch.setattr(teacher_outputs, "MB", 1000)
-    made = distilled(task, hidden_weight=1, teacher_cache_mb=5)
-    assert made.warnings == (
+    compressed = distilled(task, hidden_weight=1, teacher_cache_mb=5)
+    assert compressed.warnings == (
         (
             "teacher_cache_mb=5 is too little for the teacher's answers to 40 training items, 40 MB: they are"
             " computed at each step"
         ),
     )
-    assert same(weights(made.model), weights(plain.model))
+    assert same(weights(compressed.model), weights(plain.model))
 
 
 def test_a_cache_that_would_read_more_than_the_training_is_not_used():
-    made = distilled(tiny_task("vit"), steps=2, teacher_cache_mb=5)
-    assert made.warnings == (
+    compressed = distilled(tiny_task("vit"), steps=2, teacher_cache_mb=5)
+    assert compressed.warnings == (
         "teacher_cache_mb=5 is not used: 2 steps of 8 items read fewer than the 40 training items",
     )
 
@@ -156,46 +156,46 @@ def test_logits_are_made_again_in_the_arithmetic_that_the_head_had(dtype):
 
 
 def test_disk_is_used_where_memory_is_too_little(few, folder, monkeypatch):
-    made = []
+    compressed = []
     plain = DiskTable.put
     monkeypatch.setattr(
-        DiskTable, "put", lambda table, start, values: made.append(start) or plain(table, start, values)
+        DiskTable, "put", lambda table, start, values: compressed.append(start) or plain(table, start, values)
     )
     task = tiny_task("vit")
     assert distilled(task, hidden_weight=1, teacher_cache_mb=39, teacher_cache_disk_mb=41).warnings == ()
-    assert made
-    made.clear()
+    assert compressed
+    compressed.clear()
     assert distilled(task, hidden_weight=1, teacher_cache_mb=41, teacher_cache_disk_mb=41).warnings == ()
-    assert not made
+    assert not compressed
 
 
 def test_answers_beyond_both_budgets_are_computed_anew_and_that_is_said(few, folder):
     task = tiny_task("vit")
-    plain, made = (
+    plain, compressed = (
         distilled(task, hidden_weight=1),
         distilled(task, hidden_weight=1, teacher_cache_mb=5, teacher_cache_disk_mb=6),
     )
-    assert made.warnings == (
+    assert compressed.warnings == (
         (
             "teacher_cache_mb=5 and teacher_cache_disk_mb=6 are too little for the teacher's answers to 40"
             " training items, 40 MB: they are computed at each step"
         ),
     )
-    assert same(weights(made.model), weights(plain.model))
+    assert same(weights(compressed.model), weights(plain.model))
     assert not folder.exists()
 
 
 def test_a_disk_without_room_is_not_filled(folder, monkeypatch):
     monkeypatch.setattr(teacher_outputs, "free_bytes", lambda _: 10)
     task = tiny_task("vit")
-    plain, made = distilled(task), distilled(task, teacher_cache_disk_mb=5)
-    assert made.warnings == (
+    plain, compressed = distilled(task), distilled(task, teacher_cache_disk_mb=5)
+    assert compressed.warnings == (
         (
             f"teacher_cache_disk_mb=5 is not used: the teacher's answers take 1 MB, and {folder} has 0 MB"
             " free; they are computed at each step"
         ),
     )
-    assert same(weights(made.model), weights(plain.model))
+    assert same(weights(compressed.model), weights(plain.model))
 
 
 def test_a_disk_that_fills_up_on_the_way_costs_a_warning_not_the_training(folder, monkeypatch):
@@ -210,14 +210,14 @@ def test_a_disk_that_fills_up_on_the_way_costs_a_warning_not_the_training(folder
     with monkeypatch.context() as patch:
         patch.setattr(DiskTable, "put", full)
         statistics = Statistics(task)
-        made = distilled(task, teacher_cache_disk_mb=5, statistics=statistics)
-    assert made.warnings == (
+        compressed = distilled(task, teacher_cache_disk_mb=5, statistics=statistics)
+    assert compressed.warnings == (
         (
             f"the teacher's answers can no longer be kept in {folder}: No space left on device; from here on"
             " they are computed at each step"
         ),
     )
-    assert [loss for _, loss in made.curve] == pytest.approx(
+    assert [loss for _, loss in compressed.curve] == pytest.approx(
         [loss for _, loss in distilled(task).curve], rel=1e-3
     )
     assert (
@@ -305,12 +305,12 @@ def test_each_teacher_reads_each_item_once_whatever_the_temperature(tmp_path, fo
     task = tiny_task("vit")
     statistics, options = Statistics(task), {"teachers": f"dense,{other_teacher(tmp_path / 'a')}", where: 16}
     taught(task, statistics, **options)
-    other = next(
+    second = next(
         teacher for key in statistics.kept if key[0] == "teacher" for teacher in statistics.kept.get(key)
     )
-    before = asked[id(task.model)], asked[id(other)]
+    before = asked[id(task.model)], asked[id(second)]
     hot = taught(task, statistics, transfer_temperature=5.0, **options)
-    after = asked[id(task.model)], asked[id(other)]
+    after = asked[id(task.model)], asked[id(second)]
     fitted = len(task.calibration)  # projections, with the first
     assert [late - early for late, early in zip(after, before, strict=True)] == [
         1 + fitted,
@@ -346,24 +346,24 @@ def test_other_training_items_are_asked_about_anew():
 
 def test_all_teachers_share_the_budget_and_what_was_used_longest_ago_goes(few, folder):
     task = tiny_task("vit")
-    one = TRAINING * 4 * 4  # bytes of the answers of one teacher: 1 "MB"
-    assert 0.5 * 1000 < one < 1000
+    answer_bytes = TRAINING * 4 * 4  # bytes of the answers of one teacher: 1 "MB"
+    assert 0.5 * 1000 < answer_bytes < 1000
     statistics, options = Statistics(task), {"align": "none", "transfer_cache_mb": 1}
     answers = lambda: {key for key in statistics.kept.get("teachers' answers")[0]}  # noqa: E731, C416
     assert taught(task, statistics, **options).warnings == ()
     assert answers() == {(False, "dense", (True, ()))}
     assert distilled(task, statistics=statistics, teacher_cache_mb=1).warnings == ()
     assert answers() == {(False, "tiny-vit", (False, False, False))}  # both would be 1.28 "MB"
-    made = taught(task, statistics, transfer_cache_mb=1, transfer_cache_disk_mb=1, align="geodesic")
-    assert made.warnings == (
+    compressed = taught(task, statistics, transfer_cache_mb=1, transfer_cache_disk_mb=1, align="geodesic")
+    assert compressed.warnings == (
         (
             "transfer_cache_mb=1 and transfer_cache_disk_mb=1 are too little for the teacher's answers to 40"
             " training items, 27 MB: they are computed at each step"
         ),
     )
-    assert same(weights(made.model), weights(taught(task, align="geodesic").model))
-    made = taught(task, statistics, transfer_cache_mb=1, transfer_steps=2)
-    assert made.warnings == (
+    assert same(weights(compressed.model), weights(taught(task, align="geodesic").model))
+    compressed = taught(task, statistics, transfer_cache_mb=1, transfer_steps=2)
+    assert compressed.warnings == (
         "transfer_cache_mb=1 is not used: 2 steps of 8 items read fewer than the 40 training items",
     )
 
@@ -373,8 +373,8 @@ def test_states_that_have_no_row_for_each_item_are_not_kept(monkeypatch):
     plain = torch.nn.Module.__call__
 
     def flat(module, *args, **named):
-        found = plain(module, *args, **named)
-        return found.flatten(0, 1) if type(module).__name__ == "Rows" else found
+        states = plain(module, *args, **named)
+        return states.flatten(0, 1) if type(module).__name__ == "Rows" else states
 
     class Rows(torch.nn.Identity):
         """A block that passes on all tokens of all items in one list."""

@@ -50,29 +50,29 @@ def test_it_stays_dense_unless_it_is_named_and_then_stays_tied(sort, embedding, 
     target = "lm_head" if by == "head" else embedding
     all_others = compress(task, Recipe(step))
     assert torch.equal(all_others.model.lm_head.weight, task.model.lm_head.weight)
-    words = {row.name: row.outcome for row in all_others.report}
+    outcomes = {row.name: row.outcome for row in all_others.report}
     assert (
         f"the output head, whose weight is shared with {embedding}, stays dense unless targets name it"
-        in words["lm_head"]
+        in outcomes["lm_head"]
     )
     recipe = Recipe(named(step, target))
-    made = compress(task, recipe)
-    head, table = made.model.lm_head, made.model.get_submodule(embedding)
+    compressed = compress(task, recipe)
+    head, table = compressed.model.lm_head, compressed.model.get_submodule(embedding)
     assert head.weight is table.weight
     assert not torch.equal(head.weight, task.model.lm_head.weight)
-    rows = {row.name: row for row in made.report}
+    rows = {row.name: row for row in compressed.report}
     assert rows["lm_head"].weights == head.weight.numel()
     assert rows[embedding].weights == 0  # counted once
     assert rows[embedding].outcome.startswith("its weight is that of lm_head; ")
     assert "stays dense" not in rows["lm_head"].outcome
-    measured = sizes(made.model, made.layers)
-    assert measured == counted_sizes(made.model, made.layers)
+    measured = sizes(compressed.model, compressed.layers)
+    assert measured == counted_sizes(compressed.model, compressed.layers)
     assert measured.packed_bytes < sizes(task.model).packed_bytes
     outline = after(Outline.of(task.model), recipe)
     assert outline.file_bytes() >= measured.file_bytes
     if outline.exact():
         assert outline.file_bytes() == measured.file_bytes
-    packed = pack_model(made.model, made.layers)
+    packed = pack_model(compressed.model, compressed.layers)
     assert sum(name.startswith((f"{embedding}.weight", "lm_head.weight")) for name in packed.encodings) == 2
     assert [encoding.kind for name, encoding in packed.encodings.items() if name == "lm_head.weight"] == [
         "shared"
@@ -85,10 +85,13 @@ def test_it_stays_dense_unless_it_is_named_and_then_stays_tied(sort, embedding, 
 def test_an_exclusion_by_either_name_holds():
     task = tiny_task("llama")
     for name in ("lm_head", "model.embed_tokens"):
-        made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("*", "re:lm_head|embed", f"!{name}"))))
-        assert torch.equal(made.model.lm_head.weight, task.model.lm_head.weight)
+        compressed = compress(
+            task, Recipe(wb.Prune(sparsity=0.5, targets=("*", "re:lm_head|embed", f"!{name}")))
+        )
+        assert torch.equal(compressed.model.lm_head.weight, task.model.lm_head.weight)
         assert (
-            f"prune left out by target '!{name}'" in {row.name: row.outcome for row in made.report}["lm_head"]
+            f"prune left out by target '!{name}'"
+            in {row.name: row.outcome for row in compressed.report}["lm_head"]
         )
         trained = compress(
             task,
@@ -99,7 +102,7 @@ def test_an_exclusion_by_either_name_holds():
 
 def test_training_moves_both_ends_of_a_tie_and_keeps_its_grid():
     task = tiny_task("llama")
-    made = compress(
+    compressed = compress(
         task,
         Recipe(
             wb.Quantize(weight_bits=4, targets=("*", "lm_head")),
@@ -107,9 +110,9 @@ def test_training_moves_both_ends_of_a_tie_and_keeps_its_grid():
         ),
     )
     start = compress(task, Recipe(wb.Quantize(weight_bits=4, targets=("*", "lm_head"))))
-    assert made.model.lm_head.weight is made.model.model.embed_tokens.weight
-    assert not torch.equal(made.model.lm_head.weight, start.model.lm_head.weight)
-    for layer in made.layers:
+    assert compressed.model.lm_head.weight is compressed.model.model.embed_tokens.weight
+    assert not torch.equal(compressed.model.lm_head.weight, start.model.lm_head.weight)
+    for layer in compressed.layers:
         layer.check()
 
 
@@ -133,10 +136,10 @@ def test_low_rank_of_a_tied_weight_is_refused_with_the_reason(step):
 
 def test_a_tied_weight_is_not_repaired():
     every = ("*", "lm_head")
-    made = compress(
+    compressed = compress(
         tiny_task("llama"), Recipe(wb.Prune(sparsity=0.5, targets=every), wb.Repair(targets=every))
     )
-    assert {row.name: row.outcome for row in made.report}["lm_head"].endswith(
+    assert {row.name: row.outcome for row in compressed.report}["lm_head"].endswith(
         "repair skipped: lm_head, model.embed_tokens share one weight"
     )
 
@@ -152,11 +155,11 @@ def test_an_embedding_is_taken_when_it_is_named(step):
         rows["model.embed_tokens"].outcome
         == f"{step.kind()} skipped: an embedding stays dense unless targets name it"
     )
-    made = compress(task, Recipe(named(step, "model.embed_tokens")))
-    assert torch.equal(made.model.lm_head.weight, task.model.lm_head.weight)
-    row = next(row for row in made.report if row.name == "model.embed_tokens")
+    compressed = compress(task, Recipe(named(step, "model.embed_tokens")))
+    assert torch.equal(compressed.model.lm_head.weight, task.model.lm_head.weight)
+    row = next(row for row in compressed.report if row.name == "model.embed_tokens")
     assert row.relative_error > 0.01
-    assert sizes(made.model, made.layers) == counted_sizes(made.model, made.layers)
+    assert sizes(compressed.model, compressed.layers) == counted_sizes(compressed.model, compressed.layers)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
@@ -174,8 +177,8 @@ def test_an_embedding_has_no_inputs_to_weigh_by(criterion):
 def test_an_embedding_of_low_rank_is_a_narrower_one_and_a_product(device):
     task = tiny_task("untied", device)
     recipe = Recipe(wb.LowRank(rank_ratio=0.3, targets=("model.embed_tokens",)))
-    made = compress(task, recipe)
-    factors = made.model.model.embed_tokens
+    compressed = compress(task, recipe)
+    factors = compressed.model.model.embed_tokens
     assert isinstance(factors, Factors)
     assert [tuple(part.weight.shape) for part in factors] == [(64, 5), (16, 5)]
     dense = task.model.model.embed_tokens.weight.double().cpu()
@@ -186,11 +189,11 @@ def test_an_embedding_of_low_rank_is_a_narrower_one_and_a_product(device):
     ids = torch.arange(64, device=device)
     torch.testing.assert_close(factors(ids).double().cpu(), now, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(factors.weight.double().cpu(), now, rtol=1e-4, atol=1e-5)
-    row = next(row for row in made.report if row.name == "model.embed_tokens")
+    row = next(row for row in compressed.report if row.name == "model.embed_tokens")
     assert (row.rank, row.weights, row.outcome) == (5, 5 * 80, "rank 5 of 16 by svd")
     assert row.relative_error == pytest.approx(float((now - dense).norm() / dense.norm()), rel=1e-4)
-    measured = sizes(made.model, made.layers)
-    assert measured == counted_sizes(made.model, made.layers)
+    measured = sizes(compressed.model, compressed.layers)
+    assert measured == counted_sizes(compressed.model, compressed.layers)
     assert after(Outline.of(task.model), recipe).file_bytes() == measured.file_bytes
 
 
@@ -212,10 +215,10 @@ STORED = [
 def test_an_export_of_heads_and_embeddings_comes_back_bit_for_bit(sort, step, tmp_path, ledger):
     bench = wb.Bench(tiny_task(sort), ledger=ledger, progress=False)
     loaded = wb.load(bench.export(Recipe(step), tmp_path / "out"))
-    made = compress(bench.task, Recipe(step)).model
-    assert same(weights(loaded), weights(made))
+    compressed = compress(bench.task, Recipe(step)).model
+    assert same(weights(loaded), weights(compressed))
     ids = torch.arange(16).view(2, 8)
     with torch.inference_mode():
-        assert torch.equal(loaded(ids).logits, made(ids).logits)
+        assert torch.equal(loaded(ids).logits, compressed(ids).logits)
     if sort != "untied":
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight

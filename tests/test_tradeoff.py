@@ -125,11 +125,14 @@ def estimates(draw, numbers=NUMBERS) -> Estimate:
 @given(st.lists(st.tuples(estimates(), estimates()), max_size=20), st.lists(st.integers(0, 19), max_size=5))
 def test_standings_are_the_plain_definition_with_ties_and_unknown_ends(pairs, repeated):
     pairs += [pairs[i % len(pairs)] for i in repeated if pairs]
-    known = [not any(math.isnan(x) for one in pair for x in (one.value, one.low, one.high)) for pair in pairs]
+    complete = [
+        not any(math.isnan(x) for estimate in pair for x in (estimate.value, estimate.low, estimate.high))
+        for pair in pairs
+    ]
     plain = [
         (
-            standing(pair, [other for j, other in enumerate(pairs) if known[j] and j != i])
-            if known[i]
+            standing(pair, [rival for j, rival in enumerate(pairs) if complete[j] and j != i])
+            if complete[i]
             else "front"
         )
         for i, pair in enumerate(pairs)
@@ -190,7 +193,7 @@ def test_the_front_and_the_record_are_those_of_comparing_every_pair(
         return
     pairs = {row.key: (row.primary.drop, cost_of(row, cost)) for row in shown}
     plain = {
-        key: standing(pair, [other for name, other in pairs.items() if name != key])
+        key: standing(pair, [rival for name, rival in pairs.items() if name != key])
         for key, pair in pairs.items()
     }
     record = wb.tradeoff(rows, cost)
@@ -213,32 +216,32 @@ def test_the_front_and_the_record_are_those_of_comparing_every_pair(
 def test_thinning_keeps_the_front_and_the_newest(bench: wb.Bench, data, cost, most) -> None:
     rows = data.draw(ledgers(bench.measure(wb.Recipe(wb.Quantize(weight_bits=3)))))
     keep = data.draw(st.sets(st.sampled_from([row.key for row in rows])))
-    known = [row for row in rows if cost_of(row, cost) is not None]
+    priced = [row for row in rows if cost_of(row, cost) is not None]
     best, front = math.inf, set(keep)
-    for row in sorted(known, key=lambda row: (cost_of(row, cost).value, row.primary.drop.value)):
+    for row in sorted(priced, key=lambda row: (cost_of(row, cost).value, row.primary.drop.value)):
         if row.primary.drop.value < best:
             best = row.primary.drop.value
             front.add(row.key)
-    newest = known[-max(1, most - len(front)) :]
+    newest = priced[-max(1, most - len(front)) :]
     assert thin(rows, cost, most, keep=keep) == (
-        known if len(known) <= most else [row for row in known if row.key in front or row in newest]
+        priced if len(priced) <= most else [row for row in priced if row.key in front or row in newest]
     )
 
 
 def test_around_moves_one_slider_and_nothing_else() -> None:
     recipe = wb.Recipe(wb.Prune(sparsity=0.3, criterion="wanda"), wb.Quantize(weight_bits=4, group_size=8))
     bits = around(recipe, "weight_bits")
-    assert [made.get("quantize").weight_bits for made in bits] == [2, 3, 4, 6, 8]
+    assert [tried.get("quantize").weight_bits for tried in bits] == [2, 3, 4, 6, 8]
     assert all(
-        made.get("prune") == recipe.get("prune") and made.get("quantize").group_size == 8 for made in bits
+        tried.get("prune") == recipe.get("prune") and tried.get("quantize").group_size == 8 for tried in bits
     )
     added = around(recipe, "rank_ratio")
-    assert [[step.kind() for step in made] for made in added] == [["lowrank", "prune", "quantize"]] * 3
+    assert [[step.kind() for step in tried] for tried in added] == [["lowrank", "prune", "quantize"]] * 3
 
 
 def test_around_a_fixed_pattern_leaves_the_pattern_where_it_cannot_be() -> None:
-    made = around(wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4", criterion="wanda")), "sparsity")
-    assert {(one.get("prune").sparsity, one.get("prune").pattern) for one in made} == {
+    proposals = around(wb.Recipe(wb.Prune(sparsity=0.5, pattern="2:4", criterion="wanda")), "sparsity")
+    assert {(proposal.get("prune").sparsity, proposal.get("prune").pattern) for proposal in proposals} == {
         (0.25, "unstructured"),
         (0.5, "2:4"),
         (0.7, "unstructured"),
@@ -260,11 +263,11 @@ def test_around_nothing_has_no_distillation_and_unknown_sliders_are_refused() ->
 
 def test_sweep_measures_into_the_ledger_and_can_be_continued(bench: wb.Bench) -> None:
     first = wb.sweep(bench, trials=4, seed=1)
-    known = len(bench.ledger)
+    before = len(bench.ledger)
     assert first
     assert {point.key for point in first} <= set(bench.ledger.points)
     assert [point.key for point in wb.sweep(bench, trials=4, seed=1)] == [point.key for point in first]
-    assert len(bench.ledger) == known  # the same proposals were found, not measured again
+    assert len(bench.ledger) == before  # the same proposals were found, not measured again
     assert Path(bench.ledger.where).is_file()
 
 

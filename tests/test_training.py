@@ -38,8 +38,8 @@ def close(task, left, right, atol):
     gradients."""
     some = task.training.to(next(left.model.parameters()).device)
     with torch.no_grad():
-        one, other = (task.kind.logits(made.model, some) for made in (left, right))
-    return torch.allclose(one, other, atol=atol)
+        expected, logits = (task.kind.logits(compressed.model, some) for compressed in (left, right))
+    return torch.allclose(expected, logits, atol=atol)
 
 
 # --- models that keep tensors between calls
@@ -121,11 +121,13 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_parts_and_says_so(cramped
     task = tiny_task("vit")
     whole = distilled(task)
     cramped(3)
-    made = distilled(task)
-    assert made.recipe == whole.recipe
-    assert [loss for _, loss in made.curve] == pytest.approx([loss for _, loss in whole.curve], rel=1e-4)
-    assert close(task, whole, made, 1e-3)
-    assert made.warnings == (
+    compressed = distilled(task)
+    assert compressed.recipe == whole.recipe
+    assert [loss for _, loss in compressed.curve] == pytest.approx(
+        [loss for _, loss in whole.curve], rel=1e-4
+    )
+    assert close(task, whole, compressed, 1e-3)
+    assert compressed.warnings == (
         (
             "distillation ran out of memory at step 0 with 8 items at a time: it went on with 4, their"
             " gradients added up, so that a step still is made of 8"
@@ -135,7 +137,7 @@ def test_where_memory_runs_out_it_goes_on_with_smaller_parts_and_says_so(cramped
             " gradients added up, so that a step still is made of 8"
         ),
     )
-    assert same(weights(distilled(task, accumulate=4).model), weights(made.model))
+    assert same(weights(distilled(task, accumulate=4).model), weights(compressed.model))
 
 
 def test_a_single_item_that_does_not_fit_is_refused(cramped):
@@ -152,7 +154,7 @@ def test_a_single_item_that_does_not_fit_is_refused(cramped):
 def test_looks_are_at_items_that_are_not_trained_on():
     task = tiny_task("vit")
     seen: list[Look] = []
-    made = distilled(
+    compressed = distilled(
         task, steps=9, look_every=3, training=Training(looked=lambda looks: seen.append(looks[-1]))
     )
     assert [look.step for look in seen] == [0, 3, 6, 9]
@@ -160,7 +162,7 @@ def test_looks_are_at_items_that_are_not_trained_on():
     assert all(look.low <= look.value <= look.high and look.metric == "accuracy" for look in seen)
     assert seen[0].confidence == 0.95
     best = min(seen, key=lambda look: look.loss)
-    assert f"kept as after step {best.step}: held-out accuracy" in made.report[0].outcome
+    assert f"kept as after step {best.step}: held-out accuracy" in compressed.report[0].outcome
 
 
 def test_held_out_items_are_never_drawn(monkeypatch):
@@ -182,45 +184,47 @@ def test_what_is_kept_is_the_best_look():
     task = tiny_task("vit")
     seen: list[Look] = []
     options = {"steps": 30, "look_every": 3, "learning_rate": 0.1}
-    made = distilled(task, *BOTH, training=Training(looked=lambda looks: seen.append(looks[-1])), **options)
+    compressed = distilled(
+        task, *BOTH, training=Training(looked=lambda looks: seen.append(looks[-1])), **options
+    )
     best = min(seen, key=lambda look: look.loss)
     assert 0 <= best.step < 30
     held = task.training[TRAINING - TRAINING // 10 :]
-    assert float(task.kind.score(made.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
-    assert made.recipe.get("distill").stop_at == 0
-    assert same(weights(distilled(task, *BOTH, **options).model), weights(made.model))
+    assert float(task.kind.score(compressed.model, held).loss.mean()) == pytest.approx(best.loss, rel=1e-6)
+    assert compressed.recipe.get("distill").stop_at == 0
+    assert same(weights(distilled(task, *BOTH, **options).model), weights(compressed.model))
 
 
 def test_ending_it_keeps_the_best_look_and_gives_the_same_bits_again():
     task = tiny_task("vit")
     count = []
     training = Training(lambda curve, steps: count.append(steps), lambda: len(count) == 8)
-    made = distilled(task, steps=30, look_every=3, learning_rate=0.1, training=training)
-    assert made.recipe.get("distill").stop_at == 8
-    again = compress(task, made.recipe)
-    assert same(weights(again.model), weights(made.model))
-    assert again.curve == made.curve
+    compressed = distilled(task, steps=30, look_every=3, learning_rate=0.1, training=training)
+    assert compressed.recipe.get("distill").stop_at == 8
+    again = compress(task, compressed.recipe)
+    assert same(weights(again.model), weights(compressed.model))
+    assert again.curve == compressed.curve
 
 
 def test_too_few_items_to_hold_out_are_said_and_the_last_step_is_kept():
     task = tiny_task("vit")
     object.__setattr__(task, "training", task.training[:19])
-    made = distilled(task, look_every=2)
-    assert made.warnings == (
+    compressed = distilled(task, look_every=2)
+    assert compressed.warnings == (
         (
             "look_every=2 is left out: it needs 20 training items, of which a tenth is held out, and 'noise'"
             " has 19; the last step is kept"
         ),
     )
-    assert made.looks == ()
-    assert same(weights(made.model), weights(distilled(task).model))
+    assert compressed.looks == ()
+    assert same(weights(compressed.model), weights(distilled(task).model))
 
 
 def test_looks_of_two_trainings_stand_one_after_the_other_on_the_curve():
     task = tiny_task("vit")
-    found: list[int] = []
-    training = Training(looked=lambda looks: found.append(len(looks)))
-    made = compress(
+    counts: list[int] = []
+    training = Training(looked=lambda looks: counts.append(len(looks)))
+    compressed = compress(
         task,
         Recipe(
             *BOTH,
@@ -229,9 +233,9 @@ def test_looks_of_two_trainings_stand_one_after_the_other_on_the_curve():
         ),
         training=training,
     )
-    assert [look.step for look in made.looks] == [5, 8, 11]
-    assert found == [1, 2, 3]
-    assert len(made.curve) == 11
+    assert [look.step for look in compressed.looks] == [5, 8, 11]
+    assert counts == [1, 2, 3]
+    assert len(compressed.curve) == 11
 
 
 # --- going on exactly
@@ -277,10 +281,10 @@ def test_a_killed_training_goes_on_to_the_same_bits(cache, sort):
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(list(checkpoints.folder().glob("*.pt"))) == 1
-    made = compress(task, recipe)
-    assert made.warnings == ("distillation went on from step 6 of 12, where it was saved",)
-    assert made.curve == plain.curve
-    assert same(weights(made.model), weights(plain.model))
+    compressed = compress(task, recipe)
+    assert compressed.warnings == ("distillation went on from step 6 of 12, where it was saved",)
+    assert compressed.curve == plain.curve
+    assert same(weights(compressed.model), weights(plain.model))
     assert list(checkpoints.folder().iterdir()) == []
 
 
@@ -289,16 +293,16 @@ def test_a_training_that_was_ended_can_be_taken_up_again(cache):
     options = {"steps": 12, "checkpoint_every": 5}
     ended = distilled(task, training=Training(enough=lambda: True), **options)
     assert ended.recipe.get("distill").stop_at == 1
-    made = distilled(task, **options)
-    assert made.warnings == ("distillation went on from step 1 of 12, where it was saved",)
-    assert same(weights(made.model), weights(distilled(task, steps=12).model))
+    compressed = distilled(task, **options)
+    assert compressed.warnings == ("distillation went on from step 1 of 12, where it was saved",)
+    assert same(weights(compressed.model), weights(distilled(task, steps=12).model))
 
 
 def test_other_options_data_or_weights_do_not_go_on_from_it(cache):
     task = tiny_task("vit")
     distilled(task, steps=12, stop_at=4, checkpoint_every=2)
-    for other in ({"alpha": 0.5}, {"seed": 1}, {"distill_batch": 4}):
-        assert distilled(task, steps=12, stop_at=6, checkpoint_every=2, **other).warnings == ()
+    for changes in ({"alpha": 0.5}, {"seed": 1}, {"distill_batch": 4}):
+        assert distilled(task, steps=12, stop_at=6, checkpoint_every=2, **changes).warnings == ()
     assert distilled(task, wb.Prune(sparsity=0.6), steps=12, stop_at=6, checkpoint_every=2).warnings == ()
     assert distilled(task, steps=12, stop_at=2, checkpoint_every=2).warnings == ()  # it was saved beyond
     assert len(list(checkpoints.folder().glob("*.pt"))) <= checkpoints.MOST
@@ -309,10 +313,10 @@ def test_a_damaged_checkpoint_starts_anew(cache):
     distilled(task, steps=12, stop_at=4, checkpoint_every=2)
     (path,) = checkpoints.folder().glob("*.pt")
     path.write_bytes(path.read_bytes()[:100])
-    made = distilled(task, steps=12, checkpoint_every=2)
-    (said,) = made.warnings
+    compressed = distilled(task, steps=12, checkpoint_every=2)
+    (said,) = compressed.warnings
     assert said.startswith(f"training started anew: {path} cannot be read (")
-    assert same(weights(made.model), weights(distilled(task, steps=12).model))
+    assert same(weights(compressed.model), weights(distilled(task, steps=12).model))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(cache):
@@ -365,13 +369,13 @@ EVERYTHING = {
 def test_masks_ranks_grids_and_removed_structure_hold(cache, improving, device, dtype, before):
     task = tiny_task("llama", device, dtype)
     dense = weights(task.model)
-    start, made = compress(task, Recipe(*before)), distilled(task, *before, **EVERYTHING)
+    start, compressed = compress(task, Recipe(*before)), distilled(task, *before, **EVERYTHING)
     assert same(weights(task.model), dense)
-    assert {name: tensor.shape for name, tensor in weights(made.model).items()} == {
+    assert {name: tensor.shape for name, tensor in weights(compressed.model).items()} == {
         name: tensor.shape for name, tensor in weights(start.model).items()
     }
     moved = 0
-    for first, last in zip(start.layers, made.layers, strict=True):
+    for first, last in zip(start.layers, compressed.layers, strict=True):
         last.check()
         assert (first.name, first.rank) == (last.name, last.rank)
         assert last.parameter.dtype == dtype
@@ -381,14 +385,14 @@ def test_masks_ranks_grids_and_removed_structure_hold(cache, improving, device, 
         if first.grid is not None:
             assert torch.equal(first.grid.scale, last.grid.scale)
         moved += not torch.equal(first.parameter, last.parameter)
-    assert moved > len(made.layers) / 2
+    assert moved > len(compressed.layers) / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_what_a_target_leaves_out_keeps_its_bits(cache, improving, device, dtype):
     task = tiny_task("llama", device, dtype)
-    start, made = compress(task, Recipe(PRUNE)), distilled(task, **EVERYTHING, targets=("re:up_proj$",))
-    after = weights(made.model)
+    start, compressed = compress(task, Recipe(PRUNE)), distilled(task, **EVERYTHING, targets=("re:up_proj$",))
+    after = weights(compressed.model)
     changed = {name for name, tensor in weights(start.model).items() if not torch.equal(tensor, after[name])}
     assert changed == {f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)}
 
@@ -406,9 +410,9 @@ def test_small_steps_are_not_rounded_away(sort, device):
     start = weights(compress(task, Recipe(*BOTH)).model)
     moved = []
     for precision in ("model", "mixed"):
-        made = distilled(task, *BOTH, steps=60, learning_rate=5e-4, train_precision=precision)
-        after = weights(made.model)
-        assert {tensor.dtype for tensor in made.model.parameters()} == {torch.bfloat16}
+        compressed = distilled(task, *BOTH, steps=60, learning_rate=5e-4, train_precision=precision)
+        after = weights(compressed.model)
+        assert {tensor.dtype for tensor in compressed.model.parameters()} == {torch.bfloat16}
         moved.append(
             sum(
                 int(((tensor == 1) & (after[name] != 1)).sum())
@@ -417,7 +421,7 @@ def test_small_steps_are_not_rounded_away(sort, device):
             )
         )
         if device == "cpu" and precision == "mixed":
-            assert made.warnings == (
+            assert compressed.warnings == (
                 (
                     "train_precision='mixed' saves nothing on cpu: weights are held, and the arithmetic is"
                     " done, in float32"

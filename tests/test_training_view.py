@@ -26,15 +26,15 @@ def points_of(svg):
 
 
 def test_the_curve_starts_left_and_ends_where_the_training_is():
-    found = points_of(curve_svg([(0, 3.0), (1, 2.0), (2, 1.0)], 5))
-    assert found[0] == (0.0, 3.0)  # the largest loss stands at the top
-    assert found[-1] == (WIDTH / 2, HEIGHT - 3)
-    assert [x for x, _ in found] == sorted(x for x, _ in found)
+    places = points_of(curve_svg([(0, 3.0), (1, 2.0), (2, 1.0)], 5))
+    assert places[0] == (0.0, 3.0)  # the largest loss stands at the top
+    assert places[-1] == (WIDTH / 2, HEIGHT - 3)
+    assert [x for x, _ in places] == sorted(x for x, _ in places)
 
 
 def test_a_long_curve_is_thinned_and_a_wide_one_is_logarithmic():
-    found = points_of(curve_svg([(i, 1.0) for i in range(10_000)], 10_000))
-    assert len(found) <= WIDTH + 30
+    places = points_of(curve_svg([(i, 1.0) for i in range(10_000)], 10_000))
+    assert len(places) <= WIDTH + 30
     middle = points_of(curve_svg([(0, 100.0), (1, 1.0), (2, 0.01)], 3))[1]
     assert middle[1] == pytest.approx(HEIGHT / 2, abs=0.1)
 
@@ -73,8 +73,8 @@ def look(step, value, low, high, dense=0.9):
 def test_looks_stand_on_the_curve_with_their_intervals():
     svg = curve_svg([(i, 1.0) for i in range(11)], 11, [look(0, 0.5, 0.4, 0.6), look(10, 0.8, 0.7, 0.9)])
     bars = [
-        tuple(map(float, found))
-        for found in re.findall(
+        tuple(map(float, ends))
+        for ends in re.findall(
             r"<line class='wb-look' x1='([\d.]+)' x2='[\d.]+' y1='([\d.]+)' y2='([\d.]+)'/>", svg
         )
     ]
@@ -99,7 +99,7 @@ def test_looks_reach_the_panel_and_stay_with_the_point(session):
         wb.Prune(sparsity=0.6), wb.Distill(temperature=2, steps=4, look_every=2, distill_batch=8)
     )
     point = session.run(recipe)
-    assert [found.step for found in session.state.looks] == [0, 2, 4]
+    assert [at_step.step for at_step in session.state.looks] == [0, 2, 4]
     assert point.held_out == session.state.looks
     session.state = PanelState(recipe)
     assert session.run(recipe) == point  # from the ledger
@@ -113,8 +113,8 @@ def test_one_softened_answer_stands_under_the_curve_where_it_is_asked_for(sessio
         expected.answers,
         expected.truth,
     )
-    for found, wanted in zip(session.state.softened.probabilities, expected.probabilities, strict=True):
-        assert found == pytest.approx(wanted, abs=1e-6)  # another thread may add up in another order
+    for row, wanted in zip(session.state.softened.probabilities, expected.probabilities, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-6)  # another thread may add up in another order
     view = TrainingView(lambda: None)
     view.show(session.state)
     assert "wb-softened" not in view.picture.value
@@ -139,12 +139,12 @@ def test_the_figure_of_a_point_shows_quality_at_each_look(session):
     loss, quality, dense = curve_figure(point).data
     assert list(loss.y) == [value for _, value in point.curve]
     assert list(quality.x) == [0, 2, 4]
-    assert list(quality.y) == [100 * found.value for found in point.held_out]  # in percent, as everywhere
+    assert list(quality.y) == [100 * at_step.value for at_step in point.held_out]  # in percent, as everywhere
     assert [y + up for y, up in zip(quality.y, quality.error_y.array, strict=True)] == pytest.approx(
-        [100 * found.high for found in point.held_out]
+        [100 * at_step.high for at_step in point.held_out]
     )
     assert [y - down for y, down in zip(quality.y, quality.error_y.arrayminus, strict=True)] == pytest.approx(
-        [100 * found.low for found in point.held_out]
+        [100 * at_step.low for at_step in point.held_out]
     )
     assert set(dense.y) == {100 * point.held_out[0].dense}
 
@@ -165,11 +165,11 @@ def session(tmp_path):
         tiny_tasks.tiny_task("vit"), ledger=tmp_path / "points.journal", progress=False, device="cpu"
     )
     errors = []
-    made = Session()
-    made.on_error.subscribe(errors.append)
-    made.bench, made.predictor = bench, bench.predictor()
-    yield made
-    made.close()
+    opened = Session()
+    opened.on_error.subscribe(errors.append)
+    opened.bench, opened.predictor = bench, bench.predictor()
+    yield opened
+    opened.close()
     assert errors == []
 
 
@@ -224,8 +224,8 @@ def test_what_is_being_computed_is_said_until_there_is_a_look(session, monkeypat
 
     session.on_state.subscribe(note)
     session.run(wb.Recipe(wb.Prune(sparsity=0.4, criterion="wanda")))
-    words = [doing for doing, _ in said if doing]
-    assert any(word.startswith("calibration, ") for word in words)
+    lines = [doing for doing, _ in said if doing]
+    assert any(word.startswith("calibration, ") for word in lines)
     assert all(f"predicted: {doing}</div>" in html for doing, html in said if doing)
     assert session.state.doing == ""
     assert "predicted" not in badge(session.state)

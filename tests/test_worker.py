@@ -22,8 +22,8 @@ def failures():
 
 @pytest.fixture
 def worker(failures):
-    with Worker(failures.append) as made:
-        yield made
+    with Worker(failures.append) as opened:
+        yield opened
 
 
 def wait_until(condition, seconds=5.0):
@@ -205,7 +205,7 @@ def test_what_a_failed_job_worked_with_is_freed_at_once_not_when_garbage_is_coll
     def make(_stale):
         model = Model()
         yield 1
-        [fail(one()) for one in [lambda: model]]  # by a closure, as measurements are
+        [fail(closure()) for closure in [lambda: model]]  # by a closure, as measurements are
 
     gc.disable()
     try:

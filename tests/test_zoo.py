@@ -331,17 +331,17 @@ def test_models_loaded_by_several_threads_at_once_stay_tied(tmp_path):
 
     original = PreTrainedModel.tie_weights
     llama().save_pretrained(tmp_path)
-    begin, found = threading.Barrier(4), []
+    begin, loaded = threading.Barrier(4), []
 
     def load():
         begin.wait()
-        found.extend(load_model(tmp_path, LANGUAGE_MODELLING) for _ in range(4))
+        loaded.extend(load_model(tmp_path, LANGUAGE_MODELLING) for _ in range(4))
 
     threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(found) == 16
+    assert len(loaded) == 16
     assert PreTrainedModel.tie_weights is original
-    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in found)
+    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in loaded)

@@ -149,15 +149,15 @@ def tiny_task(
 ) -> Task:
     """Return a task as `load_task` would: the model on its device, the data on the CPU."""
     torch.manual_seed(0)
-    made = spread(MODELS[sort]()) if model is None else model
-    made = made.to(device).eval().requires_grad_(False)
-    for tensor in made.state_dict(
+    placed = spread(MODELS[sort]()) if model is None else model
+    placed = placed.to(device).eval().requires_grad_(False)
+    for tensor in placed.state_dict(
         keep_vars=True
     ).values():  # as from_pretrained does: rotary frequencies, which no file holds, stay float32
         tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype)
     return Task(
         kind=KINDS[sort],
-        model=made,
+        model=placed,
         model_name=f"tiny-{sort}",
         model_fingerprint=f"{sort}-{dtype}",
         data_name="noise",
