@@ -6,7 +6,7 @@ Composes; decides nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from widgets.panes.static_snapshot import StaticSnapshot
 from widgets.panes.training_view import TrainingView
 from widgets.panes.verdict_strip import VerdictStrip
 from widgets.plot.tradeoff_view import TradeoffView
+from widgets.session.earlier_panels import close_earlier
+from widgets.session.leaving import at_exit
 from widgets.session.load_progress import LoadProgress
 from widgets.session.model_choice import ModelChoice
 from widgets.session.pacer import Pacer
@@ -81,12 +83,16 @@ class Explorer(ipw.VBox):
             ValueError: two tabs have one title.
 
         """
+        self.made_by: object = None
+        self.closed = False
+        choice = ModelChoice(model, data, device, evaluation_items)
+        close_earlier(self, (choice, recipe, ledger, runtime, placement, offline))
         self.following = (
             False  # whether the sliders are put where the session is, and not the other way round
         )
         self.errors = ErrorPane()
         self.form = RecipeForm(recipe)
-        self.picker = ModelPicker(ModelChoice(model, data, device, evaluation_items))
+        self.picker = ModelPicker(choice)
         self.load_progress = LoadProgress(self.picker.busy)
         self.pacer = Pacer(self.failed)
         self.session = Session(
@@ -96,6 +102,7 @@ class Explorer(ipw.VBox):
         super().__init__(self.arrange())
         self.add_class("wb-panel")
         self.join()
+        self.leaves = at_exit(self.stop)
         self.session.start(self.form.recipe)
         self.load()
 
@@ -286,14 +293,45 @@ class Explorer(ipw.VBox):
         return point
 
     def close(self) -> None:
-        """Stop the threads and close the widgets.
+        """Stop the threads, let go of the model and close the widgets, all parts of the panel among them.
 
         Ipywidgets calls this also for a panel that could not be made.
         """
+        self.stop()
+        for part in parts_of(self):
+            part.close()
+        super().close()
+
+    def stop(self) -> None:
+        """Stop the threads and let go of the model."""
         attributes = vars(self)
+        self.closed = True
+        if "leaves" in attributes:
+            self.leaves()
         if "load_progress" in attributes:
             self.load_progress.stop()
-        for name, part in attributes.items():
+        for name, part in list(attributes.items()):
             if name in {"points", "session", "pacer"}:
                 part.close()
-        super().close()
+
+
+def parts_of(panel: ipw.Widget) -> list[ipw.Widget]:
+    """Return every widget that a widget is made of, but not itself: layouts, styles, and those that are not
+    shown now.
+    """
+    waiting, found = [panel], dict[int, ipw.Widget]()
+    while waiting:
+        current = waiting.pop()
+        for value in [*current.trait_values().values(), *vars(current).values()]:
+            for one in held(value):
+                if isinstance(one, ipw.Widget) and id(one) not in found and one is not panel:
+                    found[id(one)] = one
+                    waiting.append(one)
+    return list(found.values())
+
+
+def held(value: object) -> Iterable[object]:
+    """Return what a list, tuple or table holds; of anything else, itself."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)

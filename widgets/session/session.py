@@ -340,8 +340,13 @@ class Session:
         self.on_state.emit()
 
     def close(self) -> None:
-        """Stop all runners; what was alive when the model was loaded is looked at for garbage again."""
+        """Stop all runners and let go of the model; what was alive when it was loaded is looked at for
+        garbage again.
+        """
         self.loader.close()
         self.measurer.close()
         self.preparer.close()
+        self.choice = self.bench = self.predictor = self.compressed = None
+        self.follow_ups = ()
+        self.state = PanelState(self.state.recipe, phase="cancelled", model=self.state.model)
         garbage.unsettle()

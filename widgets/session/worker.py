@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from widgets.session.leaving import at_exit, stop_to_leave
 from workbench.errors import Cancelled
 from workbench.util.garbage import let_go
 
@@ -81,7 +82,7 @@ class Worker(Generic[T]):
             self.cancel()
             self.waiting = job = WorkerJob(make, draw, self.generation, quiet)
             if self.thread is None:
-                self.thread = threading.Thread(target=self.loop, name="workbench-worker", daemon=True)
+                self.thread = threading.Thread(target=self.live, name="workbench-worker", daemon=True)
                 self.thread.start()
             self.changed.notify_all()
             return job
@@ -117,8 +118,20 @@ class Worker(Generic[T]):
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join(timeout)
 
+    def live(self) -> None:
+        """Run jobs until closed; Python is not left in the middle of one (the thread's body)."""
+        ended = at_exit(self.leave)
+        try:
+            self.loop()
+        finally:
+            ended()
+
+    def leave(self) -> None:
+        """Stop before Python is left."""
+        stop_to_leave(self)
+
     def loop(self) -> None:
-        """Run jobs until closed (the thread's body)."""
+        """Run jobs until closed."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.waiting is not None)

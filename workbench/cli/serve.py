@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from workbench.cli.port import check_free
+from workbench.cli.server_process import run, until_stopped
+
+LAB_IDLE_SECONDS = 4 * 3600  # until a kernel goes that no page is connected to
 
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {
@@ -48,10 +50,10 @@ def lab_command(
         f"--LabApp.app_settings_dir={settings}",
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
     ]
-    return [*command, *common_options(port), *([] if browser else ["--no-browser"])]
+    return [*command, *common_options(port, LAB_IDLE_SECONDS), *([] if browser else ["--no-browser"])]
 
 
-def common_options(port: int | None) -> list[str]:
+def common_options(port: int | None, idle_seconds: int = LAB_IDLE_SECONDS) -> list[str]:
     """Return the options of every server of ours: local sockets to kernels, the port, and root's leave to be
     root.
 
@@ -59,6 +61,10 @@ def common_options(port: int | None) -> list[str]:
     never does.
     """
     options = ["--KernelManager.transport=ipc"] if os.name == "posix" else []
+    options += [
+        f"--MappingKernelManager.cull_idle_timeout={idle_seconds}",
+        f"--MappingKernelManager.cull_interval={min(idle_seconds, 60)}",
+    ]
     if port is not None:
         options += [f"--port={port}", "--ServerApp.port_retries=0"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -81,17 +87,13 @@ def lab(notebook: Path, *, browser: bool = True, port: int | None = None) -> int
 
     """
     check_free(port)
-    with tempfile.TemporaryDirectory(prefix="workbench-lab-") as folder:
-        write_settings(Path(folder))
-        return run(lab_command(notebook.resolve(), Path(folder), browser=browser, port=port))
 
+    def serve() -> int:
+        with tempfile.TemporaryDirectory(prefix="workbench-lab-") as folder:
+            write_settings(Path(folder))
+            return run(lab_command(notebook.resolve(), Path(folder), browser=browser, port=port))
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> int:
-    """Run a server until it is stopped; return its exit code, 0 after Ctrl-C."""
-    try:
-        return subprocess.run(command, check=False, env=environment).returncode  # noqa: S603  our own words
-    except KeyboardInterrupt:
-        return 0
+    return until_stopped(serve)
 
 
 def send_at_once() -> None:

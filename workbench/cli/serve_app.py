@@ -14,8 +14,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from workbench.cli.port import check_free
-from workbench.cli.serve import common_options, run
+from workbench.cli.serve import common_options
+from workbench.cli.server_process import run, until_stopped
 
+APP_IDLE_SECONDS = 600  # until the kernel of a page goes that was closed
 TEMPLATES = Path(__file__).parent / "jupyter"  # a Jupyter data directory: voila/templates/workbench
 
 FRONT_END = (
@@ -58,7 +60,7 @@ def app_command(notebook: Path, *, browser: bool = True, port: int | None = None
         "--VoilaConfiguration.progressive_rendering=True",
         f"--VoilaConfiguration.extension_allowlist={[*FRONT_END]}",
         f"--ServerApp.tornado_settings=mathjax_url={NO_MATHJAX}",
-        *common_options(port),
+        *common_options(port, APP_IDLE_SECONDS),
     ]
 
 
@@ -78,4 +80,5 @@ def app(notebook: Path, *, browser: bool = True, port: int | None = None) -> int
 
     """
     check_free(port)
-    return run(app_command(notebook.resolve(), browser=browser, port=port), app_environment())
+    command = app_command(notebook.resolve(), browser=browser, port=port)
+    return until_stopped(lambda: run(command, app_environment()))
