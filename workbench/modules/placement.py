@@ -200,9 +200,7 @@ def device_map(model: nn.Module, memory: Mapping[int, int]) -> dict[str, int]:
     try:
         from accelerate import infer_auto_device_map
     except ImportError:
-        raise DeviceError(
-            "placement='spread' needs accelerate: pip install accelerate"
-        ) from None
+        raise DeviceError("placement='spread' needs accelerate: pip install accelerate") from None
     size, blocks = model_bytes(model), blocks_of(model)
     whole = [*blocks, *(module for module in outside(model, blocks) if next(module.children(), None) is None)]
     step = max(1, max(map(model_bytes, whole), default=0))
