@@ -44,7 +44,12 @@ def note_types(model: nn.Module, files: Iterable[Path], *, quantized: bool = Fal
     types = {name: dtype for in_file, _ in headers for name, dtype in in_file.items()}
     note_given(model, {name: TYPES[dtype] for name, dtype in types.items() if dtype in TYPES})
     if quantized or any(dtype.startswith("F8") for dtype in types.values()):
-        vars(model)[TOTAL] = sum(size for _, size in headers)
+        note_bytes(model, sum(size for _, size in headers))
+
+
+def note_bytes(model: nn.Module, size: int) -> None:
+    """Note how many bytes the file of a model takes that holds its tensors in a form of its own."""
+    vars(model)[TOTAL] = size
 
 
 def note_given(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:

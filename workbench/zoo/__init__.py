@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import DataError, ModelError
 from workbench.hub import hub
 from workbench.hub.wheel_archive import fetch
-from workbench.modules.checkpoint_types import running_note
+from workbench.modules.checkpoint_types import note_bytes, running_note
 from workbench.modules.experts import notes as expert_notes
 from workbench.modules.placement import Placement
 from workbench.tasks import data as task_data
@@ -23,6 +23,7 @@ from workbench.util.device import pick
 from workbench.util.text import nearest
 from workbench.zoo import local, quantized, safe_config
 from workbench.zoo.catalogue import CATALOGUE, CatalogueEntry, Listed, find
+from workbench.zoo.gguf_models import converted, gguf_file
 from workbench.zoo.trial import in_one_line, try_items
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class _Located:
     directory: Path
     data: str | None = None
     notes: tuple[str, ...] = ()
+    given_bytes: int | None = None  # of the file that the folder was made from
 
 
 def models() -> list[CatalogueEntry]:
@@ -84,6 +86,8 @@ def load_task(
         plain = isinstance(data, str) and data == SLICE
         processor = None if plain else kind.processor(located.directory, config)
     model = local.load_model(located.directory, kind, device=device, dtype=dtype, placement=placement)
+    if located.given_bytes is not None:
+        note_bytes(model, located.given_bytes)
     notes = (
         *located.notes,
         *safe_config.notes(located.directory, config),
@@ -119,13 +123,18 @@ def _locate(name: str | Path, data: Any, *, offline: bool, progress: bool) -> _L
     if listed is not None:
         return _listed(listed, offline=offline, progress=progress)
     path = Path(name).expanduser()
+    if str(name) and (file := gguf_file(path)) is not None:
+        directory, said = converted(file)
+        _check_data_named(KINDS.of(local.read_config(directory)), data, str(name))
+        return _Located(directory, notes=(said,), given_bytes=file.stat().st_size)
     if str(name) and path.is_dir():
         config = local.read_config(path)
         _check_data_named(KINDS.of(config), data, str(name))
         return _Located(path)
     if path.is_file():
         raise ModelError(
-            f"model {str(name)!r} is a file; give the folder that holds config.json and model.safetensors"
+            f"model {str(name)!r} is a file; give the folder that holds config.json and model.safetensors,"
+            " or a GGUF file"
         )
     names = str(name).split("/")
     if len(names) != 2 or not all(names) or names[0] in {".", "..", "~"} or path.is_absolute():

@@ -15,7 +15,7 @@ from torch import nn
 
 from workbench.errors import DeviceError, ModelError
 from workbench.hub.safe_folder import check_folder
-from workbench.modules.checkpoint_types import checkpoint_types, note_types
+from workbench.modules.checkpoint_types import TOTAL, checkpoint_types, note_types
 from workbench.modules.experts import separate_experts
 from workbench.modules.placement import Placement, place
 from workbench.tasks.base import Kind
@@ -216,6 +216,8 @@ def fingerprint(model: nn.Module) -> str:
     Tied weights are hashed once. Costs about a second a gigabyte.
     """
     digest = hashlib.sha256()
+    if TOTAL in vars(model):
+        digest.update(f"from {vars(model)[TOTAL]} bytes".encode())
     seen: set[tuple[int, tuple[int, ...]]] = set()
     types = checkpoint_types(model)
     for name, tensor in sorted(model.state_dict().items()):
