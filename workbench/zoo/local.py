@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def load_model(
     files, config = check_weights(directory, kind), read_config(directory)
     wanted = parse_dtype(dtype) or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     loader = getattr(transformers, kind.auto_class)
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that options of a quantized checkpoint were given
         try:
             model, info = loader.from_pretrained(
                 directory,
