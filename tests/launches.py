@@ -23,7 +23,7 @@ FREE = {  # make no kernel run: memory, and other views of it
 
 
 class Launches(TorchDispatchMode):
-    """Within, `found` counts the operations that would each launch a kernel, by name, and `waits` those that
+    """Within, `counts` has the operations that would each launch a kernel, by name, and `waits` those that
     a GPU would have to be waited for."""
 
     def __init__(self) -> None:

@@ -40,9 +40,9 @@ class LayerSkipped(CompressionError):  # noqa: N818  says what happened
     @classmethod
     def of_all(cls, layers: dict[str, str]) -> LayerSkipped:
         """Return one refusal of several layers: reasons by name, at least one."""
-        made = cls(*next(iter(layers.items())))
-        made.layers = dict(layers)
-        return made
+        refusal = cls(*next(iter(layers.items())))
+        refusal.layers = dict(layers)
+        return refusal
 
 
 class BrokenPromiseError(WorkbenchError):

@@ -42,7 +42,8 @@ def write_tokenizer(folder: Path, _size: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     names = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(WORDS))]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))  # noqa: S106
+    numbers = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

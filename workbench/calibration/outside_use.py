@@ -31,7 +31,7 @@ def used_from_outside(statistics: Statistics) -> dict[str, frozenset[str]]:
 
 
 def watched(task: Task) -> dict[str, frozenset[str]]:
-    """Return what `used_from_outside` does, of one calibration item; the task's model is not changed."""
+    """Return the answer of `used_from_outside` for one calibration item; the task's model is not changed."""
     model = sharing_copy(task.model).eval()
     device = next(task.model.parameters()).device
     seen: dict[str, set[str]] = {}

@@ -184,7 +184,7 @@ def second_moments(task: Task, progress: Progress) -> Moments:
         )
     good = {name: total for name, total in sums.items() if name not in failed}
     neutral = neutral_moments(
-        task.model, {n: one for n, one in layers.items() if not one.table}, good.keys() | failed.keys()
+        task.model, {n: layer for n, layer in layers.items() if not layer.table}, good.keys() | failed.keys()
     )
     return Moments(good | neutral, {n: counts[n] for n in good} | dict.fromkeys(neutral, 0), failed)
 

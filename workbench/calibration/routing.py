@@ -43,35 +43,37 @@ def routing(task: Task, progress: Progress) -> dict[str, Tensor]:
     A block of `ParallelExperts` knows no weights: its sums are 0.
     """
     blocks = experts_in(task.model)
-    found = {name: torch.zeros(2, block.num_experts, dtype=torch.float64) for name, block in blocks.items()}
+    by_block = {
+        name: torch.zeros(2, block.num_experts, dtype=torch.float64) for name, block in blocks.items()
+    }
     device = device_of(task.model)
     with ExitStack() as hooks, torch.no_grad():
         for name, block in blocks.items():
-            for handle in watched(block, found[name]):
+            for handle in watched(block, by_block[name]):
                 hooks.callback(handle.remove)
         for start in range(0, len(task.calibration) if blocks else 0, task.batch_size):
             progress("routing", start, len(task.calibration))
             task.kind.logits(task.model, task.calibration[start : start + task.batch_size].to(device))
-    return found
+    return by_block
 
 
-def watched(block: SeparateExperts, found: Tensor) -> Iterable[Any]:
-    """Yield the hooks that count a block's tokens into `found` [2, experts], as `routing` says."""
+def watched(block: SeparateExperts, totals: Tensor) -> Iterable[Any]:
+    """Yield the hooks that count a block's tokens into `totals` [2, experts], as `routing` says."""
     gates: dict[int, Tensor] = {}
 
-    def chosen(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:  # noqa: ARG001
+    def chosen(_module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         _, index, weights = routing_of(given, named)
         gates.clear()
         gates.update({place: own for place, _, own in routes(index, weights, block.num_experts)})
 
     def counted(place: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:  # noqa: ARG001
-            found[0, place] += len(made)
+        def hook(module: nn.Module, given: tuple[Tensor, ...], outputs: Tensor) -> None:  # noqa: ARG001
+            totals[0, place] += len(outputs)
             if isinstance(block, RoutedExperts):
-                size = block.normed(made).float().norm(dim=-1)
-                found[1, place] += float((gates[place].float().abs() * size).sum())
+                size = block.normed(outputs).float().norm(dim=-1)
+                totals[1, place] += float((gates[place].float().abs() * size).sum())
             elif not isinstance(block, ParallelExperts):  # its inputs were multiplied by the weights before
-                found[1, place] += float(made.float().norm(dim=-1).sum())
+                totals[1, place] += float(outputs.float().norm(dim=-1).sum())
 
         return hook
 
@@ -94,15 +96,15 @@ def neutral_moments(
     """Return the identity, one object for each number of inputs, as the second moment of the experts' layers
     that no token reached.
     """
-    made: dict[int, Tensor] = {}
-    found = {}
+    identities: dict[int, Tensor] = {}
+    by_layer = {}
     for name in without_tokens(model, layers, reached):
         weight, columns = layers[name].parameter, layers[name].shape[1]
         where = HOST if streams_to(weight) is not None else weight.device
-        if columns not in made:
-            made[columns] = torch.eye(columns, device=where)
-        found[name] = made[columns]
-    return found
+        if columns not in identities:
+            identities[columns] = torch.eye(columns, device=where)
+        by_layer[name] = identities[columns]
+    return by_layer
 
 
 def ranges_beside(
@@ -116,10 +118,10 @@ def ranges_beside(
         block, _, rest = expert_of(name, blocks)
         part = rest.partition(".")[2]
         beside = [
-            other
+            sibling
             for place in range(blocks[block].num_experts)
-            if (other := f"{block}.{place}.{part}".removesuffix(".")) in low
+            if (sibling := f"{block}.{place}.{part}".removesuffix(".")) in low
         ]
         if beside:
-            low[name] = torch.stack([low[other] for other in beside]).amin(0)
-            high[name] = torch.stack([high[other] for other in beside]).amax(0)
+            low[name] = torch.stack([low[sibling] for sibling in beside]).amin(0)
+            high[name] = torch.stack([high[sibling] for sibling in beside]).amax(0)

@@ -125,8 +125,8 @@ class Statistics:
         return self.once("second moments", lambda: second_moments(self.task, self.progress), lasting=True)
 
     def routing(self) -> dict[str, Tensor]:
-        """Return what `workbench.calibration.routing.routing` says: tokens and weighted output norms of each
-        expert, by block.
+        """Return tokens and weighted output norms of each expert, by block: float64 [2, experts], as
+        `workbench.calibration.routing.routing`.
         """
         return self.once("routing", lambda: routing(self.task, self.progress), lasting=True)
 
@@ -137,11 +137,11 @@ class Statistics:
         """
 
         def look() -> dict[str, str]:
-            known = self.moments()
+            moments = self.moments()
             return {
-                name: known.failed.get(name, NO_INPUT)
+                name: moments.failed.get(name, NO_INPUT)
                 for name, layer in self.layers.items()
-                if not layer.table and name not in known.matrices
+                if not layer.table and name not in moments.matrices
             }
 
         return self.once("layers without inputs", look, lasting=True)
@@ -153,11 +153,13 @@ class Statistics:
 
         def look() -> dict[str, str]:
             key = "gradients of tables" if tables else "gradients"
-            known = self.once(key, lambda: gradients(self.task, self.progress, tables=tables), lasting=True)
+            by_layer = self.once(
+                key, lambda: gradients(self.task, self.progress, tables=tables), lasting=True
+            )
             return {
                 name: "it takes no part in the loss of the calibration data"
                 for name, layer in self.layers.items()
-                if layer.table == tables and name not in known
+                if layer.table == tables and name not in by_layer
             }
 
         return self.once(("layers without gradients", tables), look, lasting=True)

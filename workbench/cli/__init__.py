@@ -232,8 +232,8 @@ def measure(
     )
     point = bench.measure(job.recipe, again=again)
     show_point(point)
-    if words := bench.ledger.damage():
-        click.echo(f"note: {words}")
+    if damage := bench.ledger.damage():
+        click.echo(f"note: {damage}")
     if directory is not None:
         click.echo(
             f"written to {bench.export(job.recipe, directory, overwrite=overwrite)}; load it with"

@@ -39,11 +39,11 @@ def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__:
         tell(f"note: {message}")
 
 
-def tell(words: str, error: BaseException | None = None) -> None:
+def tell(message: str, error: BaseException | None = None) -> None:
     """Write one line on stderr, whatever is in it; before it an error's traceback, if that is asked for."""
     if error is not None and os.environ.get(DEBUG) == "1":
         traceback.print_exception(error)
-    line = " ".join(words.split())
+    line = " ".join(message.split())
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line
     )
@@ -67,12 +67,12 @@ def last_resort(error: Exception) -> int:
 def written(error: Exception) -> Path | None:
     """Write a traceback to a file of its own; return where, None if no place took it."""
     text = "".join(traceback.format_exception(error))
-    words = f"{' '.join(sys.argv)}\n\n{text}"
+    content = f"{' '.join(sys.argv)}\n\n{text}"
     for folder in (state_folder("log"), Path(tempfile.gettempdir())):
         place = folder / f"workbench-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            place.write_text(words, encoding="utf-8", errors="backslashreplace")
+            place.write_text(content, encoding="utf-8", errors="backslashreplace")
         except OSError:
             continue
         return place

@@ -129,8 +129,8 @@ def opened(model: str, where: str | None) -> Ledger:
             " are elsewhere"
         )
     ledger = Ledger(place)
-    if words := ledger.damage():
-        click.echo(f"note: {words}")
+    if damage := ledger.damage():
+        click.echo(f"note: {damage}")
     return ledger
 
 

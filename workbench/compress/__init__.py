@@ -140,19 +140,19 @@ class StepAgain(Exception):  # noqa: N818  no failure
     """A layer turned out unable to take a step: all is done again without it there."""
 
 
-def begin(task: Task, recipe: Recipe, known: Statistics, progress: Progress, training: Training) -> Work:
+def begin(task: Task, recipe: Recipe, statistics: Statistics, progress: Progress, training: Training) -> Work:
     """Return work to start with: a copy of the dense model, or what is kept of the recipe's first steps."""
-    begun = prefix_cache.begun(recipe.steps, known) if known.task is task else None
+    begun = prefix_cache.begun(recipe.steps, statistics) if statistics.task is task else None
     if begun is not None:
-        work = begun.continued(task, known, progress, training)
+        work = begun.continued(task, statistics, progress, training)
         work.steps = list(begun.done)
         return work
-    work = Work(dense_copy(task, known), task, known, progress, training)
-    if known.task is task:
-        know_finite(list(work.layers.values()), known)
+    work = Work(dense_copy(task, statistics), task, statistics, progress, training)
+    if statistics.task is task:
+        know_finite(list(work.layers.values()), statistics)
     if copied_whole(work.model, task.model):
         work.refusals.note(SHARED_COPIES, "a module holds others outside the module tree")
-    for device, dtype in {(one.parameter.device, one.parameter.dtype) for one in work.layers.values()}:
+    for device, dtype in {(layer.parameter.device, layer.parameter.dtype) for layer in work.layers.values()}:
         work.refusals.note(WEIGHT_PASSES, weight_trials.failed(device, dtype))
     return work
 
@@ -165,7 +165,7 @@ def carried_out(recipe: Recipe, work: Work, refused: dict[int, dict[str, str]]) 
     Raises:
         StepAgain: something was added. Else as `compress`.
     """
-    task, known = work.task, work.statistics
+    task, statistics = work.task, work.statistics
     done = work.steps
     for place, step in enumerate(recipe.steps[len(done) :], len(done) + 1):
         changes, method = work.changes, METHODS.of(step)
@@ -183,7 +183,7 @@ def carried_out(recipe: Recipe, work: Work, refused: dict[int, dict[str, str]]) 
         if work.changes == changes:
             raise CompressionError(f"{step!r} fits no layer of {task.model_name}: {work.reasons()}")
         check_all(list(work.layers.values()), work.dense)
-        if place < len(recipe) and known.task is task:
+        if place < len(recipe) and statistics.task is task:
             prefix_cache.keep(recipe.steps[:place], done, work)
     return done
 

@@ -34,18 +34,18 @@ def say_unrouted(step: Step, work: Work) -> None:
         for layer in work.layers.values()
         if work.done.get((layer.origin, step.kind())) is step
     }
-    found = []
+    unrouted = []
     for name, layer in names.items():
         block, _, rest = expert_of(name, blocks)
         if block and not blocks[block][0, int(rest.partition(".")[0])]:
-            found.append(layer)
+            unrouted.append(layer)
     rule = INSTEAD.get(step.kind(), "by its weights alone")
-    for layer in found:
+    for layer in unrouted:
         work.say(layer, f"{rule}, as no calibration token was routed to this expert")
-    if found:
+    if unrouted:
         all_of = sum(1 for name in names if expert_of(name, blocks)[0])
         work.warnings.append(
-            f"{step.kind()}: no calibration token was routed to the experts of {len(found)} of {all_of}"
-            f" layers ({listed(found)}): they were taken {rule.replace('its', 'their')}; give more"
+            f"{step.kind()}: no calibration token was routed to the experts of {len(unrouted)} of {all_of}"
+            f" layers ({listed(unrouted)}): they were taken {rule.replace('its', 'their')}; give more"
             " calibration items"
         )

@@ -36,7 +36,7 @@ def check_folder(directory: Path) -> None:
 def check_place(path: Path, homes: tuple[Path, ...]) -> None:
     """Refuse a path that leads out of all these folders, or to no file."""
     place = path.resolve()
-    if not any(place.is_relative_to(one) for one in homes):
+    if not any(place.is_relative_to(home) for home in homes):
         raise ModelError(
             f"{path} leads out of its folder, to {place}: it is not read; copy the file there if the model"
             " needs it"

@@ -59,6 +59,6 @@ def holder(path: Path) -> str:
 def command(process: int) -> str:
     """Return a process' command line in brackets, "" where it is not told."""
     with suppress(OSError):
-        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        return f" ({' '.join(words).strip()[:80]})"
+        arguments = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return f" ({' '.join(arguments).strip()[:80]})"
     return ""

@@ -112,7 +112,7 @@ class Journal:
                 self.places[-1] = Place(offset, number, made)
 
     def read(self, number: int, line: bytes | None, made: Made) -> dict[str, Any] | None:
-        """Return what a line says, None if it is left out; `broken` then says why, unless it is blank."""
+        """Return a line's record, None if it is left out; `broken` then says why, unless it is blank."""
         if line is not None and not line.strip():
             return None
         if number in self.broken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from pydantic_core import from_json
 
@@ -41,7 +41,7 @@ class Made(NamedTuple):
     trials: int = 0
 
     def after(self, log: dict[str, Any]) -> Made:
-        """Return what is made once this line, which fits, is applied."""
+        """Return the studies and trials there are once this line, which fits, is applied."""
         operation, studies = log["op_code"], self.studies
         if operation == CREATE_STUDY:
             if any(study.name == log["study_name"] for study in studies):
@@ -49,7 +49,10 @@ class Made(NamedTuple):
             return self._replace(studies=(*studies, StudyLine(log["study_name"], len(log["directions"]))))
         if operation == DELETE_STUDY:
             gone = log["study_id"]
-            kept = (one._replace(name=None) if n == gone else one for n, one in enumerate(studies))
+            kept = (
+                study_line._replace(name=None) if n == gone else study_line
+                for n, study_line in enumerate(studies)
+            )
             return self._replace(studies=tuple(kept))
         if operation == CREATE_TRIAL and studies[log["study_id"]].name is not None:
             return self._replace(trials=self.trials + 1)
@@ -95,7 +98,7 @@ def misfit(log: dict[str, Any], made: Made) -> str:
 
 
 def new_study(log: dict[str, Any]) -> str:
-    """Return what is wrong with a line that makes a study, "" if nothing is seen."""
+    """Return the fault of a line that makes a study, "" if none is seen."""
     directions = log.get("directions")
     if not isinstance(log.get("study_name"), str):
         return "its study has no name"
@@ -105,7 +108,7 @@ def new_study(log: dict[str, Any]) -> str:
 
 
 def new_trial(log: dict[str, Any], study: StudyLine) -> str:
-    """Return what is wrong with a line that makes a trial, "" if nothing is seen."""
+    """Return the fault of a line that makes a trial, "" if none is seen."""
     for name in TABLES:
         if not isinstance(log.get(name, {}), dict):
             return f"its {name} are no table"
@@ -117,7 +120,7 @@ def new_trial(log: dict[str, Any], study: StudyLine) -> str:
     return ""
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Return whether a value of JSON is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 

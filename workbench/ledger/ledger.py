@@ -115,25 +115,25 @@ class Ledger:
 
     @property
     def left_out(self) -> list[tuple[int | None, str]]:
-        """Return what cannot be read here: (the number of its line, None in other storages; why)."""
+        """Return the records that cannot be read here: (number of the line, None in other storages; why)."""
         if self.journal is None:
             return [(None, why) for why in self.refused.values()]
         lines = self.journal.lines_of(self.name)
-        found = list(self.journal.broken.items())
-        found += [(lines[number], why) for number, why in self.refused.items() if number < len(lines)]
-        found += [(line, "it was not written to its end, and was cut off") for line in self.journal.cut]
-        return [*sorted(found)]
+        unread = list(self.journal.broken.items())
+        unread += [(lines[number], why) for number, why in self.refused.items() if number < len(lines)]
+        unread += [(line, "it was not written to its end, and was cut off") for line in self.journal.cut]
+        return [*sorted(unread)]
 
     def damage(self) -> str:
         """Return in one line what cannot be read here and where, "" if all is read."""
-        found = self.left_out
-        if not found:
+        unread = self.left_out
+        if not unread:
             return ""
-        said = [f"line {line}: {why}" if line is not None else why for line, why in found[:MOST_SAID]]
-        more = f"; and {len(found) - MOST_SAID} more" if len(found) > MOST_SAID else ""
+        said = [f"line {line}: {why}" if line is not None else why for line, why in unread[:MOST_SAID]]
+        more = f"; and {len(unread) - MOST_SAID} more" if len(unread) > MOST_SAID else ""
         return (
-            f"{len(found)} points or lines of the ledger cannot be read here (by a plugin that is not loaded,"
-            f" or damaged) and are left out; they stay in it: {'; '.join(said)}{more}"
+            f"{len(unread)} points or lines of the ledger cannot be read here (by a plugin that is not"
+            f" loaded, or damaged) and are left out; they stay in it: {'; '.join(said)}{more}"
         )
 
     def __len__(self) -> int:

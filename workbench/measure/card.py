@@ -73,7 +73,7 @@ def touched_share(point: Measurement) -> str:
 
 
 def notes(point: Measurement) -> tuple[str, ...]:
-    """Return what a reader must know of a point: first that most weights were left, if they were."""
+    """Return the notes on a point: first that most weights were left, if they were."""
     little = "" if point.coverage is None else point.coverage.warning()
     return (*([little] if little else []), *point.warnings)
 
@@ -102,8 +102,8 @@ def verdict(point: Measurement) -> str:
     )
     touched = "" if point.coverage is None else f"{touched_share(point)} of the weights touched"
     lost = lost_words(point.lost_classes)
-    parts = (quality_words(point.primary), smaller, touched, speed_words(point), lost)
-    return f"{point.recipe.label()}: {'; '.join(part for part in parts if part)}."
+    facts = (quality_words(point.primary), smaller, touched, speed_words(point), lost)
+    return f"{point.recipe.label()}: {'; '.join(part for part in facts if part)}."
 
 
 def card(point: Measurement) -> str:

@@ -136,7 +136,7 @@ def layer_rows(point: Measurement) -> list[dict[str, str]]:
 
 
 def share_of(row: LayerReport, total: int | None) -> str:
-    """Return what share of the dense model's weights a layer holds, "" where it is not known or the weight is
+    """Return a layer's share of the dense model's weights in words, "" where it is unknown or the weight is
     counted under another name.
     """
     counted_elsewhere = not row.weights and row.relative_error is None

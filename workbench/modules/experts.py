@@ -51,23 +51,23 @@ class RoutedExperts(SeparateExperts):
     def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
         """Return the weighted sum of the experts' outputs, [tokens, width], added in the order of experts."""
         states, chosen, weights = routing_of(given, named)
-        made = torch.zeros_like(states)
+        outputs = torch.zeros_like(states)
         for place, tokens, gates in routes(chosen, weights, self.num_experts):
             out = self.run(self.get_submodule(str(place)), states[tokens]) * gates[:, None]
-            made.index_add_(0, tokens, out.to(made.dtype))
-        return made
+            outputs.index_add_(0, tokens, out.to(outputs.dtype))
+        return outputs
 
     def run(self, expert: nn.Module, states: Tensor) -> Tensor:
         """Return an expert's outputs of the tokens [tokens, width] that are routed to it."""
         gated = FIRST[0] in children_of(expert)
-        made = expert.get_submodule(FIRST[0] if gated else FIRST[1])(states)
-        made = self._apply_gate(made) if gated else self.act_fn(made)  # type: ignore[operator]
-        return self.normed(expert.get_submodule(LAST)(made))
+        hidden = expert.get_submodule(FIRST[0] if gated else FIRST[1])(states)
+        hidden = self._apply_gate(hidden) if gated else self.act_fn(hidden)  # type: ignore[operator]
+        return self.normed(expert.get_submodule(LAST)(hidden))
 
-    def normed(self, made: Tensor) -> Tensor:
-        """Return what leaves an expert: after the norm that some classes have behind the last layer."""
+    def normed(self, outputs: Tensor) -> Tensor:
+        """Return an expert's outputs [tokens, width] after the norm that some classes have behind them."""
         norm = children_of(self).get("post_expert_norm")
-        return made if norm is None else cast("Tensor", norm(made))
+        return outputs if norm is None else cast("Tensor", norm(outputs))
 
 
 class SortedExperts(SeparateExperts):
@@ -82,25 +82,26 @@ class SortedExperts(SeparateExperts):
         return torch.cat([self.run(expert, shares[int(name)]) for name, expert in self.experts().items()])
 
     def run(self, expert: nn.Module, states: Tensor) -> Tensor:
-        """Return an expert's outputs of its rows, run on those that are its own."""
+        """Return an expert's outputs [rows, width] of its rows, run on those that are its own."""
         own = states.ne(0).any(-1).nonzero().flatten()
-        made = torch.zeros_like(states)
+        outputs = torch.zeros_like(states)
         if len(own):
             gate, up = expert.get_submodule(FIRST[0])(states[own]).chunk(2, dim=-1)
-            made = made.index_copy(0, own, expert.get_submodule(LAST)(up * self.act_fn(gate)))  # type: ignore[operator]
-        return made
+            hidden = up * self.act_fn(gate)  # type: ignore[operator]
+            outputs = outputs.index_copy(0, own, expert.get_submodule(LAST)(hidden))
+        return outputs
 
 
 class ParallelExperts(SeparateExperts):
     """Products of one expert each: forward(inputs, how many rows each expert has)."""
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
-        """Return the products of all rows, in their order."""
-        made = [
-            expert(rows) if len(rows) else rows.new_empty(0, self.output_size)  # type: ignore[arg-type]
+        """Return the products of all rows [rows, width], in their order."""
+        products = [
+            expert(rows) if len(rows) else rows.new_empty(0, self.output_size)
             for expert, rows in zip(self.experts().values(), inputs.split(expert_size, dim=0), strict=True)
         ]
-        return torch.cat(made, dim=0)
+        return torch.cat(products, dim=0)
 
 
 def routing_of(given: tuple[Tensor, ...], named: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,14 +146,16 @@ def looks_fused(module: nn.Module) -> bool:
     """Return whether a module may hold fused experts: it counts them, and has a matrix for each."""
     count = getattr(module, "num_experts", None)
     stacks = own_stacks(module)
-    return isinstance(count, int) and bool(stacks) and all(len(one) == count for one in stacks.values())
+    return isinstance(count, int) and bool(stacks) and all(len(stack) == count for stack in stacks.values())
 
 
 def form_of(module: nn.Module) -> type[SeparateExperts] | None:
     """Return which form of separate experts does what a module of fused ones does, None if none is known."""
     stacks = set(own_stacks(module))
     takes = [
-        one for one in inspect.signature(inspect.unwrap(type(module).forward)).parameters if one != "self"
+        parameter
+        for parameter in inspect.signature(inspect.unwrap(type(module).forward)).parameters
+        if parameter != "self"
     ]
     if stacks == {"weight"} and len(takes) == 2 and hasattr(module, "output_size"):
         return ParallelExperts
@@ -186,9 +189,9 @@ def separated(module: nn.Module, form: type[SeparateExperts]) -> SeparateExperts
 
     The given module stays as it is.
     """
-    made = twin(module)
+    block = twin(module)
     stacks, turned = own_stacks(module), transposed(module)
-    tables = parameters_of(made), children_of(made)
+    tables = parameters_of(block), children_of(block)
     count = cast("int", module.num_experts)
     biases = {name: tables[0].pop(f"{name}_bias", None) for name in stacks}
     for name in stacks:
@@ -196,16 +199,16 @@ def separated(module: nn.Module, form: type[SeparateExperts]) -> SeparateExperts
     for place in range(count):
         layers = {name: layer_of(stack, biases[name], place, turned=turned) for name, stack in stacks.items()}
         tables[1][str(place)] = layers["weight"] if form is ParallelExperts else joined(layers)
-    made.__class__ = separate_class(type(module), form)
-    return cast("SeparateExperts", made).train(module.training)
+    block.__class__ = separate_class(type(module), form)
+    return cast("SeparateExperts", block).train(module.training)
 
 
 def joined(layers: dict[str, nn.Linear]) -> Expert:
     """Return an expert with these layers."""
-    made = Expert()
+    expert = Expert()
     for name, layer in layers.items():
-        made.add_module(name, layer)
-    return made
+        expert.add_module(name, layer)
+    return expert
 
 
 def layer_of(stack: nn.Parameter, biases: nn.Parameter | None, place: int, *, turned: bool) -> nn.Linear:
@@ -235,17 +238,19 @@ def separate_experts(model: nn.Module, names: list[str] | None = None) -> list[s
         ):
             continue
         form = form_of(module)
-        made = None if form is None else separated(module, form)
+        block = None if form is None else separated(module, form)
         if names is None:
-            shapes = tuple((key, tuple(one.shape), one.dtype) for key, one in own_stacks(module).items())
+            shapes = tuple(
+                (key, tuple(stack.shape), stack.dtype) for key, stack in own_stacks(module).items()
+            )
             about = (type(module), shapes)
             if about not in tried:
-                tried[about] = unknown_form(module) if made is None else trial(module, made)
+                tried[about] = unknown_form(module) if block is None else trial(module, block)
             if tried[about]:
                 vars(module)["left_dense"] = tried[about]
                 continue
-        if made is not None:
-            replace_module(model, name, made)
+        if block is not None:
+            replace_module(model, name, block)
             done.append(name)
     return done
 
@@ -258,13 +263,14 @@ def unknown_form(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def trial(module: nn.Module, made: SeparateExperts) -> str:
+def trial(module: nn.Module, block: SeparateExperts) -> str:
     """Return why separate experts may not take the place of a module, "" if they give what it gives."""
     try:
-        given = trial_inputs(made)
+        given = trial_inputs(block)
         before = inspect.unwrap(type(module).forward)(module, *given)
-        after = made(*given)
-    except Exception as error:  # noqa: BLE001  a class of its own ways raises what it likes: it stays as it is
+        after = block(*given)
+    # A class of its own ways raises what it likes: it stays as it is
+    except Exception as error:  # noqa: BLE001
         return f"its experts are fused, and cannot be tried as layers: {kind_and_words(error)}"
     scale = before.float().norm()
     far = (after.float() - before.float()).norm()
@@ -276,17 +282,17 @@ def trial(module: nn.Module, made: SeparateExperts) -> str:
     )
 
 
-def trial_inputs(made: SeparateExperts) -> tuple[object, ...]:
+def trial_inputs(block: SeparateExperts) -> tuple[object, ...]:
     """Return inputs for a trial: every expert has a few tokens."""
-    weight = next(iter(made.experts().values()))
+    weight = next(iter(block.experts().values()))
     weight = cast("nn.Linear", weight if isinstance(weight, nn.Linear) else next(weight.children()))
-    count, width, dtype = made.num_experts, weight.in_features, weight.weight.dtype
+    count, width, dtype = block.num_experts, weight.in_features, weight.weight.dtype
     generator = torch.Generator().manual_seed(0)
     device = weight.weight.device
     states = torch.randn(2 * count, width, generator=generator).to(device, dtype)
-    if isinstance(made, ParallelExperts):
+    if isinstance(block, ParallelExperts):
         return states, [2] * count
-    if isinstance(made, SortedExperts):
+    if isinstance(block, SortedExperts):
         return (states,)
     first = torch.arange(2 * count) % count
     chosen = torch.stack([first, (first + 1) % count], 1)[:, : min(2, count)].to(device)
@@ -303,9 +309,9 @@ def expert_of(name: str, blocks: Collection[str]) -> tuple[str, str, str]:
     """Return (the block of experts, ".", the rest of the name) of a module within one of these blocks; three
     empty strings for any other.
     """
-    parts = name.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        block = ".".join(parts[:count])
+    path = name.split(".")
+    for count in range(len(path) - 1, 0, -1):
+        block = ".".join(path[:count])
         if block in blocks:
             return block, ".", name.removeprefix(f"{block}.")
     return "", "", ""
@@ -320,11 +326,11 @@ def with_separate_experts(model: nn.Module) -> nn.Module:
     ]
     if not any(not isinstance(module, SeparateExperts) for module in fused):
         return model
-    made = sharing_copy(model)
-    separate_experts(made)
-    return made
+    copied = sharing_copy(model)
+    separate_experts(copied)
+    return copied
 
 
 def notes(model: nn.Module) -> tuple[str, ...]:
-    """Return what a user must know of a model's experts."""
+    """Return the notes on a model's experts."""
     return (NOTE,) if experts_in(model) else ()

@@ -301,13 +301,13 @@ def layers_among(holders: dict[str, nn.Module]) -> tuple[dict[str, Layer], dict[
 
 def bare_parameters(model: nn.Module) -> dict[str, str]:
     """Return the parameters that are no module's weight or bias, by name, and why no method takes them."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for owner, module in model.named_modules():
         for name, tensor in parameters_of(module).items():
-            usual = name == "weight" or (name == "bias" and tensor is not None and tensor.ndim < 2)
-            if tensor is not None and not usual:
-                found[f"{owner}.{name}" if owner else name] = why_bare(owner, module, tensor)
-    return found
+            of_a_layer = name == "weight" or (name == "bias" and tensor is not None and tensor.ndim < 2)
+            if tensor is not None and not of_a_layer:
+                reasons[f"{owner}.{name}" if owner else name] = why_bare(owner, module, tensor)
+    return reasons
 
 
 def why_bare(owner: str, module: nn.Module, tensor: Tensor) -> str:

@@ -46,8 +46,8 @@ class Job:
         if self.settings.get("progress") == "lines":
             say(f"loading {self.model}")
         bench = Bench(self.model, **self.settings)
-        if words := bench.ledger.damage():
-            say(f"note: {words}")
+        if damage := bench.ledger.damage():
+            say(f"note: {damage}")
         return bench
 
 

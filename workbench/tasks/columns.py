@@ -125,8 +125,8 @@ def undecoded(rows: Any, column: str) -> Any:
 
 def _label_column(name: str, rows: Any, items: str) -> str:
     """Return the column of labels: by its usual names, else the only one typed as a class."""
-    if (usual := texts.named(rows.column_names, LABEL_NAMES)) is not None:
-        return usual
+    if (by_name := texts.named(rows.column_names, LABEL_NAMES)) is not None:
+        return by_name
     typed: list[str] = [c for c, feature in rows.features.items() if type(feature).__name__ == "ClassLabel"]
     if len(typed) != 1:
         raise DataError(

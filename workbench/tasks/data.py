@@ -108,25 +108,25 @@ def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed:
             f"only {len(evaluation)} evaluation items in {name}: differences will be inside the noise; {FEW}"
             " or more are advised"
         )
-    rest = kept[count : count + sizes.training]
-    return Data(name, evaluation, kept[:count], rest, notes=tuple(dict.fromkeys(notes)))
+    training = kept[count : count + sizes.training]
+    return Data(name, evaluation, kept[:count], training, notes=tuple(dict.fromkeys(notes)))
 
 
-def calibrating(found: int, sizes: ItemCounts) -> int:
+def calibrating(count: int, sizes: ItemCounts) -> int:
     """Return how many of the items that were found are to calibrate on, the others are to train on: as many
     as were asked for where there are enough for both, else at most half, or all that training leaves.
     """
-    return min(sizes.calibration, max(found // 2, found - sizes.training))
+    return min(sizes.calibration, max(count // 2, count - sizes.training))
 
 
 def one_class(data: Data) -> tuple[str, ...]:
     """Return a note on evaluation items that are all of one class."""
-    found = data.evaluation.labels.unique().tolist() if data.labels else []
-    if len(found) != 1:
+    classes = data.evaluation.labels.unique().tolist() if data.labels else []
+    if len(classes) != 1:
         return ()
     note = (
-        f"all {len(data.evaluation)} evaluation items are of one class, {data.labels[found[0]]}: a model that"
-        " always answers it is always right, and nothing is known of the others"
+        f"all {len(data.evaluation)} evaluation items are of one class, {data.labels[classes[0]]}: a model"
+        " that always answers it is always right, and nothing is known of the others"
     )
     return (note,)
 

@@ -161,6 +161,6 @@ def image_items(
     counted = Tally("pictures") if tally is None else tally
     for index, image in enumerate(images):
         what = name_of(image, index if rows is None else rows[index])
-        one = shown(image, channels, what, counted)
-        pixels.append(torch.as_tensor(processor(images=[one], return_tensors="pt")["pixel_values"]))
+        picture = shown(image, channels, what, counted)
+        pixels.append(torch.as_tensor(processor(images=[picture], return_tensors="pt")["pixel_values"]))
     return Items({"pixel_values": torch.cat(pixels).float()}, torch.tensor(labels, dtype=torch.long))

@@ -120,8 +120,8 @@ def windows(
         if limit is not None and len(ids) >= limit * room:
             break
     count = len(ids) // room if limit is None else min(limit, len(ids) // room)
-    made = torch.tensor(ids[: count * room], dtype=torch.long).reshape(count, room)
-    return torch.cat([torch.tensor(list(begin), dtype=torch.long).expand(count, -1), made], 1)
+    cut = torch.tensor(ids[: count * room], dtype=torch.long).reshape(count, room)
+    return torch.cat([torch.tensor(list(begin), dtype=torch.long).expand(count, -1), cut], 1)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:

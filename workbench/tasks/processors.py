@@ -91,8 +91,8 @@ def set_padding(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     """
     config: Any = model.config
     own, notes = getattr(config, "pad_token_id", None), list[str]()
-    known = isinstance(own, int) and 0 <= own < (getattr(config, "vocab_size", None) or own + 1)
-    word = tokenizer.convert_ids_to_tokens(own) if known else None
+    in_vocabulary = isinstance(own, int) and 0 <= own < (getattr(config, "vocab_size", None) or own + 1)
+    word = tokenizer.convert_ids_to_tokens(own) if in_vocabulary else None
     if tokenizer.pad_token is None and word is None:
         if tokenizer.eos_token is None:
             raise ModelError(
@@ -107,7 +107,7 @@ def set_padding(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
                 f" {tokenizer.pad_token!r}"
             )
         tokenizer.pad_token = word
-    elif not known:
+    elif not in_vocabulary:
         config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.padding_side != "right" and getattr(config, "summary_type", None) != "last":
         tokenizer.padding_side = "right"
@@ -123,8 +123,8 @@ def positions(config: Mapping[str, Any]) -> int | None:
     said = {**config, **(config.get("text_config") or {})}
     if "relative_attention_num_buckets" in said:
         return None
-    found = (said.get(name) for name in POSITIONS)
-    return next((number for number in found if isinstance(number, int) and number > 0), None)
+    numbers = (said.get(name) for name in POSITIONS)
+    return next((number for number in numbers if isinstance(number, int) and number > 0), None)
 
 
 def most_tokens(model: nn.Module) -> int | None:

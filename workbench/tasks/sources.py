@@ -191,15 +191,15 @@ def _build(
     """Read files of one kind, by split, with the builder for it, each in its own encoding; and return
     notes.
     """
-    found: dict[str, Any] = {}
+    by_split: dict[str, Any] = {}
     notes: list[str] = []
     for split, file in files.items():
         builder = BUILDERS[file.suffix.lower()]
         told, said = ({}, ()) if builder == "parquet" else tables.options(file, builder)
         loaded = _load(builder, str(path), progress=progress, data_files={split: str(file)}, **told)
-        found |= loaded
+        by_split |= loaded
         notes += said
-    return found, tuple(notes)
+    return by_split, tuple(notes)
 
 
 def _hub(name: str, *, offline: bool, progress: bool) -> dict[str, Any]:

@@ -79,17 +79,17 @@ def attention_of(config: Any) -> str | None:
 
 def kernels_of(config: Any) -> Iterator[str]:
     """Yield what a configuration, and those in it, make transformers compute attention and experts with."""
-    for one in configurations(config):
+    for settings in configurations(config):
         for name in IMPLEMENTATIONS:
-            if (value := getattr(one, name, None)) is not None:
+            if (value := getattr(settings, name, None)) is not None:
                 yield str(value)
 
 
 def forget_kernels(config: Any) -> None:
     """Let transformers choose by itself what computes attention and experts."""
-    for one in configurations(config):
+    for settings in configurations(config):
         for name in IMPLEMENTATIONS:
-            setattr(one, name, None)
+            setattr(settings, name, None)
 
 
 def configurations(config: Any) -> Iterator[Any]:
@@ -98,9 +98,9 @@ def configurations(config: Any) -> Iterator[Any]:
 
     yield config
     for value in list(vars(config).values()):
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(one, PreTrainedConfig):
-                yield from configurations(one)
+        for held in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(held, PreTrainedConfig):
+                yield from configurations(held)
 
 
 def frames_of(model: Any, samples: Tensor) -> Tensor:

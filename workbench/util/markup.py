@@ -20,7 +20,7 @@ FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how a text begins that
 
 def markdown_text(text: str) -> str:
     """Return a text as one line of Markdown that reads as it is: no link, no HTML, no end of a cell."""
-    return MARKS.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), " ".join(text.split()))
+    return MARKS.sub(lambda mark: ENTITIES.get(mark[0], f"\\{mark[0]}"), " ".join(text.split()))
 
 
 def markdown_code(text: str) -> str:

@@ -36,8 +36,8 @@ def clean_side_folders(place: Path) -> None:
 
     What was in the place before goes back there, where nothing has taken it.
     """
-    found = place.parent.glob(f"{glob.escape(beginning(place))}*")
-    for path in sorted(found, key=lambda one: not one.name.endswith(OLD)):
+    folders = place.parent.glob(f"{glob.escape(beginning(place))}*")
+    for path in sorted(folders, key=lambda folder: not folder.name.endswith(OLD)):
         told = re.match(r"(\d+)-\w+(-old)?$", path.name.removeprefix(beginning(place)), re.ASCII)
         if told is None or path.is_symlink() or not path.is_dir() or is_alive(int(told[1])):
             continue

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
+def nearest(given: str, choices: Iterable[str]) -> str:
     """Return `nearest: a, b` for a mistyped name, or `known: ...` when nothing is close."""
-    names = list(known)
+    names = list(choices)
     close = get_close_matches(given, names, n=3, cutoff=0.5)
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(names[:12])}{more}"

@@ -39,9 +39,9 @@ def check_keys(directory: Path, config: Mapping[str, Any]) -> None:
             raise refused(directory, key, config[key], "gives other names to what is loaded")
     check_timm(directory, config)
     for name in (*OTHERS, "audio_tokenizer_config.json"):
-        found = settings(directory / name)
-        if "audio_tokenizer" in found or (found and name not in OTHERS):
-            raise refused(directory, "audio_tokenizer", found, "is another model", name)
+        content = settings(directory / name)
+        if "audio_tokenizer" in content or (content and name not in OTHERS):
+            raise refused(directory, "audio_tokenizer", content, "is another model", name)
 
 
 def check_timm(directory: Path, config: Mapping[str, Any]) -> None:
@@ -67,22 +67,22 @@ def asked_for(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield (key, value) of everything in a configuration that picks an implementation, however deep."""
     name = key.strip("_").removesuffix("_internal")
     if isinstance(value, Mapping):
-        for inner, one in value.items():
-            yield from asked_for(one, key if name in CHOICES else str(inner))
+        for inner_key, entry in value.items():
+            yield from asked_for(entry, key if name in CHOICES else str(inner_key))
     elif isinstance(value, list):
-        for one in value:
-            yield from asked_for(one, key)
+        for entry in value:
+            yield from asked_for(entry, key)
     elif name in CHOICES and value is not None:
         yield key, str(value)
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """Return what a file of settings says, nothing where it is not there or no table."""
+    """Return the content of a file of settings, {} where it is not there or no table."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def safe_config(directory: Path) -> tuple[Any, bool]:
@@ -109,24 +109,22 @@ def safe_config(directory: Path) -> tuple[Any, bool]:
 
 
 def kept_at_home(directory: Path) -> dict[str, Any]:
-    """Return what a loader is told besides, so that it fetches no kernels; nothing where none are asked
-    for.
-    """
+    """Return the arguments with which a loader fetches no kernels, {} where none are asked for."""
     config, asked = safe_config(directory)
     return {"config": config} if asked else {}
 
 
 def notes(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a user must know of what a folder asks for and does not get."""
-    found = [
+    """Return the notes on what a folder asks for and does not get."""
+    listed = [
         f"config.json asks for {key}={value!r}, which is left out: transformers' own is used"
         for key, value in dict.fromkeys(asked_for(config))
         if value in ELSEWHERE
     ]
     files = [name for name in ("config.json", *OTHERS) if settings(directory / name).get("auto_map")]
     if files:
-        found.append(
+        listed.append(
             f"the model comes with code of its own (auto_map in {', '.join(files)}), which is not run:"
             " transformers' own classes are used"
         )
-    return tuple(found)
+    return tuple(listed)

@@ -155,21 +155,21 @@ class Work:
 
         What a method does with tables, which multiply nothing, is up to it.
         """
-        known, wanted = self.statistics, self.reads
-        if known.task is not self.task or not wanted:
+        statistics, wanted = self.statistics, self.reads
+        if statistics.task is not self.task or not wanted:
             return ""
         reason = ""
         if "moments" in wanted and not layer.table:
-            reason = known.without_inputs().get(layer.origin, "")
+            reason = statistics.without_inputs().get(layer.origin, "")
         if not reason and "gradients" in wanted:
-            reason = known.without_gradients(tables=layer.table).get(layer.origin, "")
+            reason = statistics.without_gradients(tables=layer.table).get(layer.origin, "")
         return reason
 
     def reasons(self) -> str:
         """Return why layers were skipped, what holds back most of them first."""
-        said = Counter(words[-1] for words in self.outcomes.values() if words)
-        first = {words[-1]: name for name, words in reversed(self.outcomes.items()) if words}
-        told = [f"{first[words]}: {words}" for words, _ in said.most_common()]
+        said = Counter(outcome[-1] for outcome in self.outcomes.values() if outcome)
+        first = {outcome[-1]: name for name, outcome in reversed(self.outcomes.items()) if outcome}
+        told = [f"{first[outcome]}: {outcome}" for outcome, _ in said.most_common()]
         return f"{'; '.join(told[:3])}{' ...' if len(told) > 3 else ''}"
 
     def why_not(self, step: Step, layer: Layer) -> str:

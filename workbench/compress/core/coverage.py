@@ -90,7 +90,7 @@ class Beside:
 
 
 def coverage_of(work: Work) -> Coverage:
-    """Return what the steps so far have touched.
+    """Return the share of the weights that the steps so far have touched, and the untouched ones.
 
     Reads names and which tensors are which; values only where a model was copied whole or trained.
     """
@@ -110,19 +110,19 @@ def coverage_of(work: Work) -> Coverage:
         else:
             reason = "; ".join(work.outcomes[name]) or "no target names it"
             left.setdefault((NUMBER.sub("*", name), reason, True), []).append(count)
-    for one in beside:
-        count = one.tensor.numel()
+    for parameter in beside:
+        count = parameter.tensor.numel()
         total += count
-        if held(work, one):
-            pattern = NUMBER.sub("*", one.name) if one.tensor.ndim > 1 else VECTORS
-            left.setdefault((pattern.removesuffix(".weight"), *reason_of(work, one)), []).append(count)
+        if held(work, parameter):
+            pattern = NUMBER.sub("*", parameter.name) if parameter.tensor.ndim > 1 else VECTORS
+            left.setdefault((pattern.removesuffix(".weight"), *reason_of(work, parameter)), []).append(count)
         else:
             touched += count
-    parts = [
+    untouched = [
         UntouchedPart(name, sum(counts), len(counts), reason, layers)
         for (name, reason, layers), counts in left.items()
     ]
-    return Coverage(total, touched, tuple(sorted(parts, key=lambda part: -part.weights)))
+    return Coverage(total, touched, tuple(sorted(untouched, key=lambda part: -part.weights)))
 
 
 def beside_layers(model: nn.Module, work: Work) -> Iterator[Beside]:
@@ -145,9 +145,9 @@ def beside_layers(model: nn.Module, work: Work) -> Iterator[Beside]:
             yield Beside(name, tensor)
 
 
-def held(work: Work, one: Beside) -> bool:
+def held(work: Work, parameter: Beside) -> bool:
     """Return whether the model still holds a parameter as it was, in its place."""
-    place = work.place(one.name)
+    place = work.place(parameter.name)
     if place is None:
         return False
     owner, _, last = place.rpartition(".")
@@ -155,21 +155,22 @@ def held(work: Work, one: Beside) -> bool:
         now = getattr(work.model.get_submodule(owner), last, None)
     except AttributeError:  # its module is another one now
         return False
-    if now is one.tensor:
+    if now is parameter.tensor:
         return True
     return (
         isinstance(now, Tensor)
-        and (now.shape, now.dtype, now.device) == (one.tensor.shape, one.tensor.dtype, one.tensor.device)
-        and torch.equal(now, one.tensor)
+        and (now.shape, now.dtype, now.device)
+        == (parameter.tensor.shape, parameter.tensor.dtype, parameter.tensor.device)
+        and torch.equal(now, parameter.tensor)
     )
 
 
-def reason_of(work: Work, one: Beside) -> tuple[str, bool]:
+def reason_of(work: Work, parameter: Beside) -> tuple[str, bool]:
     """Return why a parameter beside the layers was left, and whether the report has a row for it."""
-    owner, _, last = one.name.rpartition(".")
-    row = owner if last == "weight" and owner in work.outcomes else one.name
+    owner, _, last = parameter.name.rpartition(".")
+    row = owner if last == "weight" and owner in work.outcomes else parameter.name
     if row in work.outcomes:
         return "; ".join(work.outcomes[row]) or work.left.get(row, "no target names it"), True
-    if one.tensor.ndim < 2:
+    if parameter.tensor.ndim < 2:
         return "they are no matrices: no method takes them", False
     return f"{last} is a parameter beside the layers, not a layer's weight: no method takes it", False

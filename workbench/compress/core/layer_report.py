@@ -134,9 +134,9 @@ def weight_named(model: nn.Module, name: str) -> Tensor:
     parent, _, last = name.rpartition(".")
     owner = model.get_submodule(parent)
     module = children_of(owner).get(last)
-    found = owner.get_parameter(last) if module is None else module.weight
-    assert isinstance(found, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
-    return found
+    weight = owner.get_parameter(last) if module is None else module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101  for the type checker: find_layers has seen it
+    return weight
 
 
 def changes(dense: dict[str, Layer], now: dict[str, list[Layer]]) -> dict[str, tuple[float, int]]:

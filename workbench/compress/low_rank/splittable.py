@@ -44,7 +44,7 @@ def can_split(layer: Layer, work: Work) -> bool:
 
 
 def known_of(module: nn.Module) -> frozenset[str]:
-    """Return what the layers in the place of a module have as it has."""
+    """Return the attributes that the layers in the place of a module have as it has."""
     if isinstance(module, nn.Conv2d):
         return KNOWN | CONVOLUTION
     return KNOWN | LINEAR if isinstance(module, nn.Linear) else KNOWN

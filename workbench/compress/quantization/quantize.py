@@ -77,10 +77,10 @@ def quantize(step: Quantize, work: Work) -> None:
 
 def quantize_batch(step: Quantize, batch: Batch, bits: int, work: Work) -> None:
     """Round the weights of layers of one shape, and leave their forms."""
-    form, half, made = rounded(step, batch, bits, work)
+    form, half, values = rounded(step, batch, bits, work)
     for layer, own in zip(batch.layers, split(form, half), strict=True):
         layer.grid = own
-    batch.put(made) if made else batch.write(form.dequantize())
+    batch.put(values) if values else batch.write(form.dequantize())
 
 
 def divides(step: Quantize, layer: Layer, work: Work) -> bool:

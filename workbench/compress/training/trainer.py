@@ -113,10 +113,10 @@ def told(plan: Plan, work: Work) -> list[object]:
 def kept_out(step: Step, work: Work) -> set[int]:
     """Return the ids of the parameters of every layer that a target leaves out, bias included."""
     modules = [layer.module for layer in work.layers.values() if step.excluded(*layer.names) is not None]
-    parts = dict(work.model.named_modules())
+    by_name = dict(work.model.named_modules())
     own = dict(work.model.named_parameters())
     left = [name for name in work.left if step.excluded(name) is not None]
-    modules += [parts[name] for name in left if name in parts]
+    modules += [by_name[name] for name in left if name in by_name]
     bare = {id(own[name]) for name in left if name in own}
     return bare | {id(parameter) for module in modules for parameter in module.parameters()}
 

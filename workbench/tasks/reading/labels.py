@@ -168,16 +168,18 @@ def of_values(values: Sequence[Any], classes: Classes, data: str) -> tuple[dict[
         value: number for value in counts if classes.has(value) and (number := whole(value)) is not None
     }
     if not counts or all(value in named for value in counts):
-        other = [written(value) for value in counts if named[value] != whole(value)]
-        note = f"labels of {data} such as {some(other)} are names of the model's classes, not their numbers"
-        return named, (*([note] if other else []), *otherwise(named, classes, data))
-    words = {value: number for value, number in named.items() if value not in counts}
+        renumbered = [written(value) for value in counts if named[value] != whole(value)]
+        note = (
+            f"labels of {data} such as {some(renumbered)} are names of the model's classes, not their numbers"
+        )
+        return named, (*([note] if renumbered else []), *otherwise(named, classes, data))
+    by_word = {value: number for value, number in named.items() if value not in counts}
     stranger = next(written(value) for value in counts if value not in named)
     note = (
         f"labels of {data} are numbers of the model's classes, not their names: no class is called {stranger}"
     )
     doubtful = any(value in named for value in counts)
-    return words | numbered, (*([note] if doubtful else []), *otherwise(words, classes, data))
+    return by_word | numbered, (*([note] if doubtful else []), *otherwise(by_word, classes, data))
 
 
 def written(value: Any) -> str:
@@ -198,22 +200,22 @@ def of_names(
             numbers[place] = number
     if numbers:
         return numbers, otherwise({names[place]: number for place, number in numbers.items()}, classes, data)
-    known = classes.names
+    theirs = classes.names
     if names and all(classes.has(name) for name in names):
         return (
             {place: int(name) for place, name in enumerate(names)},
             ()
-            if list(names) == [str(number) for number in range(len(known))] and classes.numbered
+            if list(names) == [str(number) for number in range(len(theirs))] and classes.numbered
             else (
-                f"labels of {data} ({some(names)}) are the numbers of the model's classes ({some(known)})",
+                f"labels of {data} ({some(names)}) are the numbers of the model's classes ({some(theirs)})",
             ),
         )
-    if len(names) != len(known) or (folders and not classes.numbered):
+    if len(names) != len(theirs) or (folders and not classes.numbered):
         raise DataError(
-            f"the classes of data {data!r} ({some(names)}) are none of the model's classes ({some(known)})"
+            f"the classes of data {data!r} ({some(names)}) are none of the model's classes ({some(theirs)})"
         )
     note = (
-        f"labels of {data} ({some(names)}) are matched to the model's classes ({some(known)}) by number, not"
+        f"labels of {data} ({some(names)}) are matched to the model's classes ({some(theirs)}) by number, not"
         " by name"
     )
     return {place: place for place in range(len(names))}, (note,)
@@ -222,14 +224,14 @@ def of_names(
 def otherwise(numbers: Mapping[Any, int], classes: Classes, data: str) -> tuple[str, ...]:
     """Return a note on labels that are written otherwise than the classes they are taken for."""
     also = set(classes.also)
-    other = [
+    respelled = [
         f"{name!r} for {classes.names[number]!r}"
         for name, number in numbers.items()
         if isinstance(name, str)
         and plain(name) != plain(classes.names[number])
         and (name, number) not in also
     ]
-    if not other:
+    if not respelled:
         return ()
-    more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
-    return (f"labels of {data} are taken by name: {', '.join(other[:SHOWN])}{more}",)
+    more = f" and {len(respelled) - SHOWN} more" if len(respelled) > SHOWN else ""
+    return (f"labels of {data} are taken by name: {', '.join(respelled[:SHOWN])}{more}",)

@@ -56,7 +56,7 @@ def shown(image: Any, channels: int, what: str, tally: Tally) -> Image:
         picture = ImageOps.exif_transpose(picture)
         if top:
             picture = eight_bits(picture, top, done, inverted=inverted)
-        made = converted(picture, MODES[channels], done)
+        upright = converted(picture, MODES[channels], done)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -69,7 +69,7 @@ def shown(image: Any, channels: int, what: str, tally: Tally) -> Image:
             f"{what} cannot be read as a picture: {one_line(error) or type(error).__name__}"
         ) from None
     tally.add(*done)
-    return made
+    return upright
 
 
 def opened(image: Any) -> Image:
@@ -93,7 +93,7 @@ def opened(image: Any) -> Image:
 
 
 def name_of(image: Any, number: int) -> str:
-    """Return what a picture is called in messages: by its file, where it has one, and its place."""
+    """Return the name of a picture in messages: its file, where it has one, and its place."""
     path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str | Path) else None
     return f"image item {number}" + (f" ({path})" if path else "")
 

@@ -27,7 +27,7 @@ PLAIN = ("utf-8", "utf-8-sig")
 
 
 def options(path: Path, builder: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return what `datasets` has to be told to read a file of text, and notes.
+    """Return the options with which `datasets` reads a file of text, and notes.
 
     Args:
         path: a file of text, lines of JSON or a table.
@@ -37,7 +37,7 @@ def options(path: Path, builder: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         DataError: bytes that are no text, or rows that no separator makes sense of; what would work is said.
     """
     encoding = encoding_of(path)
-    notes = () if encoding in PLAIN else (f"{path.name} is read as {encoding.upper()}",)
+    notes: tuple[str, ...] = () if encoding in PLAIN else (f"{path.name} is read as {encoding.upper()}",)
     # Lines of JSON are read by bytes, where the builder knows UTF-8 with and without its mark
     told: dict[str, Any] = {} if encoding == "utf-8" or builder == "json" else {"encoding": encoding}
     if builder == "json" and encoding not in PLAIN:
@@ -93,7 +93,7 @@ def encoding_of(path: Path) -> str:
 
 
 def separator_of(path: Path, encoding: str, usual: str) -> tuple[str, bool]:
-    """Return what separates the columns of a table, and whether quotation marks hold cells together.
+    """Return the separator of a table's columns, and whether quotation marks hold cells together.
 
     The usual one of the file's suffix where the rows fit the header by it, else the only other one by which
     they do. A table of one column has none.
@@ -130,9 +130,10 @@ def separator_of(path: Path, encoding: str, usual: str) -> tuple[str, bool]:
 
 def cells(lines: Sequence[str], separator: str, *, quoted: bool) -> Iterator[list[str]]:
     """Iterate over the rows of a table that hold anything."""
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     try:
-        for row in csv.reader(lines, delimiter=separator, quoting=quoting):
+        for row in csv.reader(
+            lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        ):
             if row:
                 yield row
     except csv.Error:  # a cell beyond csv's limit: a quotation mark that is never closed

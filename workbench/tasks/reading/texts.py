@@ -48,7 +48,7 @@ class ReadColumns:
     noun: str = "texts"
 
     def notes(self, label: str | None = None) -> tuple[str, ...]:
-        """Return what is read, in a line; nothing where there is nothing else."""
+        """Return a line on the columns that are read, none where they are no choice."""
         if label is None and not self.unread and not self.chat:
             return ()
         what = (
@@ -87,7 +87,7 @@ def strings(features: Mapping[str, Any]) -> list[str]:
 
 
 def within(feature: Any) -> Any:
-    """Return what a list holds, None for what is no list."""
+    """Return the feature of a list's entries, None for what is no list."""
     if isinstance(feature, list | tuple):
         return feature[0] if feature else None
     return getattr(feature, "feature", None)
@@ -120,7 +120,11 @@ def nested(features: Mapping[str, Any]) -> list[str]:
 def pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
     """Return the pairs among some columns, each in the order in which a model is given it."""
     there = {plain(name): name for name in columns}
-    both = [(there[one], there[other]) for one, other in PAIRS if one in there and other in there]
+    both = [
+        (there[first_name], there[second_name])
+        for first_name, second_name in PAIRS
+        if first_name in there and second_name in there
+    ]
     for name, column in there.items():
         match = NUMBERED.fullmatch(name)
         if match is None or (match["digit"] or match["letter"]) not in SECOND:
@@ -131,7 +135,7 @@ def pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
             if match["letter"] == "pair"
             else [f"{stem}{name[len(stem) : -1]}{'1' if match['digit'] else 'a'}"]
         )
-        both += [(there[one], column) for one in first if one in there]
+        both += [(there[first_name], column) for first_name in first if first_name in there]
     return both
 
 
@@ -147,15 +151,15 @@ def text_columns(name: str, features: Mapping[str, Any], *, two: bool, conversat
     candidates, lists = strings(features), nested(features)
     both = pairs(candidates) if two else []
     if len(both) > 1:
-        listed = " or ".join(f"{one} and {other}" for one, other in both)
+        listed = " or ".join(f"{first} and {second}" for first, second in both)
         raise DataError(f"data {name!r} have several pairs of texts, {listed}; keep one of them")
     if both:
         return ReadColumns(both[0], tuple(c for c in candidates if c not in both[0]))
-    usual = [column for column in candidates if plain(column) in TEXT_NAMES]
+    by_name = [column for column in candidates if plain(column) in TEXT_NAMES]
     talks = chats(features)
-    if len(usual) == 1 and (not talks or plain(usual[0]) == TEXT_NAMES[0]):
-        return ReadColumns((usual[0],), tuple(c for c in (*candidates, *lists) if c != usual[0]))
-    if conversations and not usual and len(talks) == 1:
+    if len(by_name) == 1 and (not talks or plain(by_name[0]) == TEXT_NAMES[0]):
+        return ReadColumns((by_name[0],), tuple(c for c in (*candidates, *lists) if c != by_name[0]))
+    if conversations and not by_name and len(talks) == 1:
         return ReadColumns((talks[0],), (*candidates, *(c for c in lists if c != talks[0])), chat=True)
     if len(candidates) == 1 and not lists:
         return ReadColumns((candidates[0],))
