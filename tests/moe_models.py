@@ -22,7 +22,7 @@ EXPERTS = 4
 LATENT = {
     "num_key_value_heads": 2,
     "moe_intermediate_size": 12,
-    "n_routed_experts": EXPERTS,
+    "n_routed_experts": 2 * EXPERTS,
     "n_shared_experts": 1,
     "n_group": 2,
     "topk_group": 1,

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 
 import pytest
 import torch
 from moe_models import CONFIGS, EXPERTS, MORE, fused_forward, moe_model, moe_task
+from tiny_tasks import tiny_task
 
 import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
+from workbench.errors import WorkbenchError
 from workbench.export import load
 from workbench.modules.experts import (
     SeparateExperts,
@@ -302,6 +305,102 @@ def test_what_decides_without_tokens_reads_weights_alone(unrouted, name):
     torch.testing.assert_close(
         of_expert(compress(unrouted, FAMILIES["low rank"]), name), of_expert(plain, name)
     )
+
+
+# --- whole experts
+
+
+def importance_of(model: torch.nn.Module, block: str, items) -> torch.Tensor:
+    """Return the mean over each expert's tokens of the router's weight times the norm of its output, by
+    transformers' own fused module: each expert is run on every token, with weight 1.
+    """
+    module, given = model.get_submodule(block), []
+    handle = module.register_forward_pre_hook(lambda _, args: given.append(args))
+    fused_forward(model, items.inputs["input_ids"])
+    handle.remove()
+    ((states, chosen, weights),) = given
+    run = inspect.unwrap(type(module).forward)
+    found = []
+    for expert in range(module.num_experts):
+        made = run(module, states, torch.full((len(states), 1), expert), torch.ones(len(states), 1))
+        taken = chosen == expert
+        gates = (weights * taken).sum(1)[taken.any(1)]
+        found.append((gates * made[taken.any(1)].norm(dim=1)).sum() / max(1, len(gates)))
+    return torch.stack(found)
+
+
+HALF = Recipe(wb.Prune(sparsity=0.5, pattern="experts"))
+
+
+def test_the_experts_that_add_least_go_and_the_router_with_them(moe, tmp_path):
+    task = moe.task
+    made = compress(task, HALF)
+    fused = moe_model(task.model_name.removeprefix("tiny-"))
+    for name, block in experts_in(task.model).items():
+        scores = importance_of(fused, name, task.calibration[: len(task.calibration)])
+        groups = 2 if "Deepseek" in task.model_name else 1
+        size = block.num_experts // groups
+        order = scores.view(groups, size).sort(descending=True).indices[:, : size // 2]
+        stays = sorted((order + size * torch.arange(groups)[:, None]).flatten().tolist())
+        left = made.model.get_submodule(name)
+        assert left.num_experts == len(stays) == block.num_experts // 2
+        for now, before in enumerate(stays):
+            for part in ("gate_up_proj", "down_proj"):
+                kept = left.get_submodule(f"{now}.{part}").weight
+                assert torch.equal(kept, block.get_submodule(f"{before}.{part}").weight)
+        holder = name.rpartition(".")[0]
+        router = "router" if "Gpt" in task.model_name else "gate"
+        whole, cut = (one.get_submodule(f"{holder}.{router}") for one in (task.model, made.model))
+        assert torch.equal(cut.weight, whole.weight[stays])
+        assert cut.top_k <= len(stays)
+    gone = [row for row in made.report if "removed with its expert" in row.outcome]
+    assert gone
+    assert all(row.weights == 0 for row in gone)
+    assert moe.predictor().predict(HALF).file_bytes == moe.measure(HALF).sizes.file_bytes
+    moe.export(HALF, tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    numbers = {config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")}
+    assert {next(iter(experts_in(made.model).values())).num_experts} <= numbers
+    assert torch.equal(loaded(ids()).logits, made.model(ids()).logits)
+    assert torch.equal(
+        moe.task.model(ids()).logits, moe_task(task.model_name.removeprefix("tiny-")).model(ids()).logits
+    )
+
+
+def test_a_token_picks_no_more_experts_than_are_left():
+    made = compress(moe_task("Olmoe"), Recipe(wb.Prune(sparsity=0.7, pattern="experts")))
+    assert made.model.config.num_experts == made.model.config.num_experts_per_tok == 1
+    assert made.model.model.layers[0].mlp.gate.top_k == 1
+    assert torch.isfinite(made.model(ids()).logits).all()
+
+
+def test_other_steps_follow_and_random_experts_go_by_the_seed():
+    task = moe_task("Mixtral")
+    recipe = Recipe(wb.Prune(sparsity=0.25, pattern="experts"), wb.Quantize(weight_bits=4, rounding="gptq"))
+    made = compress(task, recipe)
+    assert sum(layer.grid is not None for layer in made.layers if ".experts." in layer.name) == 12
+    one, two = (
+        compress(task, Recipe(wb.Prune(pattern="experts", criterion="random", seed=s))) for s in (1, 2)
+    )
+    left = [{layer.origin for layer in made.layers if ".experts." in layer.origin} for made in (one, two)]
+    assert left[0] != left[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "words"),
+    [
+        ("llama", {}, "it has no experts"),
+        ("JetMoe", {}, "one product each"),
+        ("Mixtral", {"allocation": "global"}, "config.json states once"),
+        ("Mixtral", {"targets": ("!model.layers.0.mlp.experts.*",)}, "leave out"),
+        ("Mixtral", {"sparsity": 0.1}, "starts at sparsity=0.125"),
+    ],
+)
+def test_experts_that_cannot_go_are_refused_with_the_reason(name, step, words):
+    task = tiny_task(name) if name == "llama" else moe_task(name)
+    with pytest.raises(WorkbenchError, match=words):
+        compress(task, Recipe(wb.Prune(**{"pattern": "experts", **step})))
 
 
 # --- parameters of other names

@@ -30,8 +30,8 @@ def factored(task, compressed):
     modules."""
     count = 0
     for row in compressed.report:
-        pair = compressed.model.get_submodule(row.name)
         if row.rank is not None:
+            pair = compressed.model.get_submodule(row.name)
             count += 1
             yield (
                 row.name,

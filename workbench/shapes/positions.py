@@ -13,11 +13,16 @@ from workbench.util.hooks import of_this_thread
 
 
 def positions(task: Task, items: Items) -> dict[str, int]:
-    """Return how often each weight is applied to the first of `items`: one forward pass with hooks."""
+    """Return how often each weight is applied to the first of `items`: one forward pass with hooks.
+
+    Of experts, which item reaches which one depends on the item: each layer counts as often as those of the
+    same block do on average.
+    """
     counts: dict[str, int] = {}
 
-    def watch(name: str) -> Callable[[Any, Any, torch.Tensor], None]:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ARG001  torch calls it so
+    def watch(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, inputs: Any, given: Any) -> None:  # noqa: ARG001  torch calls it so
+            output = given if isinstance(given, torch.Tensor) else given[0]  # of a router that returns more
             channels = output.shape[1] if output.ndim == 4 else output.shape[-1]
             counts[name] = output.numel() // channels
 

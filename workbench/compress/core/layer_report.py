@@ -82,8 +82,8 @@ def one_report(
     if name in work.shared:
         return LayerReport(name, shape, 0, None, None, None, None, outcome)
     if change is None:
-        weight = weight_named(work.task.model, name)
-        return LayerReport(name, tuple(weight.shape), weight.numel(), None, None, None, None, outcome)
+        weight = weight_named(work.model, str(work.place(name)))  # of a router, some rows may have left
+        return LayerReport(name, shape, weight.numel(), None, None, None, None, outcome)
     error, zeros = change
     count = sum(layer.parameter.numel() for layer in now)
     bits = next((layer.grid.bits for layer in now if layer.grid is not None), None)

@@ -17,6 +17,7 @@ from workbench.compress.core.moments import second_moment_of
 from workbench.compress.low_rank import predicted
 from workbench.compress.low_rank.decompose import factors, leading, one_by_one
 from workbench.compress.low_rank.options import Repair
+from workbench.compress.low_rank.splittable import does_more
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.options import Prune
 from workbench.compress.pruning.seen import Seen
@@ -108,6 +109,8 @@ def can_repair(step: Repair, layer: Layer, work: Work) -> bool:
         )
     elif rank * (rows + columns) >= rows * columns:
         reason = f"a term of rank {rank} would take more than the {rows}x{columns} weight itself"
+    elif does_more(layer.module):
+        reason = f"a {type(layer.module).__name__} does more than one product"
     if reason:
         work.say(layer, f"repair skipped: {reason}")
     return not reason

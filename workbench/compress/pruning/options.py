@@ -11,7 +11,7 @@ from workbench.errors import RecipeError
 from workbench.recipe import Mark, OneOf, Step, configuration, first_leaving
 from workbench.util.about import About
 
-STRUCTURES = ("heads", "neurons", "channels", "layers")
+STRUCTURES = ("heads", "neurons", "channels", "layers", "experts")
 
 
 @configuration
@@ -20,7 +20,7 @@ class Prune(Step):
 
     Patterns: `unstructured` zeros any weights, exactly round(sparsity * weights) of each layer, or of the
     whole model where the allocation is not uniform; `n:m` keeps n of every m consecutive inputs; `heads`,
-    `neurons`, `channels` and `layers` take out structure, which leaves a smaller ordinary module.
+    `neurons`, `channels`, `layers` and `experts` take out structure, which leaves a smaller ordinary module.
 
     Criteria, registered in `workbench.compress.pruning.criteria`: `magnitude` |w| (Han et al. 2015). `wanda`
     |w| * ||x||, compared within each output row (Sun et al. 2023). `ria`, shares of rows and columns times
@@ -76,6 +76,13 @@ class Prune(Step):
             "the coarsest cut of all",
         ),
         About(
+            "pattern=experts",
+            "Lasby et al. 2025 (REAP)",
+            "what each expert adds for the tokens routed to it, one pass over calibration data",
+            "nothing but leaving experts out",
+            "the same number from every block; the other experts are not refitted",
+        ),
+        About(
             "allocation=global",
             "Han et al. 2015",
             "as the criterion",
@@ -112,10 +119,10 @@ class Prune(Step):
     pattern: Annotated[
         str,
         Field(
-            pattern=r"^(unstructured|heads|neurons|channels|layers|[1-9]\d?:[1-9]\d?)$",
+            pattern=r"^(unstructured|heads|neurons|channels|layers|experts|[1-9]\d?:[1-9]\d?)$",
             description=(
                 "unstructured, n:m such as 2:4 (n kept of every m), or what is taken out: heads, neurons,"
-                " channels, layers"
+                " channels, layers, experts"
             ),
             examples=["unstructured", "2:4", "4:8", "1:4", *STRUCTURES],
         ),

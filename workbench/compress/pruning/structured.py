@@ -29,6 +29,7 @@ from workbench.compress.pruning.reconstruction import rebuilt
 from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.surgery import narrow
 from workbench.compress.pruning.unit_scores import unit_scores
+from workbench.compress.pruning.whole_experts import remove_experts
 from workbench.errors import CompressionError, RecipeError
 from workbench.modules.layer import Layer, output_head
 
@@ -38,11 +39,18 @@ if TYPE_CHECKING:
     from workbench.compress.pruning.options import Prune
     from workbench.tasks.base import Task
 
-BELONGS = {"heads": "attention", "neurons": "MLP", "channels": "group of channels", "layers": "block"}
+WHOLE = {"layers": remove_blocks, "experts": remove_experts}  # what is taken out as it stands
+BELONGS = {
+    "heads": "attention",
+    "neurons": "MLP",
+    "channels": "group of channels",
+    "layers": "block",
+    "experts": "mixture",
+}
 
 
 def remove_structure(step: Prune, work: Work) -> None:
-    """Take out the least important units of `step.pattern`: heads, neurons, channels or layers.
+    """Take out the least important units of `step.pattern`: heads, neurons, channels, layers or experts.
 
     Raises:
         CompressionError: the model has no such structure, or so little of it is asked for that no whole unit
@@ -66,8 +74,8 @@ def remove_structure(step: Prune, work: Work) -> None:
 
 def remove(step: Prune, work: Work) -> None:
     """Choose and take out units, and bring the numbers that the model keeps in line."""
-    if step.pattern == "layers":
-        remove_blocks(step, work)
+    if step.pattern in WHOLE:
+        WHOLE[step.pattern](step, work)
         check_runs(step, work)
         return
     pristine = all(layer.pristine for layer in work.layers.values())
@@ -105,10 +113,10 @@ def group_norm(step: Prune, work: Work) -> Tensor:
     """Return the sum over units of the L2 norm of their weights (group lasso, Yuan & Lin 2006): what a
     penalty keeps small.
     """
-    if step.pattern == "layers":
+    if step.pattern in WHOLE:
         raise RecipeError(
-            f"{step!r}: penalty={step.penalty:g} acts on units within blocks, not on whole layers; use"
-            " penalty=0"
+            f"{step!r}: penalty={step.penalty:g} acts on units within blocks, not on whole {step.pattern};"
+            " use penalty=0"
         )
     found_spaces = find_spaces(step, work.model, work.task, work.statistics, pristine=False)
     norms = []
@@ -293,4 +301,6 @@ def check_runs(step: Prune, work: Work) -> None:
             ) from None
         return True
 
-    work.statistics.once(("runs without", step.pattern), run)
+    # A router may need some experts of every group
+    size = step.sparsity if step.pattern == "experts" else None
+    work.statistics.once(("runs without", step.pattern, size), run)

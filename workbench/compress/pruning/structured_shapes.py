@@ -14,6 +14,7 @@ from typing import Any
 from workbench.calibration.statistics import Statistics
 from workbench.compress.pruning.prunable_units import Space, find_blocks, removed_count
 from workbench.compress.pruning.structured import find_spaces
+from workbench.compress.pruning.whole_experts import experts_left
 from workbench.modules.weight_shapes import StoredTensor, Weight
 from workbench.shapes.outline import Anatomy, Outline
 from workbench.tasks.base import Task
@@ -24,7 +25,9 @@ def anatomy_of(task: Task, statistics: Statistics) -> Anatomy:
     with the statistics.
     """
     return Anatomy(
-        lambda step: find_spaces(step, task.model, task, statistics, pristine=True), find_blocks(task.model)
+        lambda step: find_spaces(step, task.model, task, statistics, pristine=True),
+        find_blocks(task.model),
+        lambda sparsity: experts_left(task.model, sparsity),
     )
 
 
@@ -32,7 +35,51 @@ def after_structure(outline: Outline, step: Any) -> Outline | None:
     """Return the outline after a structured step, or None where shapes do not say what goes."""
     if outline.anatomy is None or step.allocation != "uniform":
         return None
+    if step.pattern == "experts":
+        return after_experts(outline, step)
     return after_blocks(outline, step) if step.pattern == "layers" else after_units(outline, step)
+
+
+def after_experts(outline: Outline, step: Any) -> Outline | None:
+    """Return the outline without the last experts of every block, which stand for those that go, and without
+    their rows of the routers; None where they cannot go.
+    """
+    assert outline.anatomy is not None  # noqa: S101  for the type checker
+    mixtures = outline.anatomy.experts(step.sparsity)
+    if not mixtures or any(not goes(outline, f"{name}.", step) for name in mixtures):
+        return None
+    gone = tuple(
+        f"{name}.{place}." for name, (block, left) in mixtures.items() for place in range(left, block.experts)
+    )
+    routers = {
+        name: (dimension, left)
+        for block, left in mixtures.values()
+        for name, dimension in block.tensors.items()
+    }
+    rows = {
+        name.removesuffix(".weight"): block.experts - left
+        for block, left in mixtures.values()
+        for name in block.tensors
+    }
+    return dataclasses.replace(
+        outline,
+        weights=tuple(
+            narrowed(weight, rows.get(weight.name, 0), 0)
+            for weight in outline.weights
+            if not weight.name.startswith(gone)
+        ),
+        rest=tuple(
+            resized(entry, *routers[entry.name]) if entry.name in routers else entry
+            for entry in outline.rest
+            if not entry.name.startswith(gone)
+        ),
+    )
+
+
+def resized(entry: StoredTensor, dimension: int, size: int) -> StoredTensor:
+    """Return a tensor with another size of one dimension."""
+    shape = (*entry.shape[:dimension], size, *entry.shape[dimension + 1 :])
+    return dataclasses.replace(entry, shape=shape, bytes=entry.bytes // entry.shape[dimension] * size)
 
 
 def after_units(outline: Outline, step: Any) -> Outline:
