@@ -36,7 +36,11 @@ def test_the_budget_is_that_of_uniform_ranks_and_no_layer_falls_below_half(sort,
     compressed = compress(
         task, Recipe(wb.LowRank(rank_ratio=ratio, factorization=factorization, rank_allocation=share))
     )
-    taken = {row.name: row for row in uniform.report if "stays dense" not in row.outcome}
+    taken = {
+        row.name: row
+        for row in uniform.report
+        if "stays dense" not in row.outcome and row.relative_error is not None
+    }
     step = max(sum(row.shape) for row in taken.values())
     assert used(uniform.report, taken) - step < used(compressed.report, taken) <= used(uniform.report, taken)
     for row in compressed.report:
@@ -172,4 +176,4 @@ def test_too_little_calibration_is_said():
         warning.startswith("lowrank: calibration is too small for ") for warning in compressed.warnings
     )
     for row in compressed.report:
-        assert row.relative_error is not None
+        assert row.relative_error is not None or "a parameter of" in row.outcome
