@@ -29,6 +29,9 @@ COMMON = (
     ("device", str, "cpu or cuda; left out: the GPU where there is one"),
     ("ledger", str, "where points are kept: a file, or an Optuna storage URL"),
     ("evaluation_items", int, "evaluate at most so many items"),
+    ("calibration_items", int, "calibrate on at most so many other items"),
+    ("training_items", int, "train on at most so many other items"),
+    ("context_length", int, "tokens in a window of a language model, or read of a text"),
     (
         "margin",
         float,

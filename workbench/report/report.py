@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from workbench.bench import Bench
 
 
+# The least of each number that a bench is told
+COUNTS = {"evaluation_items": 2, "calibration_items": 1, "training_items": 1, "context_length": 2}
 YES, NO = ("yes", "y", "on", "true", "1"), ("no", "n", "off", "false", "0")
 
 
@@ -105,8 +107,9 @@ def job_from(namespace: Mapping[str, Any]) -> Job:
     }
     if "device" in settings:
         device_named(str(settings["device"]))
-    if given["evaluation_items"] is not None:
-        settings["evaluation_items"] = whole("evaluation_items", given["evaluation_items"], 2)
+    settings |= {
+        name: whole(name, given[name], least) for name, least in COUNTS.items() if given[name] is not None
+    }
     if given["margin"] is not None:
         settings["margin"] = fraction("margin", given["margin"])
     if not given["model"]:

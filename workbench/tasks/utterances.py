@@ -21,6 +21,7 @@ from workbench.hub import debian
 from workbench.tasks import audio, columns
 from workbench.tasks.columns import Raw
 from workbench.tasks.items import ItemCounts, Items, Pool, Pools
+from workbench.tasks.reading import tables
 from workbench.tasks.transcripts import Writing
 
 MOST_SECONDS = 30.0
@@ -100,15 +101,11 @@ def audio_folder(path: Path) -> Mapping[str, Any] | None:
 
 def metadata(table: Path) -> dict[str, list[str]]:
     """Return the columns `audio` (paths) and `text` of a metadata.csv."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            read = csv.DictReader(file)
-            rows, names = list(read), list(read.fieldnames or ())
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{table} is not UTF-8: {error.reason} {error.object[error.start]:#x} at byte {error.start}; save"
-            " it as UTF-8"
-        ) from None
+    told, _ = tables.options(table, "csv")
+    with table.open(encoding=told.get("encoding", "utf-8"), newline="") as file:
+        quoting = told.get("quoting", csv.QUOTE_MINIMAL)
+        read = csv.DictReader(file, delimiter=told["sep"], quoting=quoting)
+        rows, names = list(read), list(read.fieldnames or ())
     words_column = next((name for name in WORD_NAMES if name in names), None)
     if "file_name" not in names or words_column is None:
         raise DataError(

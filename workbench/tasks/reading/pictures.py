@@ -150,5 +150,4 @@ def see_through(picture: Image) -> bool:
         picture = picture.convert("RGBA")
     if picture.mode not in {"RGBA", "LA", "PA", "La", "RGBa"}:
         return False
-    lowest, _ = picture.getchannel(picture.mode[-1]).getextrema()
-    return bool(lowest < 255)
+    return bool(np.asarray(picture)[..., -1].min() < 255)

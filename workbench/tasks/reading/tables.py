@@ -115,7 +115,7 @@ def separator_of(path: Path, encoding: str, usual: str) -> tuple[str, bool]:
                 f"data {str(path)!r}: columns could be separated by {names}; save the table with"
                 f" {SEPARATORS[usual]}"
             )
-    header, *rows = cells(lines, usual, quoted=True)
+    header, *rows = list(cells(lines, usual, quoted=True)) or [[]]
     row, longest = next(
         ((number, len(row)) for number, row in enumerate(rows, 1) if len(row) > len(header)), (0, 0)
     )
