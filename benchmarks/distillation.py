@@ -77,7 +77,7 @@ def trained(bench, steps, options, *, seeds, dense, before) -> dict:
 
 
 def model_results(numbers: dict, arguments) -> None:
-    """Add all numbers of one model to `found`, written as they come."""
+    """Add all numbers of one model to `numbers`, written as they come."""
     name = arguments.model
     bench = wb.Bench(name, offline=True, device=arguments.device, progress=False)
     dense = Scores.join(

@@ -160,13 +160,16 @@ def level_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
 
 @cache
 def code_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the codes of the levels from the lowest to the highest, uint8; of equal levels the first."""
+    """Return the codes of the different levels from the lowest to the highest, uint8 [levels]; of equal
+    levels the first.
+    """
     return torch.tensor([levels.index(level) for level in sorted(set(levels))], device=device).to(torch.uint8)
 
 
 @cache
 def bounds(levels: tuple[float, ...], even: bool, device: torch.device) -> Tensor:
-    """Return the midpoints between neighbouring levels, float32, up to which the lower one is nearest.
+    """Return the midpoints between neighbouring levels, float32 [levels - 1], up to which the lower one is
+    nearest.
 
     A midpoint itself goes to the lower level, or with `even` to the level whose code is even.
     """

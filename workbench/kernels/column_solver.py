@@ -139,5 +139,5 @@ COLUMNS = FastPath(
 
 
 def alike(values: Tensor, expected: Tensor) -> bool:
-    """Return whether almost all numbers agree to rounding."""
+    """Return whether almost all numbers of two tensors of one shape agree to rounding."""
     return float(torch.isclose(values, expected, rtol=1e-3, atol=1e-4).float().mean()) >= ALIKE

@@ -16,7 +16,9 @@ VALUES = 2**15  # of |w|, infinity and NaN among them
 
 
 def keys(stored: Tensor) -> Tensor:
-    """Return integers that are ordered as the magnitudes of 16-bit numbers, int16."""
+    """Return integers that are ordered as the magnitudes of 16-bit numbers: int16 in [0, 2^15), of the same
+    shape.
+    """
     return stored.view(torch.int16) & (VALUES - 1)
 
 

@@ -55,13 +55,13 @@ def weight_changes(
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Return the weight of a layer as it multiplies: for two factors their product."""
+    """Return the weight of a layer as it multiplies, float32 [weights]: for two factors their product."""
     return acting_weight(model.get_submodule(name)).detach().float().flatten()
 
 
 def weight_now(dense: nn.Module, compressed: Compressed, name: str) -> Tensor:
-    """Return the weight of a dense model's layer as it multiplies now, zero where rows, columns or the whole
-    block were removed.
+    """Return the weight of a dense model's layer as it multiplies now, float32 [weights], zero where rows,
+    columns or the whole block were removed.
     """
     layers = [layer for layer in compressed.layers if layer.origin == name]
     if any(
@@ -78,7 +78,7 @@ def weight_now(dense: nn.Module, compressed: Compressed, name: str) -> Tensor:
 
 
 def weight_change(name: str, before: Tensor, after: Tensor, bins: int = BINS) -> WeightChange:
-    """Return the histograms of two float32 vectors over the range of both."""
+    """Return the histograms of two float32 vectors, [weights], over the range of both."""
     low, high = (
         float(x)
         for x in torch.aminmax(

@@ -123,7 +123,7 @@ def means(
 
 
 def average(values: Tensor, weight: Tensor) -> float:
-    """Return a weighted mean."""
+    """Return the mean of values [items], weighted."""
     return float((values * weight).sum() / weight.sum())
 
 
@@ -180,7 +180,7 @@ def paired(reference: Tensor, compressed: Tensor, level: float) -> UnreadChange:
 
 def stratified(reference: Tensor, compressed: Tensor, level: float) -> UnreadChange:
     """Return the same, post-stratified by the answers of the reference, whose shares over all N items are
-    known.
+    known. reference: 0/1 of all items, [N]; compressed: of those read, [n].
     """
     right, read = float(reference.mean()), reference[: len(compressed)] == 1
     lost, gained = stratum(1 - compressed[read], level), stratum(compressed[~read], level)
@@ -193,7 +193,9 @@ def stratified(reference: Tensor, compressed: Tensor, level: float) -> UnreadCha
 
 
 def stratum(changed: Tensor, level: float) -> Estimate:
-    """Return the share of changed answers in a stratum: of one that no item was read of, nothing is known."""
+    """Return the share of changed answers (0/1, [n]) in a stratum: of one that no item was read of, nothing
+    is known.
+    """
     return proportion(changed, level) if len(changed) else Estimate(0.0, 0.0, 1.0)
 
 

@@ -23,7 +23,7 @@ def student_quantile(level: float, freedom: int) -> float:
 
 
 def proportion(successes: Tensor, level: float) -> Estimate:
-    """Return the mean of 0/1 values with the interval of Wilson (1927)."""
+    """Return the mean of 0/1 values [items] with the interval of Wilson (1927), within [0, 1]."""
     total = len(successes)
     share, z = int(successes.sum()) / total, normal_quantile(level)
     centre, stretch = share + z**2 / (2 * total), 1 + z**2 / total
@@ -43,8 +43,8 @@ def paired_proportions(before: Tensor, after: Tensor, level: float) -> Estimate:
 
 
 def mean(values: Tensor, weight: Tensor, level: float, widening: float = 1.0) -> Estimate:
-    """Return the weighted mean over items with Student's t interval on the weighted residuals, `widening`
-    times as wide.
+    """Return the weighted mean over items, values and weight [items], with Student's t interval on the
+    weighted residuals, `widening` times as wide.
     """
     total = weight.sum()
     average = float((values * weight).sum() / total)
@@ -56,8 +56,8 @@ def mean(values: Tensor, weight: Tensor, level: float, widening: float = 1.0) ->
 
 
 def variance(values: Tensor, weight: Tensor) -> float:
-    """Return the sample variance of one item's part in the weighted mean (of a ratio: its linearised
-    residual, Cochran 1977, section 6.4).
+    """Return the sample variance of one item's part in the weighted mean of values [items] (of a ratio: its
+    linearised residual, Cochran 1977, section 6.4).
     """
     average = (values * weight).sum() / weight.sum()
     residual = weight * (values - average) * len(values) / weight.sum()

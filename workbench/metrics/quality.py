@@ -122,7 +122,7 @@ def flips(
 
 
 def reversed_orders(shares: Tensor, weight: Tensor, level: float) -> Estimate:
-    """Return the mean share of reversed pairs.
+    """Return the mean share of reversed pairs, [0, 1], from that of each item, [items].
 
     Each item stands in many pairs, which doubles the error of the mean (Hoeffding 1948).
     """

@@ -355,8 +355,8 @@ def carried(factors: list[Tensor], shape: Shape) -> Tensor:
     """Return the product of the factors in front of one, a matrix [inputs of that one, inputs of the dense
     layer].
 
-    parts: weights of the factors in front. For a convolution the inputs are patches, and a patch is a picture
-    of the kernel's size: every basis vector is sent through.
+    factors: weights of the factors in front. For a convolution the inputs are patches, and a patch is a
+    picture of the kernel's size: every basis vector is sent through.
     """
     if (
         factors[0][0].numel() == shape.columns

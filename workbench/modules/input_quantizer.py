@@ -61,7 +61,9 @@ class InputFormat:
         return scale, (least - low / scale).round().clamp(least, most)
 
     def rounded(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Return float32 values on the grid; what lies outside is clamped to its ends."""
+        """Return float32 values on the grid, in their shape; what lies outside is clamped to its ends. scale,
+        zero: float32, broadcastable to the values.
+        """
         if self.number_format == "float8":
             return (values / scale).clamp(-FLOAT8_MOST, FLOAT8_MOST).to(FLOAT8).float() * scale
         least, most = self.codes
@@ -125,7 +127,7 @@ class QuantizesInputs(nn.Module):
         )
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """Return the inputs smoothed and rounded, in their own dtype; gradients pass through."""
+        """Return the inputs smoothed and rounded, in their own shape and dtype; gradients pass through."""
         values = inputs.float()
         if self.smooth is not None:
             values = values / self.along_channels(self.smooth)
@@ -209,7 +211,8 @@ def quantized_like(
 ) -> QuantizesInputs:
     """Return a module around the same weight and bias that rounds its inputs.
 
-    `scale` and `zero` are for static rounding only.
+    smooth: what each input channel is divided by, float32 [channels]. scale, zero: for static rounding only,
+    scalars.
     """
     kind = quantized_class(module)
     if kind is None:

@@ -64,7 +64,9 @@ def empty_rows(states: Tensor, form: CacheFormat) -> Tensor:
 
 
 def stored(before: Tensor | None, states: Tensor, form: CacheFormat) -> tuple[Tensor, Tensor]:
-    """Return (all rows as bytes, all rows unpacked in the dtype of `states`); gradients pass to `states`."""
+    """Return (all rows as bytes, uint8 [..., tokens, bytes]; all rows unpacked, [..., tokens, head], in the
+    dtype of `states`); gradients pass to `states`.
+    """
     fresh, head = form.encode(states), states.shape[-1]
     unpacked = pass_through(states, form.decode(fresh, head).to(states.dtype))
     if before is None or not before.shape[-2]:

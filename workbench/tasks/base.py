@@ -129,7 +129,7 @@ class Kind:
 
     @abstractmethod
     def logits(self, model: nn.Module, items: Items) -> Tensor:
-        """Return the model's outputs, first dimension = item: logits aligned with the labels, or embeddings.
+        """Return the model's outputs, [items, ...]: logits aligned with the labels, or embeddings.
 
         They are what training, distillation and gradients look at, and one call is one forward pass.
         """

@@ -98,7 +98,7 @@ class FrameRecognition(SpeechRecognition):
         return self.merged(self.logits(model, items))
 
     def merged(self, logits: Tensor) -> Tensor:
-        """Return the most likely letter of each frame, -1 for blanks and repeats."""
+        """Return the most likely letter of each frame, int64 [items, frames], -1 for blanks and repeats."""
         best = logits.argmax(-1)
         again = F.pad(best[:, 1:] == best[:, :-1], (1, 0))
         return torch.where(again | (best == self.writes.end), -1, best)
@@ -122,7 +122,9 @@ class FrameRecognition(SpeechRecognition):
         )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean negative log-likelihood per letter, nats."""
+        """Return the mean negative log-likelihood per letter in nats, a scalar. labels: int64 [items,
+        letters], -100 where there is none.
+        """
         return self.each_loss(logits, labels).sum() / (labels != -100).sum()
 
     # Frames have no labels of their own
@@ -133,7 +135,9 @@ class FrameRecognition(SpeechRecognition):
         labels: Tensor,  # noqa: ARG002
         temperature: float,
     ) -> Tensor:
-        """Return T^2 * KL(teacher || student at T), the mean over all frames."""
+        """Return T^2 * KL(teacher || student at T) in nats, the mean over all frames, of logits [items,
+        frames, letters].
+        """
         soft, wanted = (
             logits.float().flatten(0, 1).div(temperature).log_softmax(-1) for logits in (student, teacher)
         )

@@ -58,9 +58,8 @@ class Choosing(Kind):
         return likelihoods(self.logits(model, items), items.labels)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the task's loss, what training and gradients are of: the mean cross entropy in float32.
-
-        Labels of -100 are left out.
+        """Return the task's loss, what training and gradients are of: the mean cross entropy in nats, a
+        float32 scalar, of logits [..., classes] and labels, int64 [...]. Labels of -100 are left out.
         """
         return masked_cross_entropy(logits, labels)
 

@@ -82,7 +82,7 @@ class Batch:
         return torch.stack(masks) if masks else None
 
     def in_place(self) -> list[Tensor] | None:
-        """Return the matrices where they lie, for `workbench.kernels.weight_passes`.
+        """Return the matrices, each [rows, columns], where they lie, for `workbench.kernels.weight_passes`.
 
         None if its kernels cannot read them, or one may not be finite.
         """

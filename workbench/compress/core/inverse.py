@@ -57,7 +57,9 @@ def inverted(
 
 
 def damped(scaled: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return (upper Cholesky factors of (scaled + damping)^-1, for which layers that went well)."""
+    """Return (upper Cholesky factors of (scaled + damping)^-1, [layers, inputs, inputs]; for which layers
+    that went well, bool [layers]).
+    """
     with full_precision():
         eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
         lower, first = torch.linalg.cholesky_ex(scaled + damping * eye)

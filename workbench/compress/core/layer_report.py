@@ -299,7 +299,7 @@ def acting(layers: list[Layer]) -> Tensor:
 
 
 def spread_out(current: Tensor, successors: list[list[Layer]], like: Tensor) -> Tensor:
-    """Return matrices in the dense shape, zero where rows or columns left."""
+    """Return matrices [layers, rows, columns] in the dense shape, zero where rows or columns left."""
     rows = [next((layer.rows for layer in layers if layer.rows is not None), None) for layers in successors]
     columns = [
         next((layer.columns for layer in layers if layer.columns is not None), None) for layers in successors

@@ -36,12 +36,14 @@ class LayerSample:
 
     @property
     def energy(self) -> Tensor:
-        """Return the energy that the sampled outputs carry, as the loss feels it: a scalar."""
+        """Return the energy that the sampled outputs carry, as the loss feels it: a float32 scalar."""
         return weighed(self.weight, self)
 
 
 def sample(layer: Layer, gradients: Gradients, moment: Tensor) -> LayerSample:
-    """Return the sample of a layer: rows spread evenly over its outputs."""
+    """Return the sample of a layer: rows spread evenly over its outputs. moment: of its inputs, [inputs,
+    inputs].
+    """
     matrix = layer.matrix()
     rows, columns = matrix.shape
     taken = min(rows, max(FEWEST_ROWS, WEIGHTS // columns))
@@ -56,7 +58,7 @@ def weighed(errors: Tensor, about: LayerSample) -> Tensor:
 
 
 def relative(errors: Tensor, about: LayerSample) -> Tensor:
-    """Return errors as shares of what the layer carries, at most 1 beyond rounding.
+    """Return errors as shares of the layer's energy, [0, 1] beyond rounding, shaped as they are.
 
     0 where it carries nothing.
     """

@@ -102,14 +102,14 @@ def which(length: int, items: Items) -> Tensor | None:
 
 def count_points(states: Tensor, counted_points: Tensor, items: Items, whole: Items) -> Tensor | float:
     """Return how many points a whole batch has, of which `items` are a part with `states` and the points
-    `found`.
+    `counted_points`.
     """
     counted = which(states.shape[1], whole) if states.ndim == 3 else None
     return len(counted_points) / len(items) * len(whole) if counted is None else counted.sum()
 
 
 def check_points(pair: Pair, student: Tensor, teacher: Tensor) -> None:
-    """Refuse states that cannot be compared point by point."""
+    """Refuse states [points, width] that cannot be compared point by point."""
     if len(student) != len(teacher):
         raise CompressionError(
             f"hidden states cannot be aligned: {pair.student!r} passes on {len(student)} points where"

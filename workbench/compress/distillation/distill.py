@@ -231,7 +231,8 @@ def distillation_loss(
     divergence: Divergence = "forward",
     skew: float = 0.1,
 ) -> Tensor:
-    """Return the scalar loss of the outputs of a `kind` of task.
+    """Return alpha * the divergence from the teacher + (1 - alpha) * the task's loss, a scalar, of outputs
+    [items, ...] of a `kind` of task.
 
     Raises:
         CompressionError: student and teacher answer with different numbers of classes or tokens.

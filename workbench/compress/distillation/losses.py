@@ -76,7 +76,9 @@ def attention_loss(student: Tensor, teacher: Tensor, masks: Sequence[Tensor] = (
 
 
 def average(values: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
-    """Return the mean over positions; those where the first mask of the same shape is 0 are left out."""
+    """Return the mean over positions, a scalar; those where the first mask of the values' shape is 0 are left
+    out.
+    """
     mask = next((mask for mask in masks if mask.shape == values.shape), None)
     if mask is None:
         return values.mean()

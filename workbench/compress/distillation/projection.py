@@ -29,20 +29,22 @@ def angles(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def geodesic(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean angle in radians between states and their targets: the distance along the sphere."""
+    """Return the mean angle in radians, a scalar, between states and their targets [points, width]: the
+    distance along the sphere.
+    """
     return angles(student, teacher).mean()
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean of 1 - cosine: half the squared straight distance on the sphere, flat where the angle
-    is small.
+    """Return the mean of 1 - cosine over states [points, width], a scalar: half the squared straight distance
+    on the sphere, flat where the angle is small.
     """
     return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
 def squared(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error over that of always answering 0: a number that does not depend on the
-    states' scale.
+    """Return the mean squared error of states [points, width] over that of always answering 0: a scalar that
+    does not depend on the states' scale.
     """
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(
         torch.finfo(teacher.dtype).tiny

@@ -114,8 +114,8 @@ class TeacherCache:
         return SeenStates(logits, {group: tuple(places) for group, places in inside.items()})
 
     def replay(self, states: Tensor) -> Tensor:
-        """Return the logits that the head makes of what it was given, in the arithmetic that it was given
-        it in.
+        """Return the logits [items, ..., classes] that the head makes of the states [items, ..., width] that
+        it was given, in the arithmetic of then.
         """
         assert self.head is not None  # noqa: S101  for the type checker: states are kept only with a head
         mixed = self.precision is not None

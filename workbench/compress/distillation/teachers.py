@@ -98,8 +98,8 @@ def other(name: str, work: Work) -> nn.Module:
 
 
 def together(kind: Kind, answers: list[Tensor], temperature: float) -> Tensor:
-    """Return the outputs of one teacher, or what stands for several: logits whose softmax at T is the mean of
-    theirs; of vectors the mean direction.
+    """Return the outputs [items, ...] of one teacher, or what stands for several: logits whose softmax at T
+    is the mean of theirs; of vectors the mean direction.
     """
     if len(answers) == 1:
         return answers[0]

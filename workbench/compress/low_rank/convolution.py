@@ -16,9 +16,10 @@ SWEEPS = 4  # of higher-order orthogonal iteration; the error hardly falls after
 
 
 def convolution_factors(kernel: Tensor, form: Form, moment: Tensor | None) -> list[Tensor]:
-    """Return the weights of the factors, in the order in which they are applied.
+    """Return the weights [outputs, inputs, height, width] of the factors of a kernel, in the order in which
+    they are applied.
 
-    With the inputs' second moment the last is refitted.
+    With the second moment of the inputs' patches, [columns, columns], the last is refitted.
     """
     weights = (
         spatial(kernel, form.ranks[0])
@@ -62,8 +63,8 @@ def tucker2(kernel: Tensor, inputs_rank: int, outputs_rank: int) -> list[Tensor]
 
 
 def mode(tensor: Tensor, rank: int) -> Tensor:
-    """Return the `rank` directions of the first dimension that carry most of a tensor, orthonormal
-    columns.
+    """Return the `rank` directions of the first dimension that carry most of a tensor: orthonormal columns,
+    [size, rank].
     """
     flat = tensor.flatten(1)
     return eigenvectors(flat @ flat.t())[1][:, :rank]

@@ -57,7 +57,9 @@ def decompose(weights: Tensor, moments: list[Tensor] | None, most: int, dtype: t
 
 
 def factors(weight: Tensor, basis: Tensor, *, even: bool, dtype: torch.dtype) -> Stack:
-    """Return Q and Q^T W; with `even`, the norms of the rows of Q^T W shared between both."""
+    """Return Q [layers, outputs, k] and Q^T W [layers, k, inputs]; with `even`, the norms of the rows of Q^T
+    W shared between both.
+    """
     right = basis.mT @ weight
     if not even:
         return Stack(basis.to(dtype), right.to(dtype))
@@ -89,7 +91,7 @@ def leading(weight: Tensor, moment: Tensor | None, most: int) -> Tensor:
 
 
 def regular(moment: Tensor) -> Tensor:
-    """Return second moments with a ridge, so that none is singular."""
+    """Return second moments [..., inputs, inputs] with a ridge, so that none is singular; a new tensor."""
     ridged = moment.clone()
     diagonal = ridged.diagonal(dim1=-2, dim2=-1)
     diagonal += RIDGE * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -97,7 +99,9 @@ def regular(moment: Tensor) -> Tensor:
 
 
 def root(moment: Tensor) -> Tensor:
-    """Return K with K K^T = moment: Cholesky, or from eigenvectors where rounding has made one indefinite."""
+    """Return K with K K^T = moment, [..., inputs, inputs]: Cholesky, or from eigenvectors where rounding has
+    made one indefinite.
+    """
     lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(moment)
     if not bool(failed.any()):

@@ -114,8 +114,8 @@ def below_threshold(
 
 
 def bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """Return (the bin that holds the element of this rank, counted from 1; how many elements lie in the bins
-    before it).
+    """Return (the bin of a histogram [bins] that holds the element of this rank, counted from 1; how many
+    elements lie in the bins before it).
     """
     reached = histogram.cumsum(0)
     place = int(torch.searchsorted(reached, torch.tensor(rank, device=reached.device)))

@@ -175,7 +175,7 @@ def rows_fit(step: Prune, layers: Sequence[Layer]) -> bool:
 
 
 def zeroed(batch: Batch, below: Tensor, counts: list[int]) -> Tensor:
-    """Set the smallest counted magnitudes to zero; return which weights stay.
+    """Set the smallest counted magnitudes to zero; return which weights stay, bool [layers, rows, columns].
 
     `below`: see `magnitude_histogram.counts`.
     """

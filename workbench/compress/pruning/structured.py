@@ -110,8 +110,8 @@ def remove(step: Prune, work: Work) -> None:
 
 
 def group_norm(step: Prune, work: Work) -> Tensor:
-    """Return the sum over units of the L2 norm of their weights (group lasso, Yuan & Lin 2006): what a
-    penalty keeps small.
+    """Return the sum over units of the L2 norm of their weights (group lasso, Yuan & Lin 2006), a scalar that
+    gradients flow through: what a penalty keeps small.
     """
     if step.pattern in WHOLE:
         raise RecipeError(
@@ -134,7 +134,8 @@ def group_norm(step: Prune, work: Work) -> Tensor:
 
 
 def side_squares(layer: Layer, axis: str) -> Tensor:
-    """Return the sum of squares of each row, or of each input channel, of a weight.
+    """Return the sum of squares of each row, or of each input channel, of a weight: float32 [rows] or
+    [channels].
 
     Gradients flow through.
     """
@@ -187,8 +188,8 @@ def may_be_cut(space: Space, step: Prune, work: Work) -> bool:
 
 
 def choose(step: Prune, spaces: list[Space], scores: list[Tensor]) -> list[Tensor]:
-    """Return the units of each space that go, int64 ascending: the same fraction of each, or the least of all
-    together.
+    """Return the units of each space that go, int64 [gone] ascending: the same fraction of each, or the least
+    of all together. scores: of each space, [units].
     """
     if step.allocation == "uniform":
         counts = [removed_count(space.units, step.sparsity) for space in spaces]
@@ -244,7 +245,7 @@ def cut_layer(step: Prune, work: Work, layer: Layer, gone: dict[str, Tensor]) ->
 
 
 def others(size: int, gone: list[Tensor]) -> Tensor:
-    """Return the indices below `size` that are not among those gone, ascending."""
+    """Return the indices below `size` that are not among those gone, int64 [stays] ascending."""
     stays = torch.ones(size, dtype=torch.bool)
     stays[torch.cat(gone)] = False
     return stays.nonzero().flatten()

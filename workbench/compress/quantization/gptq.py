@@ -91,8 +91,8 @@ def factorised(layers: list[Layer], work: Work, *, damping: float, by_activation
 def factorise(
     moments: Tensor, layers: list[Layer], *, damping: float, by_activation: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Return (upper factors over their diagonals, columns in order, by how much the damping was raised) of
-    some layers.
+    """Return (upper factors over their diagonals [layers, inputs, inputs], columns in order, int64 [layers,
+    inputs], by how much the damping was raised) of some layers.
 
     Damping is a fraction of the mean diagonal over the inputs that are not always zero. A dead input gets
     that mean in its place, so that it neither disturbs the others nor is disturbed, and comes last.

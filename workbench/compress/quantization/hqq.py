@@ -51,7 +51,7 @@ def solve(stack: Tensor, scales: Scales, spec: Spec, masks: Tensor | None = None
 
 def shrink(values: Tensor, penalty: float) -> Tensor:
     """Return the generalised soft threshold of the l_p norm: sign(x) max(|x| - p |x|^(p-1) / beta, 0), 0 at
-    0.
+    0; shaped as the values.
     """
     size = values.abs()
     return values.sign() * (size - size.clamp_min(1e-12).pow(NORM - 1) / penalty).clamp_min_(0)

@@ -178,8 +178,8 @@ def told(step: QAT, layers: list[Layer], work: Work, steps: int) -> None:
 
 
 def start_of(batch: Batch, dense: dict[str, Layer]) -> Tensor:
-    """Return the hidden weights to start from: the dense ones where they round to the codes that are there,
-    else the rounded ones.
+    """Return the hidden weights [layers, rows, columns] to start from: the dense ones where they round to the
+    codes that are there, else the rounded ones.
     """
     rounded = batch.matrices()
     wanted = torch.stack(

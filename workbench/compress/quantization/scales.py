@@ -75,8 +75,8 @@ class Scales:
 
 
 def ranges(stack: Tensor, spec: Spec) -> Ranges:
-    """Return the least weight of each group, at most 0, and the largest, at least 0: the same at every
-    width.
+    """Return the least weight of each group, at most 0, and the largest, at least 0, both [layers, rows,
+    groups]: the same at every width.
     """
     groups = spec.grouped(stack)
     return groups.amin(3).clamp_max(0), groups.amax(3).clamp_min(0)
@@ -163,8 +163,8 @@ def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor | None, spec: Spe
 
 
 def clamp(steps: Tensor, zero: Tensor | None, spec: Spec) -> Tensor:
-    """Return whole multiples of a scale brought onto the grid, in place. zero: like `steps`, or None for
-    symmetric.
+    """Return whole multiples of a scale, of any shape, brought onto the grid in place. zero: like `steps`, or
+    None for symmetric.
     """
     if zero is None:
         middle = 1 << (spec.bits - 1)
@@ -204,7 +204,7 @@ def affine(low: Tensor, high: Tensor, half: Tensor, spec: Spec) -> tuple[Tensor,
 
 
 def form_of(stack: Tensor, scales: Scales | None, spec: Spec) -> Form:
-    """Return the stacked form nearest to the weights.
+    """Return the stacked form nearest to the weights [layers, rows, columns].
 
     `scales` is None for 16-bit numbers, which have none.
     """

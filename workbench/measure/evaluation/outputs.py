@@ -85,7 +85,7 @@ class Sampler:
 
 
 def spread(length: int, count: int) -> Tensor:
-    """Return `count` of `length` positions, evenly spread: the middles of as many equal parts."""
+    """Return `count` of `length` positions, int64 [count], evenly spread: middles of as many equal parts."""
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * length / count).long()
 
 
@@ -103,7 +103,9 @@ class Outputs:
     )  # of which items, on the CPU
 
     def keep(self, index: Tensor, kept: Tensor) -> None:
-        """Keep what a sampler made of some items (int64, on the CPU), those that fit."""
+        """Keep a sampler's rows of some items, [items, ...], those that fit. index: of the items, int64
+        [items] on the CPU.
+        """
         if self.rows is None:
             count = self.sampler.room(kept)
             self.rows = torch.empty((count, *kept.shape[1:]), dtype=kept.dtype, device=kept.device)
