@@ -75,6 +75,60 @@ def test_methods_from_elsewhere_come_along_as_plugins(monkeypatch):
         plugins_of(BOTH)
 
 
+CRITERION = """
+import torch
+from workbench.compress.pruning.criterion import CRITERIA, Criterion
+from workbench.util.about import About
+
+CRITERIA.register(
+    Criterion(
+        name="{name}",
+        about=About("{name}", "", "", "", ""),
+        scores=lambda seen, seed: seen.weights.abs().clone(),
+        reads=frozenset(),
+        by_row=False,
+        across="as it is",
+    )
+)
+"""
+FORMAT = """
+from workbench.formats.number_format import FORMATS, NumberFormat
+
+FORMATS.register(
+    NumberFormat(
+        name="{name}", label="X", bits=2, levels=(-1.0, 0.0, 0.5, 1.0), largest=1.0, zero_code=1
+    )
+)
+"""
+
+
+def test_criteria_and_number_formats_from_elsewhere_come_along_too(monkeypatch, tmp_path):
+    from workbench.compress.pruning.criterion import CRITERIA
+    from workbench.formats.number_format import FORMATS
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_criterion.py").write_text(CRITERION.format(name="mine"))
+    (tmp_path / "my_format.py").write_text(FORMAT.format(name="two_levels"))
+    import my_criterion  # noqa: F401
+    import my_format  # noqa: F401
+
+    try:
+        recipe = wb.Recipe(
+            wb.Prune(sparsity=0.5, criterion="mine"),
+            wb.Quantize(weight_bits=2, number_format="two_levels", group_size=16),
+        )
+        assert plugins_of(recipe) == ["my_criterion", "my_format"]
+        assert plugins_of(BOTH) == []
+        CRITERIA.modules["mine"] = "__main__"
+        with pytest.raises(RecipeError, match="criterion 'mine' is defined in this notebook"):
+            plugins_of(recipe)
+    finally:
+        CRITERIA.unregister("mine")
+        FORMATS.unregister("two_levels")
+        for name in ("my_criterion", "my_format"):
+            sys.modules.pop(name)
+
+
 def watched(code: str, page: Path, stop_after: str = "") -> list[ReportState]:
     states: list[ReportState] = []
     run = ReportRun(states.append, every_s=0.05)

@@ -226,3 +226,33 @@ def test_labels_name_the_layers_that_stand_apart():
         " \N{HORIZONTAL ELLIPSIS}layers.0.mlp.fc1"
     )
     assert wb.Recipe(wb.Quantize(weight_bits=4, targets=("a", "b", "!c"))).label() == "W4 on 2 targets not c"
+
+
+OWN = [
+    (wb.Quantize, {"weight_bits": 4, "group_size": 16}, ("*", "*.0.*=8")),
+    (wb.Prune, {"sparsity": 0.5, "pattern": "2:4"}, ("*", "re:fc[12]=0.5")),
+    (wb.Prune, {"sparsity": 0.5}, ("classifier=.25", "fc1=1e-1", "!fc2")),
+    (wb.LowRank, {"rank_ratio": 0.5}, ("fc1=0.25",)),
+    (wb.Quantize, {"weight_bits": 4, "seed": 3}, ("*", "a=b=8")),
+]
+
+
+@pytest.mark.parametrize(("step", "options", "targets"), OWN)
+def test_a_step_in_python_reads_own_values_as_the_flat_options_do(step, options, targets):
+    seed = options.get("seed", 0)
+    flat = {name: value for name, value in options.items() if name != "seed"}
+    kind = step.kind()
+    told = METHODS.recipe({**flat, f"{kind}_targets": ",".join(targets)}, seed)
+    made = wb.Recipe(step(**options, targets=targets))
+    assert made == told
+    assert made.key == told.key
+    assert METHODS.from_json(made.to_json()) == made == wb.Recipe(*made)
+    assert len(made) == 1 + sum("=" in target for target in targets)
+    assert not any("=8" in target or "=0" in target for one in made for target in one.targets)
+
+
+def test_an_own_value_out_of_range_is_refused_in_both_ways():
+    with pytest.raises(RecipeError, match=r"weight_bits='99'\) is refused"):
+        wb.Recipe(wb.Quantize(weight_bits=4, targets=("*", "fc1=99")))
+    with pytest.raises(RecipeError, match=r"weight_bits='99'\) is refused"):
+        METHODS.recipe({"weight_bits": 4, "quantize_targets": "*,fc1=99"})

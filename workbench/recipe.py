@@ -110,6 +110,9 @@ class OneOf:
         return value
 
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
+
+
 @configuration
 class Step:
     """Base of every method's configuration. Running a step adds no state to it.
@@ -292,15 +295,19 @@ class Recipe:
     def __init__(self, *steps: Step) -> None:
         """Build from steps in the order in which they are applied; no steps means the dense model.
 
+        A target such as `classifier=8` gives that layer its own value of the slider, in a step of its own.
+
         Raises:
             RecipeError: an argument is not a step, or an order that cannot work, with the reason.
 
         """
-        for index, step in enumerate(steps):
+        for step in steps:
             if not isinstance(step, Step):
                 raise RecipeError(f"a Recipe takes steps such as Prune(sparsity=0.5); got {step!r}")
-            step.check_order(steps[:index])
-        object.__setattr__(self, "steps", tuple(steps))
+        single = tuple(one for step in steps for one in apart(step))
+        for index, step in enumerate(single):
+            step.check_order(single[:index])
+        object.__setattr__(self, "steps", single)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse: a recipe does not change."""
@@ -372,6 +379,33 @@ class Recipe:
             for step in self.steps
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def own_values(targets: Iterable[str]) -> tuple[Targets, dict[str, str]]:
+    """Return the targets of the main step, and the slider's own value of each target written as
+    `name=value`.
+    """
+    main: list[str] = []
+    own: dict[str, str] = {}
+    for given in targets:
+        target = given
+        name, _, value = given.rpartition("=")
+        if name and NUMBER.fullmatch(value):
+            own[name], target = value, f"!{name}"
+        main.append(target)
+    return tuple(main), own
+
+
+def apart(step: Step) -> tuple[Step, ...]:
+    """Return a step, and one for each target that has its own value of the slider."""
+    main, own = own_values(step.targets)
+    if not own:
+        return (step,)
+    others = [
+        dataclasses.replace(step, **{step.slider: value, "targets": (target,)})
+        for target, value in own.items()
+    ]
+    return (dataclasses.replace(step, targets=main), *others)
 
 
 def first_leaving(earlier: Iterable[Step], *marks: Mark) -> Step | None:

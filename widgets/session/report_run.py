@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError, WorkbenchError
-from workbench.recipe import Recipe
+from workbench.recipe import OneOf, Recipe
 from workbench.tasks.registry import KINDS
 
 
@@ -63,16 +63,28 @@ def report_command(
 
 
 def plugins_of(recipe: Recipe) -> list[str]:
-    """Return the modules outside the workbench that a recipe's methods come from, and kinds of task."""
-    modules = list(dict.fromkeys(METHODS.step(step.kind()).__module__ for step in recipe))
-    if "__main__" in modules:
-        step = next(step for step in recipe if type(step).__module__ == "__main__")
+    """Return the modules outside the workbench that a recipe's methods come from, what their options name
+    (criteria, number formats), and kinds of task.
+
+    Raises:
+        RecipeError: one of them was defined in the notebook itself.
+
+    """
+    used = dict[str, str]()  # what is used, by the module that defines it
+    for step in recipe:
+        used.setdefault(METHODS.step(step.kind()).__module__, type(step).__name__)
+        for name, info in step.options().items():
+            for note in info.metadata:
+                value = getattr(step, name)
+                if isinstance(note, OneOf) and value in note.registry:
+                    used.setdefault(note.registry.modules[value], f"{note.registry.what} {value!r}")
+    if "__main__" in used:
         raise RecipeError(
-            f"{type(step).__name__} is defined in this notebook, and a report runs in a process of its own:"
+            f"{used['__main__']} is defined in this notebook, and a report runs in a process of its own:"
             " move it to a module that can be imported"
         )
     kinds = [type(kind).__module__ for kind in KINDS if type(kind).__module__ != "__main__"]
-    return [module for module in dict.fromkeys([*modules, *kinds]) if not module.startswith("workbench.")]
+    return [module for module in dict.fromkeys([*used, *kinds]) if not module.startswith("workbench.")]
 
 
 def free_name(folder: Path, stem: str) -> str:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from workbench.compress.method import Method
 from workbench.errors import RecipeError
-from workbench.recipe import Recipe, Step, Targets
+from workbench.recipe import Recipe, Step, apart
 from workbench.util.text import nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,7 +36,6 @@ PLAIN = (
     "plugins",
     "recipe",
 )  # parameters of a job besides recipe and gates
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 RESERVED = {
     *PLAIN,
     "targets",
@@ -200,38 +198,16 @@ class Methods:
         for step in self.steps():
             given = {name: options[name] for name in step.options() if options.get(name) is not None}
             targets = options.get(f"{step.kind()}_targets")
-            own: dict[str, str] = {}
             if targets:
-                given["targets"], own = own_values(
-                    targets.split(",") if isinstance(targets, str) else targets
-                )
+                given["targets"] = tuple(targets.split(",") if isinstance(targets, str) else targets)
             if step.slider in given:
-                steps.append(step(seed=seed, **given))
-                steps += [
-                    step(seed=seed, **{**given, step.slider: value, "targets": (target,)})
-                    for target, value in own.items()
-                ]
+                steps += apart(step(seed=seed, **given))
             elif given:
                 raise RecipeError(
                     f"{', '.join(given)} given without {step.slider}: give {step.slider} too, or leave"
                     " them out"
                 )
         return sorted(steps, key=lambda step: step.order)
-
-
-def own_values(targets: Iterable[str]) -> tuple[Targets, dict[str, str]]:
-    """Return the targets of the main step, and the slider's own value of each target written as
-    `name=value`.
-    """
-    main: list[str] = []
-    own: dict[str, str] = {}
-    for given in targets:
-        target = given
-        name, _, value = given.rpartition("=")
-        if name and NUMBER.fullmatch(value):
-            own[name], target = value, f"!{name}"
-        main.append(target)
-    return tuple(main), own
 
 
 METHODS = Methods()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -45,6 +46,7 @@ class Registry(Generic[R]):
         """
         self.what, self.check, self.error = what, check, error
         self.records: dict[str, R] = {}
+        self.modules: dict[str, str] = {}  # the name of the module that registered each
 
     def register(self, record: R) -> R:
         """Add a record and return it.
@@ -57,12 +59,13 @@ class Registry(Generic[R]):
             raise self.error(f"{self.what} {record.name!r} cannot be registered: the name is taken")
         if self.check is not None:
             self.check(record)
-        self.records[record.name] = record
+        self.records[record.name], self.modules[record.name] = record, registering_module()
         return record
 
     def unregister(self, name: str) -> None:
         """Forget a record (for tests and for reloading a plugin)."""
         self.records.pop(name, None)
+        self.modules.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
         """Return all names."""
@@ -85,6 +88,19 @@ class Registry(Generic[R]):
     def __len__(self) -> int:
         """Return how many there are."""
         return len(self.records)
+
+
+def registering_module() -> str:
+    """Return the name of the module that registers something now: the first one that is no registry."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module != __name__ and not (
+            frame.f_code.co_name == "register" and module.startswith("workbench.")
+        ):
+            return module
+        frame = frame.f_back
+    return ""
 
 
 def import_members(package: str, path: Iterable[str]) -> None:
