@@ -33,6 +33,7 @@ def markdown_code(text: str) -> str:
 
 def spreadsheet_text(text: str) -> str:
     """Return a text such that a spreadsheet that opens it as CSV shows it and does not compute it: a formula
-    begins with `'`.
+    begins with `'`, and no part of it can be taken for a row of its own.
     """
-    return f"'{text}" if text.lstrip(" ").startswith(FORMULAS) else text
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{plain}" if plain.lstrip(" ").startswith(FORMULAS) else plain
