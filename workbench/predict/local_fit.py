@@ -166,10 +166,21 @@ class Kernel:
     noise: float
 
     def inverse(self, between: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the inverse covariance of points with these squared distances [n, n]."""
-        inverted: NDArray[np.float64] = np.linalg.inv(
-            np.exp(-between / (2 * self.width**2)) + self.noise * np.eye(len(between))
-        ).astype(np.float64, copy=False)
+        """Return the inverse covariance of points with these squared distances [n, n].
+
+        A step that is off is near by all of its settings, which are not near one another: such distances
+        need not be those of a covariance. Where they are not, what is below the noise is raised to it.
+        """
+        covariance = np.exp(-between / (2 * self.width**2)) + self.noise * np.eye(len(between))
+        inverted: NDArray[np.float64]
+        try:
+            np.linalg.cholesky(covariance)
+        except np.linalg.LinAlgError:
+            values, vectors = np.linalg.eigh(covariance)
+            raised = np.maximum(values, self.noise)
+            inverted = ((vectors / raised) @ vectors.T).astype(np.float64, copy=False)
+        else:
+            inverted = np.linalg.inv(covariance).astype(np.float64, copy=False)
         return inverted
 
 
