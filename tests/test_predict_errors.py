@@ -171,7 +171,7 @@ def test_costs_follow_targets_heads_and_what_saves_nothing():
     )
     head = wb.Recipe(wb.Prune(sparsity=0.5, targets=("*", "classifier")))
     assert prior.costs(head).most[zeros] > everything[zeros]
-    assert prior.costs(wb.Recipe(wb.Prune(sparsity=0.25, pattern="neurons"))) is None  # no rule for structure
+    assert prior.costs(wb.Recipe(wb.Prune(sparsity=0.25, pattern="neurons"))) is None  # another table
     repaired = prior.costs(wb.Recipe(wb.Prune(sparsity=0.5), wb.Repair(repair_ratio=0.1)))
     assert 0 < repaired.most[zeros] == repaired.least[zeros] < everything[zeros]
     taught = prior.costs(wb.Recipe(wb.Prune(sparsity=0.5), wb.Distill(temperature=2)))
@@ -188,7 +188,8 @@ def test_one_table_serves_every_place_of_a_slider():
     assert key_of(wb.Prune(pattern="2:4")) != key_of(wb.Prune(sparsity=0.5))
     assert key_of(wb.Quantize(weight_bits=3)) == key_of(wb.Quantize(weight_bits=3.4))
     assert key_of(wb.Quantize(group_size=4)) != key_of(wb.Quantize())
-    assert key_of(wb.Prune(pattern="heads")) is None
+    assert key_of(wb.Prune(pattern="heads")) == key_of(wb.Prune(pattern="heads", sparsity=0.3))
+    assert key_of(wb.Prune(pattern="heads")) != key_of(wb.Prune(sparsity=0.5))
     assert key_of(wb.Distill()) is None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from workbench.calibration.statistics import Statistics
 from workbench.compress import prefix_cache
 from workbench.compress.core.batch import know_finite
-from workbench.compress.core.context import Work
+from workbench.compress.core.context import Work, dense_copy
 from workbench.compress.core.coverage import Coverage, coverage_of
 from workbench.compress.core.invariants import check_all
 from workbench.compress.core.layer_report import LayerReport, effective_bits_of, layer_reports
@@ -34,14 +34,7 @@ from workbench.kernels import weight_trials
 from workbench.kernels.weight_trials import WEIGHT_PASSES
 from workbench.modules.checkpoint_types import round_to_checkpoint
 from workbench.modules.layer import Layer
-from workbench.modules.sharing import (
-    SHARED_COPIES,
-    can_share,
-    copied_whole,
-    own_parameters,
-    sharing_copy,
-    twin,
-)
+from workbench.modules.sharing import SHARED_COPIES, copied_whole, own_parameters
 from workbench.recipe import Recipe, Step
 from workbench.tasks.base import Task
 from workbench.util.progress import Look, Progress, Training, no_progress
@@ -186,12 +179,3 @@ def carried_out(recipe: Recipe, work: Work, refused: dict[int, dict[str, str]]) 
         if place < len(recipe) and statistics.task is task:
             prefix_cache.keep(recipe.steps[:place], done, work)
     return done
-
-
-def dense_copy(task: Task, statistics: Statistics) -> nn.Module:
-    """Return a copy of the dense model in eval mode, which shares its tensors where it can.
-
-    Whether it can is looked up once.
-    """
-    shareable = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
-    return twin(task.model, evaluating=True) if shareable else sharing_copy(task.model).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ from workbench.compress.core.layer_sample import LayerSample
 from workbench.modules.factored import Shape
 from workbench.recipe import Step
 from workbench.shapes.outline import Outline
+
+if TYPE_CHECKING:
+    from workbench.calibration.statistics import Statistics
+    from workbench.util.progress import Progress
 
 # Why a step cannot be taken on a model that is streamed or spread
 GRADIENTS = "gradients need all of the model on one device"
@@ -42,6 +46,25 @@ class ErrorTable:
     knots: Sequence[float]
     errors: Callable[[LayerSample], Tensor]
     works: Callable[[Shape], bool] | None = None
+
+
+@dataclass(frozen=True)
+class WholeTable:
+    """How far layers' outputs move under a step that takes parts out of several layers at once, found on the
+    whole model.
+
+    key, knots: as those of an `ErrorTable`; what leaves also depends on the targets.
+    errors: (statistics, samples of layers, progress, which may raise to stop) -> relative squared errors of
+        their outputs, [layers, knots]; None where the model has nothing that the step takes.
+    times: what these errors weigh beside those of single weights.
+    ratios: whether it holds for metrics whose change is a ratio, such as perplexity; unknown there if not.
+    """
+
+    key: tuple[Any, ...]
+    knots: Sequence[float]
+    errors: Callable[[Statistics, list[LayerSample], Progress], Tensor | None]
+    times: float = 1.0
+    ratios: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +102,7 @@ class Method:
     apply: Callable[[Any, Any], Step | None]
     title: str | None = None
     shapes: Callable[[Outline, Any], Outline | None] | None = None
-    errors: Callable[[Any], ErrorTable | Recovery | None] | None = None
+    errors: Callable[[Any], ErrorTable | WholeTable | Recovery | None] | None = None
     strength: Callable[[float], float] | None = None
     trains: Callable[[Any], bool] | None = None
     placed: Callable[[Any], str] | None = None

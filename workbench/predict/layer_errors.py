@@ -10,7 +10,6 @@ interact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,15 @@ from torch import Tensor
 
 from workbench.calibration.passes import full_precision
 from workbench.compress.core.layer_sample import LayerSample
-from workbench.compress.method import ErrorTable, Recovery
+from workbench.compress.method import ErrorTable, Recovery, WholeTable
 from workbench.compress.registry import METHODS
 from workbench.recipe import Step
 from workbench.util.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from workbench.calibration.statistics import Statistics
 
 Key = tuple[Any, ...]
 
@@ -51,21 +52,26 @@ class Curve:
         return errors
 
 
-def rule_of(step: Step) -> ErrorTable | Recovery | None:
+def rule_of(step: Step) -> ErrorTable | WholeTable | Recovery | None:
     """Return the rule that the step's method states for its errors, None where it states none."""
     rule = METHODS.of(step).errors
     return None if rule is None else rule(step)
 
 
-def unknown(steps: Iterable[Step]) -> list[Step]:
-    """Return the steps of which no rule says how they change quality."""
-    return [step for step in steps if rule_of(step) is None]
-
-
 def key_of(step: Step) -> Key | None:
     """Return the key of a step's table, None for a step that has none."""
     rule = rule_of(step)
-    return (step.kind(), *rule.key) if isinstance(rule, ErrorTable) else None
+    return (step.kind(), *rule.key) if isinstance(rule, ErrorTable | WholeTable) else None
+
+
+def whole_errors_of(
+    table: WholeTable, statistics: Statistics, samples: list[LayerSample], progress: Progress = no_progress
+) -> Tensor:
+    """Return the errors of a step on the whole model, float64 [layers, knots] on the CPU; empty where the
+    model has nothing that it takes. `progress` may raise to stop.
+    """
+    errors = table.errors(statistics, samples, progress)
+    return torch.zeros(0) if errors is None else errors.double().cpu()
 
 
 def errors_of(table: ErrorTable, samples: list[LayerSample], progress: Progress = no_progress) -> Tensor:

@@ -26,13 +26,12 @@ from workbench.metrics.metric import Metric
 from workbench.metrics.metrics import metric_named
 from workbench.metrics.quality import Estimate, Quality
 from workbench.predict.history import History, Spot, history
-from workbench.predict.layer_errors import unknown
 from workbench.predict.local_fit import LEVEL, Guess
 from workbench.predict.offload_forecast import Pace, forecast
 from workbench.predict.prior import Link, Prior, fits, prior_of
 from workbench.predict.scoring import FEWEST, PredictionScore, score
-from workbench.predict.spots import spot_of
-from workbench.recipe import Recipe
+from workbench.predict.spots import spot_of, unknown
+from workbench.recipe import Recipe, Step
 from workbench.runtime.plan import reasons_for
 from workbench.runtime.roofline import PASSES, Roof, limits_of, products, roof
 from workbench.shapes.outline import Outline
@@ -100,6 +99,7 @@ class Predictor:
         )
         self.limits = limits_of(str(setting.device))
         self.dense_quality: Quality | None = None
+        self.ratio = metric_named(setting.task.kind.primary).ratio  # the change of the metric is a ratio
         self.size = -1
         self.rows: list[Measurement] = []
         self.histories: dict[str, History] = {}
@@ -152,7 +152,7 @@ class Predictor:
             row.key: (
                 earlier[row.key]
                 if row.key in earlier and earlier[row.key].costs is not None
-                else spot_of(row.recipe, prior)
+                else spot_of(row.recipe, prior, ratio=self.ratio)
             )
             for row in rows
         }
@@ -193,7 +193,7 @@ class Predictor:
         quality, guess = self.quality(recipe)
         speed, note = self.speed(recipe, outline)
         notes = [note] if note else []
-        lost = tuple(dict.fromkeys(type(step).__name__ for step in unknown(recipe)))
+        lost = tuple(dict.fromkeys(type(step).__name__ for step in self.unknown(recipe)))
         if lost:
             notes.append(
                 f"{nothing_known(lost, 'quality')} before it is measured: no rule holds;"
@@ -230,6 +230,10 @@ class Predictor:
             roof=None if outline is None else self.roof(outline),
             unknown=lost if math.isnan(guess.value) else (),
         )
+
+    def unknown(self, recipe: Recipe) -> list[Step]:
+        """Return the steps of which no rule says how they change quality."""
+        return unknown(recipe, None if self.link() is None else self.prior, ratio=self.ratio)
 
     def reasons(self, outline: Outline | None, zeros: str | None, bits: list[int]) -> list[str]:
         """Return why zeros and grids of these widths make nothing faster where such a model runs."""
@@ -316,14 +320,15 @@ class Predictor:
             past = self.histories[name] = history(
                 spots, [0.0, *(value(row) for row in rows)], link
             )  # the dense model loses nothing
-        return past.guess(spot_of(recipe, self.prior if link is not None else None))
+        prior = self.prior if link is not None else None
+        return past.guess(spot_of(recipe, prior, ratio=self.ratio))
 
     def spot(self, row: Measurement) -> Spot:
         """Return where a measured point stands, worked out once: with thousands of points it is what takes
         long.
         """
         if row.key not in self.spots:
-            self.spots[row.key] = spot_of(row.recipe, self.prior)
+            self.spots[row.key] = spot_of(row.recipe, self.prior, ratio=self.ratio)
         return self.spots[row.key]
 
     def link(self) -> Link | None:

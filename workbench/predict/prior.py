@@ -24,12 +24,12 @@ import torch
 
 from workbench.calibration.passes import gradients, second_moments
 from workbench.compress.core.layer_sample import LayerSample, sample, weighed
-from workbench.compress.method import ErrorTable, Recovery
+from workbench.compress.method import ErrorTable, Recovery, WholeTable
 from workbench.compress.registry import METHODS
 from workbench.modules.factored import Shape, shape_of
 from workbench.modules.layer import find_layers, output_head
 from workbench.modules.offload import streams_to
-from workbench.predict.layer_errors import Curve, Key, errors_of, key_of, rule_of
+from workbench.predict.layer_errors import Curve, Key, errors_of, key_of, rule_of, whole_errors_of
 from workbench.util.progress import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ FLOOR = 0.01
 # And beside it, times the share that is lost and the share that is not: half of the range in the middle of
 # the fall
 DOUBT = 2.0
+WHOLE = "whole"  # among kinds: what is found on the whole model, of whatever method
 RATIO_DOUBT = 0.5  # of a predicted logarithm of a ratio
 
 
@@ -73,18 +74,22 @@ class Costs:
 @dataclass
 class Prior:
     """The layers of one model, what each weighs in the loss [layers], and tables of errors by the choices of
-    a step. `kinds` are the methods with such tables.
+    a step. `kinds` are the methods with such tables, and `WHOLE`; `without` are the keys of tables for which
+    the model has nothing that their step takes.
     """
 
     places: tuple[Place, ...]
     loads: NDArray[np.float64]
     kinds: tuple[str, ...]
     curves: dict[Key, Curve] = field(default_factory=dict)
+    without: set[Key] = field(default_factory=set)
 
     def missing(self, recipes: Iterable[Recipe]) -> dict[Key, Step]:
         """Return the steps for which there is no table yet."""
         wanted = {key: step for recipe in recipes for step in recipe if (key := key_of(step)) is not None}
-        return {key: step for key, step in wanted.items() if key not in self.curves}
+        return {
+            key: step for key, step in wanted.items() if key not in self.curves and key not in self.without
+        }
 
     def prepare(
         self, statistics: Statistics, recipes: Iterable[Recipe], progress: Progress = no_progress
@@ -93,14 +98,22 @@ class Prior:
         kernel. `progress` may raise to stop.
         """
         for key, step in self.missing(recipes).items():
-            table = rule_of(step)
-            assert isinstance(table, ErrorTable)  # noqa: S101  that is what has a key
-            errors = statistics.once(
-                ("predicted errors", *key),
-                partial(errors_of, table, samples_of(statistics, progress), progress),
-                lasting=True,
+            table, samples = rule_of(step), samples_of(statistics, progress)
+            assert isinstance(table, ErrorTable | WholeTable)  # noqa: S101  that is what has a key
+            compute = (
+                partial(errors_of, table, samples, progress)
+                if isinstance(table, ErrorTable)
+                else partial(whole_errors_of, table, statistics, samples, progress)
             )
-            self.curves[key] = Curve(np.array(table.knots, dtype=float), errors.cpu().numpy())
+            errors = statistics.once(("predicted errors", *key), compute, lasting=True)
+            if errors.numel():
+                self.curves[key] = Curve(np.array(table.knots, dtype=float), errors.cpu().numpy())
+            else:
+                self.without.add(key)
+
+    def foresees(self, step: Step) -> bool:
+        """Return whether there is a table of a step."""
+        return key_of(step) in self.curves
 
     def costs(self, recipe: Recipe) -> Costs | None:
         """Return the predicted change of the loss by kind of step, in nats.
@@ -121,21 +134,25 @@ class Prior:
             errors = self.errors(step, rule)
             if errors is None:
                 return None
-            own = np.where(self.taken(step), errors, 0.0)
-            most[self.kinds.index(step.kind())] += own
-            least[self.kinds.index(step.kind())] += own
+            row = self.kinds.index(WHOLE if isinstance(rule, WholeTable) else step.kind())
+            most[row] += errors
+            least[row] += errors
         return Costs(most @ self.loads, least @ self.loads)
 
-    def errors(self, step: Step, table: ErrorTable) -> NDArray[np.float64] | None:
-        """Return the relative errors of a step on its own, [layers]; None without its table."""
+    def errors(self, step: Step, table: ErrorTable | WholeTable) -> NDArray[np.float64] | None:
+        """Return the relative errors of a step on its own, [layers], 0 where it does not work; None without
+        its table.
+        """
         curve = self.curves.get((step.kind(), *table.key))
         if curve is None:
             return None
         errors = curve.at(float(getattr(step, step.slider)))
-        works = table.works
-        return (
-            errors if works is None else np.where([works(place.shape) for place in self.places], errors, 0.0)
-        )
+        if isinstance(table, WholeTable):
+            return table.times * errors
+        works, taken = table.works, self.taken(step)
+        if works is not None:
+            taken = taken & np.array([works(place.shape) for place in self.places])
+        return np.where(taken, errors, 0.0)
 
     def taken(self, step: Step) -> NDArray[np.bool_]:
         """Return which layers a step works on."""
@@ -194,7 +211,7 @@ def prior_of(statistics: Statistics, progress: Progress = no_progress) -> Prior:
     loads = [
         weighed(about.weight, about) * (about.layer.shape[0] / len(about.weight)) / 2 for about in samples
     ]
-    kinds = tuple(method.kind for method in METHODS if method.errors is not None)
+    kinds = (*(method.kind for method in METHODS if method.errors is not None), WHOLE)
     return Prior(places, torch.stack(loads).double().cpu().numpy() if loads else np.zeros(0), kinds)
 
 

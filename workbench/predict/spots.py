@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from workbench.compress.method import Method
+from workbench.compress.method import Method, WholeTable
 from workbench.compress.registry import METHODS
 from workbench.predict.history import Spot
-from workbench.predict.layer_errors import unknown
+from workbench.predict.layer_errors import rule_of
 from workbench.predict.prior import Prior
 from workbench.recipe import Recipe, Step
 
 
-def spot_of(recipe: Recipe, prior: Prior | None) -> Spot:
-    """Return where a recipe stands."""
-    lost = {step.kind() for step in unknown(recipe)}
+def spot_of(recipe: Recipe, prior: Prior | None, *, ratio: bool = False) -> Spot:
+    """Return where a recipe stands; `ratio`: the metric's change is a ratio."""
+    lost = {step.kind() for step in unknown(recipe, prior, ratio=ratio)}
     return Spot(
         tuple(coordinates(recipe)),
         tuple(choices(recipe)),
-        None if prior is None else prior.costs(recipe),
+        None if prior is None or lost else prior.costs(recipe),
         tuple(index for index, method in enumerate(METHODS) if method.kind in lost),
     )
+
+
+def unknown(recipe: Recipe, prior: Prior | None, *, ratio: bool = False) -> list[Step]:
+    """Return the steps of which nothing but measured points with their settings can say how they change
+    quality: no rule holds, or the table that it needs is not there. What leaves a model as a whole is not
+    like anything else that was measured.
+    """
+    return [step for step in recipe if not foreseen(step, prior, ratio=ratio)]
+
+
+def foreseen(step: Step, prior: Prior | None, *, ratio: bool) -> bool:
+    """Return whether a rule, or points near by where a rule holds, say what a step does."""
+    rule = rule_of(step)
+    if not isinstance(rule, WholeTable):
+        return rule is not None
+    return prior is not None and prior.foresees(step) and (rule.ratios or not ratio)
 
 
 def coordinates(recipe: Recipe) -> list[float]:

@@ -22,6 +22,7 @@ from workbench.modules.layer import (
     layers_among,
     output_head,
 )
+from workbench.modules.sharing import can_share, sharing_copy, twin
 from workbench.recipe import picks
 from workbench.util.fast_path import Refusals
 from workbench.util.progress import Look, Progress, Training, no_progress
@@ -262,3 +263,12 @@ class Work:
             if place != (layer.place or layer.origin):
                 layer.place, layer.name = place, place + suffixes[name]
         self.layers = {layer.name: layer for layer in stay.values()}
+
+
+def dense_copy(task: Task, statistics: Statistics) -> nn.Module:
+    """Return a copy of the dense model in eval mode, which shares its tensors where it can.
+
+    Whether it can is looked up once.
+    """
+    shareable = statistics.task is task and statistics.once("can be shared", lambda: can_share(task.model))
+    return twin(task.model, evaluating=True) if shareable else sharing_copy(task.model).eval()

@@ -23,8 +23,8 @@ DAMPING = 0.01  # of second moments that are inverted, of their mean diagonal: t
 
 @dataclass(frozen=True)
 class LayerSample:
-    """What is looked at of one layer: `weight` and gradients [r, inputs] of some rows, `felt` [r], `moment`
-    [inputs, inputs].
+    """What is looked at of one layer: `weight` and gradients [r, inputs] of some `rows` (int64 [r]), `felt`
+    [r], `moment` [inputs, inputs].
     """
 
     layer: Layer
@@ -33,6 +33,7 @@ class LayerSample:
     square: Tensor
     felt: Tensor
     moment: Tensor
+    rows: Tensor
 
     @property
     def energy(self) -> Tensor:
@@ -49,7 +50,9 @@ def sample(layer: Layer, gradients: Gradients, moment: Tensor) -> LayerSample:
     taken = min(rows, max(FEWEST_ROWS, WEIGHTS // columns))
     index = torch.linspace(0, rows - 1, taken, device=matrix.device).round().long()
     felt = gradients.square[index].sum(1) / moment.diagonal().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return LayerSample(layer, matrix[index], gradients.mean[index], gradients.square[index], felt, moment)
+    return LayerSample(
+        layer, matrix[index], gradients.mean[index], gradients.square[index], felt, moment, index
+    )
 
 
 def weighed(errors: Tensor, about: LayerSample) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from workbench.compress.core.layer_sample import LayerSample, conditional, relative, weighed
-from workbench.compress.method import ErrorTable
+from workbench.compress.method import ErrorTable, WholeTable
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.options import Prune
 from workbench.compress.pruning.seen import Seen
+from workbench.compress.pruning.structured_errors import structured_table
 from workbench.compress.pruning.structured_shapes import after_structure
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.weight_shapes import Weight
@@ -37,13 +38,13 @@ def masked(weight: Weight, step: Prune) -> list[Weight]:
     return [dataclasses.replace(weight, kept=kept, estimated=step.allocation != "uniform")]
 
 
-def error_table(step: Prune) -> ErrorTable | None:
-    """Return the errors of zeros. None for structure: no rule holds for what leaves with all that reads it.
+def error_table(step: Prune) -> ErrorTable | WholeTable | None:
+    """Return the errors of zeros, or of structure that leaves; None where training comes between.
 
-    A budget that is shared out over layers counts as if each got the same.
+    A budget of zeros that is shared out over layers counts as if each got the same.
     """
     if step.structured:
-        return None
+        return structured_table(step)
     if step.group is not None:
         key: tuple[object, ...] = (step.criterion, step.pattern)
         return ErrorTable(key, (step.sparsity,), lambda about: errors(step, about))
