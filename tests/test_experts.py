@@ -18,6 +18,7 @@ from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.errors import WorkbenchError
 from workbench.export import load
+from workbench.measure.evaluation.cuda_graphs import Graphs
 from workbench.modules.experts import (
     SeparateExperts,
     experts_in,
@@ -26,6 +27,7 @@ from workbench.modules.experts import (
     separate_experts,
     separated,
     trial_inputs,
+    why_no_graph,
 )
 from workbench.modules.placement import place
 from workbench.recipe import Recipe
@@ -429,3 +431,13 @@ def test_a_weight_that_is_computed_from_others_is_listed():
     left = find_layers(torch.nn.ModuleDict({"position": layer}))[1]
     assert set(left) == {f"position.parametrizations.weight.original{place}" for place in (0, 1)}
     assert all("a parametrization" in reason for reason in left.values())
+
+
+def test_what_repeats_one_order_of_operations_says_that_experts_have_none(moe):
+    point = wb.Bench(moe.task, runtime="onnx").measure(FAMILIES["magnitude"])
+    assert any("which experts are run depends on the data" in words for words in point.warnings)
+    graphs = Graphs(moe.task.kind, moe.task.model, 8, lambda model: model)
+    assert not graphs.load(moe.task.model)
+    assert graphs.refused
+    assert "experts" in why_no_graph(moe.task.model)
+    assert why_no_graph(tiny_task("llama").model) == ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,7 @@ def form_of(module: nn.Module) -> type[SeparateExperts] | None:
 
 
 @cache
-def separate_class(fused: type[nn.Module], form: type[SeparateExperts]) -> type[SeparateExperts]:
+def separate_class(fused: Any, form: Any) -> type[SeparateExperts]:
     """Return the class of a fused one's separate experts, which keeps its name and everything of it but its
     forward.
     """
@@ -199,7 +199,8 @@ def separated(module: nn.Module, form: type[SeparateExperts]) -> SeparateExperts
     for place in range(count):
         layers = {name: layer_of(stack, biases[name], place, turned=turned) for name, stack in stacks.items()}
         tables[1][str(place)] = layers["weight"] if form is ParallelExperts else joined(layers)
-    block.__class__ = separate_class(type(module), form)
+    kinds: Any = type(module), form  # mypy takes a class of modules for something without a hash
+    block.__class__ = separate_class(*kinds)
     return cast("SeparateExperts", block).train(module.training)
 
 
@@ -329,6 +330,11 @@ def with_separate_experts(model: nn.Module) -> nn.Module:
     copied = sharing_copy(model)
     separate_experts(copied)
     return copied
+
+
+def why_no_graph(model: nn.Module) -> str:
+    """Return why the operations of a model are not the same for all inputs, "" if they are."""
+    return "which experts are run depends on the data, and a graph has one order" if experts_in(model) else ""
 
 
 def notes(model: nn.Module) -> tuple[str, ...]:

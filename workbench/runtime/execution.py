@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from workbench.errors import RuntimeRefused
 from workbench.kernels.graph_capture import as_if_captured, one_sequence_each
+from workbench.modules.experts import why_no_graph
 from workbench.modules.sharing import sharing_copy
 from workbench.runtime.engine_list import model_engines
 from workbench.runtime.engines import ModelEngine, Once
@@ -31,7 +32,8 @@ WORDS = {
     "auto": "torch, step by step, with the best kernel for each layer that one serves",
     "torch": "torch, step by step, no kernels: every weight is unpacked",
     "onnx": "the whole model in ONNX Runtime, on the CPU",
-    "graph": "as auto, captured once as a CUDA graph and replayed: no time between kernels",
+    "graph": "as auto, captured once as a CUDA graph and replayed: no time between kernels; not for experts,"
+    " which are picked by data",
     "compiled": "as auto, its repeated blocks compiled by torch.compile",
 }
 
@@ -84,6 +86,8 @@ def runner(
     device = str(items.labels.device)
     engine = whole(runtime)
     reason = why_not(runtime, device) or ("" if engine is None else engine.serves(model, device))
+    if runtime == "graph":
+        reason = reason or why_no_graph(model)
     if reason:
         raise RuntimeRefused(f"runtime={runtime!r}: {reason}")
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import RuntimeRefused
+from workbench.modules.experts import why_no_graph
 from workbench.runtime.onnx_functions import add_functions
 from workbench.tasks.base import Items, Kind
 from workbench.util.text import kind_and_words
@@ -144,6 +145,8 @@ def export(model: nn.Module, call: ModelCall) -> Graph:
         raise RuntimeRefused(
             f"its weights take {size:,} bytes; an ONNX graph in memory holds at most {MOST_BYTES:,}"
         )
+    if reason := why_no_graph(model):
+        raise RuntimeRefused(reason)
     inputs = tuple(call.tensors.values())
     try:
         with quiet(), torch.no_grad():

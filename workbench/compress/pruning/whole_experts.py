@@ -168,8 +168,8 @@ def say(step: Prune, work: Work, block: Mixture, scores: Tensor, kept: list[int]
                 work.took(step, layer, words)
     lost = f"{gone} of {block.experts} rows removed with their experts"
     router = work.origin_of(block.router)
-    if (layer := work.layers.get(block.router)) is not None:
-        work.took(step, layer, lost)
+    if block.router in work.layers:
+        work.took(step, work.layers[block.router], lost)
     elif router in work.outcomes:
         work.say(router, lost)
 

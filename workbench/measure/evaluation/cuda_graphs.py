@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from workbench.kernels.graph_capture import one_sequence_each
 from workbench.measure.evaluation.outputs import Sampler
 from workbench.measure.evaluation.trials import small_llama
+from workbench.modules.experts import why_no_graph
 from workbench.modules.sharing import holds_modules, own_parameters, twin
 from workbench.tasks.base import Items, Kind
 from workbench.tasks.language_modelling import LANGUAGE_MODELLING
@@ -145,8 +146,10 @@ class Graphs:
             return f"{self.kind.name} is not scored by one forward pass"
         if any(tensor.device != device for tensor in tensors):
             return "the model lies on several devices"
-        if any(holds_modules(module) or hooked(module) for module in self.dense.modules()):
-            return "a module has hooks, or holds others outside the module tree"
+        if (reason := why_no_graph(self.dense)) or any(
+            holds_modules(module) or hooked(module) for module in self.dense.modules()
+        ):
+            return reason or "a module has hooks, or holds others outside the module tree"
         size, total = (
             sum(tensor.nbytes for tensor in tensors),
             torch.cuda.get_device_properties(device).total_memory,
@@ -312,7 +315,7 @@ def tried(device: torch.device) -> str:
 
 GRAPHS = FastPath(
     "evaluation by CUDA graphs",
-    "models that do not keep a GPU busy: no time between kernels",
+    "models that do not keep a GPU busy, and have no experts: no time between kernels",
     here,
     tried,
 )
