@@ -107,7 +107,7 @@ def set_padding(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
                 f" {tokenizer.pad_token!r}"
             )
         tokenizer.pad_token = word
-    elif not in_vocabulary:
+    elif word is None:
         config.pad_token_id = tokenizer.pad_token_id
     if tokenizer.padding_side != "right" and getattr(config, "summary_type", None) != "last":
         tokenizer.padding_side = "right"

@@ -176,6 +176,10 @@ def speech_pools(
         f"{counted(len(names), 'utterance')} left out: {reason} ({some_of(names)})"
         for reason, names in sorted(left.items())
     ]
+    words_column = speech_columns(raw.name, raw.splits[train])[1]
+    others = [name for name in WORD_NAMES if name in raw.splits[train].column_names and name != words_column]
+    if others:
+        notes.append(f"words are read from column {words_column!r}; not read: {', '.join(others)}")
     notes += [
         f"sound of {rate:,} Hz ({counted(count, 'file')}) is resampled to {audio.RATE:,} Hz"
         for rate, count in sorted(rates.items())

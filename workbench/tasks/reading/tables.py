@@ -129,15 +129,15 @@ def separator_of(path: Path, encoding: str, usual: str) -> tuple[str, bool]:
 
 
 def cells(lines: Sequence[str], separator: str, *, quoted: bool) -> Iterator[list[str]]:
-    """Iterate over the rows of a table that hold anything."""
+    """Iterate over the rows of a table that hold anything, up to a cell that is larger than `csv` reads."""
     try:
         for row in csv.reader(
             lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         ):
             if row:
                 yield row
-    except csv.Error:  # a cell beyond csv's limit: a quotation mark that is never closed
-        yield [""] * (len(lines) + 1)
+    except csv.Error:
+        return
 
 
 def fits(lines: Sequence[str], separator: str, *, quoted: bool) -> bool:
