@@ -27,13 +27,13 @@ class Anatomy:
     """Where the dense model has units that may be taken out, and its lists of blocks.
 
     spaces: of a step, the places that it may cut, as the family of pruning describes them.
-    blocks: places of blocks that may go, by the name of their list.
+    blocks: the places of blocks that may go, by the name of their list.
     experts: of a sparsity, (mixture, how many of its experts stay) by the name of each block of experts, as
         the family of pruning describes them.
     """
 
     spaces: Callable[[Any], Any]
-    blocks: dict[str, list[int]]
+    blocks: Callable[[], dict[str, list[int]]]
     experts: Callable[[float], dict[str, tuple[Any, int]]] = lambda _: {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from workbench.calibration.outside_use import used_from_outside
@@ -51,10 +52,31 @@ def known_of(module: nn.Module) -> frozenset[str]:
 
 
 def does_more(module: nn.Module) -> bool:
-    """Return whether a layer's own class changes what the product is of (such as standardised weights)."""
+    """Return whether a layer's own class makes something else than the product with its weight (such as one
+    with standardised weights), found by trying it.
+    """
     plain = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
-    return (
-        plain is not None
-        and not isinstance(module, QuantizesInputs)
-        and type(module).forward is not plain.forward
-    )
+    own = plain is not None and type(module).forward is not plain.forward
+    if not own or isinstance(module, QuantizesInputs):
+        return False
+    weight, bias = module.weight, module.bias
+    generator = torch.Generator().manual_seed(0)
+    size = (2, weight.shape[1])
+    if isinstance(module, nn.Conv2d):
+        size += tuple(
+            dilation * (kernel - 1) + 3
+            for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True)
+        )
+    given = torch.randn(size, generator=generator).to(weight)
+    try:
+        with torch.no_grad():
+            wanted = (
+                nn.functional.linear(given, weight, bias)
+                if isinstance(module, nn.Linear)
+                else nn.Conv2d.forward(module, given)
+            )
+            made = module(given)
+    except Exception:  # noqa: BLE001  whatever it wants besides its inputs
+        return True
+    rounding = 64 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
+    return made.shape != wanted.shape or float((made - wanted).abs().max()) > rounding

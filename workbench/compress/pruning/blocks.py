@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.pruning.block_lists import (
+    BlockLists,
+    find_block_lists,
+    states_given,
+    states_made,
+    why_none,
+)
 from workbench.compress.pruning.criteria import CRITERIA
-from workbench.compress.pruning.prunable_units import find_blocks
-from workbench.compress.pruning.surgery import drop_blocks, own_config
+from workbench.compress.pruning.depths import settle_depths
+from workbench.compress.pruning.surgery import drop_blocks
 from workbench.errors import CompressionError
 
 if TYPE_CHECKING:
@@ -29,7 +36,8 @@ def remove_blocks(step: Prune, work: Work) -> None:
 
     All removable blocks of the model are ranked together; of every list of blocks at least one stays.
     """
-    lists = find_blocks(work.model)
+    found = block_lists(work)
+    lists = found.places
     lengths = {name: len(list(work.model.get_submodule(name).children())) for name in lists}
     candidates = [
         (name, place)
@@ -39,13 +47,8 @@ def remove_blocks(step: Prune, work: Work) -> None:
         if may_go(f"{name}.{place}", step, work)
     ]
     if not candidates:
-        reason = (
-            "its lists of blocks have one each"
-            if lists
-            else "it has no list of blocks with attention or with a shortcut that changes nothing"
-        )
         raise CompressionError(
-            f"{step!r}: {work.task.model_name} has no layers that it can remove ({reason})"
+            f"{step!r}: {work.task.model_name} has no layers that it can remove ({why_none(found)})"
         )
     scores = block_scores(step, work, candidates)
     gone = weakest(candidates, scores, math.floor(step.sparsity * len(candidates) + 0.5 + 1e-9), lengths)
@@ -55,9 +58,26 @@ def remove_blocks(step: Prune, work: Work) -> None:
             f" one; it starts at sparsity={0.5 / len(candidates):.3g}"
         )
     report(step, work, candidates, scores, gone)
+    for block, reason in found.staying.items():
+        for layer in within(block, work):
+            work.say(layer, f"prune skipped: its block stays: {reason}")
+    kept = {
+        name: [place for place in range(length) if (name, place) not in gone]
+        for name, length in lengths.items()
+    }
+    settle_depths(step, work, kept, lengths)
     for name in lists:
-        take_out(work, name, [place for owner, place in gone if owner == name], lengths[name])
-    tell_config(work, lists)
+        take_out(work, name, kept[name], lengths[name])
+
+
+def block_lists(work: Work) -> BlockLists:
+    """Return the lists of blocks of the model as it is; those of the dense one are found once."""
+
+    def find() -> BlockLists:
+        return find_block_lists(work.model, work.task.kind, work.task.calibration)
+
+    untouched = not work.moved and work.statistics.task is work.task
+    return work.statistics.once("block lists", find) if untouched else find()
 
 
 def may_go(block: str, step: Prune, work: Work) -> bool:
@@ -123,14 +143,11 @@ def influence(work: Work, names: list[str]) -> dict[str, float]:
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         # Torch calls it so
         def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-            before, after = (
-                given[0] if given else named["hidden_states"],
-                out if isinstance(out, Tensor) else out[0],
-            )
-            if before.shape != after.shape:
+            before, after = states_given(given, named), states_made(out)
+            if before is None or after is None or before.shape != after.shape:
+                shapes = [None if one is None else list(one.shape) for one in (before, after)]
                 raise CompressionError(
-                    f"block {name!r} cannot be removed: it turns {list(before.shape)} into"
-                    f" {list(after.shape)}"
+                    f"block {name!r} cannot be removed: it turns {shapes[0]} into {shapes[1]}"
                 )
             along = (
                 1 if before.ndim == 4 else -1
@@ -192,11 +209,10 @@ def report(
                 work.say(left, outcome)
 
 
-def take_out(work: Work, name: str, gone: list[int], length: int) -> None:
-    """Take blocks out of one list, and give the layers of the later ones their new names."""
-    if not gone:
+def take_out(work: Work, name: str, kept: list[int], length: int) -> None:
+    """Keep some blocks of one list, and give the layers of the later ones their new names."""
+    if len(kept) == length:
         return
-    kept = [place for place in range(length) if place not in gone]
     drop_blocks(work.model, name, kept)
     work.move(
         {
@@ -204,34 +220,3 @@ def take_out(work: Work, name: str, gone: list[int], length: int) -> None:
             for place in range(length)
         }
     )
-
-
-def tell_config(work: Work, lists: dict[str, list[int]]) -> None:
-    """Write how many blocks are left into the model's own configuration, and cut what it lists for each
-    block.
-    """
-    config = own_config(work)
-    if config is None:
-        return
-    counts = {name: len(list(work.model.get_submodule(name).children())) for name in lists}
-    depths, dense = getattr(config, "depths", None), getattr(config, "num_hidden_layers", None)
-    if isinstance(depths, list) and len(depths) == len(counts):
-        config.depths = list(counts.values())
-    elif dense is not None and len(counts) == 1:
-        ((name, count),) = counts.items()
-        places = [
-            place for place in range(dense) if work.place(f"{work.origin_of(name)}.{place}") is not None
-        ]
-        for key, value in list(vars(config).items()):
-            if (
-                isinstance(value, list | tuple)
-                and len(value) == dense
-                and "layer" in key
-                and not key.startswith("_")
-            ):
-                setattr(config, key, type(value)(value[place] for place in places))
-        config.num_hidden_layers = count
-        holder = work.model.get_submodule(name.rpartition(".")[0])
-        for key in ("n_layers", "num_layers"):
-            if getattr(holder, key, None) == dense:
-                setattr(holder, key, count)

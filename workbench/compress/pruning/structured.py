@@ -25,6 +25,7 @@ from workbench.compress.pruning.prunable_units import (
     find_neurons,
     removed_count,
 )
+from workbench.compress.pruning.rebuilding import check_rebuilds
 from workbench.compress.pruning.reconstruction import rebuilt
 from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.surgery import narrow
@@ -77,6 +78,7 @@ def remove(step: Prune, work: Work) -> None:
     if step.pattern in WHOLE:
         WHOLE[step.pattern](step, work)
         check_runs(step, work)
+        check_rebuilds(step, work)
         return
     pristine = all(layer.pristine for layer in work.layers.values())
     found_spaces = find_spaces(step, work.model, work.task, work.statistics, pristine=pristine)
@@ -107,6 +109,7 @@ def remove(step: Prune, work: Work) -> None:
     report(step, work, spaces, removed)
     settle_numbers(step, work)
     check_runs(step, work)
+    check_rebuilds(step, work)
 
 
 def group_norm(step: Prune, work: Work) -> Tensor:

@@ -12,7 +12,8 @@ import math
 from typing import Any
 
 from workbench.calibration.statistics import Statistics
-from workbench.compress.pruning.prunable_units import Space, find_blocks, removed_count
+from workbench.compress.pruning.block_lists import find_block_lists
+from workbench.compress.pruning.prunable_units import Space, removed_count
 from workbench.compress.pruning.structured import find_spaces
 from workbench.compress.pruning.whole_experts import experts_left
 from workbench.modules.weight_shapes import StoredTensor, Weight
@@ -26,7 +27,11 @@ def anatomy_of(task: Task, statistics: Statistics) -> Anatomy:
     """
     return Anatomy(
         lambda step: find_spaces(step, task.model, task, statistics, pristine=True),
-        find_blocks(task.model),
+        lambda: (
+            statistics.once(
+                "block lists", lambda: find_block_lists(task.model, task.kind, task.calibration)
+            ).places
+        ),
         lambda sparsity: experts_left(task.model, sparsity),
     )
 
@@ -136,11 +141,12 @@ def after_blocks(outline: Outline, step: Any) -> Outline | None:
     alike.
     """
     assert outline.anatomy is not None  # noqa: S101  for the type checker
-    lists = {name: length for name in outline.anatomy.blocks if (length := block_count(outline, name)) > 1}
+    blocks = outline.anatomy.blocks()
+    lists = {name: length for name in blocks if (length := block_count(outline, name)) > 1}
     candidates = [
         (name, place)
         for name in lists
-        for place in outline.anatomy.blocks[name]
+        for place in blocks[name]
         if place < lists[name] and goes(outline, f"{name}.{place}.", step)
     ]
     gone = math.floor(step.sparsity * len(candidates) + 0.5 + 1e-9)

@@ -1,0 +1,90 @@
+"""Whether a model without some of its structure can be exported: built again from its configuration.
+
+An export holds a configuration, and beside it what the configuration cannot say of sizes and numbers
+(`surgery.differences`). What neither can say is refused before anything is measured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from workbench.compress.pruning.surgery import apply_differences, differences
+from workbench.errors import CompressionError
+from workbench.modules.experts import experts_in, separate_experts
+from workbench.util.quiet import quiet
+from workbench.util.text import kind_and_words
+
+if TYPE_CHECKING:
+    from workbench.compress.core.context import Work
+    from workbench.compress.pruning.options import Prune
+
+PLAIN = (
+    str,
+    bool,
+)  # attributes of modules that an export does not say: they must follow from the configuration
+PASSING = {"training"}
+
+
+def built_from(work: Work, config: Any) -> nn.Module | None:
+    """Return a model of the task's kind as shapes, None where the configuration builds none."""
+    import transformers
+
+    builder = getattr(transformers, getattr(work.task.kind, "auto_class", ""), None)
+    if builder is None:
+        return None
+    try:
+        with quiet(), torch.device("meta"):
+            made: nn.Module = builder.from_config(config, trust_remote_code=False)
+    except Exception:  # noqa: BLE001  whatever a configuration is refused with
+        return None
+    separate_experts(made, list(experts_in(work.model)))
+    return made
+
+
+def check_rebuilds(step: Prune, work: Work) -> None:
+    """Build the model again from what an export would say of it, once a bench and pattern.
+
+    Raises:
+        CompressionError: that is another model, so that this one could be measured, but never exported.
+
+    """
+    config = getattr(work.model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return
+    reason = work.statistics.once(("rebuilds without", step.pattern), lambda: unlike(work, config))
+    if reason:
+        raise CompressionError(
+            f"{step!r}: {type(work.model).__name__} could run without those {step.pattern}, but never be"
+            f" exported: {reason}"
+        )
+
+
+def unlike(work: Work, config: Any) -> str:
+    """Return in what a model built again differs from the work's, "" if in nothing."""
+    made = built_from(work, config)
+    if made is None:
+        return "its configuration builds no model any more"
+    try:
+        apply_differences(made, differences(work.model, made))
+    except (AttributeError, RuntimeError, IndexError) as error:
+        return kind_and_words(error)
+    wanted, found = (
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for model in (work.model, made)
+    )
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            return (
+                f"its configuration builds {name} {list(found[name]) if name in found else 'nowhere'}, and it"
+                f" is {list(wanted[name]) if name in wanted else 'nowhere'}"
+            )
+    modules = dict(made.named_modules())
+    for name, module in work.model.named_modules():
+        for key, value in vars(module).items():
+            other = vars(modules[name]).get(key) if name in modules else value
+            if isinstance(value, PLAIN) and key not in PASSING and not key.startswith("_") and other != value:
+                return f"its configuration builds {name} with {key}={other!r}, and it has {value!r}"
+    return ""
