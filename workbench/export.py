@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from workbench.compress.pruning.rebuilding import skeleton_of
 from workbench.compress.pruning.surgery import apply_differences, differences
 from workbench.compress.quantization.kv_cache import cache_format_of, use_cache_of
 from workbench.errors import ExportError, ModelError
@@ -156,13 +157,7 @@ def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
     """
     if not any(getattr(step, "structured", False) for step in compressed.recipe):
         return {}
-    import transformers
-
-    with quiet(), torch.device("meta"):
-        plain = getattr(transformers, task.kind.auto_class).from_config(
-            compressed.model.config, trust_remote_code=False
-        )
-    separate_experts(plain, list(experts_in(compressed.model)))
+    plain = skeleton_of(task.kind, compressed.model.config, list(experts_in(compressed.model)))
     return differences(compressed.model, plain)
 
 

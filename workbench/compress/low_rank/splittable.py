@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workbench.calibration.outside_use import used_from_outside
 from workbench.compress.core.context import Work
@@ -55,26 +57,19 @@ def does_more(module: nn.Module) -> bool:
     """Return whether a layer's own class makes something else than the product with its weight (such as one
     with standardised weights), found by trying it.
     """
-    plain = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), None)
-    own = plain is not None and type(module).forward is not plain.forward
-    if not own or isinstance(module, QuantizesInputs):
+    if not isinstance(module, nn.Linear | nn.Conv2d) or isinstance(module, QuantizesInputs):
         return False
-    weight, bias = module.weight, module.bias
-    generator = torch.Generator().manual_seed(0)
-    size = (2, weight.shape[1])
+    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    if type(module).forward is plain.forward:
+        return False
+    weight, size = module.weight, [2, module.weight.shape[1]]
     if isinstance(module, nn.Conv2d):
-        size += tuple(
-            dilation * (kernel - 1) + 3
-            for kernel, dilation in zip(module.kernel_size, module.dilation, strict=True)
-        )
-    given = torch.randn(size, generator=generator).to(weight)
+        kernels = zip(module.kernel_size, module.dilation, strict=True)
+        size += [dilation * (kernel - 1) + 3 for kernel, dilation in kernels]
+    given = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with torch.no_grad():
-            wanted = (
-                nn.functional.linear(given, weight, bias)
-                if isinstance(module, nn.Linear)
-                else nn.Conv2d.forward(module, given)
-            )
+            wanted = cast("Tensor", cast("Any", plain).forward(module, given))
             made = module(given)
     except Exception:  # noqa: BLE001  whatever it wants besides its inputs
         return True

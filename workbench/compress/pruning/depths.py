@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,9 +42,11 @@ def settle_depths(step: Prune, work: Work, kept: dict[str, list[int]], lengths: 
     config = own_config(work)
     if config is None or not hasattr(config, "to_dict"):
         return
+    said = dict(lengths)  # by the configuration, as far as it is written
     for name, places in shorter.items():
         key = "depth of blocks", name, lengths[name]
-        path = work.statistics.once(key, lambda n=name, p=places: [find_path(work, config, n, p, lengths)])[0]
+        (path,) = work.statistics.once(key, partial(find_path, work, config, name, places, said))
+        said[name] = len(places)
         if path is None and lengths_of(built_from(work, config), [name]).get(name) != len(places):
             raise CompressionError(
                 f"{step!r}: {type(work.model).__name__} could lose blocks of {name}, but never be exported"
@@ -57,8 +60,10 @@ def settle_depths(step: Prune, work: Work, kept: dict[str, list[int]], lengths: 
                 setattr(holder, own, len(places))
 
 
-def find_path(work: Work, config: Any, name: str, places: list[int], lengths: dict[str, int]) -> Path | None:
-    """Return where a configuration says how long a list of blocks is, None if it does not."""
+def find_path(
+    work: Work, config: Any, name: str, places: list[int], lengths: dict[str, int]
+) -> tuple[Path | None]:
+    """Return where a configuration says how long a list of blocks is, None if it does not, as one entry."""
     for path in list(paths(config, lengths[name]))[:MOST]:
         tried = copy.deepcopy(config)
         write(tried, path, places, lengths[name])
@@ -66,8 +71,8 @@ def find_path(work: Work, config: Any, name: str, places: list[int], lengths: di
         if found.get(name) == len(places) and all(
             found.get(other) == length for other, length in lengths.items() if other != name
         ):
-            return path
-    return None
+            return (path,)
+    return (None,)
 
 
 def lengths_of(model: nn.Module | None, names: list[str]) -> dict[str, int]:
@@ -110,6 +115,7 @@ def write(config: Any, path: Path, places: list[int], length: int) -> None:
         listed = isinstance(value, list | tuple) and len(value) == length and not key.startswith("_")
         if listed and key != steps[0] and any(word in key for word in PER_LAYER):
             setattr(owner, key, type(value)(value[place] for place in places))
+    cut_stages(owner, length, len(places))
     name = str(steps[0])
     if len(steps) == 1:
         setattr(owner, name, len(places))
@@ -117,3 +123,16 @@ def write(config: Any, path: Path, places: list[int], length: int) -> None:
     value = list(getattr(owner, name))
     value[int(steps[1])] = len(places)
     setattr(owner, name, type(getattr(owner, name))(value))
+
+
+def cut_stages(config: Any, length: int, left: int) -> None:
+    """Cut the stages of a configuration that counts every block as one and names those that it shows."""
+    names = getattr(config, "stage_names", None)
+    if not names or len(names) != length + 1:  # and what comes before the blocks
+        return
+    shown, kept = list(config.out_features or []), list(names)[: left + 1]
+    still = [name for name in shown if name in kept] or [kept[-1]]
+    if names[-1] in shown and kept[-1] not in still:
+        still.append(kept[-1])
+    config.stage_names = kept
+    vars(config)["_out_features"], vars(config)["_out_indices"] = still, [kept.index(name) for name in still]

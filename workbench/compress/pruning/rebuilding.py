@@ -20,6 +20,7 @@ from workbench.util.text import kind_and_words
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
     from workbench.compress.pruning.options import Prune
+    from workbench.tasks.base import Kind
 
 PLAIN = (
     str,
@@ -29,19 +30,30 @@ PASSING = {"training"}
 
 
 def built_from(work: Work, config: Any) -> nn.Module | None:
-    """Return a model of the task's kind as shapes, None where the configuration builds none."""
-    import transformers
-
-    builder = getattr(transformers, getattr(work.task.kind, "auto_class", ""), None)
-    if builder is None:
-        return None
+    """Return a model of the task's kind without values, None where the configuration builds none."""
     try:
-        with quiet(), torch.device("meta"):
-            made: nn.Module = builder.from_config(config, trust_remote_code=False)
+        return skeleton_of(work.task.kind, config, list(experts_in(work.model)))
     except Exception:  # noqa: BLE001  whatever a configuration is refused with
         return None
-    separate_experts(made, list(experts_in(work.model)))
-    return made
+
+
+def skeleton_of(kind: Kind, config: Any, experts: list[str]) -> nn.Module:
+    """Return the untrained model that a configuration builds, as shapes where it can be built so.
+
+    Raises whatever the configuration is refused with.
+    """
+    import transformers
+
+    build = getattr(transformers, kind.auto_class).from_config
+    config = type(config).from_dict(config.to_dict())  # as it comes back from a file
+    with quiet():
+        try:
+            with torch.device("meta"):
+                built: nn.Module = build(config, trust_remote_code=False)
+        except (RuntimeError, NotImplementedError):  # it computes with numbers while it is built
+            built = build(config, trust_remote_code=False)
+    separate_experts(built, experts)
+    return built
 
 
 def check_rebuilds(step: Prune, work: Work) -> None:
