@@ -77,6 +77,10 @@ USAGE = [
     ["measure", "fashion-cnn", "--weight-bits", "1"],
     ["measure", "fashion-cnn", "--recipe", "{"],
     ["measure", "fashion-cnn", "--recipe", "[1]"],
+    ["measure", "fashion-cnn", "--recipe", "[" * 100_000],
+    ["measure", "fashion-cnn", "--sparsity", "nan"],
+    ["measure", "fashion-cnn", "--sparsity", "0.5", "--prune-targets", "re:("],
+    ["measure", "", "--sparsity", "0.5"],
     ["report", "fashion-cnn", "--device", "tpu"],
     ["report", "fashion-cnn", "--min-speedup", "0"],
     ["report", "fashion-cnn", "--slider-minutes", "long"],
@@ -88,7 +92,7 @@ USAGE = [
 ]
 
 
-@pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
+@pytest.mark.parametrize("arguments", USAGE, ids=lambda words: " ".join(words)[:60])
 def test_bad_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
@@ -187,3 +191,29 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
     ) as running:
         running.stdout.close()
         assert running.stderr.read() == b""
+
+
+FILES = {
+    "a list": b"[1]",
+    "no JSON": b"{",
+    "no text": b"\xff\xfe{",
+    "nested": b"[" * 100_000,
+    "no type": b"{}",
+    "a type that is a number": b'{"model_type": 3}',
+    "an architecture that is a text": b'{"model_type": "llama", "architectures": "x"}',
+    "a size in words": b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": "x"}',
+}
+
+
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES)
+def test_whatever_a_model_folder_holds_is_refused_in_one_line(capsys, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "model.safetensors").write_bytes(bytes(8))
+    (tmp_path / "words.txt").write_text("w1 w2\n" * 100)
+    code, out, err = run(
+        capsys, "measure", str(tmp_path), "--data", str(tmp_path / "words.txt"), "--sparsity", "0.5"
+    )
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert "unforeseen" not in line

@@ -49,6 +49,7 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     rows = [row for row in rows_of(ledger, model) if not pinned or (row.key in said and said[row.key].pinned)]
     if output is not None:
         click.echo(f"{len(rows)} points written to {save_points(rows, output, said)}")
+        tell_damage(ledger)
         return
     table = Table("key", "recipe", "quality", "file", "touched", "speed", "pinned", "note")
     for row in rows:
@@ -68,6 +69,7 @@ def points(model: str, output: Path | None, pinned: bool, where: str | None) -> 
     show(table)
     if accuracy := predictions(rows):
         click.echo(accuracy)
+    tell_damage(ledger)
 
 
 @click.command()
@@ -85,8 +87,10 @@ def annotate(model: str, key: str, note: str | None, pinned: bool | None, where:
     """Write a note on the point KEY of MODEL, or pin it."""
     if note is None and pinned is None:
         raise click.UsageError("nothing to write: give --note, --pin or --unpin")
-    said = opened(model, where).annotate(key, note=note, pinned=pinned)
+    ledger = opened(model, where)
+    said = ledger.annotate(key, note=note, pinned=pinned)
     click.echo(f"{key}: {'pinned' if said.pinned else 'not pinned'}; note: {said.note or 'none'}")
+    tell_damage(ledger)
 
 
 @click.command()
@@ -116,6 +120,7 @@ def compare(model: str, keys: tuple[str, ...], where: str | None) -> None:
     show(table)
     for apart in record.apart:
         click.echo(apart.words(record.points[0].primary.metric, record.points[0].primary.confidence))
+    tell_damage(ledger)
 
 
 def opened(model: str, where: str | None) -> Ledger:
@@ -128,10 +133,13 @@ def opened(model: str, where: str | None) -> Ledger:
             f"nothing is measured on {model!r} yet: there is no ledger {place!r}; give --ledger if the points"
             " are elsewhere"
         )
-    ledger = Ledger(place)
+    return Ledger(place)
+
+
+def tell_damage(ledger: Ledger) -> None:
+    """Say what of a ledger cannot be read, and where, if anything."""
     if damage := ledger.damage():
         click.echo(f"note: {damage}")
-    return ledger
 
 
 def rows_of(ledger: Ledger, model: str) -> list[Measurement]:

@@ -167,7 +167,7 @@ class Methods:
         try:
             items = json.loads(text)
             kinds = [str(item.pop("step")) for item in items]
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise RecipeError(
                 f"not a recipe in JSON: {text[:80]!r}; expected a list such as {Recipe().to_json()!r} or"
                 " [{'step': 'prune', 'sparsity': 0.5}]"

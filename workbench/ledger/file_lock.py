@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -34,6 +35,8 @@ class AppendLock:
         try:
             self.lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.02)
         except Timeout:
+            if not self.path.exists():  # waited for a file that nobody can make here
+                raise FileNotFoundError(ENOENT, "its lock cannot be made", str(self.path)) from None
             raise LedgerError(
                 f"{holder(self.path)} holds its lock {str(self.path)!r}: wait for that process or end it, or"
                 " give another ledger (ledger=..., --ledger)"
