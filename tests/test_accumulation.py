@@ -58,12 +58,12 @@ def uneven(task):
     return task
 
 
-def agree(parts: list[torch.Tensor], whole: list[torch.Tensor]) -> None:
+def agree(added: list[torch.Tensor], whole: list[torch.Tensor]) -> None:
     """Check that gradients agree within what float32 rounds, against the largest."""
-    largest = max(float(one.abs().max()) for one in whole)
+    largest = max(float(in_parts.abs().max()) for in_parts in whole)
     assert largest > 0
-    for one, other in zip(parts, whole, strict=True):
-        assert float((one - other).abs().max()) < 1e-4 * largest
+    for in_parts, at_once in zip(added, whole, strict=True):
+        assert float((in_parts - at_once).abs().max()) < 1e-4 * largest
 
 
 @pytest.mark.parametrize("kept", [{}, {"transfer_cache_mb": 16}], ids=["computed", "kept"])

@@ -387,8 +387,8 @@ def test_a_layer_without_inputs_during_calibration_is_named():
     statistics = Statistics(task)
     ranges = statistics.once("input ranges", lambda: input_ranges(task, task.model, no_progress))
     del ranges.low["vit.layers.1.mlp.fc2"]
-    made = compress(task, Recipe(wb.Activations(**STATIC)), statistics)
-    rows = {row.name: row.outcome for row in made.report}
+    compressed = compress(task, Recipe(wb.Activations(**STATIC)), statistics)
+    rows = {row.name: row.outcome for row in compressed.report}
     assert rows["vit.layers.1.mlp.fc2"] == (
         "activations skipped: it receives no input during calibration: take activation_scaling='dynamic' and"
         " smoothing=0"

@@ -69,11 +69,11 @@ def rounded_one_by_one(weights, upper, grid, kept, bits):
     return rounded, errors
 
 
-def agree(found, expected, most=1e-4):
+def agree(values, expected, most=1e-4):
     """Return whether almost all numbers agree: a weight between two codes may go either way, and takes what
     follows with it."""
     return (
-        float(torch.isclose(found.double(), expected.double(), rtol=1e-4, atol=most).double().mean()) > 0.995
+        float(torch.isclose(values.double(), expected.double(), rtol=1e-4, atol=most).double().mean()) > 0.995
     )
 
 

@@ -93,21 +93,21 @@ def classes_with_experts() -> dict[str, type[torch.nn.Module]]:
     """Return every class of the installed transformers whose name says that it holds fused experts."""
     import transformers.models
 
-    found = {}
-    for one in pkgutil.iter_modules(transformers.models.__path__):
+    classes = {}
+    for package in pkgutil.iter_modules(transformers.models.__path__):
         try:
-            file = importlib.import_module(f"transformers.models.{one.name}.modeling_{one.name}")
+            file = importlib.import_module(f"transformers.models.{package.name}.modeling_{package.name}")
         except ImportError:
             continue
-        found |= {
-            name: made
-            for name, made in vars(file).items()
-            if inspect.isclass(made)
+        classes |= {
+            name: kind
+            for name, kind in vars(file).items()
+            if inspect.isclass(kind)
             and "Experts" in name
-            and made.__module__ == file.__name__
-            and "nn.Parameter(" in inspect.getsource(made)
+            and kind.__module__ == file.__name__
+            and "nn.Parameter(" in inspect.getsource(kind)
         }
-    return found
+    return classes
 
 
 class AnyConfig:
@@ -116,9 +116,9 @@ class AnyConfig:
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        known = {"moe_latent_size": None, "_experts_implementation": "eager", "zero_expert_num": 2}
-        if name in known:
-            return known[name]
+        settings = {"moe_latent_size": None, "_experts_implementation": "eager", "zero_expert_num": 2}
+        if name in settings:
+            return settings[name]
         for part, value in (
             ("expert", EXPERTS),
             ("act", "silu"),
@@ -138,9 +138,9 @@ def test_every_class_of_experts_gives_what_it_gave():
     classes = classes_with_experts()
     assert len(classes) > 50
     left = set()
-    for name, made in classes.items():
+    for name, kind in classes.items():
         module = (
-            made(AnyConfig()) if "config" in inspect.signature(made).parameters else made(EXPERTS, 16, 12)
+            kind(AnyConfig()) if "config" in inspect.signature(kind).parameters else kind(EXPERTS, 16, 12)
         )
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)
@@ -149,7 +149,7 @@ def test_every_class_of_experts_gives_what_it_gave():
             continue
         apart = separated(module, form_of(module)).eval()
         given = trial_inputs(apart)
-        before = inspect.unwrap(made.forward)(module, *given)
+        before = inspect.unwrap(kind.forward)(module, *given)
         if name == "Llama4TextExperts":
             torch.testing.assert_close(apart(*given), before)
         else:
@@ -168,8 +168,8 @@ def test_experts_of_an_unknown_form_are_left_and_named():
         def forward(self, hidden_states, top_k_index, top_k_weights):
             return hidden_states + top_k_weights.sum()
 
-        def _apply_gate(self, made):
-            return made.chunk(2, dim=-1)[0]
+        def _apply_gate(self, products):
+            return products.chunk(2, dim=-1)[0]
 
     class Twice(OddExperts):
         def forward(self, hidden_states):
@@ -206,35 +206,35 @@ def test_every_family_takes_every_expert_and_loads_back(moe, family, tmp_path):
     assert len(rows) == 2 * experts
     skipped = [row for row in rows if "skipped" in row.outcome and "it is worth" not in row.outcome]
     assert skipped == []
-    made = compress(moe.task, FAMILIES[family])
+    compressed = compress(moe.task, FAMILIES[family])
     moe.export(FAMILIES[family], tmp_path / "out")  # compares every tensor, bit for bit
     loaded = load(tmp_path / "out")
-    assert torch.equal(loaded(ids()).logits, made.model(ids()).logits)
+    assert torch.equal(loaded(ids()).logits, compressed.model(ids()).logits)
 
 
 def test_most_of_a_model_is_touched(moe):
-    made = compress(moe.task, FAMILIES["W4"])
-    touched = sum(layer.parameter.numel() for layer in made.layers if layer.grid is not None)
+    compressed = compress(moe.task, FAMILIES["W4"])
+    touched = sum(layer.parameter.numel() for layer in compressed.layers if layer.grid is not None)
     embeddings = 2 * 64 * 16
-    assert touched > 0.85 * (sum(one.numel() for one in moe.task.model.parameters()) - embeddings)
+    assert touched > 0.85 * (sum(parameter.numel() for parameter in moe.task.model.parameters()) - embeddings)
 
 
 @pytest.mark.parametrize("family", ["wanda", "W3 gptq"])
 def test_streamed_experts_get_what_resident_ones_get(moe, family):
     resident = compress(moe.task, FAMILIES[family])
-    other = moe_task(moe.task.model_name.removeprefix("tiny-"))
-    place(other.model, torch.device("cpu"), "streamed")
-    streamed = compress(other, FAMILIES[family])
-    for one, two in zip(resident.layers, streamed.layers, strict=True):
-        assert one.name == two.name
-        assert torch.equal(one.parameter, two.parameter), one.name
+    moved = moe_task(moe.task.model_name.removeprefix("tiny-"))
+    place(moved.model, torch.device("cpu"), "streamed")
+    streamed = compress(moved, FAMILIES[family])
+    for mine, theirs in zip(resident.layers, streamed.layers, strict=True):
+        assert mine.name == theirs.name
+        assert torch.equal(mine.parameter, theirs.parameter), mine.name
 
 
 # --- inputs of their own
 
 
 def routed_rows(model: torch.nn.Module, block: str, expert: int, items) -> torch.Tensor:
-    """Return what reaches an expert, taken from what its block is given: not by the block's own code."""
+    """Return the rows [tokens, width] that reach an expert, by its block's inputs: not by the block's own code."""
     given = []
     module = model.get_submodule(block)
     handle = module.register_forward_pre_hook(lambda _, args: given.append(args))
@@ -279,18 +279,18 @@ SAID = {
 
 @pytest.mark.parametrize("family", SAID)
 def test_an_expert_without_tokens_is_compressed_and_the_report_says_how(unrouted, family):
-    made = compress(unrouted, FAMILIES[family])
-    rows = {row.name: row.outcome for row in made.report if ".experts." in row.name}
+    compressed = compress(unrouted, FAMILIES[family])
+    rows = {row.name: row.outcome for row in compressed.report if ".experts." in row.name}
     told = {name for name, outcome in rows.items() if "no calibration token was routed" in outcome}
     assert told == {f"{ALONE}gate_up_proj", f"{ALONE}down_proj"}
     assert all(SAID[family] in rows[name] for name in told)
-    assert any("2 of 16 layers" in words and ALONE in words for words in made.warnings)
+    assert any("2 of 16 layers" in warning and ALONE in warning for warning in compressed.warnings)
 
 
-def of_expert(made, name: str) -> torch.Tensor:
-    """Return what the layer of the expert without tokens multiplies by."""
-    parts = [layer.matrix() for layer in made.layers if layer.origin == f"{ALONE}{name}"]
-    return parts[0] if len(parts) == 1 else parts[1] @ parts[0]
+def of_expert(compressed, name: str) -> torch.Tensor:
+    """Return the weight [outputs, inputs] of the layer of the expert without tokens."""
+    matrices = [layer.matrix() for layer in compressed.layers if layer.origin == f"{ALONE}{name}"]
+    return matrices[0] if len(matrices) == 1 else matrices[1] @ matrices[0]
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
@@ -322,13 +322,13 @@ def importance_of(model: torch.nn.Module, block: str, items) -> torch.Tensor:
     handle.remove()
     ((states, chosen, weights),) = given
     run = inspect.unwrap(type(module).forward)
-    found = []
+    means = []
     for expert in range(module.num_experts):
-        made = run(module, states, torch.full((len(states), 1), expert), torch.ones(len(states), 1))
+        outputs = run(module, states, torch.full((len(states), 1), expert), torch.ones(len(states), 1))
         taken = chosen == expert
         gates = (weights * taken).sum(1)[taken.any(1)]
-        found.append((gates * made[taken.any(1)].norm(dim=1)).sum() / max(1, len(gates)))
-    return torch.stack(found)
+        means.append((gates * outputs[taken.any(1)].norm(dim=1)).sum() / max(1, len(gates)))
+    return torch.stack(means)
 
 
 HALF = Recipe(wb.Prune(sparsity=0.5, pattern="experts"))
@@ -336,7 +336,7 @@ HALF = Recipe(wb.Prune(sparsity=0.5, pattern="experts"))
 
 def test_the_experts_that_add_least_go_and_the_router_with_them(moe, tmp_path):
     task = moe.task
-    made = compress(task, HALF)
+    compressed = compress(task, HALF)
     fused = moe_model(task.model_name.removeprefix("tiny-"))
     for name, block in experts_in(task.model).items():
         scores = importance_of(fused, name, task.calibration[: len(task.calibration)])
@@ -344,7 +344,7 @@ def test_the_experts_that_add_least_go_and_the_router_with_them(moe, tmp_path):
         size = block.num_experts // groups
         order = scores.view(groups, size).sort(descending=True).indices[:, : size // 2]
         stays = sorted((order + size * torch.arange(groups)[:, None]).flatten().tolist())
-        left = made.model.get_submodule(name)
+        left = compressed.model.get_submodule(name)
         assert left.num_experts == len(stays) == block.num_experts // 2
         for now, before in enumerate(stays):
             for part in ("gate_up_proj", "down_proj"):
@@ -352,10 +352,10 @@ def test_the_experts_that_add_least_go_and_the_router_with_them(moe, tmp_path):
                 assert torch.equal(kept, block.get_submodule(f"{before}.{part}").weight)
         holder = name.rpartition(".")[0]
         router = "router" if "Gpt" in task.model_name else "gate"
-        whole, cut = (one.get_submodule(f"{holder}.{router}") for one in (task.model, made.model))
+        whole, cut = (model.get_submodule(f"{holder}.{router}") for model in (task.model, compressed.model))
         assert torch.equal(cut.weight, whole.weight[stays])
         assert cut.top_k <= len(stays)
-    gone = [row for row in made.report if "removed with its expert" in row.outcome]
+    gone = [row for row in compressed.report if "removed with its expert" in row.outcome]
     assert gone
     assert all(row.weights == 0 for row in gone)
     assert moe.predictor().predict(HALF).file_bytes == moe.measure(HALF).sizes.file_bytes
@@ -363,34 +363,37 @@ def test_the_experts_that_add_least_go_and_the_router_with_them(moe, tmp_path):
     loaded = load(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     numbers = {config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")}
-    assert {next(iter(experts_in(made.model).values())).num_experts} <= numbers
-    assert torch.equal(loaded(ids()).logits, made.model(ids()).logits)
+    assert {next(iter(experts_in(compressed.model).values())).num_experts} <= numbers
+    assert torch.equal(loaded(ids()).logits, compressed.model(ids()).logits)
     assert torch.equal(
         moe.task.model(ids()).logits, moe_task(task.model_name.removeprefix("tiny-")).model(ids()).logits
     )
 
 
 def test_a_token_picks_no_more_experts_than_are_left():
-    made = compress(moe_task("Olmoe"), Recipe(wb.Prune(sparsity=0.7, pattern="experts")))
-    assert made.model.config.num_experts == made.model.config.num_experts_per_tok == 1
-    assert made.model.model.layers[0].mlp.gate.top_k == 1
-    assert torch.isfinite(made.model(ids()).logits).all()
+    compressed = compress(moe_task("Olmoe"), Recipe(wb.Prune(sparsity=0.7, pattern="experts")))
+    assert compressed.model.config.num_experts == compressed.model.config.num_experts_per_tok == 1
+    assert compressed.model.model.layers[0].mlp.gate.top_k == 1
+    assert torch.isfinite(compressed.model(ids()).logits).all()
 
 
 def test_other_steps_follow_and_random_experts_go_by_the_seed():
     task = moe_task("Mixtral")
     recipe = Recipe(wb.Prune(sparsity=0.25, pattern="experts"), wb.Quantize(weight_bits=4, rounding="gptq"))
-    made = compress(task, recipe)
-    assert sum(layer.grid is not None for layer in made.layers if ".experts." in layer.name) == 12
-    one, two = (
+    compressed = compress(task, recipe)
+    assert sum(layer.grid is not None for layer in compressed.layers if ".experts." in layer.name) == 12
+    first, second = (
         compress(task, Recipe(wb.Prune(pattern="experts", criterion="random", seed=s))) for s in (1, 2)
     )
-    left = [{layer.origin for layer in made.layers if ".experts." in layer.origin} for made in (one, two)]
+    left = [
+        {layer.origin for layer in compressed.layers if ".experts." in layer.origin}
+        for compressed in (first, second)
+    ]
     assert left[0] != left[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "words"),
+    ("name", "step", "message"),
     [
         ("llama", {}, "it has no experts"),
         ("JetMoe", {}, "one product each"),
@@ -399,9 +402,9 @@ def test_other_steps_follow_and_random_experts_go_by_the_seed():
         ("Mixtral", {"sparsity": 0.1}, "starts at sparsity=0.125"),
     ],
 )
-def test_experts_that_cannot_go_are_refused_with_the_reason(name, step, words):
+def test_experts_that_cannot_go_are_refused_with_the_reason(name, step, message):
     task = tiny_task(name) if name == "llama" else moe_task(name)
-    with pytest.raises(WorkbenchError, match=words):
+    with pytest.raises(WorkbenchError, match=message):
         compress(task, Recipe(wb.Prune(**{"pattern": "experts", **step})))
 
 
@@ -415,8 +418,8 @@ def test_parameters_of_other_names_are_listed_with_the_reason():
         vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1, expand=2, time_step_rank=4
     )
     model = transformers.MambaForCausalLM(config)
-    made = compress(moe_task("Mixtral", model.eval().requires_grad_(False)), FAMILIES["W4"])
-    rows = {row.name: row for row in made.report}
+    compressed = compress(moe_task("Mixtral", model.eval().requires_grad_(False)), FAMILIES["W4"])
+    rows = {row.name: row for row in compressed.report}
     place = "backbone.layers.0.mixer"
     assert rows[f"{place}.A_log"].shape == (32, 4)
     assert "a parameter of MambaMixer itself" in rows[f"{place}.A_log"].outcome

@@ -119,7 +119,7 @@ def test_as_a_notebook_parameter(plugin):
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("facts", "message"),
     [
         ({"trains": False}, "Shrink states trains=False, which should be a function"),
         ({"shapes": True}, "Shrink states shapes=True, which should be a function"),
@@ -128,10 +128,10 @@ def test_as_a_notebook_parameter(plugin):
         ({"train": None}, "Shrink states 'train', which is no fact; nearest: trains"),
     ],
 )
-def test_a_fact_of_the_wrong_sort_is_refused_when_it_is_stated(plugin, facts, words):
+def test_a_fact_of_the_wrong_sort_is_refused_when_it_is_stated(plugin, facts, message):
     shrink = importlib.import_module(plugin).Shrink
     METHODS.unregister(shrink)
-    with pytest.raises(RecipeError, match=f"^{words}"):
+    with pytest.raises(RecipeError, match=f"^{message}"):
         METHODS.register(shrink, **facts)
     assert shrink not in METHODS.steps()
 

@@ -19,14 +19,14 @@ def q8_0(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return blocks of 32 numbers as llama.cpp stores them (scale, 32 bytes), and what they mean."""
     rows, meaning = [], []
     for row in matrix:
-        parts, numbers = [], []
+        blocks, numbers = [], []
         for start in range(0, len(row), 32):
             block = row[start : start + 32]
             scale = np.float16(np.abs(block).max() / 127)
             codes = np.clip(np.round(block / np.float32(scale)), -127, 127).astype(np.int8)
-            parts.append(scale.tobytes() + codes.tobytes())
+            blocks.append(scale.tobytes() + codes.tobytes())
             numbers.extend(np.float32(scale) * codes.astype(np.float32))
-        rows.append(np.frombuffer(b"".join(parts), np.uint8))
+        rows.append(np.frombuffer(b"".join(blocks), np.uint8))
         meaning.append(numbers)
     return np.stack(rows), np.array(meaning, np.float32)
 

@@ -74,19 +74,19 @@ def test_counts_of_the_embedded_pictures(given, wanted):
     assert counts(task) == wanted
 
 
-@pytest.mark.parametrize("found", [2, 3, 10, 99, 600, 6000])
+@pytest.mark.parametrize("count", [2, 3, 10, 99, 600, 6000])
 @pytest.mark.parametrize(
     ("calibration", "training"), [(1, 1), (512, 100), (512, 5000), (4, 600), (7000, 7000)]
 )
-def test_few_items_are_shared_out(found, calibration, training):
-    some = calibrating(found, ItemCounts(1, calibration, training))
-    rest = min(training, found - some)
+def test_few_items_are_shared_out(count, calibration, training):
+    some = calibrating(count, ItemCounts(1, calibration, training))
+    rest = min(training, count - some)
     assert 1 <= some <= calibration
     assert 1 <= rest <= training
-    if found >= calibration + training:
+    if count >= calibration + training:
         assert (some, rest) == (calibration, training)
     else:
-        assert rest == found - some or some == calibration  # nothing that one of both lacks is left over
+        assert rest == count - some or some == calibration  # nothing that one of both lacks is left over
 
 
 def test_copies_that_are_dropped_do_not_count(tmp_path):
@@ -146,16 +146,16 @@ def test_a_lost_class_is_named_in_every_verdict(tmp_path):
     point = bench.measure(wb.Recipe(wb.Quantize(weight_bits=2, scale_search=False)))
     change = bench.behaviour(point.recipe)
     gone = {
-        one.name
-        for number, one in enumerate(change.classes)
+        lost_class.name
+        for number, lost_class in enumerate(change.classes)
         if not change.confusion[number][number] and change.dense_confusion[number][number] >= 3
     }
     assert gone
-    assert {one.name for one in point.lost_classes} == gone
-    words = lost_words(point.lost_classes)
-    assert words in wb.verdict(point)
-    assert words in card(point)
-    assert words.split("(")[0] in strip(PanelState(recipe=point.recipe, point=point, phase="measured"))
+    assert {lost_class.name for lost_class in point.lost_classes} == gone
+    text = lost_words(point.lost_classes)
+    assert text in wb.verdict(point)
+    assert text in card(point)
+    assert text.split("(")[0] in strip(PanelState(recipe=point.recipe, point=point, phase="measured"))
     (kept,) = bench.ledger.rows()
     assert kept.lost_classes == point.lost_classes
     assert bench.measure(wb.Recipe()).lost_classes == ()

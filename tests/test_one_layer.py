@@ -116,11 +116,11 @@ def test_odd_layers_are_skipped_with_their_own_reasons_and_the_rest_is_done(name
 @pytest.mark.parametrize("name", ["wanda", "whitened", "gptq", "svd"])
 def test_layers_that_can_come_out_as_if_the_odd_one_had_been_left_out_by_hand(name):
     step = FAMILIES[name]
-    made = compress(odd_task(), Recipe(step))
-    skipped = [row.name for row in made.report if row.outcome.startswith(f"{step.kind()} skipped")]
+    compressed = compress(odd_task(), Recipe(step))
+    skipped = [row.name for row in compressed.report if row.outcome.startswith(f"{step.kind()} skipped")]
     by_hand = [f"!{n}" for n in skipped if n in {"read", "never", "strided"}]
-    other = compress(odd_task(), Recipe(dataclasses.replace(step, targets=("*", *by_hand))))
-    mine, theirs = made.model.state_dict(), other.model.state_dict()
+    without_it = compress(odd_task(), Recipe(dataclasses.replace(step, targets=("*", *by_hand))))
+    mine, theirs = compressed.model.state_dict(), without_it.model.state_dict()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
@@ -192,18 +192,18 @@ def test_real_architectures_with_an_odd_layer_are_compressed_without_it(name, fa
     torch.manual_seed(0)
     sort = "llama" if name in {"mamba", "jamba"} else "resnet"
     task = tiny_task(sort, model=spread(BUILDERS[name]()))
-    made = compress(task, Recipe(FAMILIES[family]))
+    compressed = compress(task, Recipe(FAMILIES[family]))
     with torch.no_grad():
-        answers = KINDS[sort].logits(made.model, task.evaluation[:4])
+        answers = KINDS[sort].logits(compressed.model, task.evaluation[:4])
     assert torch.isfinite(answers).all()
-    assert 0 < made.coverage.share < 1
-    odd = {row.name: row.outcome for row in made.report if "skipped" in row.outcome}
+    assert 0 < compressed.coverage.share < 1
+    odd = {row.name: row.outcome for row in compressed.report if "skipped" in row.outcome}
     if name in {"mamba", "jamba"} and family != "svd":
-        unread = [words for layer, words in odd.items() if layer.endswith("dt_proj")]
+        unread = [outcome for layer, outcome in odd.items() if layer.endswith("dt_proj")]
         assert unread
-        assert all("receives no input" in words or "never calls it" in words for words in unread)
+        assert all("receives no input" in outcome or "never calls it" in outcome for outcome in unread)
     if name == "mobilenet" and family in {"svd", "whitened"}:
-        padded = made.model.mobilenet_v2.layer[3].expand_1x1.convolution
+        padded = compressed.model.mobilenet_v2.layer[3].expand_1x1.convolution
         dense = task.model.mobilenet_v2.layer[3].expand_1x1.convolution
         for read in ("kernel_size", "stride", "dilation", "in_channels", "out_channels"):
             assert getattr(padded, read) == getattr(dense, read)
@@ -223,16 +223,16 @@ def test_an_exception_that_nobody_foresaw_is_told_with_the_layer_and_sinks_nothi
     monkeypatch.setattr(prune, "prune_batch", failing)
     task = tiny_task("vit")
     step = wb.Prune(sparsity=0.5)
-    made = compress(task, Recipe(step, wb.Quantize(weight_bits=4)))
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(step, wb.Quantize(weight_bits=4)))
+    rows = {row.name: row for row in compressed.report}
     name = "vit.layers.1.mlp.fc2"
     assert rows[name].outcome.startswith("prune skipped: KeyError: 'no such thing'; W4")
-    assert all(row.sparsity >= 0.5 for row in made.report if row.bits and row.name != name)
+    assert all(row.sparsity >= 0.5 for row in compressed.report if row.bits and row.name != name)
     monkeypatch.setattr(prune, "prune_batch", real)
     by_hand = compress(
         task, Recipe(dataclasses.replace(step, targets=("*", f"!{name}")), wb.Quantize(weight_bits=4))
     )
-    mine, theirs = made.model.state_dict(), by_hand.model.state_dict()
+    mine, theirs = compressed.model.state_dict(), by_hand.model.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
@@ -322,8 +322,8 @@ def test_a_class_of_its_own_that_only_multiplies_is_taken():
 
 
 def test_layers_that_do_more_than_a_product_are_not_taken_for_one():
-    made = compress(tiny_task("resnet", model=spread(Handed())), Recipe(wb.LowRank(rank_ratio=0.3)))
-    rows = {row.name: row.outcome for row in made.report}
+    compressed = compress(tiny_task("resnet", model=spread(Handed())), Recipe(wb.LowRank(rank_ratio=0.3)))
+    rows = {row.name: row.outcome for row in compressed.report}
     assert rows["conv"] == "lowrank skipped: a Standardised does more than one product"
     assert rows["two"].startswith("lowrank skipped: the model uses a call with more than one input of it")
     assert rows["plain"].startswith("rank 19 of 64")

@@ -64,8 +64,8 @@ def test_a_signal_ends_the_server_and_its_kernels_and_removes_its_folder(tmp_pat
         post(f"{address}/kernels?token={TOKEN}")
         family = psutil.Process(served.pid).children(recursive=True)
         assert len(family) >= 2  # the server and its kernel
-        made = list((tmp_path / "tmpdir").glob("workbench-lab-*"))
-        assert len(made) == (1 if command == "lab" else 0)
+        left = list((tmp_path / "tmpdir").glob("workbench-lab-*"))
+        assert len(left) == (1 if command == "lab" else 0)
         served.send_signal(number)
         assert served.wait(30) == 0
         wait_for(lambda: all(map(is_gone, family)), 5, lambda: family)
@@ -81,8 +81,8 @@ def test_a_signal_ends_the_server_and_its_kernels_and_removes_its_folder(tmp_pat
 
 
 def test_kernels_that_nobody_is_connected_to_are_culled():
-    for made in (lab_command(Path("/a/b.ipynb"), Path("s")), app_command(Path("/a/b.ipynb"))):
-        options = dict(word.lstrip("-").partition("=")[::2] for word in made)
+    for command in (lab_command(Path("/a/b.ipynb"), Path("s")), app_command(Path("/a/b.ipynb"))):
+        options = dict(word.lstrip("-").partition("=")[::2] for word in command)
         assert 60 <= int(options["MappingKernelManager.cull_idle_timeout"]) <= 24 * 3600
         assert 0 < int(options["MappingKernelManager.cull_interval"]) <= 60
         assert "MappingKernelManager.cull_connected" not in options  # an open page keeps its kernel
@@ -178,7 +178,7 @@ def test_making_a_panel_again_closes_the_one_before_and_frees_its_model(tmp_path
         panel = Explorer(
             "fashion-cnn", device="cpu", ledger=tmp_path / "l.journal", evaluation_items=16, offline=True
         )
-        wait_for(lambda made=panel: made.session.bench is not None, 60)
+        wait_for(lambda opened=panel: opened.session.bench is not None, 60)
         benches.append(weakref.ref(panel.session.bench))
         widgets_of_one = len(widget_module._instances) - before
         gc.collect()
@@ -223,14 +223,14 @@ def test_a_cell_that_runs_again_closes_what_it_made_before_and_no_other(monkeypa
             earlier_panels.close_earlier(panel, None)
         return panels
 
-    first, other = run("a", "1", 2), run("b", "2", 1)
-    assert not any(panel.closed for panel in [*first, *other])  # two panels of one cell live side by side
+    first, beside = run("a", "1", 2), run("b", "2", 1)
+    assert not any(panel.closed for panel in [*first, *beside])  # two panels of one cell live side by side
     second = run("a", "3", 2)
     assert all(panel.closed for panel in first)
-    assert not any(panel.closed for panel in [*second, *other])
+    assert not any(panel.closed for panel in [*second, *beside])
     run("a", "4", 1)
     assert all(panel.closed for panel in second)
-    assert not other[0].closed
+    assert not beside[0].closed
 
 
 def test_without_cell_ids_a_cell_is_known_by_its_text(monkeypatch):

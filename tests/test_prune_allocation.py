@@ -429,8 +429,8 @@ def test_a_moment_that_is_not_positive_is_damped_more_and_the_warning_says_so(de
 def test_a_layer_whose_moment_cannot_be_inverted_is_skipped(change, device):
     task, name = tiny_task("vit", device), "vit.layers.1.mlp.fc2"
     kept = moments_of(task, name, change)
-    made = compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept)
-    rows = {row.name: row for row in made.report}
+    compressed = compress(task, Recipe(wb.Prune(criterion="sparsegpt")), kept)
+    rows = {row.name: row for row in compressed.report}
     assert "the second moment of its 32 inputs cannot be inverted, even with damping 1 " in rows[name].outcome
     assert rows[name].relative_error == 0.0
     assert rows["vit.layers.0.mlp.fc2"].sparsity == 0.5

@@ -56,11 +56,11 @@ def test_labels_by_name_or_number(names, values, right):
 
 
 def test_stars_that_count_from_zero_are_numbers_and_said():
-    found, notes = numbers([0, 4, 1], config("1", "2", "3", "4", "5"))
-    assert found == [0, 4, 1]
+    classes, notes = numbers([0, 4, 1], config("1", "2", "3", "4", "5"))
+    assert classes == [0, 4, 1]
     assert notes == ("labels of d are numbers of the model's classes, not their names: no class is called 0",)
-    found, notes = numbers([1, 5, 2], config("1", "2", "3", "4", "5"))
-    assert found == [0, 4, 1]
+    classes, notes = numbers([1, 5, 2], config("1", "2", "3", "4", "5"))
+    assert classes == [0, 4, 1]
     assert notes == ("labels of d such as 1, 2, 5 are names of the model's classes, not their numbers",)
 
 
@@ -112,10 +112,10 @@ def test_names_of_the_data():
     assert numbers([0, 1, 1], config("3", "7"), own)[0] == [1, 0, 0]
     twelve = [f"LABEL_{number}" for number in range(12)]
     sorted_as_folders = sorted(str(number) for number in range(12))  # 0, 1, 10, 11, 2, ...
-    found, _ = numbers(list(range(12)), config(*twelve), sorted_as_folders, folders=True)
-    assert found == [int(name) for name in sorted_as_folders]
-    found, notes = numbers([0, 1], config("cat", "dog"), ["0", "1"], folders=True)
-    assert found == [0, 1]
+    classes, _ = numbers(list(range(12)), config(*twelve), sorted_as_folders, folders=True)
+    assert classes == [int(name) for name in sorted_as_folders]
+    classes, notes = numbers([0, 1], config("cat", "dog"), ["0", "1"], folders=True)
+    assert classes == [0, 1]
     assert notes == ("labels of d (0, 1) are the numbers of the model's classes (cat, dog)",)
     with pytest.raises(DataError, match=r"label 'emu' of item 1 .* 2 classes: cat, dog"):
         numbers([0, 1], config("cat", "dog"), ["cat", "emu"])

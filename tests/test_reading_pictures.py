@@ -60,20 +60,20 @@ def seen(loaded) -> set[bytes]:
     """Return every picture that was read, as bytes of [C, H, W] in 0 to 255."""
     roles = (loaded.evaluation, loaded.calibration, loaded.training)
     return {
-        np.rint(one.numpy() * 255).astype(np.uint8).tobytes()
+        np.rint(pixels.numpy() * 255).astype(np.uint8).tobytes()
         for items in roles
-        for one in items.inputs["pixel_values"]
+        for pixels in items.inputs["pixel_values"]
     }
 
 
 def wanted(pictures) -> set[bytes]:
-    return {np.ascontiguousarray(np.atleast_3d(one).transpose(2, 0, 1)).tobytes() for one in pictures}
+    return {np.ascontiguousarray(np.atleast_3d(picture).transpose(2, 0, 1)).tobytes() for picture in pictures}
 
 
 def one_read(path, channels=1) -> np.ndarray:
     """Return one picture as it is read, [C, H, W] in 0 to 255."""
-    made = image_items([str(path)], [0], PlainProcessor(HEIGHT, WIDTH), channels)
-    return np.rint(made.inputs["pixel_values"][0].numpy() * 255).astype(np.uint8)
+    items = image_items([str(path)], [0], PlainProcessor(HEIGHT, WIDTH), channels)
+    return np.rint(items.inputs["pixel_values"][0].numpy() * 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("orientation", SHOWN)
@@ -159,8 +159,10 @@ def pgm(path, pixels, top):
 def test_deep_greys_are_scaled_by_their_depth(tmp_path, suffix, top, write):
     pictures = [deep(seed, top) for seed in range(8)]
     loaded = load(folder(tmp_path, lambda number, path: write(path, pictures[number]), suffix=suffix))
-    mine = np.sort(np.stack([np.frombuffer(one, np.uint8) for one in seen(loaded)]).astype(int), 0)
-    right = np.sort(np.stack([np.rint(one.astype(float) * 255 / top) for one in pictures]).reshape(8, -1), 0)
+    mine = np.sort(np.stack([np.frombuffer(picture, np.uint8) for picture in seen(loaded)]).astype(int), 0)
+    right = np.sort(
+        np.stack([np.rint(picture.astype(float) * 255 / top) for picture in pictures]).reshape(8, -1), 0
+    )
     assert np.abs(mine - right).max() <= 1
     assert any(note.startswith("8 of 8 pictures have more than 8 bits") for note in loaded.notes)
 
@@ -195,7 +197,7 @@ def png(path, packed: np.ndarray, bits: int, kind: int, *chunks: tuple[bytes, by
 
     rows = b"".join(b"\0" + row.tobytes() for row in packed)
     head = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
-    body = [chunk(b"IHDR", head), *(chunk(*one) for one in chunks), chunk(b"IDAT", zlib.compress(rows))]
+    body = [chunk(b"IHDR", head), *(chunk(*named) for named in chunks), chunk(b"IDAT", zlib.compress(rows))]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body) + chunk(b"IEND", b""))
 
 
@@ -208,7 +210,7 @@ def test_palettes_with_transparency_are_read_by_their_colours(tmp_path):
         png(path, places[number], 8, 3, (b"PLTE", colours.tobytes()), (b"tRNS", clear))
 
     loaded = load(folder(tmp_path, write), COLOURED)
-    assert seen(loaded) == wanted([colours[one] for one in places])
+    assert seen(loaded) == wanted([colours[place] for place in places])
     assert any(note.startswith("5 of 8 pictures have transparent parts") for note in loaded.notes)
 
 
@@ -216,25 +218,25 @@ def test_palettes_with_transparency_are_read_by_their_colours(tmp_path):
 @pytest.mark.parametrize(("mode", "channels"), [("LA", 2), ("RGBA", 4)])
 def test_transparency_is_left_out_and_said(tmp_path, mode, channels, opaque):
     pictures = [drawn(seed, channels) for seed in range(8)]
-    for one in pictures:
-        one[..., -1] = 255 if opaque else one[..., -1]
+    for picture in pictures:
+        picture[..., -1] = 255 if opaque else picture[..., -1]
     loaded = load(
         folder(tmp_path, lambda number, path: Image.fromarray(pictures[number], mode).save(path)),
         CONFIG if mode == "LA" else COLOURED,
     )
-    assert seen(loaded) == wanted([one[..., :-1] for one in pictures])
+    assert seen(loaded) == wanted([picture[..., :-1] for picture in pictures])
     assert any("transparent" in note for note in loaded.notes) is not opaque
 
 
 def test_inks_are_converted_and_said(tmp_path):
     inks = [drawn(seed, 4) for seed in range(8)]
-    for one in inks:
-        one[..., 3] = 0  # without black, each ink takes away its own light
+    for picture in inks:
+        picture[..., 3] = 0  # without black, each ink takes away its own light
     loaded = load(
         folder(tmp_path, lambda number, path: Image.fromarray(inks[number], "CMYK").save(path), suffix="tif"),
         COLOURED,
     )
-    assert seen(loaded) == wanted([255 - one[..., :3] for one in inks])
+    assert seen(loaded) == wanted([255 - picture[..., :3] for picture in inks])
     assert any(note.startswith("8 of 8 pictures are in the inks of a printer") for note in loaded.notes)
 
 

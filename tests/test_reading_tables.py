@@ -44,11 +44,11 @@ def read(path):
 def test_the_separator_is_found_and_said(tmp_path, separator, suffix):
     path = table(tmp_path / f"d{suffix}", separator)
     assert read(path) == ROWS
-    usual = {".csv": ",", ".tsv": "\t"}[suffix]
+    standard = {".csv": ",", ".tsv": "\t"}[suffix]
     said = [note for note in load(TEXT_CLASSIFICATION, BERT, path).notes if "separated" in note]
     names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
     assert said == (
-        [] if separator == usual else [f"columns of d{suffix} are separated by {names[separator]}"]
+        [] if separator == standard else [f"columns of d{suffix} are separated by {names[separator]}"]
     )
 
 

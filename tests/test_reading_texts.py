@@ -211,8 +211,8 @@ def test_conversations_are_written_by_the_chat_template(tmp_path, form):
         {
             "id": f"x{row}",
             form: [
-                dict(zip(says, (one, words(9, 10 * row + place)), strict=True))
-                for place, one in enumerate(who)
+                dict(zip(says, (speaker, words(9, 10 * row + place)), strict=True))
+                for place, speaker in enumerate(who)
             ],
         }
         for row in range(120)
@@ -246,9 +246,9 @@ def test_conversations_without_a_template_are_refused(tmp_path):
     refusing = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"the conversation of item 0 .* TemplateError: roles must alternate"):
         load_task(talking(tmp_path / "b", refusing), data, progress=False)
-    parts = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}]}]}] * 9
+    talks = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}]}]}] * 9
     with pytest.raises(DataError, match=r"item 0 .* user says list, and a text is needed"):
-        load_task(talking(tmp_path / "c"), str(jsonl(tmp_path / "p.jsonl", parts)), progress=False)
+        load_task(talking(tmp_path / "c"), str(jsonl(tmp_path / "p.jsonl", talks)), progress=False)
 
 
 # --- lengths
@@ -417,11 +417,11 @@ def beginning(folder, template: str, *tokens):
     from tokenizers import processors
     from transformers import AutoTokenizer
 
-    made = AutoTokenizer.from_pretrained(folder)
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    rewritten = AutoTokenizer.from_pretrained(folder)
+    rewritten.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=list(tokens)
     )
-    made.save_pretrained(folder)
+    rewritten.save_pretrained(folder)
     return folder
 
 

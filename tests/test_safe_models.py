@@ -39,8 +39,8 @@ def text(tmp_path) -> str:
 
 
 def change(path: Path, **values) -> None:
-    found = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**found, **values}))
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **values}))
 
 
 def load(folder: Path, text: str):

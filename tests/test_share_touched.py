@@ -30,9 +30,9 @@ def counted(before: nn.Module, after: nn.Module) -> tuple[int, int]:
     now = dict(after.named_parameters(remove_duplicate=False))
     total = changed = 0
     for name, tensor in before.named_parameters():
-        other = now.get(name)
+        held = now.get(name)
         total += tensor.numel()
-        if other is None or other.shape != tensor.shape or not torch.equal(other, tensor):
+        if held is None or held.shape != tensor.shape or not torch.equal(held, tensor):
             changed += tensor.numel()
     return total, changed
 
@@ -56,10 +56,10 @@ def counted(before: nn.Module, after: nn.Module) -> tuple[int, int]:
 @pytest.mark.parametrize("shared", [True, False])
 def test_it_is_what_a_count_of_changed_tensors_says(sort, steps, shared):
     task = tiny_task(sort)
-    made = compress(task, Recipe(*steps), shared=shared)
-    assert (made.coverage.weights, made.coverage.touched) == counted(task.model, made.model)
-    left = made.coverage.untouched
-    assert sum(part.weights for part in left) == made.coverage.weights - made.coverage.touched
+    compressed = compress(task, Recipe(*steps), shared=shared)
+    assert (compressed.coverage.weights, compressed.coverage.touched) == counted(task.model, compressed.model)
+    left = compressed.coverage.untouched
+    assert sum(part.weights for part in left) == compressed.coverage.weights - compressed.coverage.touched
     assert [part.weights for part in left] == sorted((part.weights for part in left), reverse=True)
     assert all(part.reason for part in left)
 
@@ -85,17 +85,17 @@ class Odd(nn.Module):
 
 def test_what_is_left_is_named_with_its_share_and_why():
     task = tiny_task("resnet", model=spread(Odd()))
-    made = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("stages.*",))))
+    compressed = compress(task, Recipe(wb.Prune(sparsity=0.5, targets=("stages.*",))))
     total = 4 * 256 + 2 * 9 + 16 * 16 * 3 + 1024 + 2 + 16 + 4
-    parts = {part.name: part for part in made.coverage.untouched}
-    assert (made.coverage.weights, made.coverage.touched) == (total, 18)
-    assert parts["head"].weights == parts["table"].weights == 1024
-    assert "Conv1d is not a" in parts["wide"].reason
-    assert "a parameter of Odd itself, not the weight" in parts["table"].reason
-    assert parts["biases, norms and other vectors"].weights == 22
-    assert made.coverage.little
-    assert "only 0.6% of the model's weights are touched" in made.coverage.warning()
-    assert "head with 35.9%" in made.coverage.warning()
+    by_name = {part.name: part for part in compressed.coverage.untouched}
+    assert (compressed.coverage.weights, compressed.coverage.touched) == (total, 18)
+    assert by_name["head"].weights == by_name["table"].weights == 1024
+    assert "Conv1d is not a" in by_name["wide"].reason
+    assert "a parameter of Odd itself, not the weight" in by_name["table"].reason
+    assert by_name["biases, norms and other vectors"].weights == 22
+    assert compressed.coverage.little
+    assert "only 0.6% of the model's weights are touched" in compressed.coverage.warning()
+    assert "head with 35.9%" in compressed.coverage.warning()
 
 
 @pytest.fixture(scope="module")

@@ -195,8 +195,8 @@ def test_padding_said_in_a_word_gives_the_patches_that_torch_reads(options):
     conv = nn.Conv2d(1, 4, bias=False, **options)
     task = custom_task(nn.Sequential(conv), 4 * conv(torch.zeros(1, 1, 8, 8))[0, 0].numel())
     rows = patches(conv, pixels := task.calibration.inputs["pixel_values"])
-    made = (rows @ conv.weight.flatten(1).t()).unflatten(0, (len(pixels), -1)).transpose(1, 2)
-    torch.testing.assert_close(made, conv(pixels).flatten(2), atol=1e-5, rtol=1e-5)
+    product = (rows @ conv.weight.flatten(1).t()).unflatten(0, (len(pixels), -1)).transpose(1, 2)
+    torch.testing.assert_close(product, conv(pixels).flatten(2), atol=1e-5, rtol=1e-5)
     compress(task, Recipe(wb.Prune(sparsity=0.5, criterion="wanda")))
 
 

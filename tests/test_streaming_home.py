@@ -64,12 +64,12 @@ class NothingAtHome(TorchDispatchMode):
 @pytest.fixture
 def home(monkeypatch):
     """Make everything that goes home or away a copy, and remember what lies at home by its memory."""
-    known: dict[int, torch.Tensor] = {}
+    at_home_by_pointer: dict[int, torch.Tensor] = {}
     at_host, taken_home = offload.at_host, offload.taken_home
 
     def remembered(tensor, *, pinned):
         held = at_host(tensor, pinned=pinned).clone()
-        known[held.untyped_storage().data_ptr()] = held
+        at_home_by_pointer[held.untyped_storage().data_ptr()] = held
         return held
 
     def belongs_away(tensor, *, pinned):
@@ -80,7 +80,7 @@ def home(monkeypatch):
     monkeypatch.setattr(offload, "at_host", remembered)
     monkeypatch.setattr(offload, "taken_home", belongs_away)
     monkeypatch.setattr(offload, "at_device", lambda tensor, _: tensor.clone())
-    return known
+    return at_home_by_pointer
 
 
 @pytest.mark.parametrize("name", RECIPES)

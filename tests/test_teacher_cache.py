@@ -133,7 +133,7 @@ def test_answers_on_disk_give_the_bits_of_those_in_memory_and_leave_no_file(
         distilled(task, teacher_cache_mb=16, **more),
         distilled(task, teacher_cache_disk_mb=16, **more),
     )
-    assert [one for one in read.warnings if "cache" in one] == []
+    assert [warning for warning in read.warnings if "cache" in warning] == []
     assert read.curve == kept.curve
     assert same(weights(read.model), weights(kept.model))
     assert list(folder.iterdir()) == []  # the file has no name
