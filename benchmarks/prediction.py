@@ -203,11 +203,11 @@ def ways(replayed: Replayed, orders: int) -> dict[str, dict[str, float | None]]:
     summaries = {}
     for way in WAYS:
         rows = replay(way, replayed, orders)
-        for structured, words in ((False, ""), (True, STRUCTURE)):
+        for structured, suffix in ((False, ""), (True, STRUCTURE)):
             part = [row for row in rows if row["structured"] is structured]
             if part:
                 share = float((replayed.structured == structured).mean())
-                summaries[way + words] = summary(part, round(share * (len(replayed.spots) - FIRST)))
+                summaries[way + suffix] = summary(part, round(share * (len(replayed.spots) - FIRST)))
     return summaries
 
 
@@ -261,7 +261,7 @@ def markdown(result: dict) -> str:
 
 
 def about(model: dict) -> str:
-    """Return what was predicted of one model, and what it took."""
+    """Return the Markdown on the predictions of one model, and on their cost."""
     orders = [
         f"{name} {value:.3f}"
         for name, value in (

@@ -234,7 +234,7 @@ def test_streamed_experts_get_what_resident_ones_get(moe, family):
 
 
 def routed_rows(model: torch.nn.Module, block: str, expert: int, items) -> torch.Tensor:
-    """Return the rows [tokens, width] that reach an expert, by its block's inputs: not by the block's own code."""
+    """Return the rows [tokens, width] that reach an expert, from its block's inputs, not by its code."""
     given = []
     module = model.get_submodule(block)
     handle = module.register_forward_pre_hook(lambda _, args: given.append(args))

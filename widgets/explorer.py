@@ -319,19 +319,19 @@ def parts_of(panel: ipw.Widget) -> list[ipw.Widget]:
     """Return every widget that a widget is made of, but not itself: layouts, styles, and those that are not
     shown now.
     """
-    waiting, found = [panel], dict[int, ipw.Widget]()
+    waiting, widgets = [panel], dict[int, ipw.Widget]()
     while waiting:
         current = waiting.pop()
         for value in [*current.trait_values().values(), *vars(current).values()]:
-            for one in held(value):
-                if isinstance(one, ipw.Widget) and id(one) not in found and one is not panel:
-                    found[id(one)] = one
-                    waiting.append(one)
-    return list(found.values())
+            for trait in held(value):
+                if isinstance(trait, ipw.Widget) and id(trait) not in widgets and trait is not panel:
+                    widgets[id(trait)] = trait
+                    waiting.append(trait)
+    return list(widgets.values())
 
 
 def held(value: object) -> Iterable[object]:
-    """Return what a list, tuple or table holds; of anything else, itself."""
+    """Return the members of a list, tuple or table; of anything else, itself alone."""
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else (value,)

@@ -74,12 +74,12 @@ def same_bits(task: Any, model: torch.nn.Module, folder: Path) -> bool:
     state = loaded.state_dict()
     tensors = list(state) == list(expected) and all(torch.equal(state[key], expected[key]) for key in state)
     with torch.no_grad():
-        answers = [task.kind.logits(one, task.evaluation[:4]) for one in (loaded, model)]
+        answers = [task.kind.logits(answering, task.evaluation[:4]) for answering in (loaded, model)]
     return tensors and torch.equal(*answers)
 
 
 def tried(bench: wb.Bench, recipe: wb.Recipe, folder: Path) -> Cell:
-    """Return what becomes of a recipe: measured, exported, loaded back."""
+    """Return the outcome of a recipe: measured, exported, loaded back."""
     cell: dict[str, Any] = {}
     try:
         point = bench.measure(recipe)
@@ -124,7 +124,7 @@ def page(rows: dict[str, dict[str, Cell]], about: dict[str, Any]) -> str:
         for family, cell in cells.items():
             if cell.refused:
                 reasons.setdefault(cell.refused, []).append(f"{name} ({family})")
-    sorts = {one.model_type: one.sort for one in models.ARCHITECTURES}
+    sorts = {architecture.model_type: architecture.sort for architecture in models.ARCHITECTURES}
     lines = [
         "# Every family of method on tiny random models of many architectures",
         "",

@@ -55,11 +55,15 @@ def close_earlier(panel: Closable, asked: object) -> None:
     panel.made_by = here
     kept: list[Callable[[], Closable | None]] = shell.meta.setdefault(KEPT, [])
     for reference in list(kept):
-        other = reference()
-        if other is None or other.closed:
+        earlier = reference()
+        if earlier is None or earlier.closed:
             kept.remove(reference)
-        elif isinstance(other.made_by, CellRun) and other.made_by.cell == here.cell and other.made_by != here:
-            other.close()
+        elif (
+            isinstance(earlier.made_by, CellRun)
+            and earlier.made_by.cell == here.cell
+            and earlier.made_by != here
+        ):
+            earlier.close()
     kept.append(weakref.ref(panel))
 
 

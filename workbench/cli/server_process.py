@@ -64,6 +64,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     _, left = psutil.wait_procs(family, timeout=1)
-    for one in left:
+    for child in left:
         with contextlib.suppress(psutil.Error):
-            one.kill()
+            child.kill()

@@ -48,10 +48,10 @@ def converted(file: Path) -> tuple[Path, str]:
     target = cache_folder("gguf") / f"{file_name(file.stem)}-{mark}"
 
     def make(folder: Path) -> Path:
-        made = folder / "model"
-        made.mkdir()
-        convert_gguf(file, made)
-        return made
+        model_folder = folder / "model"
+        model_folder.mkdir()
+        convert_gguf(file, model_folder)
+        return model_folder
 
     try:
         made_once(target, (target / "config.json").is_file, make)

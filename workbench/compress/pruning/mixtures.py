@@ -50,14 +50,14 @@ class Mixture:
 
 def find_mixtures(model: nn.Module) -> tuple[list[Mixture], dict[str, str]]:
     """Return every mixture of a model, and why other blocks of experts cannot lose any."""
-    found, skipped = list[Mixture](), dict[str, str]()
+    mixtures, skipped = list[Mixture](), dict[str, str]()
     for name, block in experts_in(model).items():
-        made = mixture(model, name, block)
-        if isinstance(made, str):
-            skipped[name] = made
+        result = mixture(model, name, block)
+        if isinstance(result, str):
+            skipped[name] = result
         else:
-            found.append(made)
-    return found, skipped
+            mixtures.append(result)
+    return mixtures, skipped
 
 
 def mixture(model: nn.Module, name: str, block: SeparateExperts) -> Mixture | str:
@@ -92,7 +92,7 @@ def mixture(model: nn.Module, name: str, block: SeparateExperts) -> Mixture | st
 
 
 def last(name: str) -> str:
-    """Return what the names of a block's parts begin with, as the module that holds it sees them."""
+    """Return the beginning of the names of a block's parts, as the module that holds it sees them."""
     return f"{name.rpartition('.')[2]}."
 
 
@@ -110,8 +110,8 @@ def numbers_of(holder: nn.Module) -> dict[str, int]:
 
 def counts_experts(key: str) -> bool:
     """Return whether a number of this name says how many experts there are to pick from."""
-    other = ("shared", "per_tok", "top", "zero", "group")
-    return "experts" in key and not any(word in key for word in other)
+    otherwise = ("shared", "per_tok", "top", "zero", "group")
+    return "experts" in key and not any(word in key for word in otherwise)
 
 
 def tell_numbers(holder: Any, before: int, left: int, most: int) -> None:

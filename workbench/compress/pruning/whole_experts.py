@@ -34,23 +34,23 @@ def remove_experts(step: Prune, work: Work) -> None:
         CompressionError: the model has no experts that can go, or so few are asked for that none goes.
         RecipeError: it does not ask for the same number everywhere, which is all that config.json can say.
     """
-    found, skipped = find_mixtures(work.model)
-    check(step, work, found, skipped)
-    scores = importance(step, work, found)
-    for block in found:
+    mixtures, skipped = find_mixtures(work.model)
+    check(step, work, mixtures, skipped)
+    scores = importance(step, work, mixtures)
+    for block in mixtures:
         take_out(step, work, block, scores[block.name])
-    block = found[0]
+    block = mixtures[0]
     left = block.left(step.sparsity)
     config = own_config(work)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for one in (config, text) if config is not None and text is not config else (config,):
-        if one is not None:
-            tell_numbers(one, block.experts, left, block.most_picked(left))
+    for settings in (config, text) if config is not None and text is not config else (config,):
+        if settings is not None:
+            tell_numbers(settings, block.experts, left, block.most_picked(left))
 
 
-def check(step: Prune, work: Work, found: list[Mixture], skipped: dict[str, str]) -> None:
+def check(step: Prune, work: Work, mixtures: list[Mixture], skipped: dict[str, str]) -> None:
     """Refuse what cannot be done, or not so that config.json could say it; raises as `remove_experts`."""
-    if not found or skipped:
+    if not mixtures or skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:2])
         raise CompressionError(
             f"{step!r}: {work.task.model_name} has no experts that it can remove"
@@ -61,23 +61,23 @@ def check(step: Prune, work: Work, found: list[Mixture], skipped: dict[str, str]
             f"{step!r}: every block has to keep the same number of experts, which config.json states once;"
             " use allocation='uniform'"
         )
-    kept_whole = [block.name for block in found if not may_go(block, step, work)]
+    kept_whole = [block.name for block in mixtures if not may_go(block, step, work)]
     if kept_whole:
         raise RecipeError(
             f"{step!r}: every block has to keep the same number of experts, which config.json states once,"
             f" but targets leave out {kept_whole[0]!r}"
         )
-    if len({(block.experts, block.groups, block.picked) for block in found}) > 1:
-        numbers = sorted({block.experts for block in found})
+    if len({(block.experts, block.groups, block.picked) for block in mixtures}) > 1:
+        numbers = sorted({block.experts for block in mixtures})
         raise CompressionError(
             f"{step!r}: the blocks have different numbers of experts"
             f" ({', '.join(map(str, numbers))}): what is left could not be said in config.json"
         )
-    size = found[0].experts // found[0].groups
-    if step.sparsity and found[0].left(step.sparsity) == found[0].experts:
+    size = mixtures[0].experts // mixtures[0].groups
+    if step.sparsity and mixtures[0].left(step.sparsity) == mixtures[0].experts:
         raise CompressionError(
             f"{step!r} removes nothing: {step.sparsity:.3g} of {size} experts"
-            f"{' of a group' if found[0].groups > 1 else ''} is less than half of one; it starts at"
+            f"{' of a group' if mixtures[0].groups > 1 else ''} is less than half of one; it starts at"
             f" sparsity={0.5 / size:.3g}"
         )
 
@@ -90,14 +90,15 @@ def may_go(block: Mixture, step: Prune, work: Work) -> bool:
     )
 
 
-def importance(step: Prune, work: Work, found: list[Mixture]) -> dict[str, Tensor]:
+def importance(step: Prune, work: Work, mixtures: list[Mixture]) -> dict[str, Tensor]:
     """Return the routed importance of every expert, float64 [experts] by block; kept while no weight has
     changed.
     """
     if CRITERIA[step.criterion].units == "draw":
         generator = torch.Generator().manual_seed(step.seed)
         return {
-            block.name: torch.rand(block.experts, generator=generator, dtype=torch.float64) for block in found
+            block.name: torch.rand(block.experts, generator=generator, dtype=torch.float64)
+            for block in mixtures
         }
     pristine = all(layer.pristine for layer in work.layers.values()) and work.statistics.task is work.task
     table = (
@@ -105,7 +106,7 @@ def importance(step: Prune, work: Work, found: list[Mixture]) -> dict[str, Tenso
         if pristine
         else routing(dataclasses.replace(work.task, model=work.model), work.progress)
     )
-    return {block.name: table[block.name][1] / table[block.name][0].clamp_min(1) for block in found}
+    return {block.name: table[block.name][1] / table[block.name][0].clamp_min(1) for block in mixtures}
 
 
 def least(block: Mixture, scores: Tensor, sparsity: float) -> list[int]:
@@ -159,13 +160,13 @@ def say(step: Prune, work: Work, block: Mixture, scores: Tensor, kept: list[int]
     by = "random choice" if CRITERIA[step.criterion].units == "draw" else "routed importance"
     name = work.origin_of(block.name)
     for place in range(block.experts):
-        words = (
+        outcome = (
             f"{'kept' if place in kept else 'removed'} with its expert: {by} {float(scores[place]):.3g}"
             f" ({gone} of {block.experts} experts of {name} removed{asked})"
         )
         for layer in work.layers.values():
             if layer.name.startswith(f"{block.name}.{place}."):
-                work.took(step, layer, words)
+                work.took(step, layer, outcome)
     lost = f"{gone} of {block.experts} rows removed with their experts"
     router = work.origin_of(block.router)
     if block.router in work.layers:
@@ -178,6 +179,6 @@ def experts_left(model: nn.Module, sparsity: float) -> dict[str, tuple[Mixture, 
     """Return every mixture with the number of experts that stay, by the block's name; none where they cannot
     go.
     """
-    found, skipped = find_mixtures(model)
-    alike = len({(block.experts, block.groups) for block in found}) == 1
-    return {block.name: (block, block.left(sparsity)) for block in found} if alike and not skipped else {}
+    mixtures, skipped = find_mixtures(model)
+    alike = len({(block.experts, block.groups) for block in mixtures}) == 1
+    return {block.name: (block, block.left(sparsity)) for block in mixtures} if alike and not skipped else {}
