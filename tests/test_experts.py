@@ -9,6 +9,7 @@ import json
 import pkgutil
 
 import pytest
+import safetensors.torch
 import torch
 from moe_models import CONFIGS, EXPERTS, MORE, fused_forward, moe_model, moe_task
 from tiny_tasks import tiny_task
@@ -19,6 +20,7 @@ from workbench.compress import compress
 from workbench.errors import WorkbenchError
 from workbench.export import load
 from workbench.measure.evaluation.cuda_graphs import Graphs
+from workbench.modules.expert_files import blocks_of_experts, fused_tensors, separate_tensors
 from workbench.modules.experts import (
     SeparateExperts,
     experts_in,
@@ -444,3 +446,28 @@ def test_what_repeats_one_order_of_operations_says_that_experts_have_none(moe):
     assert graphs.refused
     assert "experts" in why_no_graph(moe.task.model)
     assert why_no_graph(tiny_task("llama").model) == ""
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "DeepseekV3", "Llama4", "JetMoe"])
+def test_what_is_stored_as_it_is_opens_in_transformers(name, tmp_path):
+    import transformers
+
+    few = wb.Prune(sparsity=0.01, targets=("lm_head",))  # too few to be stored as zeros
+    recipe = Recipe(
+        few if name == "JetMoe" else wb.Prune(sparsity=0.5, pattern="experts"), wb.Distill(steps=2)
+    )
+    bench = wb.Bench(moe_task(name))
+    bench.export(recipe, tmp_path / "out")
+    names = set(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"))
+    ours = load(tmp_path / "out")
+    kind = transformers.AutoModelForCausalLM
+    theirs = kind.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    assert names <= set(theirs.state_dict())
+    torch.testing.assert_close(theirs(ids()).logits, ours(ids()).logits)
+    blocks = blocks_of_experts(ours)
+    assert blocks
+    again = separate_tensors(fused_tensors(ours.state_dict(), blocks), blocks)
+    assert again.keys() == ours.state_dict().keys()
+    assert all(torch.equal(again[key], value) for key, value in ours.state_dict().items())

@@ -27,6 +27,7 @@ from workbench.formats.kv_cache import CacheFormat
 from workbench.hub.safe_folder import check_folder
 from workbench.measure.card import card
 from workbench.measure.size import file_content
+from workbench.modules.expert_files import blocks_of_experts, separate_tensors
 from workbench.modules.experts import experts_in, separate_experts
 from workbench.modules.factored import Factors, Form, Repaired, factors_like, form_of, repaired_like
 from workbench.modules.input_quantizer import QuantizesInputs, described, from_description
@@ -114,7 +115,7 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
         "task": task.kind.name,
         "auto_class": task.kind.auto_class,
         "weights_sha256": hashlib.sha256(content).hexdigest(),
-        "experts": list(experts_in(compressed.model)),
+        "experts": blocks_of_experts(compressed.model),
         "structure": structure(task, compressed),
         "low_rank": {
             name: form_of(module).to_json()
@@ -227,7 +228,8 @@ def load(directory: str | Path, device: str = "cpu") -> nn.Module:
         raise ExportError(f"{str(directory)!r} is damaged: {MANIFEST} lacks {', '.join(missing)}")
     if hashlib.sha256(content).hexdigest() != manifest["weights_sha256"]:
         raise ExportError(f"{str(directory / WEIGHTS)!r} is damaged: its sha256 is not the one in {MANIFEST}")
-    state = unpack_state(safetensors.torch.load(content), manifest["encodings"])
+    tensors = separate_tensors(safetensors.torch.load(content), manifest.get("experts", {}))
+    state = unpack_state(tensors, manifest["encodings"])
     try:
         model = skeleton(directory, manifest)
         model.load_state_dict(state, strict=True, assign=True)
@@ -268,7 +270,7 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
         model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(
             config, trust_remote_code=False
         )
-    separate_experts(model, manifest.get("experts", []))
+    separate_experts(model, list(manifest.get("experts", {})))
     apply_differences(model, manifest.get("structure", {}))
     for name, form in manifest["low_rank"].items():
         replace_module(model, name, factors_like(model.get_submodule(name), Form.from_json(form)))

@@ -39,6 +39,7 @@ class SeparateExperts(nn.Module):
     """Base of blocks whose experts are modules of their own, named by their numbers from 0."""
 
     num_experts: int
+    turned = False  # whether the fused experts store their matrices as [inputs, outputs]
 
     def experts(self) -> dict[str, nn.Module]:
         """Return the experts by name, in order."""
@@ -199,6 +200,7 @@ def separated(module: nn.Module, form: type[SeparateExperts]) -> SeparateExperts
     for place in range(count):
         layers = {name: layer_of(stack, biases[name], place, turned=turned) for name, stack in stacks.items()}
         tables[1][str(place)] = layers["weight"] if form is ParallelExperts else joined(layers)
+    vars(block)["turned"] = turned
     kinds: Any = type(module), form  # mypy takes a class of modules for something without a hash
     block.__class__ = separate_class(*kinds)
     return cast("SeparateExperts", block).train(module.training)

@@ -20,6 +20,7 @@ from workbench.formats.bit_packing import pack, unpack
 from workbench.formats.serialization import Codes, codes_of, format_of, restored, side_tensors
 from workbench.formats.stored_forms import Cast, Form
 from workbench.modules.checkpoint_types import checkpoint_types, narrowed
+from workbench.modules.expert_files import blocks_of_experts, fused_tensors
 from workbench.modules.layer import Layer
 from workbench.modules.visiting import visiting
 
@@ -106,7 +107,8 @@ def pack_model(
             theoretical_bits += width * (
                 value.numel() if layer is None or layer.mask is None else int(torch.count_nonzero(here))
             )
-    return Packed(tensors, encodings, -(-theoretical_bits // 8))
+    stored_tensors = fused_tensors(tensors, blocks_of_experts(model))
+    return Packed(stored_tensors, encodings, -(-theoretical_bits // 8))
 
 
 def dtype_name(tensor: Tensor) -> str:

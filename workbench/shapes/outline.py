@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from workbench.modules.checkpoint_types import checkpoint_types, narrower
+from workbench.modules.expert_files import blocks_of_experts, fused_entries
 from workbench.modules.input_quantizer import InputFormat
 from workbench.modules.layer import Layer, find_layers, output_head
 from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, file_length
@@ -53,6 +54,7 @@ class Outline:
     slack: int = 0
     anatomy: Anatomy | None = None  # without it, what a structured step leaves is unknown
     inputs: InputFormat | None = None
+    experts: dict[str, bool] = dataclasses.field(default_factory=dict)  # see `modules.expert_files`
 
     @classmethod
     def of(
@@ -98,7 +100,14 @@ class Outline:
                         file_dtype=stored,
                     )
                 )
-        return cls(tuple(weights), tuple(rest), output_head(model), positions or {}, anatomy=anatomy)
+        return cls(
+            tuple(weights),
+            tuple(rest),
+            output_head(model),
+            positions or {},
+            anatomy=anatomy,
+            experts=blocks_of_experts(model),
+        )
 
     def takes(self, weight: Weight, step: Step) -> bool:
         """Return whether a step works on a weight (the output head stays dense unless it is named)."""
@@ -136,7 +145,8 @@ class Outline:
 
     def entries(self) -> list[StoredTensor]:
         """Return the tensors that are stored."""
-        return [*self.rest, *(entry for weight in self.weights for entry in weight.encoded())]
+        found = [*self.rest, *(entry for weight in self.weights for entry in weight.encoded())]
+        return fused_entries(found, self.experts) if self.experts else found
 
     def file_bytes(self) -> int:
         """Return the bytes of the safetensors file."""
