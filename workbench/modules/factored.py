@@ -228,7 +228,7 @@ class Repaired(nn.Module):
         self.training = base.training
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the repaired outputs."""
+        """Return the repaired outputs, shaped as the base's."""
         return cast("Tensor", self.base(inputs) + self.second(self.first(inputs)))
 
     @property

@@ -46,25 +46,25 @@ class BatchSeen(Seen):
         return input_norms(self.batch, self.evidence)
 
     def mean_gradients(self) -> Tensor:
-        """Return E[g] by each weight."""
+        """Return E[g] by each weight, float32 [layers, outputs, inputs]."""
         return torch.stack([self.evidence.gradients(layer).mean for layer in self.batch.layers])
 
     def squared_gradients(self) -> Tensor:
-        """Return E[g^2] by each weight."""
+        """Return E[g^2] by each weight, float32 [layers, outputs, inputs]."""
         return torch.stack([self.evidence.gradients(layer).square for layer in self.batch.layers])
 
     def removal_errors(self) -> Tensor:
-        """Return w^2 / d^2, from the damped inverse of each second moment."""
+        """Return w^2 / d^2, [layers, outputs, inputs], from the damped inverse of each second moment."""
         kept = torch.ones_like(self.weights, dtype=torch.bool)
         return saliency(self.weights, inverse_factors(self.batch.layers, self.evidence), kept)
 
     def random(self, seed: int) -> Tensor:
-        """Return numbers by the seed and each layer's name."""
+        """Return numbers by the seed and each layer's name, [layers, outputs, inputs]."""
         return torch.stack([random_scores(seed, layer, self.weights) for layer in self.batch.layers])
 
 
 def raw_importance(step: Prune, batch: Batch, matrices: Tensor, evidence: Evidence) -> Tensor:
-    """Return the importance without regard to masks; a new tensor."""
+    """Return the importance [layers, outputs, inputs] without regard to masks; a new tensor."""
     return CRITERIA[step.criterion].scores(BatchSeen(matrices, batch, evidence), step.seed)
 
 

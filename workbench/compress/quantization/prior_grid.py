@@ -178,5 +178,5 @@ def fewest_steps(places: Tensor, blur: Tensor, free: Tensor) -> Tensor:
 
 
 def spaced(count: int, most: int, device: torch.device) -> Tensor:
-    """Return at most `most` indices below `count`, evenly spaced, int64."""
+    """Return at most `most` indices below `count`, evenly spaced: int64 [indices]."""
     return torch.linspace(0, count - 1, min(most, count), device=device).round().long()

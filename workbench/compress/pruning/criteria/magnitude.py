@@ -10,7 +10,7 @@ from workbench.util.about import About
 
 
 def scores(seen: Seen, seed: int) -> Tensor:  # noqa: ARG001  draws nothing
-    """Return |w|."""
+    """Return |w|, [layers, outputs, inputs]."""
     return seen.weights.abs()
 
 

@@ -12,7 +12,7 @@ from workbench.util.about import About
 
 
 def scores(seen: Seen, seed: int) -> Tensor:  # noqa: ARG001  draws nothing
-    """Return w^2 / d^2, see `Seen.removal_errors`."""
+    """Return w^2 / d^2, [layers, outputs, inputs], see `Seen.removal_errors`."""
     return seen.removal_errors()
 
 
