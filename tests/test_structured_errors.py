@@ -82,6 +82,14 @@ def test_a_model_without_such_structure_has_no_table_and_stays_unknown():
     assert unknown(recipe, prior) == list(recipe)
 
 
+def test_what_the_method_refuses_is_not_foreseen_and_raises_nothing():
+    statistics = Statistics(task_of("vit"))
+    prior = prior_of(statistics)
+    recipe = wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads", targets=("no such layer",)))
+    prior.prepare(statistics, [recipe])
+    assert unknown(recipe, prior) == list(recipe)
+
+
 def test_structure_is_known_by_its_own_table_alone():
     """What zeros did at the same sparsity says nothing about it; nor does the table for a perplexity."""
     statistics = Statistics(task_of("vit"))

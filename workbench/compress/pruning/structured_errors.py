@@ -23,7 +23,7 @@ from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.prunable_units import find_attentions, find_blocks, find_neurons
 from workbench.compress.pruning.structured import remove_structure
 from workbench.compress.registry import METHODS
-from workbench.errors import CompressionError
+from workbench.errors import CompressionError, RecipeError
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
@@ -89,7 +89,7 @@ def layers_left(step: Prune, statistics: Statistics, progress: Progress) -> dict
     work.reads = frozenset() if reads is None else reads(step)
     try:
         remove_structure(step, work)
-    except CompressionError:
+    except (CompressionError, RecipeError):
         return None
     return {layer.origin: layer for layer in work.layers.values()}
 
