@@ -9,7 +9,7 @@ import torch
 
 import workbench as wb
 from workbench.compress.pruning.criterion import check
-from workbench.compress.pruning.criterion_trial import UndeclaredError, trial_layers
+from workbench.compress.pruning.criterion.trial import UndeclaredError, trial_layers
 from workbench.errors import RecipeError
 from workbench.util.about import About
 

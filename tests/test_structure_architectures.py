@@ -17,7 +17,7 @@ from torch import nn
 import workbench as wb
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
-from workbench.compress.pruning.structured_shapes import anatomy_of
+from workbench.compress.pruning.predicted.structured_shapes import anatomy_of
 from workbench.errors import CompressionError
 from workbench.export import export
 from workbench.recipe import Recipe

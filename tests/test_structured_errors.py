@@ -9,7 +9,12 @@ from structure_models import task_of
 
 import workbench as wb
 from workbench.calibration.statistics import Statistics
-from workbench.compress.pruning.structured_errors import SPARSITIES, block_ends, errors, structured_table
+from workbench.compress.pruning.predicted.structured_errors import (
+    SPARSITIES,
+    block_ends,
+    errors,
+    structured_table,
+)
 from workbench.predict.prior import WHOLE, prior_of, samples_of
 from workbench.predict.spots import spot_of, unknown
 from workbench.util.progress import no_progress
@@ -67,7 +72,7 @@ def test_of_a_block_that_leaves_its_last_layers_are_lost_whole(name):
     lost = [about.layer.name for about, own in zip(samples, found, strict=True) if own == 1]
     assert ((found == 0) | (found == 1)).all()
     assert set(lost) < set(gone)
-    assert set(lost) == block_ends(task.model, gone)
+    assert set(lost) == block_ends(statistics, [about.layer.name for about in samples]).intersection(gone)
     ends = {"vit": 2, "grouped": 2, "resnet": 1}[name]  # attention and MLP; the last convolution
     assert len(lost) == ends * {"vit": 1, "grouped": 2, "resnet": 1}[name]  # blocks that left
 
@@ -80,6 +85,14 @@ def test_a_model_without_such_structure_has_no_table_and_stays_unknown():
     assert prior.missing([recipe]) == {}  # it is not looked for again
     assert prior.costs(recipe) is None
     assert unknown(recipe, prior) == list(recipe)
+
+
+def test_blocks_of_another_form_stay_unknown():
+    """Of a block whose last layers are not known nobody can say what is lost with it."""
+    statistics = Statistics(task_of("vit"))
+    step = wb.Prune(sparsity=0.5, pattern="layers")
+    samples = [about for about in samples_of(statistics) if "mlp" not in about.layer.name]
+    assert errors(step, statistics, samples, no_progress) is None
 
 
 def test_what_the_method_refuses_is_not_foreseen_and_raises_nothing():

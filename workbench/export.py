@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from workbench.compress.pruning.rebuilding import skeleton_of
 from workbench.compress.pruning.surgery import apply_differences, differences
+from workbench.compress.pruning.surgery.rebuilding import skeleton_of
 from workbench.compress.quantization.kv_cache import cache_format_of, use_cache_of
 from workbench.errors import ExportError, ModelError
 from workbench.formats.kv_cache import CacheFormat

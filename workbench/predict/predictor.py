@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workbench.compress.outlines import after
-from workbench.compress.pruning.structured_shapes import anatomy_of
+from workbench.compress.pruning.predicted.structured_shapes import anatomy_of
 from workbench.errors import CompressionError
 from workbench.ledger.comparable import comparable
 from workbench.ledger.ledger import Ledger

@@ -19,8 +19,8 @@ from workbench.compress.low_rank.decompose import factors, leading, one_by_one
 from workbench.compress.low_rank.options import Repair
 from workbench.compress.low_rank.splittable import does_more
 from workbench.compress.pruning.criteria import CRITERIA
+from workbench.compress.pruning.criterion.seen import Seen
 from workbench.compress.pruning.options import Prune
-from workbench.compress.pruning.seen import Seen
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
 from workbench.modules.factored import Repaired, copies_of, repaired_like

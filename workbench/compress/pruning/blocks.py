@@ -21,8 +21,8 @@ from workbench.compress.pruning.block_lists import (
     why_none,
 )
 from workbench.compress.pruning.criteria import CRITERIA
-from workbench.compress.pruning.depths import settle_depths
 from workbench.compress.pruning.surgery import drop_blocks
+from workbench.compress.pruning.surgery.depths import settle_depths
 from workbench.errors import CompressionError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor
 from workbench.compress.core.batch import Batch
 from workbench.compress.core.moments import source_of
 from workbench.compress.pruning.criteria import CRITERIA
+from workbench.compress.pruning.criterion.seen import Seen
 from workbench.compress.pruning.evidence import Evidence
-from workbench.compress.pruning.seen import Seen
 from workbench.compress.pruning.sparsegpt import inverse_factors
 from workbench.kernels.column_loops import saliency
 from workbench.modules.layer import Layer

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from workbench.compress.pruning.blocks import remove_blocks
 from workbench.compress.pruning.channels import find_channels
-from workbench.compress.pruning.config_sync import settle_numbers
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.prunable_units import (
     FoundSpaces,
@@ -25,10 +24,11 @@ from workbench.compress.pruning.prunable_units import (
     find_neurons,
     removed_count,
 )
-from workbench.compress.pruning.rebuilding import check_rebuilds
 from workbench.compress.pruning.reconstruction import rebuilt
 from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.surgery import narrow
+from workbench.compress.pruning.surgery.config_sync import settle_numbers
+from workbench.compress.pruning.surgery.rebuilding import check_rebuilds
 from workbench.compress.pruning.unit_scores import unit_scores
 from workbench.compress.pruning.whole_experts import remove_experts
 from workbench.errors import CompressionError, RecipeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workbench.compress.pruning.criterion import CRITERIA, Criterion
-from workbench.compress.pruning.seen import Seen
+from workbench.compress.pruning.criterion.seen import Seen
 from workbench.util.about import About
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.compress.pruning.seen import Seen, Statistic
+from workbench.compress.pruning.criterion.seen import Seen, Statistic
 
 LAYERS, OUTPUTS, INPUTS = 2, 6, 8
 SAME = 1e-5  # relative difference of two scores that rounding may make

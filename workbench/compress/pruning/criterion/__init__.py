@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from workbench.compress.pruning.criterion_trial import wrong_scores
-from workbench.compress.pruning.seen import Seen, Statistic
+from workbench.compress.pruning.criterion.seen import Seen, Statistic
+from workbench.compress.pruning.criterion.trial import wrong_scores
 from workbench.errors import RecipeError
 from workbench.util.about import About
 from workbench.util.registry import Registry
@@ -60,7 +60,7 @@ class Criterion:
 
 def check(record: Criterion) -> None:
     """Refuse a criterion whose facts contradict one another, or are not those of its scores of two made-up
-    layers (`workbench.compress.pruning.criterion_trial`).
+    layers (`workbench.compress.pruning.criterion.trial`).
     """
     draws = record.units == "draw"
     wrong = contradiction(record) or wrong_scores(

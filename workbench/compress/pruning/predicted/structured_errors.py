@@ -13,14 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workbench.calibration.passes import full_precision
 from workbench.compress.core.context import Work, dense_copy
 from workbench.compress.core.layer_sample import LayerSample, relative, weighed
 from workbench.compress.method import WholeTable
+from workbench.compress.pruning.block_lists import find_block_lists
 from workbench.compress.pruning.criteria import CRITERIA
-from workbench.compress.pruning.prunable_units import find_attentions, find_blocks, find_neurons
+from workbench.compress.pruning.prunable_units import find_attentions, find_neurons
 from workbench.compress.pruning.structured import remove_structure
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
@@ -61,10 +62,14 @@ def errors(
 ) -> Tensor | None:
     """Return the relative squared errors of the layers' outputs, float64 [layers, sparsities] on the CPU.
 
-    None where the model has no such structure. A sparsity of less than half a unit removes nothing; one that
-    the method refuses counts as the one before.
+    None where the model has no such structure, or nobody knows what a block passes on. A sparsity below half
+    a unit removes nothing; one that the method refuses counts as the one before.
     """
-    last = block_ends(statistics.task.model, [about.layer.name for about in samples])
+    last = None
+    if step.pattern == "layers":
+        last = block_ends(statistics, [about.layer.name for about in samples])
+        if last is None:
+            return None
     columns = [torch.zeros(len(samples), dtype=torch.float64)]
     refused = 0
     with torch.no_grad(), full_precision():
@@ -75,7 +80,7 @@ def errors(
                 refused += 1
                 columns.append(columns[-1])
                 continue
-            moved = [error_of(about, layers.get(about.layer.name), last) for about in samples]
+            moved = [error_of(about, layers.get(about.layer.name), last or set()) for about in samples]
             columns.append(torch.stack(moved).double().cpu())
     return None if refused == len(SPARSITIES) - 1 else torch.stack(columns, 1)
 
@@ -113,17 +118,30 @@ def error_of(about: LayerSample, layer: Layer | None, last: set[str]) -> Tensor:
     return relative(weighed(lost, about), about)
 
 
-def block_ends(model: nn.Module, names: list[str]) -> set[str]:
-    """Return the layers that pass on what a block adds: outputs of its attention and of its MLP, or, where it
-    has neither, its last layer. `names` are those of all layers, in the model's order.
+def block_ends(statistics: Statistics, names: list[str]) -> set[str] | None:
+    """Return the layers that pass on what a block adds: outputs of its attention and of its MLP; of a
+    residual block, its last layer. None where a block that may go is of neither form.
+
+    names: of all layers, in the model's order.
     """
-    known = {one.output for one in find_attentions(model)[0]}
-    known |= {
-        part.module for space in find_neurons(model).spaces for part in space.parts if part.axis == "columns"
+    task = statistics.task
+    lists = statistics.once(
+        "block lists", lambda: find_block_lists(task.model, task.kind, task.calibration)
+    ).places
+    attended = {attention.output for attention in find_attentions(task.model)[0]}
+    fed = {
+        part.module
+        for space in find_neurons(task.model).spaces
+        for part in space.parts
+        if part.axis == "columns"
     }
     ends: set[str] = set()
-    for owner, places in find_blocks(model).items():
-        for place in places:
-            inside = [name for name in names if name.startswith(f"{owner}.{place}.")]
-            ends |= known.intersection(inside) or set(inside[-1:])
+    for block in [f"{owner}.{place}" for owner, places in lists.items() for place in places]:
+        inside = [name for name in names if name.startswith(f"{block}.")]
+        if attended.intersection(inside) and fed.intersection(inside):
+            ends |= (attended | fed).intersection(inside)
+        elif hasattr(task.model.get_submodule(block), "shortcut"):
+            ends |= set(inside[-1:])
+        else:
+            return None
     return ends

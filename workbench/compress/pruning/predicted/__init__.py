@@ -11,10 +11,10 @@ from torch import Tensor
 from workbench.compress.core.layer_sample import LayerSample, conditional, relative, weighed
 from workbench.compress.method import ErrorTable, WholeTable
 from workbench.compress.pruning.criteria import CRITERIA
+from workbench.compress.pruning.criterion.seen import Seen
 from workbench.compress.pruning.options import Prune
-from workbench.compress.pruning.seen import Seen
-from workbench.compress.pruning.structured_errors import structured_table
-from workbench.compress.pruning.structured_shapes import after_structure
+from workbench.compress.pruning.predicted.structured_errors import structured_table
+from workbench.compress.pruning.predicted.structured_shapes import after_structure
 from workbench.kernels.selection import keep_of_groups
 from workbench.modules.weight_shapes import Weight
 from workbench.shapes.outline import Outline

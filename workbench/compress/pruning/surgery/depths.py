@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from workbench.compress.pruning.rebuilding import built_from
 from workbench.compress.pruning.surgery import own_config
+from workbench.compress.pruning.surgery.rebuilding import built_from
 from workbench.errors import CompressionError
 
 if TYPE_CHECKING:
