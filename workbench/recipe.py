@@ -401,10 +401,10 @@ def apart(step: Step) -> tuple[Step, ...]:
     main, own = own_values(step.targets)
     if not own:
         return (step,)
-    others = [
-        dataclasses.replace(step, **{step.slider: value, "targets": (target,)})
-        for target, value in own.items()
-    ]
+    others = list[Step]()
+    for target, value in own.items():
+        changes: dict[str, Any] = {step.slider: value, "targets": (target,)}
+        others.append(dataclasses.replace(step, **changes))
     return (dataclasses.replace(step, targets=main), *others)
 
 

@@ -13,10 +13,14 @@ from workbench.errors import WorkbenchError
 LARGEST = 2**16 - 1
 
 
-class Port(click.ParamType):
+class Port(click.IntRange):
     """A number from 1 to 65535."""
 
     name = "port"
+
+    def __init__(self) -> None:
+        """Take any port that a user can name."""
+        super().__init__(1, LARGEST)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number; what is none is bad usage."""
