@@ -93,7 +93,7 @@ def watched(
     def before(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         calls[module].given.append(states_given(given, named))
 
-    def after(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:  # noqa: ARG001
+    def after(module: nn.Module, _given: tuple[Any, ...], _named: dict[str, Any], out: Any) -> None:
         calls[module].made.append(states_made(out))
 
     device = next(model.parameters()).device
