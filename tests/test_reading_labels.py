@@ -48,6 +48,7 @@ def numbers(values, given, names=None, **options):
         (("not_entailment", "entailment"), ["not entailment", "Not-Entailment", "entailment"], [0, 0, 1]),
         (("T-shirt/top", "Shirt"), ["t-shirt / top", "T-shirt_top", "T-shirt%2Ftop", "shirt"], [0, 0, 0, 1]),
         (("US", "us"), ["us", "US"], [1, 0]),
+        (("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "bar"), ["cafe\N{COMBINING ACUTE ACCENT}"], [0]),
         (("LABEL_0", "LABEL_1"), ["LABEL_1", 0], [1, 0]),
     ],
 )

@@ -144,6 +144,12 @@ def test_texts_of_several_lines_stay_whole(tmp_path):
         assert read(table(tmp_path / f"d{suffix}", separator, rows=rows)) == rows
 
 
+def test_texts_of_more_than_csv_reads_at_once(tmp_path):
+    rows = [*ROWS[:5], ("long " * 40_000, 1), *ROWS[5:]]
+    for suffix, separator in ((".csv", ","), (".csv", ";"), (".tsv", "\t")):
+        assert read(table(tmp_path / f"d{suffix}", separator, rows=rows)) == rows
+
+
 def test_words_for_nothing_are_texts(tmp_path):
     rows = [
         (word, i % 2) for i, word in enumerate(["None", "NA", "null", "nan", "N/A", "-", "true", "1"] * 5)

@@ -410,6 +410,40 @@ def test_padding_changes_no_answer(tmp_path, architecture, changed):
     assert float(score(task.kind, task.model, task.evaluation).correct.mean()) == 1
 
 
+def test_the_model_finds_the_padding_that_it_looks_for(tmp_path):
+    torch.manual_seed(3)
+    model = gpt2().eval()
+    model.config.pad_token_id = 9  # the tokenizer's is 0
+    folder = saved(tmp_path / "model", model)
+    rows = [{"text": words(3 + row % 11, row, 10), "label": row % 2} for row in range(40)]
+    task = load_task(folder, str(jsonl(tmp_path / "d.jsonl", rows)), progress=False)
+    assert any(
+        "padded with 'w6', which the model's config names, not with the tokenizer's '[PAD]'" in note
+        for note in task.notes
+    )
+    inputs = task.evaluation.inputs
+    assert bool((inputs["input_ids"][inputs["attention_mask"] == 0] == 9).all())
+    with torch.no_grad():
+        together = task.kind.logits(task.model, task.evaluation)
+        alone = [
+            model(input_ids=ids[mask.bool()][None]).logits[0]
+            for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-5)
+
+
+def test_encoders_of_sentences_are_padded_on_the_right(tmp_path):
+    from test_similarity import encoder, pairs
+
+    data, tasks = str(pairs(tmp_path / "pairs.csv")), []
+    for side in ("right", "left"):
+        folder = encoder(tmp_path / side)
+        tokenizer(folder, padding_side=side)
+        tasks.append(load_task(folder, data, progress=False))
+    assert tasks[0].evaluation.fingerprint == tasks[1].evaluation.fingerprint
+    assert any("padded on the right" in note for note in tasks[1].notes)
+
+
 # --- how a window begins
 
 

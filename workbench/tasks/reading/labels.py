@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unicodedata import normalize
 from urllib.parse import unquote
 
 from workbench.errors import DataError
@@ -43,8 +44,10 @@ def some(names: Sequence[str]) -> str:
 
 
 def plain(name: str) -> str:
-    """Return a name without differences of case and spaces."""
-    return " ".join(name.split()).casefold()
+    """Return a name without differences of case, spaces, and how its accents are stored (some systems keep
+    the letters of a folder's name and their accents apart).
+    """
+    return " ".join(normalize("NFC", name).split()).casefold()
 
 
 def loose(name: str) -> str:
