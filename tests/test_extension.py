@@ -181,7 +181,7 @@ def test_from_the_command_line(plugin, capsys, tmp_path):
     assert "shrunk by 0.1" in out
     assert Ledger(where).rows()[0].recipe.get("shrink").shrinkage == 0.1
     code, _, err = run(capsys, "--plugin", plugin, "measure", "fashion-cnn", "--shrinkage", "1")
-    assert (code, err) == (1, "error: Shrink(shrinkage='1') is refused: input should be less than 1\n")
+    assert (code, err) == (2, "error: Shrink(shrinkage='1') is refused: input should be less than 1\n")
 
 
 def test_in_a_process_of_its_own(plugin, tmp_path):

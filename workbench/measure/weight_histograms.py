@@ -48,8 +48,14 @@ class WeightChange:
 def weight_changes(
     dense: nn.Module, compressed: Compressed, first: str = "", bins: int = BINS
 ) -> Iterator[WeightChange]:
-    """Yield the change of every layer of the report, the one named `first` before all others."""
-    names = sorted((row.name for row in compressed.report), key=lambda name: name != first)
+    """Yield the change of every layer of the report, the one named `first` before all others.
+
+    Parameters that are no module's weight, which the report lists too, stay as they are and have none.
+    """
+    modules = dict(dense.named_modules())
+    names = sorted(
+        (row.name for row in compressed.report if row.name in modules), key=lambda name: name != first
+    )
     for name in names:
         yield weight_change(name, weight_of(dense, name), weight_now(dense, compressed, name), bins)
 
