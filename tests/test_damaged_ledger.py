@@ -379,6 +379,29 @@ def test_a_lock_that_another_process_holds_is_said_after_a_second(where, measure
     assert keys(Ledger(where)) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_bench_says_before_it_measures_that_its_ledger_can_only_be_read(read_only):
+    task = tiny_task("vit")
+    with as_nobody(), pytest.warns(RuntimeWarning, match=r"can only be read now .*Permission denied"):
+        Bench(task, device="cpu", ledger=read_only, progress=False)
+
+
+def test_the_panel_says_what_of_its_ledger_cannot_be_read(tmp_path):
+    from widgets.session.model_choice import ModelChoice
+    from widgets.session.session import Session
+
+    where = tmp_path / "points.journal"
+    Ledger(where)
+    with where.open("ab") as file:
+        file.write(b"<<<<<<< HEAD\n")
+    session = Session(ledger=where, progress=False)
+    session.loader.load_now(ModelChoice(tiny_task("vit"), device="cpu"))
+    session.read_past()
+    assert "1 points or lines of the ledger cannot be read here" in session.state.past.damage
+    assert "line 2: no line of a journal" in session.state.past.damage
+    session.close()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a pipe with a name")
 def test_what_is_no_file_is_refused_and_waits_for_nothing(tmp_path):
     os.mkfifo(tmp_path / "pipe")

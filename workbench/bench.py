@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,8 @@ class Bench:
         self.ledger = (
             ledger if isinstance(ledger, Ledger) else Ledger(ledger or default_path(task.model_name))
         )
+        if self.ledger.only_read:
+            warnings.warn(self.ledger.only_read, RuntimeWarning, stacklevel=2)
         self.reference = Reference(self.setting.evaluator, self.setting.statistics)
         self.neighbours, self.pace = Neighbours(), Pace()
         self.predicts: Callable[[Recipe], Predicted | None] = lambda _recipe: (
@@ -285,8 +288,6 @@ class Bench:
 
     def keep(self, point: Measurement) -> None:
         """Add a point to the ledger; a ledger that cannot be written costs a warning, never the point."""
-        import warnings
-
         try:
             self.ledger.add(point)
         except LedgerError as error:

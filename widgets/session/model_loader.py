@@ -84,5 +84,5 @@ class ModelLoader:
         return make
 
     def close(self) -> None:
-        """Stop; what cannot be stopped ends alone, and is waited for before Python is left."""
-        self.worker.close(timeout=1)
+        """Stop; what cannot be stopped in ten seconds ends alone, and is waited for before Python is left."""
+        self.worker.close()

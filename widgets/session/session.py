@@ -329,7 +329,8 @@ class Session:
         bench = self.bench
         past = Past()
         if bench is not None:
-            past = Past(self.rows(), bench.ledger.annotations(), bench.ledger.damage())
+            told = filter(None, (bench.ledger.only_read, bench.ledger.damage()))
+            past = Past(self.rows(), bench.ledger.annotations(), "; ".join(told))
         with self.measurer.changed:
             if bench is self.bench:
                 self.state = replace(self.state, past=past)

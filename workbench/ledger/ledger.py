@@ -124,6 +124,15 @@ class Ledger:
         unread += [(line, "it was not written to its end, and was cut off") for line in self.journal.cut]
         return [*sorted(unread)]
 
+    @property
+    def only_read(self) -> str:
+        """Return why the ledger could only be read when it was opened, in words; "" if it can be written."""
+        why = "" if self.journal is None else self.journal.unwritable
+        return why and (
+            f"the ledger {self.where!r} can only be read now ({why}): points that cannot be written to it are"
+            " kept in another, which is then named"
+        )
+
     def damage(self) -> str:
         """Return in one line what cannot be read here and where, "" if all is read."""
         unread = self.left_out
