@@ -10,7 +10,7 @@ one rule can score, mask or remove units of any architecture. Channels of convol
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -71,6 +71,8 @@ class FoundSpaces:
 
     spaces: tuple[Space, ...]
     skipped: dict[str, str]
+    traced: frozenset[str] = frozenset()  # of the spaces, those found by experiment, by their block
+    sizes: dict[str, int] = field(default_factory=dict)  # of a head of those that are attentions
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.surgery import narrow
 from workbench.compress.pruning.surgery.config_sync import settle_numbers
 from workbench.compress.pruning.surgery.rebuilding import check_rebuilds
+from workbench.compress.pruning.traced_numbers import settle_traced
+from workbench.compress.pruning.traced_units import Traced, find_traced, head_spaces
 from workbench.compress.pruning.unit_scores import unit_scores
 from workbench.compress.pruning.whole_experts import remove_experts
 from workbench.errors import CompressionError, RecipeError
@@ -108,6 +110,8 @@ def remove(step: Prune, work: Work) -> None:
     cut(step, work, spaces, removed)
     report(step, work, spaces, removed)
     settle_numbers(step, work)
+    if any(space.block in found_spaces.traced for space in spaces):
+        settle_traced(step, work, found_spaces, fresh=pristine and not work.moved)
     check_runs(step, work)
     check_rebuilds(step, work)
 
@@ -153,10 +157,22 @@ def find_spaces(
 
     Channels of a `pristine` model are followed once a bench.
     """
-    if step.pattern == "heads":
-        return find_heads(model, step.sparsity, alike=step.allocation == "uniform")
-    if step.pattern == "neurons":
-        return find_neurons(model)
+    if step.pattern in {"heads", "neurons"}:
+        alike = step.allocation == "uniform"
+        known = (
+            find_heads(model, step.sparsity, alike=alike) if step.pattern == "heads" else find_neurons(model)
+        )
+        traced = traced_of(model, task, statistics, pristine=pristine)
+        more = (
+            head_spaces(traced.attentions, step.sparsity, alike=alike)
+            if step.pattern == "heads"
+            else list(traced.neurons)
+        )
+        blocks = frozenset(space.block for space in more)
+        skipped = (traced.skipped if step.pattern == "heads" else {}) | known.skipped
+        skipped = {name: reason for name, reason in skipped.items() if name not in blocks}
+        sizes = {one.name: one.size for one in traced.attentions}
+        return FoundSpaces((*known.spaces, *more), skipped, blocks, sizes)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if find_attentions(model)[0]:
         return FoundSpaces(
@@ -169,6 +185,21 @@ def find_spaces(
         return find_channels(model, task.kind, task.calibration, output_head(model))
 
     return statistics.once("channels", follow) if pristine else follow()
+
+
+def traced_of(model: nn.Module, task: Task, statistics: Statistics, *, pristine: bool) -> Traced:
+    """Return the attentions and MLPs of other forms than the known ones, of a `pristine` model found once a
+    bench.
+    """
+
+    def find() -> Traced:
+        attentions = find_attentions(model)[0]
+        known = {name for one in attentions for name in (one.query, one.key, one.value, one.output)} | {
+            part.module for space in find_neurons(model).spaces for part in space.parts
+        }
+        return find_traced(model, task.kind, task.calibration, known)
+
+    return statistics.once("traced units", find) if pristine else find()
 
 
 def may_be_cut(space: Space, step: Prune, work: Work) -> bool:
