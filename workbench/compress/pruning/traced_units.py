@@ -9,15 +9,15 @@ tells which. Nothing is read from names but the number of heads, which configura
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.compress.pruning.probing import Probe, different, given_to
 from workbench.compress.pruning.prunable_units import Space, UnitPart, blocks, inputs, off, outputs
 from workbench.modules.layer import can_hold
-from workbench.util.hooks import of_this_thread
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 16  # within a module that is looked at: an attention or a block, not a model
 ABOVE = 3  # modules around a product that are looked at
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 NOT_COUNTS = ("dim", "size", "kv", "key_value")  # in names of numbers that are not how many heads there are
-ROUNDING = 1e-6  # of the largest input: less is no change
 
 
 @dataclass(frozen=True)
@@ -90,58 +88,15 @@ class Traced:
     skipped: dict[str, str]
 
 
-@dataclass
-class Probe:
-    """A module with what it was given for one item, run again with changed outputs of one of its products."""
-
-    name: str
-    module: nn.Module
-    given: tuple[Any, ...]
-    named: dict[str, Any]
-    reader: nn.Module  # the product whose inputs are looked at
-    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    def inputs(
-        self, product: nn.Module | None = None, columns: Tensor | None = None, *, first: bool = False
-    ) -> Tensor:
-        """Return what the reader is given, [positions, inputs] float32, once some outputs of a product are
-        changed; with `first` at the first position only.
-        """
-        seen: list[Tensor] = []
-
-        def changed(_module: nn.Module, _given: tuple[Any, ...], out: Tensor) -> Tensor:
-            other, index = out.clone(), columns
-            spread = out.float().std().clamp_min(1e-3)
-            new = spread * (1 + torch.rand(len(index), generator=self.generator)).to(out.device)  # type: ignore[arg-type]
-            place = other.flatten(0, -2)
-            if first:
-                place[0, index] = (2 * new).to(out.dtype)
-            else:
-                noise = torch.randn(len(place), len(index), generator=self.generator).to(out.device)  # type: ignore[arg-type]
-                place[:, index] = (place[:, index].float() * -0.5 + new * noise).to(out.dtype)
-            return place.view_as(out)
-
-        def look(_module: nn.Module, given: tuple[Any, ...]) -> None:
-            seen.append(given[0].detach())
-
-        handles = [self.reader.register_forward_pre_hook(of_this_thread(look))]
-        if product is not None:
-            handles.append(product.register_forward_hook(of_this_thread(changed)))
-        try:
-            with torch.no_grad():
-                self.module(*self.given, **self.named)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen[0].float().flatten(0, -2)
-
-
 def find_traced(model: nn.Module, kind: Kind, items: Items, known: Collection[str]) -> Traced:
     """Return the attentions and MLPs of a model besides its `known` layers, from one item."""
     modules = dict(model.named_modules())
     readers = {name: own_modules for name, own_modules in around(modules).items() if name not in known}
     owners = {owner for owned in readers.values() for owner in owned}
-    seen = given_to(model, kind, items, {name: modules[name] for name in owners})
+    try:
+        seen = given_to(model, kind, items, {name: modules[name] for name in owners}) if owners else {}
+    except (RuntimeError, ValueError, IndexError):  # a model that does not run is told of by others
+        seen = {}
     attentions, neurons, skipped = list[TracedAttention](), list[Space](), dict[str, str]()
     found: dict[object, Any] = {}  # of modules that are alike one stands for all
     for reader, owned in readers.items():
@@ -202,27 +157,6 @@ def around(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
     return found
 
 
-def given_to(
-    model: nn.Module, kind: Kind, items: Items, modules: dict[str, nn.Module]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return what each module is given for one item, the first time, without caches."""
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    names = {module: name for name, module in modules.items()}
-
-    def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        plain = {key: (None if key in CACHES else value) for key, value in named.items()}
-        seen.setdefault(names[module], (given, plain))
-
-    handles = [module.register_forward_pre_hook(of_this_thread(look), with_kwargs=True) for module in names]
-    try:
-        with torch.no_grad():
-            kind.logits(model, items[:1].to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
 def signature(modules: dict[str, nn.Module], owner: str, reader: str) -> object:
     """Return what modules have in common of which one experiment speaks for all."""
     inside = tuple(
@@ -266,11 +200,6 @@ def traced(
 def acts(probe: Probe, before: Tensor, product: nn.Module) -> bool:
     """Return whether what the reader is given depends on a product."""
     return bool(different(probe.inputs(product, torch.arange(outputs(product))), before).any())
-
-
-def different(after: Tensor, before: Tensor) -> Tensor:
-    """Return which inputs of the reader changed, bool [positions, inputs]."""
-    return (after - before).abs() > ROUNDING * before.abs().max()
 
 
 def mlp_of(probe: Probe, before: Tensor, acting: dict[str, nn.Module], reader: str) -> Space | None:

@@ -59,6 +59,8 @@ def skeleton_of(kind: Kind, config: Any, experts: list[str]) -> nn.Module:
 def check_rebuilds(step: Prune, work: Work) -> None:
     """Build the model again from what an export would say of it, once a bench and pattern.
 
+    A model that is not what its configuration builds even whole (changed in memory) is let go on.
+
     Raises:
         CompressionError: that is another model, so that this one could be measured, but never exported.
 
@@ -66,26 +68,26 @@ def check_rebuilds(step: Prune, work: Work) -> None:
     config = getattr(work.model, "config", None)
     if not hasattr(config, "to_dict"):
         return
-    reason = work.statistics.once(("rebuilds without", step.pattern), lambda: unlike(work, config))
-    if reason:
+    once, dense = work.statistics.once, work.task.model
+    reason = once(("rebuilds without", step.pattern), lambda: unlike(work, work.model, config))
+    if reason and not once("rebuilds", lambda: unlike(work, dense, dense.config)):
         raise CompressionError(
             f"{step!r}: {type(work.model).__name__} could run without those {step.pattern}, but never be"
             f" exported: {reason}"
         )
 
 
-def unlike(work: Work, config: Any) -> str:
-    """Return in what a model built again differs from the work's, "" if in nothing."""
+def unlike(work: Work, model: nn.Module, config: Any) -> str:
+    """Return in what a model built again differs from one, "" if in nothing."""
     made = built_from(work, config)
     if made is None:
         return "its configuration builds no model any more"
     try:
-        apply_differences(made, differences(work.model, made))
+        apply_differences(made, differences(model, made))
     except (AttributeError, RuntimeError, IndexError) as error:
         return kind_and_words(error)
     wanted, found = (
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for model in (work.model, made)
+        {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()} for each in (model, made)
     )
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
@@ -94,7 +96,7 @@ def unlike(work: Work, config: Any) -> str:
                 f" is {list(wanted[name]) if name in wanted else 'nowhere'}"
             )
     modules = dict(made.named_modules())
-    for name, module in work.model.named_modules():
+    for name, module in model.named_modules():
         for key, value in vars(module).items():
             other = vars(modules[name]).get(key) if name in modules else value
             if isinstance(value, PLAIN) and key not in PASSING and not key.startswith("_") and other != value:
