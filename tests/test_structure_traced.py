@@ -18,8 +18,8 @@ from workbench.bench import Bench
 from workbench.calibration.statistics import Statistics
 from workbench.compress import compress
 from workbench.compress.outlines import after
-from workbench.compress.pruning.structured_shapes import anatomy_of
-from workbench.compress.pruning.traced_units import find_traced
+from workbench.compress.pruning.predicted.structured_shapes import anatomy_of
+from workbench.compress.pruning.tracing.units import find_traced
 from workbench.errors import CompressionError
 from workbench.export import export
 from workbench.measure.size import sizes

@@ -29,8 +29,8 @@ from workbench.compress.pruning.schedule import rounds
 from workbench.compress.pruning.surgery import narrow
 from workbench.compress.pruning.surgery.config_sync import settle_numbers
 from workbench.compress.pruning.surgery.rebuilding import check_rebuilds
-from workbench.compress.pruning.traced_numbers import settle_traced
-from workbench.compress.pruning.traced_units import Traced, find_traced, head_spaces
+from workbench.compress.pruning.tracing.numbers import settle_traced
+from workbench.compress.pruning.tracing.units import Traced, find_traced, head_spaces
 from workbench.compress.pruning.unit_scores import unit_scores
 from workbench.compress.pruning.whole_experts import remove_experts
 from workbench.errors import CompressionError, RecipeError

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.pruning.probing import Probe, different, given_to
 from workbench.compress.pruning.prunable_units import Space, UnitPart, blocks, inputs, off, outputs
+from workbench.compress.pruning.tracing.probing import Probe, different, given_to
 from workbench.modules.layer import can_hold
 
 if TYPE_CHECKING:
