@@ -299,6 +299,33 @@ def test_bombs_are_refused_by_name(tmp_path, side):
         load(where)
 
 
+# White and black in every mode of PIL that has a known range
+ENDS = {
+    **dict.fromkeys(("1", "L"), (255, 0)),
+    **dict.fromkeys(("LA", "La"), ((255, 255), (0, 255))),
+    **dict.fromkeys(("RGBA", "RGBa", "RGBX"), ((255, 255, 255, 255), (0, 0, 0, 255))),
+    **dict.fromkeys(("YCbCr", "LAB"), ((255, 128, 128), (0, 128, 128))),
+    "RGB": ((255, 255, 255), (0, 0, 0)),
+    "HSV": ((0, 0, 255), (0, 0, 0)),
+    "CMYK": ((0, 0, 0, 0), (0, 0, 0, 255)),
+    "I;16": (65535, 0),
+    "P": (1, 0),
+    "PA": ((1, 255), (0, 255)),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("mode", ENDS)
+def test_white_is_white_and_black_is_black_in_every_mode(mode, channels):
+    for colour, level in zip(ENDS[mode], (255, 0), strict=True):
+        image = Image.new(mode, (WIDTH, HEIGHT), colour)
+        if mode in {"P", "PA"}:
+            image.putpalette([0, 0, 0, 255, 255, 255])
+        pixels = image_items([image], [0], PlainProcessor(HEIGHT, WIDTH), channels).inputs["pixel_values"][0]
+        assert len(pixels) == channels
+        assert float((pixels[:3] * 255 - level).abs().max()) <= 2
+
+
 def test_models_of_other_channels_are_refused(tmp_path):
     where = folder(tmp_path, lambda number, path: Image.fromarray(drawn(number)).save(path))
     with pytest.raises(DataError, match="pictures have 1, 3 or 4 channels, and this model takes 12"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of PIL, by the channels that a model is given
 ORIENTATION, BITS, PHOTOMETRIC, WHITE_IS_ZERO = 0x0112, 258, 262, 0  # tags of TIFF, and of EXIF
+FIRST_TO = {"LAB": "RGB", "La": "LA"}  # modes from which PIL has not every way
 STILL = "MPO"  # a photograph with another one for depth or for the other eye, no moving picture
 DEEP = {
     "PNG": 16,
@@ -137,6 +138,7 @@ def converted(picture: Image, mode: str, done: list[str]) -> Image:
     """Return a picture in another mode of PIL, as its libraries convert it, noting what is lost."""
     if picture.mode == "CMYK":
         done.append(INKS)
+    picture = picture.convert(FIRST_TO.get(picture.mode, picture.mode))
     if picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
         picture = picture.convert("RGBA")  # as PIL asks for
     if mode != "RGBA" and see_through(picture):
