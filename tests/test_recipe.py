@@ -153,6 +153,7 @@ def test_json_says_everything_in_a_fixed_order():
             "activation_order": True,
             "damping": 0.01,
             "bit_allocation": "auto",
+            "embeddings": "int8",
             "targets": ["a.*", "re:b$"],
             "seed": 0,
         },

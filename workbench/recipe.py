@@ -136,6 +136,8 @@ class Step:
     aside: ClassVar[bool] = False
     # Options of later versions: at their defaults they do not change a recipe's key, so ledgers stay known
     added: ClassVar[tuple[str, ...]] = ()
+    # What options of later versions were before they existed, where that is not their default
+    before: ClassVar[dict[str, Any]] = {}
 
     targets: Annotated[
         Targets,
@@ -187,15 +189,22 @@ class Step:
         return tuple(listed) or ((True, False) if info.annotation is bool else ())
 
     def unchanged(self) -> set[str]:
-        """Return the options of later versions that are at their defaults."""
+        """Return the options of later versions that do what was done before: that are at their defaults."""
         return {
             field.name
             for field in dataclasses.fields(self)
-            if field.name in self.added and getattr(self, field.name) == field.default
+            if field.name in self.added
+            and getattr(self, field.name) == self.before.get(field.name, field.default)
         }
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Raise `RecipeError`, with the reason, if this step cannot follow the `earlier` ones."""
+
+    def besides(self, names: Targets) -> Step | None:  # noqa: ARG002  for steps that do
+        """Return the step that it ends with on weights of the vocabulary, by `names`, which its targets leave
+        to it: they begin with all layers, and do not pick these. None: they stay as they are.
+        """
+        return None
 
     @property
     def leaves(self) -> frozenset[Mark]:

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from workbench.compress import compress
 from workbench.compress.registry import METHODS
+from workbench.compress.vocabulary import besides
 from workbench.errors import CompressionError, RecipeError
 from workbench.measure.kl import Reference
 from workbench.measure.setting import Setting
 from workbench.measure.size import sizes
 from workbench.metrics.quality import Estimate, quality
 from workbench.modules.layer import find_layers, output_head
-from workbench.recipe import Recipe
+from workbench.modules.vocabulary import vocabulary_of
+from workbench.recipe import Recipe, Step
 from workbench.util.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class LayerSensitivity:
     reason: str = ""
 
 
-def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
+def alone(recipe: Iterable[Step], layer: str, head: str | None = None) -> Recipe:
     """Return the part of a recipe that works on one layer, without training or KV cache.
 
     `head` names the output head.
@@ -72,8 +74,9 @@ def alone(recipe: Recipe, layer: str, head: str | None = None) -> Recipe:
 
 def layers_of(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     """Return the layers that a recipe works on, each with its own part of it, in the order of the model."""
-    head = output_head(model)
-    recipes = {name: alone(recipe, name, head) for name in find_layers(model)[0]}
+    head, layers = output_head(model), find_layers(model)[0]
+    whole = [*recipe, *besides(recipe, vocabulary_of(model, layers.values()))]
+    recipes = {name: alone(whole, name, head) for name in layers}
     return {name: part for name, part in recipes.items() if len(part)}
 
 
@@ -132,7 +135,8 @@ def measured(
         if main.metric == "perplexity"
         else None
     )
-    saved = setting.dense_sizes().file_bytes - sizes(compressed.model, compressed.layers).file_bytes
+    before = setting.statistics.once("stored sizes", lambda: sizes(task.model)).file_bytes
+    saved = before - sizes(compressed.model, compressed.layers).file_bytes
     return LayerSensitivity(name, part, main.metric, count, main.drop, loss, saved)
 
 

@@ -29,12 +29,14 @@ from workbench.compress.quantization.qat import QAT
 from workbench.compress.quantization.quantize import Quantize
 from workbench.compress.registry import METHODS
 from workbench.compress.unrouted import say_unrouted
+from workbench.compress.vocabulary import besides
 from workbench.errors import CompressionError, LayerSkipped
 from workbench.kernels import weight_trials
 from workbench.kernels.weight_trials import WEIGHT_PASSES
 from workbench.modules.checkpoint_types import round_to_checkpoint
 from workbench.modules.layer import Layer
 from workbench.modules.sharing import SHARED_COPIES, copied_whole, own_parameters
+from workbench.modules.vocabulary import vocabulary_of
 from workbench.recipe import Recipe, Step
 from workbench.tasks.base import Task
 from workbench.util.progress import Look, Progress, Training, no_progress
@@ -112,6 +114,7 @@ def compress(
         except StepAgain:
             continue
         break
+    finish(recipe, work)
     covered = coverage_of(work)  # before tensors that are the dense ones are cloned, or others rounded
     on_grids = [layer.parameter for layer in work.layers.values() if layer.grid is not None]
     round_to_checkpoint(work.model, task.model, on_grids)
@@ -179,3 +182,17 @@ def carried_out(recipe: Recipe, work: Work, refused: dict[int, dict[str, str]]) 
         if place < len(recipe) and statistics.task is task:
             prefix_cache.keep(recipe.steps[:place], done, work)
     return done
+
+
+def finish(recipe: Recipe, work: Work) -> None:
+    """Do what a recipe ends with on the weights of the vocabulary."""
+    steps = besides(recipe, vocabulary_of(work.task.model, work.dense.values()))
+    for step in steps:
+        method = METHODS.of(step)
+        work.refused, work.reads = {}, frozenset() if method.reads is None else method.reads(step)
+        method.apply(step, work)
+        for layer in work.layers.values():
+            if step.takes(*layer.names, head=True):
+                work.say(layer, f"{step.kind()} took it besides, as no target names it")
+    if steps:
+        check_all(list(work.layers.values()), work.dense)

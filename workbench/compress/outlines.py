@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from workbench.compress.registry import METHODS
+from workbench.compress.vocabulary import besides
 from workbench.recipe import Recipe
 from workbench.shapes.outline import Outline
 
@@ -10,7 +11,7 @@ from workbench.shapes.outline import Outline
 def after(outline: Outline, recipe: Recipe) -> Outline | None:
     """Return an outline after a recipe, or None where one of its methods does not say what it leaves."""
     left = outline
-    for step in recipe:
+    for step in (*recipe, *besides(recipe, outline.vocabulary)):
         shapes = METHODS.of(step).shapes
         changed = None if shapes is None else shapes(left, step)
         if changed is None:

@@ -172,7 +172,7 @@ class Methods:
                 f"not a recipe in JSON: {text[:80]!r}; expected a list such as {Recipe().to_json()!r} or"
                 " [{'step': 'prune', 'sparsity': 0.5}]"
             ) from None
-        return Recipe(*(self.step(kind)(**item) for kind, item in zip(kinds, items, strict=True)))
+        return Recipe(*(as_written(self.step(kind), item) for kind, item in zip(kinds, items, strict=True)))
 
     def recipe(self, options: Mapping[str, Any], seed: int = 0) -> Recipe:
         """Return the recipe of flat options, as `steps_from` reads them.
@@ -208,6 +208,12 @@ class Methods:
                     " them out"
                 )
         return sorted(steps, key=lambda step: step.order)
+
+
+def as_written(step: type[Step], options: dict[str, Any]) -> Step:
+    """Return a step from JSON; one that an earlier version wrote, in full, does what it did then."""
+    whole = {"targets", "seed"} <= options.keys()
+    return step(**{**(step.before if whole else {}), **options})
 
 
 METHODS = Methods()

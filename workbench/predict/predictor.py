@@ -377,7 +377,8 @@ def whole_range(metric: Metric, dense: float) -> Estimate:
 
 def widths(outline: Outline | None) -> list[int]:
     """Return the widths of the grids."""
-    bits = {weight.bits for weight in outline.weights if weight.bits} if outline else set()
+    weights = outline.weights if outline else ()
+    bits = {weight.bits for weight in weights if weight.bits and not weight.table}
     return sorted(
         {whole for width in bits for whole in (math.floor(width), math.ceil(width))}
     )  # an average lies between two

@@ -26,9 +26,11 @@ from workbench.calibration.passes import gradients, second_moments
 from workbench.compress.core.layer_sample import LayerSample, sample, weighed
 from workbench.compress.method import ErrorTable, Recovery, WholeTable
 from workbench.compress.registry import METHODS
+from workbench.compress.vocabulary import besides
 from workbench.modules.factored import Shape, shape_of
 from workbench.modules.layer import find_layers, output_head
 from workbench.modules.offload import streams_to
+from workbench.modules.vocabulary import Vocabulary, vocabulary_of
 from workbench.predict.layer_errors import Curve, Key, errors_of, key_of, rule_of, whole_errors_of
 from workbench.util.progress import Progress, no_progress
 
@@ -83,10 +85,16 @@ class Prior:
     kinds: tuple[str, ...]
     curves: dict[Key, Curve] = field(default_factory=dict)
     without: set[Key] = field(default_factory=set)
+    vocabulary: Vocabulary = field(default_factory=dict)
 
     def missing(self, recipes: Iterable[Recipe]) -> dict[Key, Step]:
         """Return the steps for which there is no table yet."""
-        wanted = {key: step for recipe in recipes for step in recipe if (key := key_of(step)) is not None}
+        wanted = {
+            key: step
+            for recipe in recipes
+            for step in (*recipe, *besides(recipe, self.vocabulary))
+            if (key := key_of(step)) is not None
+        }
         return {
             key: step for key, step in wanted.items() if key not in self.curves and key not in self.without
         }
@@ -122,7 +130,7 @@ class Prior:
         """
         most = np.zeros((len(self.kinds), len(self.loads)))
         least = most.copy()
-        for step in recipe:
+        for step in (*recipe, *besides(recipe, self.vocabulary)):
             rule = rule_of(step)
             if isinstance(rule, Recovery):
                 rows = [index for index, kind in enumerate(self.kinds) if rule.of is None or kind in rule.of]
@@ -212,7 +220,9 @@ def prior_of(statistics: Statistics, progress: Progress = no_progress) -> Prior:
         weighed(about.weight, about) * (about.layer.shape[0] / len(about.weight)) / 2 for about in samples
     ]
     kinds = (*(method.kind for method in METHODS if method.errors is not None), WHOLE)
-    return Prior(places, torch.stack(loads).double().cpu().numpy() if loads else np.zeros(0), kinds)
+    felt = torch.stack(loads).double().cpu().numpy() if loads else np.zeros(0)
+    model = statistics.task.model
+    return Prior(places, felt, kinds, vocabulary=vocabulary_of(model, statistics.layers.values()))
 
 
 # --- from nats to the metric

@@ -151,8 +151,8 @@ def serve(layers: Iterable[Layer], device: str, runtime: Runtime) -> Served:
     uses: tuple[str, ...]
     for layer in layers:
         rounded = isinstance(layer.module, QuantizesInputs)
-        if layer.grid is None and layer.mask is None and not rounded:
-            continue
+        if layer.table or (layer.grid is None and layer.mask is None and not rounded):
+            continue  # rows of a table are looked up: there is no product to make faster
         if engine is not None:
             reason = engine.why_not_narrow(layer)
             uses = ("weights", "inputs") if layer.grid is not None else ()

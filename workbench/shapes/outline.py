@@ -19,6 +19,7 @@ from workbench.modules.checkpoint_types import checkpoint_types, narrower
 from workbench.modules.expert_files import blocks_of_experts, fused_entries
 from workbench.modules.input_quantizer import InputFormat
 from workbench.modules.layer import Layer, find_layers, output_head
+from workbench.modules.vocabulary import Vocabulary, vocabulary_of
 from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, file_length
 from workbench.recipe import Step
 
@@ -55,6 +56,7 @@ class Outline:
     anatomy: Anatomy | None = None  # without it, what a structured step leaves is unknown
     inputs: InputFormat | None = None
     experts: dict[str, bool] = dataclasses.field(default_factory=dict)  # see `modules.expert_files`
+    vocabulary: Vocabulary = dataclasses.field(default_factory=dict)  # layers whose rows are tokens
 
     @classmethod
     def of(
@@ -107,6 +109,7 @@ class Outline:
             positions or {},
             anatomy=anatomy,
             experts=blocks_of_experts(model),
+            vocabulary=vocabulary_of(model, layers.values()),
         )
 
     def takes(self, weight: Weight, step: Step) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -12,7 +13,7 @@ from workbench.compress.quantization.scales import (
 from workbench.errors import RecipeError
 from workbench.formats.number_format import NumberFormat
 from workbench.formats.number_formats import FORMATS
-from workbench.recipe import Mark, OneOf, Step, configuration, first_leaving
+from workbench.recipe import Mark, OneOf, Step, Targets, configuration, first_leaving
 from workbench.util.about import About
 
 BY_INPUTS = ("gptq", "awq")
@@ -43,8 +44,14 @@ class Quantize(Step):
     `weight_bits` may be an average such as 3.4: every layer then gets a whole width from 2 to 8, by what each
     costs the loss. One scale a row (`group_size` 0), one for every `group_size` consecutive inputs, or one
     for the whole tensor (`granularity`). Where the groups do not divide a layer's inputs it is left as it is,
-    and the report says so. Pruned weights stay zero. Embeddings, for which no inputs are known, are rounded
-    to nearest by every `rounding` but `hqq`.
+    and the report says so. Pruned weights stay zero.
+
+    Embeddings of tokens and a language model's output head are often most of a small model. Where targets do
+    not name them they take 8 bits with a scale a row (`embeddings`), after all other steps. That alone cost
+    SmolLM2 0.18% [0.02%, 0.35%] of its perplexity and MiniLM 0.000 [-0.002, 0.002] of its correlation, and
+    saves three quarters of float32. The same width as the other weights is smallest, and costs more. A head
+    that is tied to the embedding is rounded once, with it; a classifier's head stays as it is. Embeddings
+    that targets name, for which no inputs are known, are rounded to nearest by every `rounding` but `hqq`.
 
     What it does not do: quantize activations, solve layers one after another (each sees the dense model's
     inputs), or make anything faster where no kernel for this form exists; weights are unpacked before the
@@ -62,7 +69,9 @@ class Quantize(Step):
         "activation_order",
         "damping",
         "bit_allocation",
+        "embeddings",
     )
+    before: ClassVar[dict[str, str]] = {"embeddings": "dense"}
     about: ClassVar[tuple[About, ...]] = (
         About("grid, group_size", "round to nearest", "nothing", "one pass", "rounds each weight alone"),
         About(
@@ -140,6 +149,16 @@ class Quantize(Step):
         Field(description="auto: whole widths are the same everywhere; knapsack: shared out at any average"),
     ] = "auto"
 
+    embeddings: Annotated[
+        Literal["int8", "same", "dense"],
+        Field(
+            description=(
+                "embeddings of tokens and a language model's head: 8 bits, which costs next to nothing; the"
+                " same as other weights, smallest; or dense, often most of a small file"
+            )
+        ),
+    ] = "int8"
+
     @model_validator(mode="after")
     def fits_format(self) -> Quantize:
         """Refuse a width that the number format does not have, and choices that do not go with it."""
@@ -213,7 +232,18 @@ class Quantize(Step):
         texts += [self.rounding] * (self.rounding != "rtn") + ["mixed"] * (
             self.mixed and self.weight_bits == int(self.weight_bits)
         )
+        if self.embeddings != "int8":
+            texts.append("with embeddings" if self.embeddings == "same" else "without embeddings")
         return " ".join(texts)
+
+    def besides(self, names: Targets) -> Quantize | None:
+        """Return how embeddings and the head are rounded where no target names them: None where they stay."""
+        if self.embeddings == "dense":
+            return None
+        if self.embeddings == "same" or self.weight_bits > 8:
+            whole = round(self.weight_bits)
+            return dataclasses.replace(self, targets=names, weight_bits=whole, bit_allocation="auto")
+        return Quantize(weight_bits=8, grid=self.grid, scale_search=False, targets=names, seed=self.seed)
 
     def check_order(self, earlier: tuple[Step, ...]) -> None:
         """Refuse quantization after repair."""
