@@ -16,7 +16,8 @@ SORTS = (
     "resnet",
     "llama",
     "gpt2",
-)  # Linear; Conv2d; Linear with tied embeddings; Conv1D with tied embeddings
+    "mixtral",
+)  # Linear; Conv2d; Linear with tied embeddings; Conv1D with tied embeddings; fused experts
 EVALUATION, CALIBRATION, TRAINING = 48, 24, 40
 
 
@@ -82,6 +83,23 @@ def gpt2() -> torch.nn.Module:
     )
 
 
+def mixtral() -> torch.nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    return MixtralForCausalLM(config)
+
+
 def bert() -> torch.nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -101,12 +119,21 @@ def untied() -> torch.nn.Module:
     return llama(tied=False)
 
 
-MODELS = {"vit": vit, "resnet": resnet, "llama": llama, "gpt2": gpt2, "bert": bert, "untied": untied}
+MODELS = {
+    "vit": vit,
+    "resnet": resnet,
+    "llama": llama,
+    "gpt2": gpt2,
+    "mixtral": mixtral,
+    "bert": bert,
+    "untied": untied,
+}
 KINDS: dict[str, Kind] = {
     "vit": IMAGE_CLASSIFICATION,
     "resnet": IMAGE_CLASSIFICATION,
     "llama": LANGUAGE_MODELLING,
     "gpt2": LANGUAGE_MODELLING,
+    "mixtral": LANGUAGE_MODELLING,
     "bert": TEXT_CLASSIFICATION,
     "untied": LANGUAGE_MODELLING,
 }
