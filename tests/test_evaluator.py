@@ -32,6 +32,7 @@ ALL = sorted(structure_models.BUILDERS)
 LANGUAGE = ("llama", "gpt2", "untied", "grouped", "scaled")
 DEPTHS = {
     "bert": 0,
+    "mixtral": 0,
     "llama": 1,
     "gpt2": 1,
     "grouped": 3,

@@ -151,8 +151,12 @@ def decoded(tensors: dict[str, np.ndarray], key: str, about: dict) -> np.ndarray
 
 def rebuilt(directory: Path) -> dict[str, torch.Tensor]:
     """Return the state dict of an export."""
-    encodings = json.loads((directory / "compression.json").read_text())["encodings"]
-    tensors = arrays_of(directory / "model.safetensors")
+    manifest = json.loads((directory / "compression.json").read_text())
+    encodings, tensors = manifest["encodings"], arrays_of(directory / "model.safetensors")
+    for block in manifest["experts"]:  # one tensor for all experts where none is packed
+        for layer in ("gate_up_proj", "down_proj"):
+            for place, matrix in enumerate(tensors.pop(f"{block}.{layer}", ())):
+                tensors[f"{block}.{place}.{layer}.weight"] = matrix
     state = {
         key: decoded(tensors, key, about) for key, about in encodings.items() if about["kind"] != "shared"
     }

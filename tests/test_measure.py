@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import statistical
+import tiny_tasks
 import torch
 from scipy import stats
 from tiny_tasks import EVALUATION, tiny_task
@@ -244,7 +245,8 @@ def entropy_free_bytes(model: torch.nn.Module) -> int:
 
 def test_the_dense_file_is_what_safetensors_writes(sort, tmp_path):
     model = tiny_task(sort).model
-    unique = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    own = tiny_tasks.MODELS[sort]().to(torch.float32) if sort == "mixtral" else model  # as it is stored
+    unique = {name: tensor for name, tensor in own.state_dict().items() if name != "lm_head.weight"}
     safetensors.torch.save_file(unique, tmp_path / "model.safetensors", metadata={"format": "pt"})
     counted = sizes(model)
     assert counted.file_bytes == (tmp_path / "model.safetensors").stat().st_size

@@ -206,7 +206,9 @@ def gradients_by_hand(task, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     for items in task.calibration.to(module.weight.device).batches(size):
         chances = task.kind.logits(task.model, items).log_softmax(-1)
         loss = -chances.gather(-1, items.labels.unsqueeze(-1)).mean()
-        by_item.append(torch.autograd.grad(loss, module.weight)[0].double().cpu())
+        reached = loss.requires_grad  # an expert's layer only if a token is routed to it
+        gradient = torch.autograd.grad(loss, module.weight)[0] if reached else torch.zeros_like(module.weight)
+        by_item.append(gradient.detach().double().cpu())
     module.weight.requires_grad_(requires_grad=False)
     stack = torch.stack(
         [gradient.t() if type(module).__name__ == "Conv1D" else gradient.flatten(1) for gradient in by_item]

@@ -96,6 +96,7 @@ def mixtral() -> torch.nn.Module:
         num_local_experts=3,
         num_experts_per_tok=2,
         max_position_embeddings=64,
+        tie_word_embeddings=True,
     )
     return MixtralForCausalLM(config)
 

@@ -13,6 +13,7 @@ from workbench.compress.core.batch import grouped
 from workbench.formats.affine import Grid
 from workbench.formats.stored_forms import Cast, InputScaled, OffsetGrid
 from workbench.modules.checkpoint_types import TOTAL, checkpoint_types
+from workbench.modules.expert_files import blocks_of_experts, fused_entries
 from workbench.modules.layer import Layer
 from workbench.modules.packing import Packed, pack_model
 from workbench.modules.weight_shapes import DTYPES, StoredTensor, Weight, ceil8, file_length, total
@@ -133,6 +134,7 @@ def given_sizes(model: nn.Module) -> Sizes:
         entries.append(
             StoredTensor(name, DTYPES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize)
         )
+    entries = fused_entries(entries, blocks_of_experts(model))
     size = vars(model).get(TOTAL) or total(entries)
     return Sizes(size, size, size + file_length(entries) - total(entries))
 
