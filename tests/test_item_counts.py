@@ -97,6 +97,11 @@ def test_copies_that_are_dropped_do_not_count(tmp_path):
     assert counts(loaded) == (10, 7, 9)
 
 
+def test_a_length_in_tokens_that_is_not_used_is_said():
+    task = load_task("fashion-cnn", context=64, evaluation_items=20, progress=False)
+    assert "context_length=64 is not used: image classification reads no texts" in task.notes
+
+
 def test_counts_hold_for_a_task_that_is_ready():
     bench = wb.Bench(
         tiny_task("vit"),

@@ -61,7 +61,8 @@ def load(
     """
     if str(data) == SLICE:
         cut = _cut(SLICE, *_slice_pools(kind, reading), sizes, seed)
-        return replace(cut, labels=kind.labels(reading.config))
+        said = (*cut.notes, *unused_context(kind, reading, cut))
+        return replace(cut, labels=kind.labels(reading.config), notes=said)
     raw = (
         sources.first_of(kind.default_data, offline=offline, progress=progress)
         if data is None and kind.default_data
@@ -70,7 +71,8 @@ def load(
     train, held_out, notes = kind.pools(reading, raw, sizes)
     cut = _cut(raw.name, train, held_out, sizes, seed)
     cut = replace(cut, labels=kind.labels(reading.config))
-    return replace(cut, notes=(*raw.notes, *notes, *cut.notes, *one_class(cut)))
+    said = (*one_class(cut), *unused_context(kind, reading, cut))
+    return replace(cut, notes=(*raw.notes, *notes, *cut.notes, *said))
 
 
 def _cut(name: str, train: Pool, held_out: Pool | None, sizes: ItemCounts, seed: int) -> Data:
@@ -117,6 +119,13 @@ def calibrating(count: int, sizes: ItemCounts) -> int:
     as were asked for where there are enough for both, else at most half, or all that training leaves.
     """
     return min(sizes.calibration, max(count // 2, count - sizes.training))
+
+
+def unused_context(kind: Kind, reading: Reading, data: Data) -> tuple[str, ...]:
+    """Return a note where a length in tokens was given to a kind whose items have none."""
+    if reading.context is None or "input_ids" in data.evaluation.inputs:
+        return ()
+    return (f"context_length={reading.context} is not used: {kind.name} reads no texts",)
 
 
 def one_class(data: Data) -> tuple[str, ...]:
