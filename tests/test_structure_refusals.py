@@ -12,6 +12,7 @@ from torch import nn
 
 import workbench as wb
 from workbench.compress import compress
+from workbench.compress.pruning import structured
 from workbench.errors import CompressionError, RecipeError
 from workbench.recipe import Recipe
 
@@ -166,3 +167,14 @@ def test_each_structure_may_be_removed_once_and_zeros_come_on_top():
     compress(task, Recipe(wb.Prune(pattern="heads"), wb.Prune(pattern="neurons"), wb.Prune()))
     with pytest.raises(RecipeError, match="is already taken by an earlier prune step"):
         compress(task, Recipe(wb.Prune(pattern="heads"), wb.Prune(pattern="heads", sparsity=0.25)))
+
+
+def test_channels_that_cannot_be_followed_are_refused_with_the_words(monkeypatch):
+    def failing(*_given):
+        raise AssertionError("a graph of its own")
+
+    monkeypatch.setattr(structured, "find_channels", failing)
+    with pytest.raises(
+        CompressionError, match=r"its channels cannot be followed .*AssertionError: a graph of its own"
+    ):
+        compress(task_of("resnet"), Recipe(wb.Prune(pattern="channels")))

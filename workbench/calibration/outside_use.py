@@ -15,6 +15,7 @@ from torch import nn
 
 from workbench.calibration.statistics import Statistics
 from workbench.modules.layer import find_layers
+from workbench.modules.offload import device_of
 from workbench.modules.sharing import sharing_copy
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def used_from_outside(statistics: Statistics) -> dict[str, frozenset[str]]:
 def watched(task: Task) -> dict[str, frozenset[str]]:
     """Return the answer of `used_from_outside` for one calibration item; the task's model is not changed."""
     model = sharing_copy(task.model).eval()
-    device = next(task.model.parameters()).device
+    device = device_of(task.model)
     seen: dict[str, set[str]] = {}
     for name, layer in find_layers(model)[0].items():
         for module in (layer.module, *layer.others.values()):

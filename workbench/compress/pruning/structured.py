@@ -33,8 +33,9 @@ from workbench.compress.pruning.tracing.numbers import settle_traced
 from workbench.compress.pruning.tracing.units import Traced, find_traced, head_spaces
 from workbench.compress.pruning.unit_scores import unit_scores
 from workbench.compress.pruning.whole_experts import remove_experts
-from workbench.errors import CompressionError, RecipeError
+from workbench.errors import CompressionError, RecipeError, WorkbenchError
 from workbench.modules.layer import Layer, output_head
+from workbench.util.text import kind_and_words
 
 if TYPE_CHECKING:
     from workbench.calibration.statistics import Statistics
@@ -182,7 +183,13 @@ def find_spaces(
         return FoundSpaces((), {})
 
     def follow() -> FoundSpaces:
-        return find_channels(model, task.kind, task.calibration, output_head(model))
+        try:
+            return find_channels(model, task.kind, task.calibration, output_head(model))
+        except WorkbenchError:
+            raise
+        except Exception as error:  # noqa: BLE001  of the library that follows them: said, and no channel goes
+            reason = f"its channels cannot be followed through the model: {kind_and_words(error)}"
+            return FoundSpaces((), dict.fromkeys(convolutions, reason))
 
     return statistics.once("channels", follow) if pristine else follow()
 
