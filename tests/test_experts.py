@@ -356,6 +356,10 @@ def test_the_experts_that_add_least_go_and_the_router_with_them(moe, tmp_path):
         router = "router" if "Gpt" in task.model_name else "gate"
         whole, cut = (model.get_submodule(f"{holder}.{router}") for model in (task.model, compressed.model))
         assert torch.equal(cut.weight, whole.weight[stays])
+        told = next(row for row in compressed.report if row.name == f"{holder}.{router}")
+        assert "skipped" not in told.outcome
+        assert f"{block.num_experts - len(stays)} of {block.num_experts} rows removed" in told.outcome
+        assert told.weights == cut.weight.numel()
         assert cut.top_k <= len(stays)
     gone = [row for row in compressed.report if "removed with its expert" in row.outcome]
     assert gone

@@ -172,6 +172,8 @@ def say(step: Prune, work: Work, block: Mixture, scores: Tensor, kept: list[int]
     if block.router in work.layers:
         work.took(step, work.layers[block.router], lost)
     elif router in work.outcomes:
+        skipped = f"{step.kind()} skipped: "
+        work.outcomes[router] = [told for told in work.outcomes[router] if not told.startswith(skipped)]
         work.say(router, lost)
 
 
