@@ -336,6 +336,59 @@ def test_an_export_says_how_it_was_made(exported):
     assert [path.name for path in exported.parent.iterdir()] == ["out"]
 
 
+# --- what other tools do with it
+
+
+def by_transformers(task, directory):
+    import transformers
+
+    return getattr(transformers, task.kind.auto_class).from_pretrained(directory, local_files_only=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_transformers_opens_an_export_rightly_or_not_at_all(sort, tmp_path, recipe, ledger):
+    """Tensors that it does not know it would draw at random, with no more than a warning."""
+    leave_out(sort, recipe)
+    from workbench.export import export
+
+    task = tiny_task(sort)
+    compressed = Bench(task, device="cpu", ledger=ledger, progress=False).compress(recipe)
+    out = export(task, compressed, MEASURED(recipe), tmp_path / "out")
+    try:
+        opened = by_transformers(task, out)
+    except ValueError as error:
+        assert "has no `quant_method` attribute" in str(error)
+        assert json.loads((out / "config.json").read_text())["quantization_config"] == {
+            "written_by": "compression-workbench",
+            "opened_by": "workbench.load(folder)",
+        }
+        assert not hasattr(wb.load(out).config, "quantization_config")
+        return
+    with torch.no_grad():
+        answers = (task.kind.logits(model, task.evaluation) for model in (opened, compressed.model))
+        assert torch.equal(*answers)
+
+
+def test_an_export_without_packed_weights_is_opened_by_transformers(sort, tmp_path, ledger):
+    task = tiny_task(sort)
+    bench = Bench(task, device="cpu", ledger=ledger, progress=False)
+    opened = by_transformers(task, bench.export(Recipe(), tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(
+            task.kind.logits(opened, task.evaluation), task.kind.logits(task.model, task.evaluation)
+        )
+
+
+def test_an_export_is_no_model_to_compress_again(exported):
+    from workbench.errors import ModelError
+    from workbench.zoo import load_task
+
+    with pytest.raises(
+        ModelError, match=r"is an export of the workbench, compressed already: workbench\.load"
+    ):
+        load_task(exported, "words.txt", progress=False)
+
+
 # --- damage
 
 

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "compression.json", "model.safetensors"
+# What config.json says of weights that only the workbench unpacks. transformers refuses quantized weights of
+# no method; of a method that it does not know it only warns, and draws the weights at random
+OURS = {"written_by": "compression-workbench", "opened_by": "workbench.load(folder)"}
 
 
 def check_target(directory: Path, *, overwrite: bool) -> None:
@@ -137,11 +140,10 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
         "recipe": json.loads(compressed.recipe.to_json()),
         "measurement": json.loads(point.to_json()),
     }
-    config: Any = compressed.model.config
     files = {
         WEIGHTS: content,
         MANIFEST: json.dumps(manifest, indent=1).encode(),
-        "config.json": config.to_json_string().encode(),
+        "config.json": config_file(compressed.model, manifest),
         "README.md": card(point).encode(),
     }
     for name, data in {**task.files, **files}.items():
@@ -150,6 +152,17 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def config_file(model: nn.Module, manifest: dict[str, Any]) -> bytes:
+    """Return config.json: what transformers opens where it would open it rightly, else what it refuses."""
+    config: Any = model.config
+    settings = json.loads(config.to_json_string())
+    own = ("structure", "low_rank", "repair", "activations", "kv_cache")
+    kinds = {about["kind"] for about in manifest["encodings"].values()}
+    if kinds - {"dense", "shared"} or any(manifest[key] for key in own):
+        settings["quantization_config"] = OURS
+    return f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()
 
 
 def structure(task: Task, compressed: Compressed) -> dict[str, dict[str, Any]]:
@@ -266,6 +279,8 @@ def skeleton(directory: Path, manifest: dict[str, Any]) -> nn.Module:
             " is for"
         )
     config, _ = safe_config(directory)
+    if getattr(config, "quantization_config", None) == OURS:
+        del config.quantization_config
     with quiet():
         model: nn.Module = getattr(transformers, manifest["auto_class"]).from_config(
             config, trust_remote_code=False

@@ -42,6 +42,11 @@ def check_readable(directory: Path, config: Mapping[str, Any]) -> None:
     Raises:
         ModelError: by this method never, or not without a package that is not installed.
     """
+    if (directory / "compression.json").is_file():
+        raise ModelError(
+            f"{directory} is an export of the workbench, compressed already:"
+            f" workbench.load({str(directory)!r}) opens it; give the original weights to compress them anew"
+        )
     method = method_of(config)
     if not method:
         return

@@ -43,9 +43,9 @@ def remove_experts(step: Prune, work: Work) -> None:
     left = block.left(step.sparsity)
     config = own_config(work)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for settings in (config, text) if config is not None and text is not config else (config,):
-        if settings is not None:
-            tell_numbers(settings, block.experts, left, block.most_picked(left))
+    settings = [] if config is None else [config] if text is config else [config, text]
+    for holder in [*settings, *work.model.modules()]:  # whole models keep the number too
+        tell_numbers(holder, block.experts, left, block.most_picked(left))
 
 
 def check(step: Prune, work: Work, mixtures: list[Mixture], skipped: dict[str, str]) -> None:
