@@ -354,16 +354,14 @@ def test_transformers_opens_an_export_rightly_or_not_at_all(sort, tmp_path, reci
     task = tiny_task(sort)
     compressed = Bench(task, device="cpu", ledger=ledger, progress=False).compress(recipe)
     out = export(task, compressed, MEASURED(recipe), tmp_path / "out")
-    try:
-        opened = by_transformers(task, out)
-    except ValueError as error:
-        assert "has no `quant_method` attribute" in str(error)
-        assert json.loads((out / "config.json").read_text())["quantization_config"] == {
-            "written_by": "compression-workbench",
-            "opened_by": "workbench.load(folder)",
-        }
+    said = json.loads((out / "config.json").read_text()).get("quantization_config")
+    if said is not None:
+        assert said == {"written_by": "compression-workbench", "opened_by": "workbench.load(folder)"}
         assert not hasattr(wb.load(out).config, "quantization_config")
+        with pytest.raises(ValueError, match="has no `quant_method` attribute"):
+            by_transformers(task, out)
         return
+    opened = by_transformers(task, out)
     with torch.no_grad():
         answers = (task.kind.logits(model, task.evaluation) for model in (opened, compressed.model))
         assert torch.equal(*answers)

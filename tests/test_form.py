@@ -12,7 +12,8 @@ from widgets.form.controls import bounds, decimals, nice_step, scale
 from widgets.form.recipe_form import RecipeForm
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError
-from workbench.recipe import Recipe, Step, configuration
+from workbench.recipe import Recipe, Step
+from workbench.util.configuration import configuration
 
 
 class Clock:

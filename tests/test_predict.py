@@ -35,8 +35,9 @@ from workbench.predict.local_fit import (
 )
 from workbench.predict.prior import Costs, Link, prior_of
 from workbench.predict.spots import coordinates, spot_of
-from workbench.recipe import Step, configuration
+from workbench.recipe import Step
 from workbench.shapes.outline import Outline
+from workbench.util.configuration import configuration
 
 EXACT = {
     "dense": wb.Recipe(),

@@ -44,11 +44,12 @@ if TYPE_CHECKING:
     from workbench.measure.measurement import Measurement
     from workbench.metrics.metric import Metric
     from workbench.metrics.metrics import METRICS
-    from workbench.recipe import Recipe, Step, configuration
+    from workbench.recipe import Recipe, Step
     from workbench.report.report import report
     from workbench.search.sweep import sweep
     from workbench.tasks.base import Kind
     from workbench.tasks.registry import KINDS
+    from workbench.util.configuration import configuration
     from workbench.zoo import models
 
 PLACES = {
@@ -76,7 +77,7 @@ PLACES = {
     "Step": "workbench.recipe",
     "Transfer": "workbench.compress",
     "compress": "workbench.compress",
-    "configuration": "workbench.recipe",
+    "configuration": "workbench.util.configuration",
     "errors": "workbench.errors",
     "load": "workbench.export",
     "models": "workbench.zoo",

@@ -15,99 +15,27 @@ import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    cast,
-    dataclass_transform,
-    get_args,
-    get_origin,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
-from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, field_validator
 
 from workbench.errors import RecipeError
 from workbench.util.about import About
-from workbench.util.registry import Registry
+from workbench.util.configuration import OneOf, configuration
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-T = TypeVar("T")
 Targets = tuple[str, ...]
 # What a step leaves in layers: zeros by a mask; fewer units; codes of a grid with scales; 16-bit numbers; two
 # or three factors; a term beside the weight; inputs that are rounded; weights that have learned; a cache
 Mark = Literal["zeros", "fewer", "grid", "cast", "factors", "term", "inputs", "learned", "cache"]
 
 
-def explain(owner: str, error: ValidationError) -> str:
-    """Return a ValidationError as one line that repeats what the user gave and says what would work."""
-    faults = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-            faults.append(f"{owner} has no option {name!r}")
-        elif not name:
-            faults.append(f"{owner} is refused: {message}")
-        else:
-            faults.append(f"{owner}({name}={item['input']!r}) is refused: {message[0].lower()}{message[1:]}")
-    return "; ".join(faults)
-
-
 @lru_cache(maxsize=2**16)  # every layer of a model is asked for several times a move
 def picks(target: str, name: str) -> bool:
     """Return whether a target without `!` names a layer."""
     return re.search(target[3:], name) is not None if target.startswith("re:") else fnmatchcase(name, target)
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def configuration(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass whose fields are validated.
-
-    Bad values raise `RecipeError`.
-    """
-    built: Any = pydantic_dataclass(frozen=True, kw_only=True, repr=False, config=ConfigDict(extra="forbid"))(
-        cls
-    )
-    construct = built.__init__
-
-    def initialise(self: Any, *args: Any, **fields: Any) -> None:
-        if args:
-            raise RecipeError(
-                f"{cls.__name__} takes its options by name, such as {cls.__name__}(seed=0); got {args!r}"
-            )
-        try:
-            construct(self, **fields)
-        except ValidationError as error:
-            raise RecipeError(explain(cls.__name__, error)) from None
-
-    built.__init__ = initialise
-    return cast("type[T]", built)
-
-
-@dataclasses.dataclass(frozen=True)
-class OneOf:
-    """The choices of an option: the names in a registry, also those that a plugin registers later."""
-
-    registry: Registry[Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Tell pydantic how the value is checked."""
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def check(self, value: str) -> str:
-        """Return a value that is one of the names; ValueError with all of them otherwise."""
-        if value not in self.registry:
-            *first, last = map(repr, self.registry.names())
-            raise ValueError(f"input should be {', '.join(first)} or {last}")
-        return value
 
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")

@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 from workbench.compress.registry import METHODS
 from workbench.errors import RecipeError, WorkbenchError
-from workbench.recipe import OneOf, Recipe
+from workbench.recipe import Recipe
 from workbench.tasks.registry import KINDS
+from workbench.util.configuration import OneOf
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import Field
 from workbench.errors import GateFailed
 from workbench.measure.measurement import Measurement
 from workbench.metrics.metrics import metric_named
-from workbench.recipe import configuration
+from workbench.util.configuration import configuration
 from workbench.util.text import size
 
 

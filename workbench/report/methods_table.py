@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from workbench.compress.registry import METHODS
-from workbench.recipe import OneOf, Step
+from workbench.recipe import Step
 from workbench.util.about import About
+from workbench.util.configuration import OneOf
 
 COLUMNS = ("step", "choice", "source", "computed once", "a move of the slider", "what it does not do")
 

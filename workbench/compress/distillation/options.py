@@ -11,8 +11,9 @@ from workbench.compress.distillation.hidden_states import (
 )
 from workbench.compress.distillation.losses import Divergence
 from workbench.errors import RecipeError
-from workbench.recipe import Mark, Step, configuration
+from workbench.recipe import Mark, Step
 from workbench.util.about import About
+from workbench.util.configuration import configuration
 
 
 @configuration

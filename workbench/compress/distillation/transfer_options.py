@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from workbench.compress.distillation.teachers import DENSE, names_of
 from workbench.errors import RecipeError
-from workbench.recipe import Mark, Step, configuration
+from workbench.recipe import Mark, Step
 from workbench.util.about import About
+from workbench.util.configuration import configuration
 
 
 @configuration

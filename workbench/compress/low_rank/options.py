@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.options import Prune
 from workbench.errors import RecipeError
-from workbench.recipe import Mark, Step, configuration, first_leaving
+from workbench.recipe import Mark, Step, first_leaving
 from workbench.util.about import About
+from workbench.util.configuration import configuration
 
 BROKEN: dict[Mark, str] = {
     "zeros": "factors of a pruned weight are dense, so its zeros would be lost; put LowRank first",

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.errors import RecipeError
-from workbench.recipe import Mark, OneOf, Step, configuration, first_leaving
+from workbench.recipe import Mark, Step, first_leaving
 from workbench.util.about import About
+from workbench.util.configuration import OneOf, configuration
 
 STRUCTURES = ("heads", "neurons", "channels", "layers", "experts")
 

@@ -19,9 +19,10 @@ from workbench.errors import LayerSkipped, RecipeError
 from workbench.modules.input_quantizer import InputFormat, QuantizesInputs, quantized_class, quantized_like
 from workbench.modules.layer import Layer, can_hold, replace_module
 from workbench.modules.weight_shapes import StoredTensor
-from workbench.recipe import Mark, Step, configuration, first_leaving
+from workbench.recipe import Mark, Step, first_leaving
 from workbench.shapes.outline import Outline
 from workbench.util.about import About
+from workbench.util.configuration import configuration
 
 LEAST_SMOOTHING = 1e-5  # as in the paper's code: no weight is divided by less
 

@@ -15,8 +15,9 @@ from workbench.compress.core.context import Work
 from workbench.compress.registry import METHODS
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.kv_cache import CacheFormat
-from workbench.recipe import Mark, Step, configuration, first_leaving
+from workbench.recipe import Mark, Step, first_leaving
 from workbench.util.about import About
+from workbench.util.configuration import configuration
 
 if TYPE_CHECKING:
     from workbench.tasks.base import Task

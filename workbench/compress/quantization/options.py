@@ -13,8 +13,9 @@ from workbench.compress.quantization.scales import (
 from workbench.errors import RecipeError
 from workbench.formats.number_format import NumberFormat
 from workbench.formats.number_formats import FORMATS
-from workbench.recipe import Mark, OneOf, Step, Targets, configuration, first_leaving
+from workbench.recipe import Mark, Step, Targets, first_leaving
 from workbench.util.about import About
+from workbench.util.configuration import OneOf, configuration
 
 BY_INPUTS = ("gptq", "awq")
 

@@ -19,9 +19,10 @@ from workbench.compress.training.trainer import train
 from workbench.errors import CompressionError, RecipeError
 from workbench.formats.stored_forms import Cast
 from workbench.modules.layer import Layer, find_layers
-from workbench.recipe import Step, configuration, first_leaving
+from workbench.recipe import Step, first_leaving
 from workbench.tasks.base import Items
 from workbench.util.about import About
+from workbench.util.configuration import configuration
 
 
 @configuration
