@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 import torch
 from arch_models import ARCHITECTURES, arch_task
+from moe_models import moe_task
 from structure_models import logits
 from test_structure_export import dense_point
 from torch import nn
@@ -167,3 +168,25 @@ def test_it_is_measured_and_generates_as_without_a_cache(tmp_path):
     assert torch.equal(
         model.generate(ids, use_cache=True, **asked), model.generate(ids, use_cache=False, **asked)
     )
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "JetMoe", "DeepseekV3"])
+@pytest.mark.parametrize("pattern", ["heads", "neurons", "layers"])
+def test_models_with_experts_lose_structure_and_come_back_or_are_refused_before(name, pattern, tmp_path):
+    task, recipe = moe_task(name), Recipe(wb.Prune(sparsity=0.5, pattern=pattern))
+    task.model.config.architectures = [type(task.model).__name__]
+    refused = {
+        ("JetMoe", "heads"): "heads",
+        ("JetMoe", "neurons"): "neurons",
+        ("DeepseekV3", "heads"): "which rows of its products belong to which of 2 heads cannot be told",
+        ("DeepseekV3", "layers"): "could run without those layers, but never be exported",
+    }
+    if (name, pattern) in refused:
+        with pytest.raises(CompressionError, match=refused[name, pattern]):
+            compress(task, recipe)
+        return
+    compressed = compress(task, recipe)
+    if pattern != "layers":
+        assert_masked(task, compressed)
+    out = export(task, compressed, dataclasses.replace(dense_point(), recipe=recipe), tmp_path / "out")
+    assert torch.equal(logits(task, wb.load(out)), logits(task, compressed.model))

@@ -29,10 +29,12 @@ PLAIN = (
 PASSING = {"training"}
 
 
-def built_from(work: Work, config: Any) -> nn.Module | None:
-    """Return a model of the task's kind without values, None where the configuration builds none."""
+def built_from(work: Work, config: Any, like: nn.Module | None = None) -> nn.Module | None:
+    """Return a model of the task's kind without values, its experts apart as in `like` (by default the
+    work's), None where the configuration builds none.
+    """
     try:
-        return skeleton_of(work.task.kind, config, list(experts_in(work.model)))
+        return skeleton_of(work.task.kind, config, list(experts_in(like or work.model)))
     except Exception:  # noqa: BLE001  whatever a configuration is refused with
         return None
 
@@ -79,7 +81,7 @@ def check_rebuilds(step: Prune, work: Work) -> None:
 
 def unlike(work: Work, model: nn.Module, config: Any) -> str:
     """Return in what a model built again differs from one, "" if in nothing."""
-    made = built_from(work, config)
+    made = built_from(work, config, model)
     if made is None:
         return "its configuration builds no model any more"
     try:

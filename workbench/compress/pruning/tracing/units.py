@@ -181,10 +181,15 @@ def traced(
     try:
         before = probe.inputs()
         acting = {name: module for name, module in products.items() if acts(probe, before, module)}
-    except Exception:  # noqa: BLE001  a module that does not run by itself is none of these
+        return judged(model, probe, before, acting, reader) if acting else ""
+    except Exception:  # noqa: BLE001  a module that does not run by itself, or routes, is none of these
         return ""
-    if not acting:
-        return ""
+
+
+def judged(
+    model: nn.Module, probe: Probe, before: Tensor, acting: dict[str, nn.Module], reader: str
+) -> TracedAttention | Space | str:
+    """Return what `traced` does, of products that act on what the reader is given."""
     mlp = mlp_of(probe, before, acting, reader)
     if mlp is not None:
         return mlp
@@ -285,7 +290,10 @@ def attention_of(
     groups = {tuple(sorted(acts)) for acts in shared}
     single = [head for head in range(heads) if not any(head in group for group in groups)]
     ordered = sorted([*groups, *((head,) for head in single)])
-    mixed = f"its heads act on each other before {reader} reads them"
+    mixed = (
+        f"which rows of its products belong to which of {heads} heads cannot be told from what"
+        f" {reader.rpartition('.')[2]} reads"
+    )
     if sum(map(len, ordered)) != heads or len({len(group) for group in ordered}) > 1:
         return mixed
     for group in ordered:
