@@ -76,7 +76,8 @@ def layers_of(model: nn.Module, recipe: Recipe) -> dict[str, Recipe]:
     """Return the layers that a recipe works on, each with its own part of it, in the order of the model."""
     head, layers = output_head(model), find_layers(model)[0]
     whole = [*recipe, *besides(recipe, vocabulary_of(model, layers.values()))]
-    recipes = {name: alone(whole, name, head) for name in layers}
+    # What a recipe leaves to targets of its own is no part of it, as the head
+    recipes = {name: alone(whole, name, name if layer.reserved else head) for name, layer in layers.items()}
     return {name: part for name, part in recipes.items() if len(part)}
 
 
