@@ -54,12 +54,12 @@ MORE = {
 }
 
 
-def moe_model(name: str) -> torch.nn.Module:
+def moe_model(name: str, **more: int) -> torch.nn.Module:
     """Return a random model of one architecture, as transformers makes it: its experts are fused."""
     import transformers
 
     config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")
-    settings = BASE | (CONFIGS | MORE)[name]
+    settings = BASE | (CONFIGS | MORE)[name] | more
     if name == "JetMoe":
         settings = {key: value for key, value in settings.items() if key != "num_attention_heads"}
     torch.manual_seed(0)

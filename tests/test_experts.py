@@ -475,3 +475,21 @@ def test_what_is_stored_as_it_is_opens_in_transformers(name, tmp_path):
     again = separate_tensors(fused_tensors(ours.state_dict(), blocks), blocks)
     assert again.keys() == ours.state_dict().keys()
     assert all(torch.equal(again[key], value) for key, value in ours.state_dict().items())
+
+
+def test_blocks_leave_a_model_whose_first_blocks_have_no_experts(tmp_path):
+    bench = wb.Bench(moe_task("DeepseekV3"))
+    recipe = Recipe(wb.Prune(sparsity=0.5, pattern="layers"))
+    compressed = compress(bench.task, recipe)
+    left = int(bool(experts_in(compressed.model)))
+    assert compressed.model.config.first_k_dense_replace == 1 - left
+    bench.export(recipe, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")(ids()).logits, compressed.model(ids()).logits)
+
+
+def test_blocks_that_no_configuration_can_describe_are_refused_before_they_are_measured():
+    model = moe_model("Qwen3Moe", num_hidden_layers=4, decoder_sparse_step=2)
+    task = moe_task("Qwen3Moe", model)
+    targets = ("!model.layers.1.*", "!model.layers.2.*", "!model.layers.3.*")
+    with pytest.raises(WorkbenchError, match="which of those that are left have experts"):
+        compress(task, Recipe(wb.Prune(sparsity=0.9, pattern="layers", targets=targets)))

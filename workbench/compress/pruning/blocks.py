@@ -22,7 +22,7 @@ from workbench.compress.pruning.block_lists import (
 )
 from workbench.compress.pruning.criteria import CRITERIA
 from workbench.compress.pruning.surgery import drop_blocks
-from workbench.compress.pruning.surgery.depths import settle_depths
+from workbench.compress.pruning.surgery.depths import check_mixtures, settle_depths
 from workbench.errors import CompressionError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def remove_blocks(step: Prune, work: Work) -> None:
     settle_depths(step, work, kept, lengths)
     for name in lists:
         take_out(work, name, kept[name], lengths[name])
+    check_mixtures(step, work)
 
 
 def block_lists(work: Work) -> BlockLists:

@@ -16,6 +16,7 @@ from torch import nn
 from workbench.compress.pruning.surgery import own_config
 from workbench.compress.pruning.surgery.rebuilding import built_from
 from workbench.errors import CompressionError
+from workbench.modules.experts import experts_in
 
 if TYPE_CHECKING:
     from workbench.compress.core.context import Work
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 WORDS = ("layer", "depth", "block")  # what names of depths are made of: these are tried first
 PER_LAYER = ("layer", "block", "pattern")  # what names of lists with an entry a block are made of
+FIRST_DENSE = ("first_k_dense_replace",)  # how many blocks at the beginning have no experts
+LISTED = ("mlp_only_layers", "moe_layers")  # places of blocks, with experts or without
 MOST = 12  # numbers of a configuration that are tried for one list
 
 Path = tuple[str | int, ...]  # to a number: names of configurations within one another, then its own
@@ -58,6 +61,23 @@ def settle_depths(step: Prune, work: Work, kept: dict[str, list[int]], lengths: 
         for own in ("n_layers", "num_layers"):
             if getattr(holder, own, None) == lengths[name]:
                 setattr(holder, own, len(places))
+
+
+def check_mixtures(step: Prune, work: Work) -> None:
+    """Refuse blocks that leave in such an order that the configuration would build a dense block where one of
+    experts is left, or the other way round.
+    """
+    if not experts_in(work.task.model):
+        return
+    built = built_from(work, own_config(work))
+    if built is None:
+        return
+    odd = sorted(set(built.state_dict()) ^ set(work.model.state_dict()))
+    if odd:
+        raise CompressionError(
+            f"{step!r}: {type(work.model).__name__} could lose these blocks, but never be exported without"
+            f" them: its configuration cannot say which of those that are left have experts ({odd[0]})"
+        )
 
 
 def find_path(
@@ -116,6 +136,7 @@ def write(config: Any, path: Path, places: list[int], length: int) -> None:
         if listed and key != steps[0] and any(word in key for word in PER_LAYER):
             setattr(owner, key, type(value)(value[place] for place in places))
     cut_stages(owner, length, len(places))
+    move_places(owner, places)
     name = str(steps[0])
     if len(steps) == 1:
         setattr(owner, name, len(places))
@@ -123,6 +144,16 @@ def write(config: Any, path: Path, places: list[int], length: int) -> None:
     value = list(getattr(owner, name))
     value[int(steps[1])] = len(places)
     setattr(owner, name, type(getattr(owner, name))(value))
+
+
+def move_places(config: Any, places: list[int]) -> None:
+    """Bring what says by their places which blocks have experts in line with the blocks that stay."""
+    for key in FIRST_DENSE:
+        if type(value := vars(config).get(key)) is int:
+            setattr(config, key, sum(place < value for place in places))
+    for key in LISTED:
+        if isinstance(value := vars(config).get(key), list):
+            setattr(config, key, [places.index(place) for place in value if place in places])
 
 
 def cut_stages(config: Any, length: int, left: int) -> None:
