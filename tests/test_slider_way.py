@@ -25,6 +25,7 @@ WAY = (  # from the control to the worker that is told to stop: each does someth
 CONTROL = (
     "widgets/form/",
     "workbench/recipe.py",
+    "workbench/util/configuration.py",  # which checks its options
     "workbench/compress/",
     "workbench/util/registry.py",  # where they look up criteria and number formats
     "workbench/formats/number_format.py",
