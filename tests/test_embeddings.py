@@ -202,3 +202,7 @@ def test_sensitivity_lists_the_head_with_what_it_gets():
     assert (
         layers_of(task.model, Recipe(wb.Quantize(weight_bits=4, embeddings="dense"))).get("lm_head") is None
     )
+    apart = layers_of(tiny_task("untied").model, Recipe(wb.Quantize(weight_bits=4)))
+    assert all([step.weight_bits for step in apart[name]] == [8] for name in TABLES["untied"])
+    dense = layers_of(tiny_task("untied").model, Recipe(wb.Quantize(weight_bits=4, embeddings="dense")))
+    assert not TABLES["untied"] & set(dense)

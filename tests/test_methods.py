@@ -397,7 +397,7 @@ def test_a_group_size_that_divides_some_layers_is_stated_for_each():
     compressed = compress(tiny_task("vit"), Recipe(wb.Quantize(weight_bits=4, group_size=32)))
     for row in compressed.report:
         inputs = row.shape[1]
-        if row.name != "classifier":
+        if row.name != "classifier" and "a parameter of" not in row.outcome:
             assert row.bits == (4 if inputs == 32 else None)
             assert row.outcome == (
                 "W4 g32 asymmetric"
