@@ -196,6 +196,12 @@ def tiny_task(
     )
 
 
+def vocabulary(model: torch.nn.Module) -> set[str]:
+    """Return the names of the modules whose weights belong to the words: Quantize rounds these last."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    return {name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in tables}
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of everything in the model, to compare with later."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -83,7 +83,7 @@ def tried(bench: wb.Bench, recipe: wb.Recipe, folder: Path) -> Cell:
     cell: dict[str, Any] = {}
     try:
         point = bench.measure(recipe)
-        cell = {"touched": point.touched.share if point.touched else None, "measured": True}
+        cell = {"touched": None if point.coverage is None else point.coverage.share, "measured": True}
         bench.export(recipe, folder)
         same = same_bits(bench.task, bench.compress(recipe).model, folder)
         return Cell(**cell, exported=True, same=same)
