@@ -27,6 +27,7 @@ from workbench.formats.kv_cache import CacheFormat
 from workbench.hub.safe_folder import check_folder
 from workbench.measure.card import card
 from workbench.measure.size import file_content
+from workbench.modules.checkpoint_types import main_type, type_words
 from workbench.modules.expert_files import blocks_of_experts, separate_tensors
 from workbench.modules.experts import experts_in, separate_experts
 from workbench.modules.factored import Factors, Form, Repaired, factors_like, form_of, repaired_like
@@ -143,7 +144,7 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
     files = {
         WEIGHTS: content,
         MANIFEST: json.dumps(manifest, indent=1).encode(),
-        "config.json": config_file(compressed.model, manifest),
+        "config.json": config_file(compressed.model, manifest, {x.dtype for x in packed.tensors.values()}),
         "README.md": card(point).encode(),
     }
     for name, data in {**task.files, **files}.items():
@@ -154,10 +155,16 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
             os.fsync(file.fileno())
 
 
-def config_file(model: nn.Module, manifest: dict[str, Any]) -> bytes:
-    """Return config.json: what transformers opens where it would open it rightly, else what it refuses."""
+def config_file(model: nn.Module, manifest: dict[str, Any], stored: set[torch.dtype]) -> bytes:
+    """Return config.json: what transformers opens where it would open it rightly, else what it refuses.
+
+    Where the types in which tensors are `stored` are not all the one that it names, which transformers would
+    cast them to, it names that in which the model runs here.
+    """
     config: Any = model.config
     settings = json.loads(config.to_json_string())
+    if {type_words(dtype) for dtype in stored if dtype.is_floating_point} != {settings.get("dtype")}:
+        settings["dtype"] = type_words(main_type(model))
     own = ("structure", "low_rank", "repair", "activations", "kv_cache")
     kinds = {about["kind"] for about in manifest["encodings"].values()}
     if kinds - {"dense", "shared"} or any(manifest[key] for key in own):
