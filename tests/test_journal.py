@@ -274,6 +274,17 @@ def test_what_only_lacks_the_end_of_its_last_line_is_whole(tmp_path, measured):
 OLD = Path(__file__).parent / "ledgers" / "written-by-fd6f1cb.journal"  # points with their layers in one text
 
 
+def holds(now, before) -> bool:
+    """Return whether all that was written is there as it was; a later version may add facts."""
+    if isinstance(before, str) and before.startswith("[{"):  # a recipe
+        return holds(json.loads(now), json.loads(before))
+    if isinstance(before, dict):
+        return all(name in now and holds(now[name], value) for name, value in before.items())
+    if isinstance(before, list):
+        return len(now) == len(before) and all(map(holds, now, before))
+    return now == before or (now != now and before != before)  # noqa: PLR0124  NaN
+
+
 def test_a_ledger_that_an_earlier_version_wrote_opens_and_takes_new_points(tmp_path, measured):
     where = tmp_path / "points.journal"
     shutil.copy(OLD, where)
@@ -289,7 +300,8 @@ def test_a_ledger_that_an_earlier_version_wrote_opens_and_takes_new_points(tmp_p
         assert again.unreadable == 0
         *old, new = again.rows()
         assert new == added
-        assert [row.to_json() for row in old] == written
+        for row, text in zip(old, written, strict=True):
+            assert holds(json.loads(row.to_json()), json.loads(text))
         assert [len(row.layers) for row in old] == [len(json.loads(text)["layers"]) for text in written]
         assert again.annotations() == {old[0].key: Annotation("the one to ship \u00e9", pinned=True)}
         assert again.find(old[1].key) is old[1]

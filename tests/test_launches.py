@@ -17,7 +17,8 @@ MOVES = {  # recipe at a position of its slider, kernels and waits that it may a
     "magnitude": (lambda at: [wb.Prune(sparsity=0.3 + 0.1 * at)], 200, 2),
     "wanda": (lambda at: [wb.Prune(sparsity=0.3 + 0.1 * at, criterion="wanda")], 260, 2),
     "2:4": (lambda _at: [wb.Prune(sparsity=0.5, pattern="2:4")], 250, 2),
-    "round to nearest": (lambda at: [wb.Quantize(weight_bits=3 + at % 2)], 220, 2),
+    "round to nearest": (lambda at: [wb.Quantize(weight_bits=3 + at % 2, embeddings="dense")], 220, 1),
+    "and the vocabulary": (lambda at: [wb.Quantize(weight_bits=3 + at % 2)], 340, 2),  # one more shape
     "low rank": (lambda at: [wb.LowRank(rank_ratio=0.2 + 0.05 * at)], 190, 2),
     "bits after pruning": (lambda at: [wb.Prune(sparsity=0.5), wb.Quantize(weight_bits=3 + at)], 1400, 6),
 }

@@ -56,6 +56,7 @@ def test_a_signal_ends_the_server_and_its_kernels_and_removes_its_folder(tmp_pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
         env={**os.environ, **folders, "JUPYTER_RUNTIME_DIR": runtime, "JUPYTER_TOKEN": TOKEN},
     )
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What libraries raise where a module, its inputs and the numbers of a model's files do not fit together
+MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 class WorkbenchError(Exception):
     """Base of all errors below; its message is one line that a user can act on."""

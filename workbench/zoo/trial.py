@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import ModelError, WorkbenchError
+from workbench.errors import MISFITS, ModelError, WorkbenchError
 from workbench.modules.offload import device_of
 from workbench.tasks.base import Kind
 from workbench.tasks.items import Items
@@ -19,8 +19,6 @@ from workbench.util.text import kind_and_words
 
 TABLES = r"wpe|(embed_|absolute_)?positions?(_embeddings?|_embed|_ids)?"  # how tables of positions are named
 TOKENS = ("input_ids", "decoder_input_ids")
-# What libraries raise where numbers of a model's files do not fit together
-MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager

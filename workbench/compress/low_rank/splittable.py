@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from workbench.calibration.outside_use import used_from_outside
 from workbench.compress.core.context import Work
-from workbench.errors import RecipeError
+from workbench.errors import MISFITS, RecipeError
 from workbench.modules.factored import Factors
 from workbench.modules.input_quantizer import QuantizesInputs
 from workbench.modules.layer import Layer
@@ -71,7 +71,7 @@ def does_more(module: nn.Module) -> bool:
         with torch.no_grad():
             wanted = cast("Tensor", cast("Any", plain).forward(module, given))
             made = module(given)
-    except Exception:  # noqa: BLE001  whatever it wants besides its inputs
+    except MISFITS:  # it wants more than its inputs
         return True
     if not isinstance(made, Tensor) or made.shape != wanted.shape:  # a router gives more than its product
         return True

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from workbench.compress.pruning.surgery import apply_differences, differences
-from workbench.errors import CompressionError
+from workbench.errors import MISFITS, CompressionError
 from workbench.modules.experts import experts_in, separate_experts
 from workbench.util.quiet import quiet
 from workbench.util.text import kind_and_words
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from workbench.compress.pruning.options import Prune
     from workbench.tasks.base import Kind
 
-PLAIN = (
-    str,
-    bool,
-)  # attributes of modules that an export does not say: they must follow from the configuration
+# Attributes of modules that an export does not say: they must follow from the configuration
+PLAIN = (str, bool)
 PASSING = {"training"}
 
 
@@ -33,9 +31,11 @@ def built_from(work: Work, config: Any, like: nn.Module | None = None) -> nn.Mod
     """Return a model of the task's kind without values, its experts apart as in `like` (by default the
     work's), None where the configuration builds none.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return skeleton_of(work.task.kind, config, list(experts_in(like or work.model)))
-    except Exception:  # noqa: BLE001  whatever a configuration is refused with
+    except (*MISFITS, StrictDataclassError):  # what a configuration is refused with
         return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from workbench.compress.pruning.prunable_units import Space, UnitPart, blocks, inputs, off, outputs
 from workbench.compress.pruning.tracing.probing import Probe, different, given_to
+from workbench.errors import MISFITS
 from workbench.modules.layer import can_hold
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def traced(
         before = probe.inputs()
         acting = {name: module for name, module in products.items() if acts(probe, before, module)}
         return judged(model, probe, before, acting, reader) if acting else ""
-    except Exception:  # noqa: BLE001  a module that does not run by itself, or routes, is none of these
+    except MISFITS:  # a module that does not run by itself, or routes, is none of these
         return ""
 
 
