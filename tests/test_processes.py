@@ -56,7 +56,8 @@ def test_a_signal_ends_the_server_and_its_kernels_and_removes_its_folder(tmp_pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+        # What a shell starts in the background would ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no thread holds a lock
         env={**os.environ, **folders, "JUPYTER_RUNTIME_DIR": runtime, "JUPYTER_TOKEN": TOKEN},
     )
     try:

@@ -319,7 +319,8 @@ def test_costs_are_the_second_order_change_of_the_loss():
 
 @pytest.mark.parametrize("average", [2.5, 3.4, 6.02])
 def test_the_average_is_met_over_all_weights(sort, average):
-    compressed = compress(tiny_task(sort), Recipe(Q(weight_bits=average)))
+    """Of the layers that it takes; what belongs to the vocabulary has its own 8 bits."""
+    compressed = compress(tiny_task(sort), Recipe(Q(weight_bits=average, embeddings="dense")))
     layers = [layer for layer in compressed.layers if layer.grid is not None]
     used = sum(layer.grid.bits * layer.parameter.numel() for layer in layers) / sum(
         layer.parameter.numel() for layer in layers
@@ -358,14 +359,19 @@ def test_scales_are_kept_for_the_next_visit_and_change_nothing(sort, monkeypatch
         "fit",
         lambda stack, spec, known: calls.append(spec.bits) or fit(stack, spec, known),
     )
-    first = compress(task, Recipe(Q(weight_bits=3)), kept)
-    again = compress(task, Recipe(Q(weight_bits=3)), kept)
+    first = compress(task, Recipe(Q(weight_bits=3, embeddings="dense")), kept)
+    again = compress(task, Recipe(Q(weight_bits=3, embeddings="dense")), kept)
     assert same(weights(first.model), weights(again.model))
     batches = len(calls)
     assert set(calls) == {3}
-    compress(task, Recipe(wb.Prune(sparsity=0.5), Q(weight_bits=3)), kept)  # other weights: fitted anew
+    compress(
+        task, Recipe(wb.Prune(sparsity=0.5), Q(weight_bits=3, embeddings="dense")), kept
+    )  # other weights: fitted anew
     assert len(calls) > batches
-    assert compress(task, Recipe(Q(weight_bits=3, grid="symmetric")), kept).report != first.report
+    assert (
+        compress(task, Recipe(Q(weight_bits=3, grid="symmetric", embeddings="dense")), kept).report
+        != first.report
+    )
 
 
 @pytest.mark.parametrize(
@@ -432,9 +438,8 @@ def test_whole_averages_are_whole_numbers():
     ]
     assert json.loads(Recipe(Q(weight_bits=4.0)).to_json())[0]["weight_bits"] == 4
     assert Recipe(Q(weight_bits=4.0)).key == Recipe(Q(weight_bits=4)).key
-    assert (
-        Recipe(Q(weight_bits=4.0)).key == "7c6375aac2051cb4"
-    )  # of the version that knew whole widths only: its ledgers stay known
+    # Of the version that knew whole widths only, and left the vocabulary alone: its ledgers stay known
+    assert Recipe(Q(weight_bits=4.0, embeddings="dense")).key == "7c6375aac2051cb4"
 
 
 @pytest.mark.parametrize(
@@ -508,7 +513,8 @@ def test_embeddings_and_heads_are_taken_when_they_are_named():
         assert ("rounded to nearest, as its inputs are looked up" in rows["model.embed_tokens"].outcome) == (
             way.rounding != "rtn"
         )
-        plain = {row.name: row for row in compress(task, Recipe(way)).report}
+        left = dataclasses.replace(way, embeddings="dense")
+        plain = {row.name: row for row in compress(task, Recipe(left)).report}
         assert plain["lm_head"].bits is None
         assert (
             plain["model.embed_tokens"].outcome
