@@ -37,6 +37,7 @@ FAMILIES: dict[str, wb.Recipe] = {
     "heads": wb.Recipe(wb.Prune(sparsity=0.5, pattern="heads")),
     "neurons": wb.Recipe(wb.Prune(sparsity=0.5, pattern="neurons")),
     "channels": wb.Recipe(wb.Prune(sparsity=0.5, pattern="channels")),
+    "experts": wb.Recipe(wb.Prune(sparsity=0.5, pattern="experts")),
     "layers": wb.Recipe(wb.Prune(sparsity=0.34, pattern="layers")),
     "rank 0.5": wb.Recipe(wb.LowRank(rank_ratio=0.5)),
     "W4": wb.Recipe(wb.Quantize(weight_bits=4, group_size=8)),
@@ -78,6 +79,11 @@ def same_bits(task: Any, model: torch.nn.Module, folder: Path) -> bool:
     return tensors and torch.equal(*answers)
 
 
+def reason(error: Exception, folder: str) -> str:
+    """Return an error as one line, the temporary folder by its last part."""
+    return " ".join(str(error).split()).replace(folder, Path(folder).name)
+
+
 def tried(bench: wb.Bench, recipe: wb.Recipe, folder: Path) -> Cell:
     """Return the outcome of a recipe: measured, exported, loaded back."""
     cell: dict[str, Any] = {}
@@ -88,7 +94,7 @@ def tried(bench: wb.Bench, recipe: wb.Recipe, folder: Path) -> Cell:
         same = same_bits(bench.task, bench.compress(recipe).model, folder)
         return Cell(**cell, exported=True, same=same)
     except WorkbenchError as error:
-        return Cell(**cell, refused=" ".join(str(error).split()))
+        return Cell(**cell, refused=reason(error, bench.task.model_name))
     except Exception as error:  # noqa: BLE001  a crash is a row of the table
         return Cell(**cell, refused=f"{type(error).__name__}: {' '.join(str(error).split())}", crashed=True)
 
@@ -108,8 +114,8 @@ def row(architecture: models.Architecture, place: Path, families: list[str]) -> 
             progress=False,
         )
     except WorkbenchError as error:
-        return dict.fromkeys(families, Cell(refused=" ".join(str(error).split())))
-    bench = wb.Bench(task, device="cpu", ledger=place / "points.journal", progress=False)
+        return dict.fromkeys(families, Cell(refused=reason(error, str(folder))))
+    bench = wb.Bench(task, device="cpu", ledger=place / f"{architecture.model_type}.journal", progress=False)
     return {
         name: tried(bench, FAMILIES[name], place / "out" / architecture.model_type / name.replace("/", "-"))
         for name in families

@@ -149,7 +149,12 @@ ARCHITECTURES = (
     Architecture("qwen3", "language", "decoder", SMALL),
     Architecture("mistral", "language", "sliding window", {**SMALL, "sliding_window": 8}),
     Architecture("gemma2", "language", "sliding window", {**SMALL, "sliding_window": 8}),
-    Architecture("gemma3_text", "language", "sliding window", {**SMALL, "sliding_window": 8}),
+    Architecture(
+        "gemma3_text",
+        "language",
+        "sliding window",
+        {**SMALL, "sliding_window_pattern": 2, "sliding_window": 8},
+    ),
     Architecture("mixtral", "language", "experts", {**SMALL, **EXPERTS}),
     Architecture("olmoe", "language", "experts", {**SMALL, **EXPERTS}),
     Architecture("qwen3_moe", "language", "experts", {**SMALL, **EXPERTS}),
@@ -197,7 +202,7 @@ ARCHITECTURES = (
             "width_coefficient": 0.25,
             "depth_coefficient": 0.25,
             "image_size": 32,
-            "hidden_dim": 64,
+            "hidden_dim": 320,
         },
     ),
     Architecture(
