@@ -57,7 +57,7 @@ def test_a_signal_ends_the_server_and_its_kernels_and_removes_its_folder(tmp_pat
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         # What a shell starts in the background would ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no thread holds a lock
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no lock is held
         env={**os.environ, **folders, "JUPYTER_RUNTIME_DIR": runtime, "JUPYTER_TOKEN": TOKEN},
     )
     try:

@@ -158,17 +158,17 @@ def write_files(task: Task, compressed: Compressed, point: Measurement, side: Pa
 def config_file(model: nn.Module, manifest: dict[str, Any], stored: set[torch.dtype]) -> bytes:
     """Return config.json: what transformers opens where it would open it rightly, else what it refuses.
 
-    Where the types in which tensors are `stored` are not all the one that it names, which transformers would
-    cast them to, it names that in which the model runs here.
+    Of what it opens: where the types in which tensors are `stored` are not all the one that the file names,
+    which transformers would cast them to, it names that in which the model runs here.
     """
     config: Any = model.config
     settings = json.loads(config.to_json_string())
-    if {type_words(dtype) for dtype in stored if dtype.is_floating_point} != {settings.get("dtype")}:
-        settings["dtype"] = type_words(main_type(model))
     own = ("structure", "low_rank", "repair", "activations", "kv_cache")
     kinds = {about["kind"] for about in manifest["encodings"].values()}
     if kinds - {"dense", "shared"} or any(manifest[key] for key in own):
         settings["quantization_config"] = OURS
+    elif {type_words(dtype) for dtype in stored if dtype.is_floating_point} != {settings.get("dtype")}:
+        settings["dtype"] = type_words(main_type(model))
     return f"{json.dumps(settings, indent=2, sort_keys=True)}\n".encode()
 
 

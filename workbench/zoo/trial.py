@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import MISFITS, ModelError, WorkbenchError
 from workbench.modules.offload import device_of
+from workbench.modules.vocabulary import token_table
 from workbench.tasks.base import Kind
 from workbench.tasks.items import Items
 from workbench.util.text import kind_and_words
@@ -95,12 +96,8 @@ def positions_of(place: str, module: nn.Module) -> int | None:
 
 def embedding_rows(model: nn.Module) -> int:
     """Return how many tokens a model has vectors for, 0 where it takes none."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except NotImplementedError:
-        return 0
-    return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else 0
+    table = token_table(model)
+    return 0 if table is None else int(table.num_embeddings)
 
 
 def numbers(model: nn.Module) -> str:

@@ -187,7 +187,7 @@ def find_spaces(
             return find_channels(model, task.kind, task.calibration, output_head(model))
         except WorkbenchError:
             raise
-        except Exception as error:  # noqa: BLE001  of the library that follows them: said, and no channel goes
+        except Exception as error:  # noqa: BLE001  of the library: said, and no channel goes
             reason = f"its channels cannot be followed through the model: {kind_and_words(error)}"
             return FoundSpaces((), dict.fromkeys(convolutions, reason))
 

@@ -71,8 +71,8 @@ def words(by_name: dict[str, tuple[int, int]], layers: int) -> tuple[str, ...]:
         where = f"group {group}" if group else "one scale a row"
         said.append(
             f"quantize: the weights of {count} of {layers} layers, such as {first!r}, already lie on a"
-            f" {bits}-bit grid ({where}): {bits} bits or more at that grouping change little here, which"
-            " other models would not show"
+            f" {bits}-bit grid ({where}): what {bits} bits or more cost at that grouping, little where the"
+            " zero of that grid is one of its steps, says nothing of other models"
         )
     return tuple(said)
 

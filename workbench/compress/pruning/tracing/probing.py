@@ -37,14 +37,16 @@ class Probe:
         seen: list[Tensor] = []
 
         def changed(_module: nn.Module, _given: tuple[Any, ...], out: Tensor) -> Tensor:
-            other, index = out.clone(), columns
+            other, index, random = out.clone(), columns, self.generator
             spread = out.float().std().clamp_min(1e-3)
-            new = spread * (1 + torch.rand(len(index), generator=self.generator)).to(out.device)  # type: ignore[arg-type]
+            drawn = 1 + torch.rand(len(index), generator=random)  # type: ignore[arg-type]
+            new = spread * drawn.to(out.device)
             place = other.flatten(0, -2)
             if first:
                 place[0, index] = (2 * new).to(out.dtype)
             else:
-                noise = torch.randn(len(place), len(index), generator=self.generator).to(out.device)  # type: ignore[arg-type]
+                noise = torch.randn(len(place), len(index), generator=random)  # type: ignore[arg-type]
+                noise = noise.to(out.device)
                 place[:, index] = (place[:, index].float() * -0.5 + new * noise).to(out.dtype)
             return place.view_as(out)
 
